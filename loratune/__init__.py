@@ -1,0 +1,65 @@
+"""loratune: LoRA fine-tuning of open models.
+
+    import loratune as lt
+    model = lt.load("path/or/id")
+    lt.attach(model, lt.LoraConfig(r=16, target_modules="all-linear"), name="sql")
+    lt.train(model, lt.load_tokenizer("path/or/id"), "data.jsonl")
+    lt.save(model, "out/sql", name="sql")
+
+The names below are imported when they are first used, so `import loratune` costs nothing and loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratune.base.load import load as load
+    from loratune.base.load import load_tokenizer as load_tokenizer
+    from loratune.config import DataConfig as DataConfig
+    from loratune.config import LoraConfig as LoraConfig
+    from loratune.config import RunConfig as RunConfig
+    from loratune.config import TrainConfig as TrainConfig
+    from loratune.errors import LoratuneError as LoratuneError
+    from loratune.infer.engine import generate as generate
+    from loratune.lora.files import load_adapter as load_adapter
+    from loratune.lora.files import save as save
+    from loratune.lora.inject import activate as activate
+    from loratune.lora.inject import attach as attach
+    from loratune.lora.inject import detach as detach
+    from loratune.lora.inject import merge as merge
+    from loratune.lora.inject import unmerge as unmerge
+    from loratune.training.run import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "loratune.base.load",
+    "load_tokenizer": "loratune.base.load",
+    "DataConfig": "loratune.config",
+    "LoraConfig": "loratune.config",
+    "RunConfig": "loratune.config",
+    "TrainConfig": "loratune.config",
+    "LoratuneError": "loratune.errors",
+    "generate": "loratune.infer.engine",
+    "load_adapter": "loratune.lora.files",
+    "save": "loratune.lora.files",
+    "activate": "loratune.lora.inject",
+    "attach": "loratune.lora.inject",
+    "detach": "loratune.lora.inject",
+    "merge": "loratune.lora.inject",
+    "unmerge": "loratune.lora.inject",
+    "train": "loratune.training.run",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'loratune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

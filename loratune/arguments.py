@@ -1,0 +1,185 @@
+"""What each verb of the command line takes: one dataclass a verb, its docstrings the help texts.
+
+The settings themselves are those of `config`; here they only learn which of them stand without a flag. Settings of a
+section lose their section's name on the command line: `--r 8`, not `--lora.r 8`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from loratune.config import (
+    DataConfig,
+    DataFormat,
+    LoraConfig,
+    Precision,
+    RunConfig,
+    TrainConfig,
+    TrainOn,
+    check_values,
+    read_toml,
+)
+from loratune.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Train(RunConfig):
+    """Train one adapter. Settings come from -c FILE (TOML), then from flags; --print-config shows them all."""
+
+    model: Positional[str]
+    data: Positional[list[str]]
+    lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
+    dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+@dataclass(kw_only=True)
+class Preview:
+    """Show what the model will really see: rendered tokens with the trained ones coloured, lengths, rows."""
+
+    model: Positional[str]
+    """Base model: a local folder, a hub id, or "loratune/pocket"."""
+    data: Positional[list[str]]
+    """Training files."""
+    examples: int = 3
+    """Examples to show in full."""
+    seed: int = 0
+    """Seed of the held-out split and of packing, as in train."""
+    dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """Measure an adapter on held-out data: loss, perplexity, and exact match of the answers it generates."""
+
+    adapter: Positional[str]
+    """Folder of an adapter, or a base model to measure as it is."""
+    data: Positional[list[str]]
+    """Held-out files."""
+    model: str | None = None
+    """Base model, if it is not where the adapter says."""
+    max_new_tokens: int = 256
+    """Longest answer to generate."""
+    limit: int | None = None
+    """Only the first so many records."""
+    generate: bool = True
+    """Generate answers and compare them; without, only the loss is measured."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    precision: Precision = "auto"
+    """Number format of the base, as in train."""
+    device: str | None = None
+    """Torch device; by default the GPU if there is one."""
+    tokens_per_row: int = 2048
+    """Tokens in one packed row while the loss is measured."""
+    format: DataFormat = "auto"
+    """Record layout, as in train."""
+    train_on: TrainOn = "assistant"
+    """Which tokens the loss sees, as in train."""
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """Talk to a model with one or several adapters; /help lists what else can be typed."""
+
+    adapters: Positional[list[str]]
+    """Folders of adapters over one base, or a base model alone."""
+    model: str | None = None
+    """Base model, if it is not where the adapters say."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher is more varied."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    seed: int | None = None
+    """Makes sampled answers repeatable."""
+    precision: Precision = "auto"
+    """Number format of the base, as in train."""
+    device: str | None = None
+    """Torch device; by default the GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Merge:
+    """Write a checkpoint with the adapter merged into the weights, and prove it equal before saying done."""
+
+    adapter: Positional[str]
+    """Folder of the adapter."""
+    out: str
+    """Folder for the merged checkpoint."""
+    model: str | None = None
+    """Base model, if it is not where the adapter says."""
+    data: list[str] = field(default_factory=list)
+    """Files whose prompts the comparison runs on; by default those of the run, if they are still there."""
+    precision: Precision = "auto"
+    """Number format of the merged weights; auto is that of the base's files."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """Say what an adapter is, what it was trained on, and with which settings."""
+
+    adapter: Positional[str]
+    """Folder of the adapter, ours or PEFT's."""
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """The whole journey on the model in the box: train two adapters, switch, merge, prove. No network, no GPU."""
+
+    out: str | None = None
+    """Folder to keep the adapters, the plots and demo.json in; by default they are deleted at the end."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+def parse(kind: type[T], words: list[str], verb: str, default: T | None = None) -> T:
+    """Builds a verb's arguments. Exits with 2, naming the nearest known option, if the words do not fit.
+
+    Raises: ConfigError: a value is out of range.
+    """
+    parsed: T = tyro.cli(kind, args=words, prog=f"loratune {verb}", default=default)  # type: ignore[assignment]
+    return parsed
+
+
+def parse_train(words: list[str]) -> RunConfig:
+    """The settings of `train`: defaults, then the TOML file of -c, then flags.
+
+    With --resume and no file, `run.toml` of the output folder is the file, so that `--resume --out DIR` says it all.
+    """
+    words, file = _take_option(words, "-c", "--config")
+    if file is None and "--resume" in words:
+        _, out = _take_option(words, "--out")
+        file = f"{out}/run.toml" if out else None
+    if file is None:
+        return as_plain(RunConfig, parse(Train, words, "train"))
+    values = check_values(RunConfig, read_toml(file), file)
+    required: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+    return as_plain(RunConfig, parse(Train, words, "train", Train(**(required | values))))
+
+
+def as_plain(kind: type[T], value: Any) -> T:
+    """The fields that `kind` declares, out of an instance of a subclass."""
+    return kind(**{f.name: getattr(value, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _take_option(words: list[str], *names: str) -> tuple[list[str], str | None]:
+    """Removes `NAME VALUE` or `NAME=VALUE` from the words."""
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            if equals:
+                return words[:at] + words[at + 1 :], value
+            if at + 1 == len(words):
+                raise ConfigError(f"{name} needs a value")
+            return words[:at] + words[at + 2 :], words[at + 1]
+    return words, None

@@ -1,0 +1,1 @@
+"""The frozen model: loading it, and running one packed row through it."""

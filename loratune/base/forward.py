@@ -1,0 +1,235 @@
+"""One packed row through any causal language model: from tokens to the log-probabilities of the trained ones.
+
+transformers has hundreds of architectures, and nothing here knows them by name. Instead the roads are tried once,
+on a few tokens of the very model that is to be trained, from fast to slow, and the first whose result equals that
+of the documents run one at a time is taken:
+
+1. our attention by document, through transformers' attention interface (`ops.attention`);
+2. the model's own attention, with the mask that transformers derives from the restarting positions;
+3. one document at a time, for models whose layers carry state along the row (state-space and linear attention).
+
+The head is tried likewise: hidden states -> head -> scale and soft cap from the configuration must give the model's
+own logits, and then it runs in chunks over trained tokens only; otherwise the model computes the logits itself.
+So "packed equals unpacked" is not a promise of this code about an architecture but a measurement on the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune.errors import ModelError
+from loratune.ops import attention
+from loratune.ops.logprobs import token_logprobs
+
+_PROBE_LENGTHS = (7, 12, 4)
+_ROADS = ("documents", "positions", "one by one")
+# What an architecture raises when it cannot take a road, as opposed to a fault of ours.
+_REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows the output embeddings, as in `ops.logprobs.token_logprobs`."""
+
+    scale: float
+    softcap: float | None
+
+
+@dataclass
+class PackedForward:
+    """How rows run through one model. Made by `prepare`; use inside `with forward.installed():`."""
+
+    model: PreTrainedModel
+    road: str
+    head: Head | None
+    notes: list[str] = field(default_factory=list)
+    """What a user should know, one line each; empty when everything took the fast road."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Switches the model's attention implementation to the packed one, and back on exit."""
+        with _attention_of(self.model, self.road):
+            yield
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        predicting: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """log p(target) at the given positions of one packed row.
+
+        Args:
+            tokens, position_ids: (T,) int64 on the model's device; positions restart at 0 in each document.
+            cu_seqlens: (documents + 1,) int32 on the CPU, starts of the documents and, last, T.
+            predicting: (N,) int64 positions whose next token is asked for; the head runs on these alone.
+            targets: (N,) int64, the tokens to score.
+
+        Returns: (N,) float32.
+        """
+        if self.head is None:
+            logits = self._full_logits(tokens, position_ids, cu_seqlens, predicting).float()
+            return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        hidden = self.hidden_states(tokens, position_ids, cu_seqlens)[predicting]
+        head = self.model.get_output_embeddings()
+        return token_logprobs(hidden, head, targets, scale=self.head.scale, softcap=self.head.softcap)
+
+    def hidden_states(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, d): the last hidden states of a packed row, after the final norm."""
+        backbone = _backbone(self.model)
+        return _run(self.road, lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens)
+
+    def _full_logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, at: Tensor) -> Tensor:
+        return _run(self.road, lambda **k: self.model(**k).logits, tokens, position_ids, cu_seqlens)[at]
+
+
+def prepare(model: PreTrainedModel) -> PackedForward:
+    """Finds and verifies how packed rows run through `model`; costs a few forwards of 23 tokens.
+
+    Raises: ModelError: the model cannot even run documents one at a time, or gives non-finite hidden states.
+    """
+    attention.register()
+    tokens, position_ids, cu_seqlens = _probe_row(model)
+    with torch.no_grad():
+        expected = _documents_alone(model, tokens, cu_seqlens)
+        if not bool(expected.isfinite().all()):
+            raise ModelError("the base model gives non-finite hidden states; its weights are damaged or overflow")
+        notes: list[str] = []
+        for road in _ROADS:
+            forward = PackedForward(model, road, None, notes)
+            why = _disagreement(forward, tokens, position_ids, cu_seqlens, expected)
+            if why is None:
+                break
+        if forward.road == "one by one":
+            notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
+        forward.head = _find_head(model, expected, tokens, cu_seqlens)
+    if forward.head is None:
+        notes.append(f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held")
+    return forward
+
+
+def why_not_packed(model: PreTrainedModel) -> str:
+    """One line for a person about a model that fails both packed roads."""
+    return f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
+
+
+def _disagreement(
+    forward: PackedForward, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, expected: Tensor
+) -> str | None:
+    """None if the road reproduces `expected`, else why not."""
+    try:
+        with forward.installed():
+            got = forward.hidden_states(tokens, position_ids, cu_seqlens)
+    except _REFUSALS as error:
+        if forward.road == _ROADS[-1]:
+            raise ModelError(f"{type(forward.model).__name__} cannot run a packed row: {error}") from error
+        return str(error)
+    off = _relative_error(got, expected)
+    return None if off <= _tolerance(expected.dtype) else f"relative error {off:.1e}"
+
+
+def _find_head(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, cu_seqlens: Tensor) -> Head | None:
+    """The head whose chunked computation reproduces the model's own logits, or None."""
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Module):
+        return None
+    end = int(cu_seqlens[1])
+    expected = model(input_ids=tokens[None, :end], use_cache=False).logits[0].float()
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None)
+    for scale in (1.0, getattr(config, "logit_scale", None), 1 / divisor if divisor else None):
+        if not isinstance(scale, float | int):
+            continue
+        logits = module(hidden[:end]).float() * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        if _relative_error(logits, expected) <= _tolerance(hidden.dtype):
+            return Head(float(scale), float(softcap) if softcap else None)
+    return None
+
+
+def _run(
+    road: str,
+    call: Callable[..., Tensor],
+    tokens: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """Runs one row, (T,) tokens to (T, ...) outputs, on the given road."""
+    if road == "one by one":
+        bounds = cu_seqlens.tolist()
+        parts = [
+            call(input_ids=tokens[None, a:b], use_cache=False)[0] for a, b in itertools.pairwise(bounds) if b > a
+        ]
+        return torch.cat(parts)
+    row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
+    if road == "documents":
+        longest = int(cu_seqlens.diff().max())
+        row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        row |= {"max_length_q": longest, "max_length_k": longest}
+    return call(**row)[0]
+
+
+@contextmanager
+def _attention_of(model: PreTrainedModel, road: str) -> Iterator[None]:
+    if road != "documents":
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that ends at the hidden states."""
+    decoder = model.get_decoder()
+    inner = getattr(model, model.base_model_prefix, None)
+    found = decoder if isinstance(decoder, nn.Module) and decoder is not model else inner
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"{type(model).__name__} does not say which of its parts gives the hidden states")
+    return found
+
+
+def _documents_alone(model: PreTrainedModel, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    backbone = _backbone(model)
+    bounds = cu_seqlens.tolist()
+    parts = [
+        backbone(input_ids=tokens[None, a:b], use_cache=False).last_hidden_state[0]
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts)
+
+
+def _probe_row(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of three short documents of arbitrary tokens."""
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    vocabulary, device = table.shape[0], table.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (sum(_PROBE_LENGTHS),), generator=generator).to(device)
+    position_ids = torch.cat([torch.arange(n) for n in _PROBE_LENGTHS]).to(device)
+    cu_seqlens = torch.tensor([0, *_PROBE_LENGTHS]).cumsum(0).to(torch.int32)
+    return tokens, position_ids, cu_seqlens
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Far above what rounding does through a deep model, far below what one foreign document does (order 1)."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

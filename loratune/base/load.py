@@ -1,0 +1,207 @@
+"""Loads a frozen base model and its tokenizer from a local folder or a hub id.
+
+transformers does the loading; this module adds what a user needs to trust it: every problem that can be seen in the
+folder is reported before a weight is read (no configuration, no tokenizer, pickled weights, an adapter where a model
+is meant), and a checkpoint that lacks tensors is an error rather than a model with random layers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loratune.box import MODEL_DIR
+from loratune.config import Precision
+from loratune.errors import ModelError, nearest
+
+POCKET = "loratune/pocket"
+"""The name of the model in the box, usable wherever a model is asked for."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(model: str) -> str:
+    """The local folder or hub id that `model` stands for, checked as far as that costs nothing.
+
+    Raises: ModelError: the folder is missing, is not a model, holds only pickled weights, or is an adapter.
+    """
+    if model == POCKET and not Path(model).exists():
+        return str(MODEL_DIR)
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if _looks_like_hub_id(model):
+            return model
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ModelError(f"{model}: no such folder.{nearest(folder.name, siblings)}")
+    if not folder.is_dir():
+        raise ModelError(f"{model}: this is a file; give the folder that holds config.json and the weights")
+    names = {p.name for p in folder.iterdir()}
+    if "adapter_config.json" in names and "config.json" not in names:
+        base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(f"{model}: this is an adapter, not a base model; its base is {base or 'not recorded'}")
+    if "config.json" not in names:
+        raise ModelError(f"{model}: no config.json in this folder, so it is not a transformers model")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
+        raise ModelError(f"{model}: {why}; loratune reads .safetensors files. Convert with save_pretrained()")
+    return str(folder.resolve())
+
+
+def load(model: str, precision: Precision = "auto", device: str | torch.device | None = None) -> PreTrainedModel:
+    """Loads a causal language model, frozen and in evaluation mode.
+
+    Args:
+        model: a local folder, a hub id, or `POCKET`.
+        precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU.
+        device: by default the first GPU, else the CPU.
+
+    Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
+        are missing from the checkpoint.
+    """
+    where = torch.device(device) if device is not None else default_device()
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
+    source = resolve(model)
+    dtype: torch.dtype | str = DTYPES.get(precision, "auto")
+    if precision == "auto" and where.type == "cpu":
+        dtype = torch.float32
+    config = load_config(model)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{model}: {config.model_type} is not a causal language model, which train and chat need")
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map=None if where.type == "cpu" else {"": where},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{model}: the weights cannot be loaded: {_first_line(error)}") from error
+    loaded, report = loading
+    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report.get("mismatched_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{model}: {len(missing)} tensors are missing from the checkpoint or of the wrong shape, first "
+            f"{missing[0]}; is the download complete?"
+        )
+    loaded.requires_grad_(False)
+    result: PreTrainedModel = loaded.eval()
+    return result
+
+
+def load_config(model: str) -> Any:
+    """The transformers configuration of `model`; reads no weights."""
+    source = resolve(model)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise ModelError(f"{model}: no usable model configuration: {_first_line(error)}") from error
+
+
+def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to `model`.
+
+    Args:
+        model: as for `load`.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's own.
+
+    Raises: ModelError: the folder has no tokenizer, or the template file cannot be read.
+    """
+    source = resolve(model)
+    if Path(source).is_dir():
+        names = {p.name for p in Path(source).iterdir()}
+        if not names & {
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "vocab.txt",
+            "tokenizer_config.json",
+        }:
+            raise ModelError(
+                f"{model}: no tokenizer in this folder (tokenizer.json); save the model's tokenizer there"
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
+        raise ModelError(f"{model}: no usable tokenizer: {_first_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{chat_template}: the chat template cannot be read: {error}") from error
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end the model's turn: those of its generation config, the tokenizer's, and the template's.
+
+    `model` may be a name, as for `load`; then only its generation config is read.
+
+    Chat models often end a turn with a token that is not their `eos_token` and is missing from
+    generation_config.json, so a short conversation is rendered and the first special token after the answer taken.
+    """
+    found: set[int] = set()
+    generation = _generation_config(model) if isinstance(model, str) else model.generation_config
+    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update(value if isinstance(value, list) else [value] if value is not None else [])
+    if tokenizer.chat_template:
+        marker = "loratune"
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        after = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+        found.update([i for i in after if i in special][:1])
+    return frozenset(found)
+
+
+def max_document_tokens(config: Any) -> int | None:
+    """The longest document that a model's positions allow, or None if its configuration does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _generation_config(model: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(resolve(model))
+    except OSError:  # a model need not have one
+        return None
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(p and not p.startswith((".", "~")) for p in parts)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

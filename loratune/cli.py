@@ -1,0 +1,282 @@
+"""The command line: one verb, one function. The only place that prints, exits and reads the environment.
+
+`loratune VERB --help` lists a verb's settings, made from its dataclass by tyro. Everything heavy is imported inside
+the verb that needs it, so that help and errors in arguments come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from loratune.errors import ConfigError, LoratuneError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+class Verb(NamedTuple):
+    """A command: its line in the overview, and the function that gets the words after it."""
+
+    summary: str
+    run: Callable[[list[str]], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0 done, 2 a mistake that the message explains, 130 Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(words)
+    except LoratuneError as error:
+        _fail(str(error))
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print_overview()
+    elif words[0] in ("-V", "--version"):
+        from loratune import __version__
+
+        print(f"loratune {__version__}")
+    elif words[0] in VERBS:
+        VERBS[words[0]].run(words[1:])
+    else:
+        raise ConfigError(f'unknown command "{words[0]}".{nearest(words[0], VERBS)} See loratune --help')
+
+
+def _print_overview() -> None:
+    console = _console()
+    console.print("[bold]loratune[/]  LoRA fine-tuning of open models\n")
+    for name, verb in VERBS.items():
+        console.print(f"  [cyan]{name:<9}[/] {verb.summary}", highlight=False)
+    console.print("\n[dim]loratune VERB --help lists a verb's settings. Start with: loratune demo[/]")
+
+
+def _train(words: list[str]) -> None:
+    from loratune.arguments import parse_train
+    from loratune.config import to_toml
+
+    print_config = "--print-config" in words
+    config = parse_train([word for word in words if word != "--print-config"])
+    if print_config:
+        print(to_toml(config), end="")
+        return
+    _quiet_libraries()
+    from loratune.screen import progress
+    from loratune.training.run import run
+
+    console = _console()
+    events = run(config, _stop_on_signals(console), _cache_dir(config.dataset.cache_dir))
+    progress.summary(progress.watch(events, console), console)
+
+
+def _preview(words: list[str]) -> None:
+    from loratune.arguments import Preview, parse
+
+    given = parse(Preview, words, "preview")
+    _quiet_libraries()
+    from loratune.base import load as base
+    from loratune.data.feed import prepare, rows_of_epoch
+    from loratune.screen.preview import draw_preview
+    from loratune.training.evaluation import pad_id
+
+    tokenizer = base.load_tokenizer(given.model, given.dataset.chat_template)
+    stop_ids = base.stop_ids(given.model, tokenizer)
+    dataset = prepare(
+        given.data,
+        tokenizer,
+        given.dataset,
+        stop_ids=stop_ids,
+        max_tokens=base.max_document_tokens(base.load_config(given.model)),
+        seed=given.seed,
+        cache_dir=_cache_dir(given.dataset.cache_dir),
+    )
+    rows = rows_of_epoch(dataset.train, given.dataset.tokens_per_row, pad_id(tokenizer), seed=given.seed, epoch=0)
+    draw_preview(_console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples)
+
+
+def _eval(words: list[str]) -> None:
+    from loratune.arguments import Eval, parse
+
+    given = parse(Eval, words, "eval")
+    _quiet_libraries()
+    from loratune.config import DataConfig
+    from loratune.data.records import read_records
+    from loratune.infer.opened import open_folders
+    from loratune.screen.evaluate import as_json, draw
+    from loratune.training.evaluation import evaluate
+
+    records = read_records(given.data, given.format)[: given.limit]
+    opened = open_folders([given.adapter], model=given.model, precision=given.precision, device=given.device)
+    settings = DataConfig(train_on=given.train_on, tokens_per_row=given.tokens_per_row)
+    result = evaluate(
+        opened.model,
+        opened.tokenizer,
+        records,
+        name=next(iter(opened.adapters), opened.base),
+        stop_ids=opened.stop_ids,
+        settings=settings,
+        generate=given.generate,
+        max_new_tokens=given.max_new_tokens,
+    )
+    data = ", ".join(given.data)
+    if given.json:
+        print(json.dumps(as_json([result], data=data, answers=True), ensure_ascii=False))
+    else:
+        draw([result], _console(), data=data)
+
+
+def _chat(words: list[str]) -> None:
+    from loratune.arguments import Chat, parse
+
+    given = parse(Chat, words, "chat")
+    _quiet_libraries()
+    from loratune.infer.engine import Sampling
+    from loratune.infer.opened import open_folders
+    from loratune.screen.chat import chat
+
+    sampling = Sampling(
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=0,
+        seed=given.seed,
+    )
+    opened = open_folders(given.adapters, model=given.model, precision=given.precision, device=given.device)
+    chat(
+        opened.model,
+        opened.tokenizer,
+        base=opened.base,
+        stop_ids=opened.stop_ids,
+        console=_console(),
+        sampling=sampling,
+    )
+
+
+def _merge(words: list[str]) -> None:
+    from loratune.arguments import Merge, parse
+
+    given = parse(Merge, words, "merge")
+    _quiet_libraries()
+    from loratune.base.load import DTYPES
+    from loratune.export.merge import merge_checkpoint
+    from loratune.infer.opened import open_folders
+    from loratune.training.evaluation import real_prompts
+
+    opened = open_folders([given.adapter], model=given.model)
+    if not opened.adapters:
+        raise ConfigError(f"{given.adapter}: this is a base model; give the folder of an adapter")
+    ((name, folder),) = opened.adapters.items()
+    console = _console()
+    with console.status("merging, writing, reloading and comparing"):
+        merged = merge_checkpoint(
+            opened.model,
+            opened.tokenizer,
+            name,
+            given.out,
+            prompts=real_prompts(opened.tokenizer, opened.run, given.data),
+            dtype=DTYPES.get(given.precision),
+            overwrite=given.overwrite,
+            sources=[folder],
+        )
+    console.print(str(merged))
+
+
+def _inspect(words: list[str]) -> None:
+    from loratune.arguments import Inspect, parse
+
+    given = parse(Inspect, words, "inspect")
+    _quiet_libraries()
+    from loratune.screen.inspect import draw, inspect
+
+    draw(inspect(given.adapter), _console())
+
+
+def _demo(words: list[str]) -> None:
+    from loratune.arguments import Demo, parse
+
+    given = parse(Demo, words, "demo")
+    _quiet_libraries()
+    from loratune.demo import demo
+
+    demo(given.out, _console(), overwrite=given.overwrite)
+
+
+def _stop_on_signals(console: Console) -> Callable[[], bool]:
+    """Turns Ctrl-C and SIGTERM into an orderly end after the current step; a second Ctrl-C ends at once."""
+    import signal
+
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("[yellow]stopping after this step and saving; Ctrl-C again to stop without saving[/]")
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return lambda: bool(received)
+
+
+def _cache_dir(setting: str | None) -> str | None:
+    """The folder for rendered data: as set, else the user's cache folder; "" turns caching off."""
+    if setting is not None:
+        return setting or None
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(home) / "loratune")
+
+
+def _quiet_libraries() -> None:
+    """Keeps the loading bars and advice of the libraries below out of what a user reads here."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _fail(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("the whole journey on the model in the box; no network, no GPU needed", _demo),
+    "preview": Verb("what the model will really see of your data", _preview),
+    "train": Verb("one adapter from a model and your data", _train),
+    "eval": Verb("loss, perplexity and exact match on held-out data", _eval),
+    "chat": Verb("talk to adapters, switch between them, compare", _chat),
+    "merge": Verb("a merged checkpoint, verified against the adapter", _merge),
+    "inspect": Verb("what an adapter is and what it was trained on", _inspect),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Every setting of loratune, once: the same names in Python, in TOML and on the command line.
+
+`LoraConfig` bears the field names of PEFT's `adapter_config.json`, so nothing is translated when an adapter is
+saved. The other groups use the names of transformers' `TrainingArguments` where one exists, and say the unit in
+the name where one is needed. This module imports no torch: `loratune --help` reads it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from loratune.errors import ConfigError, nearest
+
+DataFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+TrainOn = Literal["assistant", "last", "all"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Schedule = Literal["cosine", "linear", "constant"]
+Bias = Literal["none", "all", "lora_only"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Which layers get an adapter, and of what shape. Field names are those of PEFT's adapter_config.json."""
+
+    r: int = 16
+    """Rank of the update: A is (r, d_in), B is (d_out, r)."""
+    lora_alpha: float = 32
+    """Scaling numerator: the update is (lora_alpha / r) B A, or (lora_alpha / sqrt(r)) B A with use_rslora."""
+    lora_dropout: float = 0.0
+    """Probability of zeroing an element of the adapter's input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Names (exact, or the end of a path after a dot), one regular expression matched in full, or "all-linear"
+    (every linear layer but the output head)."""
+    exclude_modules: str | list[str] | None = None
+    """Names or one regular expression of modules to leave out, matched like target_modules."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling, lora_alpha / sqrt(r) (arXiv:2312.03732)."""
+    bias: Bias = "none"
+    """Which bias vectors train along: none, all of the model, or those of the adapted layers."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapter and saved with it, for example a new classification head."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero. False: both Kaiming/normal, so
+    that the update is not zero at the start (for tests)."""
+    layers_to_transform: list[int] | None = None
+    """Only adapt layers with these indices."""
+    layers_pattern: list[str] | None = None
+    """Name of the module list that layers_to_transform counts in, if it is not the usual one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Regular expression (anchored as the end of a module's path) -> rank, where it differs from r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Regular expression (anchored as the end of a module's path) -> lora_alpha, where it differs."""
+
+    def __post_init__(self) -> None:
+        for what, rank in {
+            "r": self.r,
+            **{f'rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()},
+        }.items():
+            _require(rank >= 1, f"{what} is {rank}; a rank is at least 1")
+        _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it lies in 0 <= p < 1")
+        _require(self.lora_alpha > 0, f"lora_alpha is {self.lora_alpha}; it must be positive")
+        _require(bool(self.target_modules), 'target_modules is empty; give module names or "all-linear"')
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """How records become rows of tokens."""
+
+    format: DataFormat = "auto"
+    """Record layout; "auto" recognises it from the fields of each file's first record."""
+    train_on: TrainOn = "assistant"
+    """Which tokens the loss sees: every assistant turn, only the last one, or all tokens."""
+    tokens_per_row: int = 2048
+    """Tokens in one packed row; every micro-step sees exactly this many."""
+    truncate: bool = False
+    """Cut documents that are longer than a row (or than the model's context) instead of refusing them."""
+    eval_data: list[str] = field(default_factory=list)
+    """Held-out files. Without any, eval_fraction of the training records is held out."""
+    eval_fraction: float = 0.05
+    """Share of the training records held out when eval_data is empty; 0 holds out nothing."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none or the wrong one."""
+    num_proc: int | None = None
+    """Processes that render and tokenise; by default one per core for large data, one for small."""
+    cache_dir: str | None = None
+    """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tokens_per_row >= 2,
+            f"tokens_per_row is {self.tokens_per_row}; a row holds at least 2 tokens",
+        )
+        _require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
+        _require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The optimisation: AdamW on the adapter, warm-up and schedule, evaluation, checkpoints."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Shape after the warm-up; cosine and linear end at zero."""
+    warmup_ratio: float = 0.03
+    """Share of all optimizer steps over which the rate rises linearly from zero."""
+    epochs: int = 1
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides epochs."""
+    gradient_accumulation_steps: int = 1
+    """Rows (micro-steps) in one optimizer step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW's decay rate of the second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's denominator offset."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between evaluations on the held-out part; by default ten times in a run."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better held-out loss."""
+    save_every_steps: int | None = None
+    """Optimizer steps between checkpoints; by default at every evaluation."""
+    seed: int = 0
+    """Seeds A's initial values, the order of the data, the held-out split and dropout."""
+    log_to: list[Tracker] = field(default_factory=list)
+    """Trackers to report to, besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it lies in 0 <= beta < 1")
+        for name in ("weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it is at least 0")
+        _require(self.adam_epsilon > 0, f"adam_epsilon is {self.adam_epsilon}; it must be positive")
+        counts = ("epochs", "max_steps", "gradient_accumulation_steps", "eval_every_steps")
+        for name in (*counts, "early_stopping_patience", "save_every_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; it is at least 1")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One training run, whole: what `run.toml` in an output folder holds."""
+
+    model: str
+    """Base model: a local folder, a hub id, or "loratune/pocket", the model in the box."""
+    data: list[str]
+    """Training files (JSON, JSONL, Parquet, CSV, text) or a hub data set id."""
+    out: str
+    """Folder for the adapter and everything about the run."""
+    precision: Precision = "auto"
+    """Number format of the frozen base; auto is the format of its files on a GPU and float32 on a CPU."""
+    device: str | None = None
+    """Torch device such as cpu, cuda or cuda:1; by default the GPU if there is one."""
+    overwrite: bool = False
+    """Replace an existing output folder."""
+    resume: bool = False
+    """Continue the run in the output folder from its last checkpoint."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dataset: DataConfig = field(default_factory=DataConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "no model given")
+        _require(bool(self.data), "no training data given")
+        _require(bool(self.out), "no output folder given; pass --out DIR")
+
+
+T = TypeVar("T")
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds a configuration from nested plain values, for example those of a TOML file.
+
+    Args:
+        kind: the dataclass to build; fields that `values` lacks take their defaults.
+        values: field name -> value, sections as mappings.
+        where: what to name in errors, for example the file.
+
+    Raises: ConfigError: a name is unknown, a value has the wrong type or is out of range, or one is missing.
+    """
+    return kind(**check_values(kind, values, where))
+
+
+def check_values(kind: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keyword arguments for `kind` in `values`, with sections built; see `from_dict`."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in fields(kind)]
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f'{where}: unknown setting "{name}".{nearest(name, known) or _elsewhere(kind, name)}')
+        expected = hints[name]
+        if is_dataclass(expected) and isinstance(value, Mapping):
+            built[name] = from_dict(typing.cast(type[Any], expected), value, f"{where} [{name}]")
+        elif _fits(value, expected):
+            built[name] = value
+        else:
+            raise ConfigError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
+    return built
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The content of a TOML file. Raises: ConfigError: it cannot be read or parsed; the message has the line."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def to_toml(config: object) -> str:
+    """The complete configuration as TOML; settings that are None are left out, as TOML has no null."""
+    import tomli_w
+
+    assert is_dataclass(config)
+    assert not isinstance(config, type)
+    return tomli_w.dumps(_without_none(asdict(config)))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _without_none(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
+        for k, v in values.items()
+        if v is not None
+    }
+
+
+def _elsewhere(kind: type[Any], name: str) -> str:
+    """A hint if the setting belongs to a section of `kind`."""
+    for section, hint in typing.get_type_hints(kind).items():
+        if is_dataclass(hint) and name in {f.name for f in fields(hint)}:
+            return f" It belongs under [{section}]."
+    return ""
+
+
+def _fits(value: object, expected: Any) -> bool:
+    """Whether `value` is of the annotated type; an int will do for a float, a bool for no number."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments and type(value) in {type(a) for a in arguments}
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(v, arguments[1]) for v in value.values())
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _describe(expected: Any) -> str:
+    """An annotated type in words."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is list:
+        return f"a list, each {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a table of {_describe(arguments[1])}"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
+        expected, str(expected)
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

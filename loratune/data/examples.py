@@ -1,0 +1,356 @@
+"""Records to examples: the tokens that the model will see in use, and the loss weight of predicting each.
+
+For an answer of the assistant the prompt is what the chat template renders from the messages before it with the
+header of an answer (`add_generation_prompt`), exactly as in use. The answer is what the template adds once the
+answer is there. It is trained up to and including the token that stops generation; what a template prints after
+that token (often a newline) the model never generates, so it has weight 0.
+
+A conversation with several answers is one example if every prompt, token by token, is also how the whole
+conversation begins. Where it is not (Qwen3's template drops the reasoning of earlier answers, so that the past
+looks different once a new question is asked) every answer is an example of its own.
+
+Refused: deriving the trained part from marks in the template, from `return_assistant_tokens_mask` or from a search
+for the answer's text. The first two need templates written for it, the last is wrong as soon as a template trims
+or an answer repeats the question; all three fail silently.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from loratune.config import TrainOn
+from loratune.data.messages import Message
+from loratune.data.records import Record
+from loratune.data.template import (
+    chat_text,
+    decode,
+    encode,
+    end_token,
+    plain_prefix,
+    require_template,
+    special_tokens,
+)
+from loratune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One document of tokens, ready for packing."""
+
+    token_ids: NDArray[np.int32]
+    """(length,)"""
+    weights: NDArray[np.float32]
+    """(length,) weights[i] is the loss weight of *predicting* token i; weights[0] is 0."""
+    source: str
+    """file:line of its record."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that rendering depends on besides the records; travels to worker processes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None
+    train_on: TrainOn
+    stop_ids: frozenset[int]
+    special_ids: frozenset[int]
+    plain_prefix: list[int]
+    """Special tokens that the tokenizer puts before plain text, such as BOS."""
+    max_tokens: int | None
+    truncate: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """What became of some records."""
+
+    examples: list[Example] = field(default_factory=list)
+    examples_per_record: list[int] = field(default_factory=list)  # of the records without fault
+    faults: list[DataError] = field(default_factory=list)
+    too_long: list[tuple[int, str]] = field(default_factory=list)  # (tokens, source)
+    counts: Counter[str] = field(default_factory=Counter)  # occasions for notes
+
+    def add(self, other: Batch) -> None:
+        """Appends what became of the records after these."""
+        self.examples += other.examples
+        self.examples_per_record += other.examples_per_record
+        self.faults += other.faults
+        self.too_long += other.too_long
+        self.counts += other.counts
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One stretch to train on, as text: what stands before it, and that together with it."""
+
+    prompt: str
+    full: str
+    place: str  # for errors: file:line, message n
+
+
+def render_batch(records: Sequence[Record], job: Job) -> Batch:
+    """Renders some records, tokenising all their texts in one call; collects faults instead of raising them."""
+    batch = Batch()
+    plans: list[tuple[Record, list[Turn]]] = []
+    for record in records:
+        try:
+            plans.append((record, _turns(record, job, batch.counts)))
+        except DataError as fault:
+            batch.faults.append(fault)
+    ids = encode(job.tokenizer, (text for _, turns in plans for turn in turns for text in (turn.prompt, turn.full)))
+    for record, turns in plans:
+        try:
+            examples = _examples(record, turns, ids, job, batch.counts)
+            for example in examples:
+                _fit(example, job, batch)
+            batch.examples_per_record.append(len(examples))
+        except DataError as fault:
+            batch.faults.append(fault)
+    return batch
+
+
+def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[int]:
+    """What the model sees in use when it has to write the record's last answer.
+
+    Args:
+        chat_template: Jinja text used in place of the tokenizer's own.
+    Raises:
+        DataError: the record is raw text, which asks nothing, or the template refuses the conversation.
+        ModelError: there is no chat template for a conversation.
+    """
+    turn = _last_turn(record, tokenizer, chat_template)
+    ids = encode(tokenizer, [turn.prompt])[turn.prompt]
+    if record.messages is not None:
+        return ids
+    prefix = plain_prefix(tokenizer)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def reference(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+    chat_template: str | None = None,
+) -> str:
+    """The record's last answer as a model that learned it perfectly would generate it, decoded, without specials.
+
+    Raises: as `prompt_ids`; also DataError if the answer has no stop token.
+    """
+    if record.messages is None:
+        _last_turn(record, tokenizer, chat_template)  # refuses raw text
+        return record.completion or ""
+    turn = _last_turn(record, tokenizer, chat_template)
+    _, answer = _split(turn, encode(tokenizer, [turn.prompt, turn.full]), tokenizer)
+    stop = _stop_index(turn, answer, tokenizer, stop_ids, special_tokens(tokenizer))
+    return decode(tokenizer, answer[:stop], specials=False)
+
+
+# records to text
+
+
+def _turns(record: Record, job: Job, counts: Counter[str]) -> list[Turn]:
+    """The stretches of a record that are trained, as text."""
+    if record.text is not None:
+        return [Turn("", record.text, record.source)]
+    if record.messages is None:
+        return [_pair_turn(record)]
+    messages = record.messages
+    if job.train_on == "all":
+        text = chat_text(
+            job.tokenizer,
+            messages,
+            record.tools,
+            source=record.source,
+            chat_template=job.chat_template,
+            answer_next=False,
+        )
+        counts["weight ignored"] += any("weight" in message for message in messages)
+        return [Turn("", text, record.source)]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant":
+        counts["trailing messages"] += 1
+    chosen = answers[-1:] if job.train_on == "last" else answers
+    trained = [index for index in chosen if messages[index].get("weight", 1)]
+    if not trained:
+        raise DataError(f'{record.source}: the last answer has "weight": 0, so train_on "last" trains nothing')
+    turns = [_chat_turn(record, index, job.tokenizer, job.chat_template) for index in trained]
+    _count_left_out(messages[: trained[-1] + 1], turns[-1], counts)
+    return turns
+
+
+def _chat_turn(record: Record, index: int, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Turn:
+    assert record.messages is not None
+    place = f"{record.source}: message {index + 1}"
+    prompt, full = (
+        chat_text(tokenizer, part, record.tools, source=place, chat_template=chat_template, answer_next=answer_next)
+        for part, answer_next in ((record.messages[:index], True), (record.messages[: index + 1], False))
+    )
+    if not full.startswith(prompt):
+        raise DataError(
+            f"{place}: the chat template shows the model {prompt[-40:]!r} before it answers, but renders the given "
+            f"answer as {full[_common(prompt, full) :][:40]!r}, so it could not be trained as in use; "
+            "name another template with --chat-template FILE"
+        )
+    turn = Turn(prompt, full, place)
+    _check_tools_shown(record, index, turn)
+    return turn
+
+
+def _count_left_out(messages: Sequence[Message], turn: Turn, counts: Counter[str]) -> None:
+    """Counts messages whose text the template does not show; reasoning that it drops is no loss, see above."""
+    for message in messages:
+        if message["content"].split("</think>")[-1].strip() not in turn.full:
+            counts[f"left out {message['role']}"] += 1
+
+
+def _check_tools_shown(record: Record, index: int, turn: Turn) -> None:
+    """Raises DataError if the template shows neither the tools nor the calls that the record holds."""
+    assert record.messages is not None
+    functions = [tool.get("function", tool) for tool in record.tools or []]
+    functions += [call["function"] for call in record.messages[index].get("tool_calls", [])]
+    for function in functions:
+        if str(function.get("name", "")) not in turn.full:
+            raise DataError(
+                f'{turn.place}: the chat template does not show the function "{function["name"]}", so the model '
+                "would learn to call what it cannot see; name a template for tools with --chat-template FILE"
+            )
+
+
+def _common(a: str, b: str) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _pair_turn(record: Record) -> Turn:
+    assert record.prompt is not None
+    assert record.completion is not None
+    return Turn(record.prompt, record.prompt + record.completion, record.source)
+
+
+def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Turn:
+    if record.text is not None:
+        raise DataError(f"{record.source}: raw text asks nothing, so no answer to it can be judged")
+    if record.messages is None:
+        return _pair_turn(record)
+    require_template(tokenizer, chat_template)
+    last = max(index for index, message in enumerate(record.messages) if message["role"] == "assistant")
+    return _chat_turn(record, last, tokenizer, chat_template)
+
+
+# text to examples
+
+
+def _examples(
+    record: Record, turns: list[Turn], ids: dict[str, list[int]], job: Job, counts: Counter[str]
+) -> list[Example]:
+    if record.messages is None:
+        return [_plain_example(record, turns[0], ids, job, counts)]
+    if job.train_on == "all":
+        whole = ids[turns[0].full]
+        return [_example(record.source, whole, [(1, len(whole))])]
+    parts = [_split(turn, ids, job.tokenizer) for turn in turns]
+    ends = [
+        _stop_index(turn, answer, job.tokenizer, job.stop_ids, job.special_ids) + 1
+        for turn, (_, answer) in zip(turns, parts, strict=True)
+    ]
+    for (_, answer), end in zip(parts, ends, strict=True):
+        _count_unknown_stop(answer[end - 1], job, counts)
+    spans = [(len(prompt), len(prompt) + end) for (prompt, _), end in zip(parts, ends, strict=True)]
+    sequences = [prompt + answer for prompt, answer in parts]
+    whole = sequences[-1]
+    if all(ids_[:end] == whole[:end] for ids_, (_, end) in zip(sequences, spans, strict=True)):
+        return [_example(record.source, whole, spans)]
+    counts["one per answer"] += 1
+    return [_example(record.source, ids_, [span]) for ids_, span in zip(sequences, spans, strict=True)]
+
+
+def _plain_example(record: Record, turn: Turn, ids: dict[str, list[int]], job: Job, counts: Counter[str]) -> Example:
+    """Text without template: the tokenizer's prefix (BOS), the text, eos; a prompt is not trained."""
+    prompt, answer = _split(turn, ids, job.tokenizer)
+    whole = prompt + answer
+    if whole[: len(job.plain_prefix)] != job.plain_prefix:  # else the text brings its own BOS
+        prompt, whole = job.plain_prefix + prompt, job.plain_prefix + whole
+    start = 1 if record.text is not None or job.train_on == "all" else len(prompt)
+    end = end_token(job.tokenizer)
+    if whole[-1] != end and whole[-1] not in job.stop_ids:  # else the text brings its own end
+        whole = [*whole, end]
+    if record.text is None:
+        _count_unknown_stop(whole[-1], job, counts)
+    return _example(record.source, whole, [(start, len(whole))])
+
+
+def _split(turn: Turn, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, exactly as in use, and of the answer after it."""
+    prompt, full = ids[turn.prompt], ids[turn.full]
+    if full[: len(prompt)] == prompt:
+        return prompt, full[len(prompt) :]
+    answer = turn.full[len(turn.prompt) :]  # a token would span the border: in use, it cannot
+    return prompt, encode(tokenizer, [answer])[answer]
+
+
+def _stop_index(
+    turn: Turn,
+    answer: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+    special_ids: frozenset[int],
+) -> int:
+    """Index in `answer` of the token that ends it: the first stop token, else a special token at its end.
+
+    Raises: DataError: there is none, or the answer goes on after it, so that the rest could never be generated.
+    """
+    stop = next((at for at, token in enumerate(answer) if token in stop_ids), None)
+    if stop is not None:
+        rest = decode(tokenizer, answer[stop + 1 :], specials=False).strip()
+        if rest:
+            name = decode(tokenizer, [answer[stop]])
+            raise DataError(
+                f'{turn.place}: the answer goes on after the stop token "{name}" with {rest[:40]!r}, which the '
+                "model could never generate; take the token out of the text"
+            )
+        return stop
+    last = max((at for at, token in enumerate(answer) if token in special_ids), default=None)
+    if last is None or decode(tokenizer, answer[last + 1 :], specials=False).strip():
+        known = ", ".join(f'"{decode(tokenizer, [token])}"' for token in sorted(stop_ids)) or "none"
+        raise DataError(
+            f"{turn.place}: the chat template ends the answer ({turn.full[-30:]!r}) without a stop token (the model "
+            f"stops at {known}), so the model would never learn to stop; name another template with "
+            "--chat-template FILE"
+        )
+    return last
+
+
+def _count_unknown_stop(token: int, job: Job, counts: Counter[str]) -> None:
+    if token not in job.stop_ids:
+        counts[f"unknown stop {decode(job.tokenizer, [token])}"] += 1
+
+
+def _example(source: str, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+    weights = np.zeros(len(ids), dtype=np.float32)
+    for start, end in spans:
+        weights[max(start, 1) : end] = 1  # nothing precedes token 0, so nothing can predict it
+    return Example(np.array(ids, dtype=np.int32), weights, source)
+
+
+def _fit(example: Example, job: Job, batch: Batch) -> None:
+    """Adds the example to the batch if it fits, or cut to fit with truncate."""
+    if job.max_tokens is not None and len(example) > job.max_tokens:
+        if not job.truncate:
+            batch.too_long.append((len(example), example.source))
+            return
+        batch.counts["cut"] += 1
+        batch.counts["cut in a trained part"] += bool(example.weights[job.max_tokens :].any())
+        cut = slice(job.max_tokens)
+        example = Example(example.token_ids[cut].copy(), example.weights[cut].copy(), example.source)
+    if not example.weights.any():
+        after = f" after cutting it to {job.max_tokens:,} tokens" if job.truncate else ""
+        raise DataError(f"{example.source}: no token is left to train on{after}; take this record out")
+    batch.examples.append(example)

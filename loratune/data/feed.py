@@ -1,0 +1,161 @@
+"""Files to a data set, and a data set to the rows of an epoch: what the training loop reads.
+
+Rendering is kept on disk under the hash of all that it depends on, so that the second run on the same data starts at
+once and no run ever sees stale tokens. Rows are built when asked for: epoch and index determine a row, which is all
+that resuming needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from transformers import PreTrainedTokenizerBase
+
+from loratune.config import DataConfig
+from loratune.data import cache
+from loratune.data.examples import Example
+from loratune.data.files import content_hash
+from loratune.data.pack import Row, best_fit, fullness, make_row
+from loratune.data.records import Record, read
+from loratune.data.render import render
+from loratune.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Rendered training and held-out examples, and where they come from."""
+
+    train: list[Example]
+    eval: list[Example]
+    """Held-out examples; empty if nothing is held out."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know about how the data was read and rendered, each said once."""
+    file_hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 (hex) of each data file's bytes, for the model card."""
+
+
+class EpochRows(Sequence[Row]):
+    """The packed rows of one epoch; a row is built when it is asked for."""
+
+    def __init__(self, examples: Sequence[Example], tokens_per_row: int, pad_id: int, seed: int) -> None:
+        lengths = [len(example) for example in examples]
+        self.packing = best_fit(lengths, tokens_per_row, seed)
+        """Indices of the examples in each row."""
+        self.fullness = fullness(lengths, len(self.packing), tokens_per_row)
+        """Share of the tokens that are documents, not padding."""
+        self.tokens_per_row = tokens_per_row
+        self._examples, self._pad_id = examples, pad_id
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        chosen = [self._examples[at] for at in self.packing[index]]
+        return make_row(chosen, self.tokens_per_row, self._pad_id)
+
+
+def rows_of_epoch(
+    examples: Sequence[Example], tokens_per_row: int, pad_id: int, *, seed: int, epoch: int
+) -> EpochRows:
+    """The rows of an epoch, packed and shuffled anew in each, the same for the same (seed, epoch).
+
+    Args:
+        examples: each of at most tokens_per_row tokens.
+        pad_id: token id that fills up rows.
+        epoch: counts from 0.
+    """
+    return EpochRows(examples, tokens_per_row, pad_id, random.Random(f"{seed}/{epoch}").getrandbits(63))
+
+
+def prepare(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    stop_ids: frozenset[int],
+    max_tokens: int | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Reads, checks, splits and renders the data, or takes it from the cache.
+
+    Args:
+        paths: training files or hub data set ids.
+        stop_ids: tokens at which generation stops.
+        max_tokens: the model's context, if it has a limit; an example must fit it and a row.
+        seed: decides which records are held out.
+        cache_dir: folder for rendered data; None keeps nothing. (config.cache_dir is resolved by the caller.)
+    Raises: DataError, ModelError, ConfigError: see `read_records` and `render`.
+    """
+    _check(config)
+    limit = min(config.tokens_per_row, max_tokens or config.tokens_per_row)
+    hashes = {path: content_hash(path) for path in [*paths, *config.eval_data]}
+    key = cache.key_of(hashes, list(paths), tokenizer, config, limit, stop_ids, seed)
+    if cache_dir is not None and (found := cache.load(cache_dir, key)) is not None:
+        return Dataset(*found, hashes)
+    reading = read(paths, config.format)
+    notes = list(reading.notes)
+    if config.eval_data:
+        held_out = read(config.eval_data, config.format)
+        notes += [note for note in held_out.notes if note not in notes]
+        train, held = reading.records, held_out.records
+    else:
+        train, held = split(reading.records, config.eval_fraction, seed)
+    notes += _duplicates(train, held)
+    rendered = render([*train, *held], tokenizer, config, max_tokens=limit, stop_ids=stop_ids)
+    n_train = sum(rendered.examples_per_record[: len(train)])
+    dataset = Dataset(rendered.examples[:n_train], rendered.examples[n_train:], notes + rendered.notes, hashes)
+    if cache_dir is not None:
+        cache.store(cache_dir, key, dataset.train, dataset.eval, dataset.notes)
+    return dataset
+
+
+def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Holds out a share of the records, at least one if the share is not 0; both parts keep their order.
+
+    Raises: DataError: too few records to hold one out.
+    """
+    if fraction == 0:
+        return list(records), []
+    if len(records) < 2:
+        raise DataError(
+            f"{records[0].source}: with a single record nothing can be held out; set --eval-fraction 0, or name "
+            "held-out files with --eval-data"
+        )
+    n_held = min(max(1, round(len(records) * fraction)), len(records) - 1)
+    held = set(random.Random(seed).sample(range(len(records)), n_held))
+    train = [record for index, record in enumerate(records) if index not in held]
+    return train, [records[index] for index in sorted(held)]
+
+
+def _check(config: DataConfig) -> None:
+    if not 0 <= config.eval_fraction < 1:
+        raise ConfigError(f"eval_fraction is {config.eval_fraction}; it must be at least 0 and less than 1")
+    if config.tokens_per_row < 2:
+        raise ConfigError(f"tokens_per_row is {config.tokens_per_row}; it must be at least 2")
+
+
+def _duplicates(train: Sequence[Record], held: Sequence[Record]) -> list[str]:
+    seen = {_content(record) for record in train}
+    twice = [record.source for record in held if _content(record) in seen]
+    if not twice:
+        return []
+    return [
+        f"{len(twice):,} of {len(held):,} held-out records are also in the training data (the first is {twice[0]}), "
+        "so held-out figures look better than they are."
+    ]
+
+
+def _content(record: Record) -> bytes:
+    whole = (record.messages, record.tools, record.prompt, record.completion, record.text)
+    return hashlib.sha256(repr(whole).encode("utf-8", "surrogatepass")).digest()

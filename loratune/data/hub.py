@@ -1,0 +1,35 @@
+"""Hub data sets through the `datasets` library: rows to raw objects, its errors to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import datasets
+
+from loratune.data.files import Raw, without_nulls
+from loratune.errors import DataError, nearest
+
+
+def read_hub(name: str) -> Iterator[Raw]:
+    """Yields the rows of a hub data set's split.
+
+    Args:
+        name: "owner/name" for the split "train", or "owner/name:split".
+    Raises: DataError: no such data set or split, or the hub cannot be reached and it was not downloaded before.
+    """
+    dataset_id, _, split = name.partition(":")
+    try:
+        splits = datasets.load_dataset(dataset_id)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name}: no such file here, and no such data set could be loaded from the hub: {reason}"
+        ) from error
+    chosen = split or "train"
+    if chosen not in splits:
+        raise DataError(
+            f'{name}: has no split "{chosen}", but {", ".join(splits)}; write {dataset_id}:SPLIT.'
+            f"{nearest(chosen, splits)}"
+        )
+    for number, row in enumerate(splits[chosen], start=1):
+        yield Raw(f"{name}: row {number}", without_nulls(dict(row)))

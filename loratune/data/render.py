@@ -1,0 +1,167 @@
+"""All records to examples: in several processes if there are many, in order, with errors that keep their file:line.
+
+Jinja templates are Python and hold its lock, so large data needs processes. They are spawned, not forked: a fork of
+a process that holds CUDA or tokenizer threads may hang. Small data stays in this process, as starting workers (each
+imports transformers) takes seconds. What a person should know about the outcome is collected as notes, each said
+once; what makes the outcome unusable is an error here, before training starts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from loratune.config import DataConfig, TrainOn
+from loratune.data.examples import Batch, Example, Job, prompt_ids, reference, render_batch
+from loratune.data.records import Record, raise_all
+from loratune.data.template import end_token, plain_prefix, read_template, require_template, special_tokens
+from loratune.errors import ConfigError, DataError
+
+__all__ = ["Example", "Rendered", "prompt_ids", "reference", "render"]
+
+RECORDS_PER_BATCH = 256
+RECORDS_WORTH_PROCESSES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Examples in the order of their records, and what a person should know about how they came to be."""
+
+    examples: list[Example]
+    examples_per_record: list[int]
+    """1, or the number of answers where each became an example of its own."""
+    notes: list[str]
+
+
+def render(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    max_tokens: int | None,
+    stop_ids: frozenset[int],
+) -> Rendered:
+    """Renders records to examples.
+
+    Args:
+        tokenizer: the model's own, with its chat template (unless config.chat_template names another).
+        max_tokens: longest example; longer ones are refused, or cut with config.truncate. None: no limit.
+        stop_ids: tokens at which generation stops, from the model's generation settings and tokenizer.
+    Raises:
+        DataError: a template refuses a conversation, an answer has no stop token, a document is too long,
+            nothing would be trained; says file:line of the first few and counts the others.
+        ModelError: there is no chat template for conversations, or no eos token for plain text.
+    """
+    if config.train_on not in get_args(TrainOn):
+        raise ConfigError(f'train_on is "{config.train_on}"; it must be one of {", ".join(get_args(TrainOn))}')
+    chat_template = read_template(config.chat_template) if config.chat_template else None
+    if any(record.messages is not None for record in records):
+        require_template(tokenizer, chat_template)
+    if any(record.messages is None for record in records):
+        end_token(tokenizer)  # refuses a tokenizer without one
+    job = Job(
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        train_on=config.train_on,
+        stop_ids=stop_ids,
+        special_ids=special_tokens(tokenizer),
+        plain_prefix=plain_prefix(tokenizer),
+        max_tokens=max_tokens,
+        truncate=config.truncate,
+    )
+    whole = Batch()
+    for batch in _batches(records, job, _processes(len(records), config.num_proc)):
+        whole.add(batch)
+    raise_all(whole.faults)
+    _refuse_too_long(whole.too_long, len(records), max_tokens)
+    return Rendered(whole.examples, whole.examples_per_record, _notes(whole.counts, len(records), max_tokens))
+
+
+def _batches(records: Sequence[Record], job: Job, processes: int) -> Iterator[Batch]:
+    """Rendered records in order, in parts of which each process does one."""
+    if processes == 1:
+        yield _render_part(records, job)
+        return
+    size = -(-len(records) // processes)
+    parts = [records[at : at + size] for at in range(0, len(records), size)]
+    try:
+        with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(partial(_render_part, job=job), parts)
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            "the processes that render data ended unexpectedly; in a script of your own, put the call under "
+            'if __name__ == "__main__":, or set num_proc to 1'
+        ) from error
+
+
+def _render_part(records: Sequence[Record], job: Job) -> Batch:
+    whole = Batch()
+    for at in range(0, len(records), RECORDS_PER_BATCH):
+        whole.add(render_batch(records[at : at + RECORDS_PER_BATCH], job))
+    return whole
+
+
+def _processes(n_records: int, num_proc: int | None) -> int:
+    if num_proc is not None and num_proc < 1:
+        raise ConfigError(f"num_proc is {num_proc}; it must be at least 1")
+    if num_proc is None and n_records < RECORDS_WORTH_PROCESSES:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_proc or cores, max(1, n_records))
+
+
+def _refuse_too_long(too_long: list[tuple[int, str]], n_records: int, max_tokens: int | None) -> None:
+    if not too_long:
+        return
+    longest = sorted(too_long, key=lambda item: -item[0])
+    tokens, source = longest[0]
+    others = ", ".join(f"{source} ({tokens:,})" for tokens, source in longest[1:4])
+    raise DataError(
+        f"{source}: {tokens:,} tokens, but at most {max_tokens:,} fit; {len(too_long):,} of {n_records:,} records "
+        f"are too long{f', next: {others}' if others else ''}. Cut them with --truncate, or raise "
+        f"--tokens-per-row to {tokens} if the model's context allows it"
+    )
+
+
+def _notes(counts: Counter[str], n_records: int, max_tokens: int | None) -> list[str]:
+    notes = []
+    if split := counts["one per answer"]:
+        notes.append(
+            f"The chat template shows earlier turns differently once the conversation goes on; {split:,} of "
+            f"{n_records:,} conversations became one example per answer, each exactly what the model sees in use."
+        )
+    if trailing := counts["trailing messages"]:
+        notes.append(
+            f"{trailing:,} of {n_records:,} conversations end with a message that is not an answer; that message is "
+            "not used."
+        )
+    if ignored := counts["weight ignored"]:
+        notes.append(
+            f'train_on "all" trains every token, so "weight" has no effect (conversations that set it: {ignored:,}).'
+        )
+    if cut := counts["cut"]:
+        notes.append(
+            f"{cut:,} of {n_records:,} documents were cut to {max_tokens:,} tokens, "
+            f"{counts['cut in a trained part']:,} of them in a trained part, which then has no stop token."
+        )
+    for key, count in counts.items():
+        if key.startswith("unknown stop "):
+            notes.append(
+                f'Answers end with "{key.removeprefix("unknown stop ")}", which is not among the tokens that the '
+                "model stops at: set eos_token_id in its generation_config.json."
+            )
+        if key.startswith("left out "):
+            notes.append(
+                f'The chat template leaves out or rewrites what the role "{key.removeprefix("left out ")}" says '
+                f"(messages: {count:,}); see with `loratune preview` what the model is shown."
+            )
+    return notes

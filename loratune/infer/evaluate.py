@@ -1,0 +1,145 @@
+"""What a model's answers are worth: exact match of generated answers, and the loss as perplexity.
+
+Exact match is strict on purpose: the reference and the answer must agree in every character but white space, where
+runs count as one space and the ends do not count. No case folding, no punctuation stripping, no "contains": a rule
+that has to be guessed makes two numbers incomparable. Each answer is kept, so that a person can see what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune.errors import DataError
+from loratune.infer.engine import BATCH_SIZE, generate
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One prompt answered."""
+
+    prompt: str
+    reference: str
+    answer: str
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    """All answers of one model to a set of prompts."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+    new_tokens: int
+
+    @property
+    def correct(self) -> int:
+        """Answers that equal their reference."""
+        return sum(answer.ok for answer in self.answers)
+
+    @property
+    def share(self) -> float:
+        """Correct answers over all, 0 to 1."""
+        return self.correct / len(self.answers)
+
+    @property
+    def wrong(self) -> tuple[Answer, ...]:
+        """The others, in order."""
+        return tuple(answer for answer in self.answers if not answer.ok)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Mean negative log-likelihood over trained tokens, as `training.step.evaluate_loss` returns it."""
+
+    nats_per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): how many equally likely tokens the model hesitates between; infinite above 709 nats."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One model (a base, or an adapter on it) on one data set; what was not measured is None."""
+
+    name: str
+    loss: Loss | None
+    exact: ExactMatch | None
+
+    def as_json(self, *, answers: bool = False) -> dict[str, Any]:
+        """Plain values for a JSON file; with `answers`, every answer too."""
+        values: dict[str, Any] = {"name": self.name}
+        if self.loss is not None:
+            # JSON has no infinity; the loss beside it says the same.
+            perplexity = self.loss.perplexity if math.isfinite(self.loss.perplexity) else None
+            values |= {"loss": self.loss.nats_per_token, "perplexity": perplexity, "tokens": self.loss.tokens}
+        if self.exact is not None:
+            values |= {
+                "exact_match": self.exact.share,
+                "correct": self.exact.correct,
+                "prompts": len(self.exact.answers),
+                "new_tokens": self.exact.new_tokens,
+                "seconds": round(self.exact.seconds, 3),
+            }
+            if answers:
+                values["answers"] = [asdict(answer) for answer in self.exact.answers]
+        return values
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[str],
+    *,
+    stop_ids: Collection[int],
+    shown: Sequence[str] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> ExactMatch:
+    """Answers every prompt greedily and compares with its reference; the active adapter is the one that answers.
+
+    Args:
+        prompts: token ids, each up to where the answer begins (`data.render.prompt_ids`).
+        references: the answers wanted, as text.
+        shown: the prompts as a person should see them; by default decoded, template and all.
+        max_new_tokens: by default twice the tokens of the longest reference and eight more: what is longer than
+            that cannot be right, and what is right has room for an unusual spelling into tokens.
+
+    Raises: DataError: nothing to answer, or another number of references than of prompts; and as `generate`.
+    """
+    if not prompts or len(prompts) != len(references):
+        raise DataError(f"exact match needs a reference for each prompt; got {len(prompts)} and {len(references)}")
+    if max_new_tokens is None:
+        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
+        max_new_tokens = 2 * max(lengths) + 8
+    started = time.perf_counter()
+    tokens = generate(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, batch_size=batch_size)
+    seconds = time.perf_counter() - started
+    answers = tuple(
+        Answer(text, reference, answer, normalised(answer) == normalised(reference))
+        for text, reference, answer in zip(
+            shown or _texts(tokenizer, prompts), references, _texts(tokenizer, tokens), strict=True
+        )
+    )
+    return ExactMatch(answers, seconds, sum(map(len, tokens)))
+
+
+def normalised(text: str) -> str:
+    """The text with its ends stripped and every run of white space as one space; nothing else changes."""
+    return " ".join(text.split())
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]]) -> list[str]:
+    return [
+        str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in sequences
+    ]

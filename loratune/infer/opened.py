@@ -1,0 +1,114 @@
+"""From the folders that training leaves to a model that answers: base, tokenizer, adapters, stop tokens.
+
+A folder written by `loratune train` says in `run.toml` which base and which chat template it belongs to; a plain PEFT
+folder names its base in `adapter_config.json`. Several folders share one base, which is loaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune.base.load import load, load_tokenizer, resolve, stop_ids
+from loratune.config import Precision, RunConfig, from_dict, read_toml
+from loratune.errors import AdapterError, ModelError
+from loratune.lora.files import load_adapter, read_info
+from loratune.lora.inject import activate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base model in memory with the adapters of some folders; the first of them is active."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    """What the user calls the base model."""
+    adapters: dict[str, Path]
+    """Adapter name -> its folder; empty for a bare base model."""
+    stop_ids: frozenset[int]
+    run: RunConfig | None
+    """Settings of the run that made the first adapter, if it is ours."""
+
+
+def open_folders(
+    folders: Sequence[str],
+    *,
+    model: str | None = None,
+    precision: Precision = "auto",
+    device: str | None = None,
+) -> Opened:
+    """Loads the base that the adapters in `folders` were made for, and the adapters.
+
+    Args:
+        folders: folders of adapters over one base, or a single base model.
+        model: base model to use instead of the recorded one.
+
+    Raises: AdapterError: a folder holds no adapter, or the adapters belong to different bases. ModelError: the base
+        is not to be found.
+    """
+    if len(folders) == 1 and not _is_adapter(folders[0]):
+        return _open_base(folders[0], precision, device)
+    runs = {folder: read_run(folder) for folder in folders}
+    bases = {folder: model or _base_of(folder, runs[folder]) for folder in folders}
+    base = bases[folders[0]]
+    for folder, other in bases.items():
+        if resolve(other) != resolve(base):
+            raise AdapterError(
+                f"{folder} belongs to {other}, but {folders[0]} to {base}; adapters that are loaded together share "
+                "one base. --model NAME uses one base for all"
+            )
+    names = _names(folders)
+    loaded = load(base, precision, device)
+    run = runs[folders[0]]
+    tokenizer = load_tokenizer(base, run.dataset.chat_template if run else None)
+    for name, folder in names.items():
+        load_adapter(loaded, folder, name=name)
+    activate(loaded, next(iter(names)))
+    return Opened(loaded, tokenizer, base, {n: Path(f) for n, f in names.items()}, stop_ids(loaded, tokenizer), run)
+
+
+def read_run(folder: str | Path) -> RunConfig | None:
+    """The settings in the folder's run.toml, or None if it has none (an adapter made elsewhere)."""
+    file = Path(folder) / "run.toml"
+    return from_dict(RunConfig, read_toml(str(file)), str(file)) if file.exists() else None
+
+
+def _open_base(name: str, precision: Precision, device: str | None) -> Opened:
+    loaded, tokenizer = load(name, precision, device), load_tokenizer(name)
+    return Opened(loaded, tokenizer, name, {}, stop_ids(loaded, tokenizer), None)
+
+
+def _is_adapter(folder: str) -> bool:
+    """Whether this is meant as an adapter's folder; a folder without any configuration is, for a better message."""
+    path = Path(folder)
+    return path.is_dir() and not (path / "config.json").exists()
+
+
+def _base_of(folder: str, run: RunConfig | None) -> str:
+    """The base model as run.toml names it, or as adapter_config.json does if that is not here any more."""
+    recorded = read_info(folder).base_model
+    candidates = [c for c in (run.model if run else None, recorded) if c]
+    for candidate in candidates:
+        try:
+            resolve(candidate)
+        except ModelError:
+            continue
+        return candidate
+    named = " or ".join(candidates) or "not recorded"
+    raise AdapterError(f"{folder}: its base model ({named}) is not here; say where it is with --model")
+
+
+def _names(folders: Sequence[str]) -> dict[str, str]:
+    """Name -> folder: the folder's own name, with its parent's where two are alike."""
+    names: dict[str, str] = {}
+    for folder in folders:
+        path = Path(folder).resolve()
+        name = path.name if path.name not in names else f"{path.parent.name}-{path.name}"
+        if name in names:
+            raise AdapterError(f"{folder} is named twice")
+        names[name] = folder
+    return names

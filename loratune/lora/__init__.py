@@ -1,0 +1,1 @@
+"""The heart: adapters as swapped module instances, from selection to file."""

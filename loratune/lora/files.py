@@ -1,0 +1,321 @@
+"""Adapters on disk, in PEFT's format, both ways: a folder with adapter_config.json and adapter_model.safetensors.
+
+One function, `_slots`, says which tensor of an adapter has which key; saving reads the slots and loading fills
+them. A file must fit the model exactly: a missing, unexpected or misshapen tensor is an error that names it, and
+nothing of the file is used. The adapter is built beside the model and joins it last.
+
+Only safetensors are read: unpickling a .bin or .pt file can run any code its maker put there.
+
+Format: PEFT 0.21. Keys start with "base_model.model."; the adapter's name is not part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from loratune import atomic
+from loratune.config import LoraConfig
+from loratune.errors import AdapterError, OutputError, nearest
+from loratune.lora import peft_config
+from loratune.lora.build import build
+from loratune.lora.inject import Attached, add
+from loratune.lora.layers import LoraEmbedding
+from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
+from loratune.lora.select import Selection, find_places, select
+from loratune.lora.state import Adapter, require
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_LISTED = 6
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter's folder says of it, without its tensors and without the base model."""
+
+    folder: Path
+    config: LoraConfig
+    base_model: str | None
+    task_type: str | None
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor key -> shape."""
+    dtypes: tuple[str, ...]
+    size_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+def save(model: nn.Module, directory: str | Path, name: str = "default", *, overwrite: bool = False) -> None:
+    """Writes adapter `name` of `model` to `directory`, which PEFT, transformers, vLLM and llama.cpp read.
+
+    A new folder appears whole or not at all. In a folder that exists, other files stay, and the configuration comes
+    last: whenever one can be read, its tensors are there and belong to it. The adapter need not be active.
+
+    Raises:
+        AdapterError: no such adapter.
+        OutputError: there is an adapter already (and not `overwrite`), no space, or no permission.
+    """
+    folder = Path(directory)
+    config, weights = _content(model, name)
+    if folder.is_file():
+        raise OutputError(f"{folder}: is a file; an adapter is saved as a folder")
+    taken = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if (folder / file).exists()]
+    if taken and not overwrite:
+        raise OutputError(f"{folder}: holds an adapter already ({taken[0]}); choose another folder or pass overwrite")
+    if not folder.exists():
+        with atomic.new_directory(folder) as temporary:
+            atomic.write_bytes(temporary / WEIGHTS_FILE, weights)
+            atomic.write_text(temporary / CONFIG_FILE, config)
+        return
+    stale = folder / CONFIG_FILE
+    _replace(stale, folder / WEIGHTS_FILE, config, weights)
+
+
+def _replace(config_path: Path, weights_path: Path, config: str, weights: bytes) -> None:
+    """Replaces both files such that the old configuration is never seen with the new tensors."""
+    same = config_path.exists() and config_path.read_bytes() == config.encode()
+    if config_path.exists() and not same:
+        backup = config_path.read_bytes()
+        config_path.unlink()
+        try:
+            atomic.write_bytes(weights_path, weights)
+        except OutputError:
+            atomic.write_bytes(config_path, backup)
+            raise
+    else:
+        atomic.write_bytes(weights_path, weights)
+    if not same:
+        atomic.write_text(config_path, config)
+
+
+def _content(model: nn.Module, name: str) -> tuple[str, bytes]:
+    """The text of the configuration and the bytes of the tensors."""
+    state = require(model)
+    adapter = state.get(name)
+    layer_paths = [place for path in adapter.layers for place in state.places[path]]
+    tensors = adapter_tensors(model, name)
+    return peft_config.to_json(model, adapter, layer_paths), to_bytes(tensors, metadata={"format": "pt"})
+
+
+def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Copies on the CPU of all tensors of an adapter, by their keys in the file. Raises AdapterError."""
+    slots = _slots(require(model).get(name))
+    return {key: slot.detach().to("cpu", copy=True).contiguous() for key, slot in slots.items()}
+
+
+def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Attached:
+    """Adds the adapter in `directory` to `model` under `name` and makes it the active one.
+
+    Args:
+        directory: a folder in PEFT's format, or one that holds `name/` in that format.
+        name: need not be the name it was trained under, which files do not record.
+
+    Raises: AdapterError: the folder is no LoRA adapter, uses something not implemented here, is damaged, or was made
+        for another model; the name is taken. The model is then as it was.
+    """
+    folder = find_folder(directory, name)
+    read = peft_config.read(folder)
+    tensors = _read_tensors(folder)
+    return add(model, name, lambda: _fitted(model, folder, read, tensors))
+
+
+def read_config(directory: str | Path) -> LoraConfig:
+    """The configuration of a saved adapter. Raises AdapterError."""
+    return peft_config.read(find_folder(directory)).lora
+
+
+def read_info(directory: str | Path) -> AdapterInfo:
+    """What an adapter's folder says of it, for a person; reads no tensor. Raises AdapterError."""
+    folder = find_folder(directory)
+    read = peft_config.read(folder)
+    path = _weights_path(folder)
+    shapes, dtypes = {}, set()
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                part = file.get_slice(key)
+                shapes[key] = tuple(part.get_shape())
+                dtypes.add(str(part.get_dtype()))
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(_damaged(path, error)) from error
+    size = path.stat().st_size
+    return AdapterInfo(folder, read.lora, read.base_model, read.task_type, shapes, tuple(sorted(dtypes)), size)
+
+
+def find_folder(directory: str | Path, name: str | None = None) -> Path:
+    """The folder that holds adapter_config.json: `directory`, or `directory/name` as PEFT lays out named adapters.
+
+    Raises: AdapterError: there is none; the message says what is there instead.
+    """
+    folder = Path(directory)
+    if folder.is_file():
+        if folder.suffix in _PICKLES:
+            raise AdapterError(_pickled(folder))
+        raise AdapterError(f"{folder}: is a file; name the folder that holds {CONFIG_FILE}")
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inner = sorted(path.name for path in folder.iterdir() if (path / CONFIG_FILE).is_file())
+    if name in inner:
+        return folder / str(name)
+    if inner:
+        raise AdapterError(
+            f"{folder}: holds the adapters {', '.join(inner)}; name one, for example {folder / inner[0]}"
+        )
+    for suspect in sorted(folder.iterdir()):
+        if suspect.suffix in _PICKLES:
+            raise AdapterError(_pickled(suspect))
+    raise AdapterError(f"{folder}: has no {CONFIG_FILE}, so it is not an adapter")
+
+
+def _pickled(path: Path) -> str:
+    return f"{path}: is a pickle, which can run any code when read; only safetensors are read: convert it with PEFT"
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path}: is damaged or not a safetensors file ({error})"
+
+
+def _weights_path(folder: Path) -> Path:
+    path = folder / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    for suspect in sorted(folder.iterdir()):
+        if suspect.suffix in _PICKLES:
+            raise AdapterError(_pickled(suspect))
+    raise AdapterError(f"{folder}: has no {WEIGHTS_FILE}")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = _weights_path(folder)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(_damaged(path, error)) from error
+    return tensors
+
+
+def _slots(adapter: Adapter) -> dict[str, Tensor]:
+    """Key in the file -> the adapter's own tensor. Several keys may have one tensor where weights are tied."""
+    slots: dict[str, Tensor] = {}
+    for path, weights in adapter.layers.items():
+        A, B = _layer_keys(path, embedding=issubclass(weights.kind, LoraEmbedding))
+        slots[A], slots[B] = weights.lora_A, weights.lora_B
+    for path, bias in adapter.biases.items():
+        owner = path.removesuffix("bias").rstrip(".")
+        slots[_PREFIX + (f"{owner}.base_layer.bias" if owner in adapter.layers else path)] = bias
+    for path, module in adapter.modules.items():
+        slots |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    return slots
+
+
+def _layer_keys(path: str, *, embedding: bool) -> tuple[str, str]:
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return f"{_PREFIX}{path}.{names[0]}", f"{_PREFIX}{path}.{names[1]}"
+
+
+def _fitted(
+    model: nn.Module, folder: Path, read: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> tuple[Selection, Adapter]:
+    """The adapter of the file, built for the resting `model` and filled; changes nothing."""
+    config = replace(read.lora, modules_to_save=_saved_paths(model, read.lora.modules_to_save or [], tensors))
+    selection = select(model, config, strict=False)
+    adapter = build(model, config, selection, seed=None)
+    slots = _slots(adapter)
+    given = _given(model, folder, slots, tensors)
+    _check_keys(folder, slots, given)
+    _check_shapes(folder, slots, given)
+    filled: dict[int, str] = {}
+    with torch.no_grad():
+        for key, slot in slots.items():
+            twin = filled.setdefault(id(slot), key)
+            if twin != key and not torch.equal(given[key], given[twin]):
+                raise AdapterError(f"{folder}: {key} and {twin} differ, but are tied to each other in this model")
+            slot.copy_(given[key])
+    return selection, adapter
+
+
+def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) -> list[str] | None:
+    """The modules that PEFT saved in full: those whose path ends in an entry, and of which the file has a tensor.
+
+    PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads, so
+    the file, not the configuration, says which modules are meant.
+    """
+    owners = {suffix for key in keys for suffix in _parents(key.removeprefix(_PREFIX))}
+    paths = [place.paths[0] for place in find_places(model)]
+    found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]
+    return found or None
+
+
+def _parents(key: str) -> Iterable[str]:
+    parts = key.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def _given(
+    model: nn.Module, folder: Path, slots: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The file's tensors by slot, without those of the base, which PEFT saves along for embeddings and for biases.
+
+    Raises: AdapterError: a tensor of the base differs from the model's: the adapter was made for another base.
+    """
+    base = model.state_dict()
+    given = {key: tensor for key, tensor in tensors.items() if key in slots}
+    for key in [key for key in tensors if key not in slots]:
+        plain = key.removeprefix(_PREFIX)
+        for wrapper in (".base_layer.", ".original_module.", ".modules_to_save."):
+            plain = plain.replace(wrapper, ".")
+        if _PREFIX + plain in slots and ".original_module." not in key:
+            given.setdefault(_PREFIX + plain, tensors[key])
+        elif plain not in base:
+            given[key] = tensors[key]
+        elif not _same(base[plain], tensors[key]):
+            raise AdapterError(f"{folder}: was made for another base model: {plain} differs from this model's")
+    return given
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
+
+
+def _check_keys(folder: Path, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing = [key for key in slots if key not in given]
+    unexpected = [key for key in given if key not in slots]
+    if not missing and not unexpected:
+        return
+    lines = [f"{folder}: does not fit this model"]
+    if unexpected:
+        near = nearest(unexpected[0], missing or slots, limit=1)
+        lines.append(f"unexpected {_listed(unexpected)}.{near}")
+    if missing:
+        lines.append(f"missing {_listed(missing)}")
+    raise AdapterError("; ".join(lines))
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    return ", ".join(key.removeprefix(_PREFIX) for key in keys[:_MAX_LISTED]) + more
+
+
+def _check_shapes(folder: Path, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    wrong = [key for key, slot in slots.items() if slot.shape != given[key].shape]
+    if wrong:
+        key = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise AdapterError(
+            f"{folder}: was made for another model or rank: {key.removeprefix(_PREFIX)} is "
+            f"{tuple(given[key].shape)} in the file, {tuple(slots[key].shape)} expected here{more}"
+        )

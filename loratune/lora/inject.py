@@ -1,0 +1,301 @@
+"""Adapters on a model: attach, activate, merge, unmerge, detach. Module instances are swapped; nothing is patched.
+
+`attach` puts a `LoraLayer` in the place of each selected layer. After that, switching adapters only re-points
+Parameters: the active adapter is found in `model.parameters()`, the others rest in the model's `Adapters` object
+and come back to the bit. With none active the model computes what it did before, to the bit.
+
+Every function validates all it can before it changes anything, so that an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from loratune.config import LoraConfig
+from loratune.errors import AdapterError
+from loratune.lora.build import build
+from loratune.lora.linear import LoraLayer
+from loratune.lora.select import Selection, select
+from loratune.lora.state import Adapter, Adapters, find, identity, install, require, ties, uninstall
+from loratune.lora.switch import is_plain, place_module, switch
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` or `load_adapter` did; `print` it."""
+
+    name: str
+    ranks: dict[str, int]
+    """Path of each adapted layer -> rank."""
+    modules_to_save: tuple[str, ...]
+    biases: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    """Of the base model and this adapter together."""
+    left_out: tuple[str, ...] = ()
+    """Why each linear layer that "all-linear" could not adapt was left out."""
+
+    def __str__(self) -> str:
+        share = self.trainable_parameters / max(1, self.total_parameters)
+        lines = [
+            f'adapter "{self.name}": {len(self.ranks)} layers, {self.trainable_parameters:,} of '
+            f"{self.total_parameters:,} parameters train ({share:.2%})"
+        ]
+        kinds = Counter((path.rpartition(".")[2], r) for path, r in self.ranks.items())
+        lines += [f"  {count:>4} x {leaf}, rank {r}" for (leaf, r), count in kinds.items()]
+        lines += [f"  in full: {path}" for path in self.modules_to_save]
+        if self.biases:
+            lines.append(f"  {len(self.biases)} biases")
+        lines += [f"  left out: {why}" for why in self.left_out]
+        return "\n".join(lines)
+
+
+def attach(model: nn.Module, config: LoraConfig, name: str = "default", seed: int = 0) -> Attached:
+    """Adds a new adapter to `model`, freezes the base, and makes the adapter the active one.
+
+    Args:
+        model: any module; its layers are replaced in place. Move and cast it before, not after: masters are float32.
+        name: any non-empty string that can name a folder.
+        seed: of the initial A (and B); torch's global generator is not touched.
+
+    Raises:
+        ConfigError: a value of `config` is out of range.
+        AdapterError: the name is taken or unusable; something named matches nothing or cannot be adapted; another
+            adapter is merged. The model is then as it was.
+    """
+    return add(model, name, lambda: _new(model, config, seed))
+
+
+def _new(model: nn.Module, config: LoraConfig, seed: int) -> tuple[Selection, Adapter]:
+    selection = select(model, config)
+    return selection, build(model, config, selection, seed)
+
+
+def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] | None) -> None:
+    """Chooses what the model computes with from now on.
+
+    Args:
+        which: one name: that adapter, trainable. None: the bare base, to the bit. Several names, or a mapping of
+            names to weights: the weighted sum of their updates, for inference only (rank-concatenated copies).
+
+    Inactive tensors follow to the device of the layers that they are used in.
+    Raises: AdapterError: an unknown name; an adapter is merged; a sum over adapters with modules_to_save or biases.
+    """
+    state = require(model)
+    state.require_unmerged("activate")
+    weights = _as_weights(which)
+    for name in weights:
+        adapter = state.get(name)
+        if not is_plain(weights) and (adapter.modules or adapter.biases):
+            raise AdapterError(
+                f'adapter "{name}" has modules_to_save or biases, which cannot be weighted or summed; '
+                "activate it alone"
+            )
+    switch(model, state, weights)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Removes the adapter `name`, or all. Without adapters left, the model has its original instances again.
+
+    If the removed adapter was in use, the bare base is active afterwards.
+    Raises: AdapterError: an unknown name, or an adapter is merged.
+    """
+    state = require(model)
+    state.require_unmerged("detach")
+    if name is not None:
+        state.get(name)
+    before = {} if name is None or name in state.active else dict(state.active)
+    with _resting(model, state):
+        for gone in [name] if name is not None else list(state.adapters):
+            del state.adapters[gone]
+        still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
+        for path in [path for path in state.layers if path not in still_used]:
+            place_module(model, state.places[path], state.layers.pop(path).to_base())
+    if state.adapters:
+        switch(model, state, before)
+        return
+    for parameter in state.unfrozen:
+        parameter.requires_grad_(True)
+    uninstall(model)
+
+
+def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -> None:
+    """Adds the update of adapter `name` to the weights of `model` in place, rounded once to their dtype.
+
+    Its modules_to_save and biases take their places too. While merged, the model cannot attach, activate or train.
+    `unmerge` gives back the exact bits, which no arithmetic on rounded sums can (in bf16 most weights would come out
+    different), so a reversible merge keeps the weights from before in CPU memory: the bytes of the adapted layers.
+    With reversible=False nothing is kept; the adapter is gone and the model a plain one, as if trained in full.
+
+    Raises: AdapterError: an unknown name; something is merged already; a weight is tied to another module, which
+        would change too; the adapter holds non-finite values; an irreversible merge beside other adapters. Nothing
+        has changed then.
+    """
+    state = require(model)
+    state.require_unmerged("merge")
+    adapter = state.get(name)
+    others = [other for other in state.adapters if other != name]
+    if others and not reversible:
+        raise AdapterError(f'an irreversible merge would leave "{others[0]}" without its base; detach it first')
+    _check_finite(name, adapter)
+    before = dict(state.active)
+    with _resting(model, state):
+        _check_ties(model, state, adapter)
+    switch(model, state, {name: 1.0})
+    for path in adapter.layers:
+        state.layers[path].merge(reversible=reversible)
+    if not reversible:
+        # What stood aside for the adapter is not coming back: the model keeps the adapter's modules and biases.
+        state.base_modules.clear()
+        state.base_biases.clear()
+        state.unfrozen.clear()
+        detach(model)
+        model.requires_grad_(False)
+        return
+    state.merged, state.active_before_merge = name, before
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge`: the exact weights of before, and the adapters that were active then.
+
+    Raises: AdapterError: nothing is merged.
+    """
+    state = require(model)
+    if state.merged is None:
+        raise AdapterError("no adapter is merged")
+    for path in state.get(state.merged).layers:
+        state.layers[path].unmerge()
+    state.merged = None
+    switch(model, state, state.active_before_merge)
+
+
+def merged(model: nn.Module) -> str | None:
+    """Name of the merged adapter, or None."""
+    state = find(model)
+    return None if state is None else state.merged
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of all adapters of `model`, in the order in which they came."""
+    state = find(model)
+    return () if state is None else tuple(state.adapters)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters in use; empty if the model computes with the bare base."""
+    state = find(model)
+    return () if state is None else tuple(state.active)
+
+
+def config_of(model: nn.Module, name: str) -> LoraConfig:
+    """A copy of the configuration with which adapter `name` was attached or loaded."""
+    return copy.deepcopy(require(model).get(name).config)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The Parameters of the one active adapter by name, each once, in a fixed order: what an optimizer should get.
+
+    Raises: AdapterError: an adapter is merged, or not exactly one adapter is active.
+    """
+    state = require(model)
+    state.require_unmerged("train")
+    if not is_plain(state.active) or not state.active:
+        raise AdapterError(f"exactly one adapter must be active to train; active now: {state.active or 'none'}")
+    return state.get(next(iter(state.active))).parameters()
+
+
+def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter]]) -> Attached:
+    """Adds the adapter that `make` builds beside the resting base; shared by `attach` and `load_adapter`."""
+    state = find(model) or Adapters()
+    state.require_unmerged("attach")
+    check_name(name)
+    if name in state.adapters:
+        raise AdapterError(f'an adapter "{name}" is already attached; detach it first or choose another name')
+    with _resting(model, state):
+        selection, adapter = make()
+    return _join(model, state, name, selection, adapter)
+
+
+def check_name(name: str) -> None:
+    """Raises AdapterError for a name that could not be that of a folder."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise AdapterError(f"an adapter cannot be called {name!r}: a name is not empty and holds no / or \\")
+
+
+@contextmanager
+def _resting(model: nn.Module, state: Adapters) -> Iterator[None]:
+    """The bare base is in use within the block, and after it; if it raises, the adapters of before are again."""
+    before = dict(state.active)
+    finished = False
+    switch(model, state, {})
+    try:
+        yield
+        finished = True
+    finally:
+        if not finished:
+            switch(model, state, before)
+
+
+def _join(model: nn.Module, state: Adapters, name: str, selection: Selection, adapter: Adapter) -> Attached:
+    """The only part of attaching that changes the model; nothing in it can fail for a reason of the user's."""
+    total = sum(p.numel() for p in model.parameters()) + sum(p.numel() for p in adapter.parameters().values())
+    fresh = [target for target in selection.targets if target.path not in state.layers]
+    stand_ins = {target.path: target.layer_class.from_base(target.base) for target in fresh}
+    if not state.adapters:
+        state.unfrozen = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    for target in fresh:
+        state.places[target.path] = target.places
+        state.layers[target.path] = stand_ins[target.path]
+        place_module(model, target.places, stand_ins[target.path])
+    for place in selection.saved:
+        state.places[place.paths[0]] = place.paths
+    state.adapters[name] = adapter
+    install(model, state)
+    switch(model, state, {name: 1.0})
+    return Attached(
+        name=name,
+        ranks={path: weights.lora_A.shape[0] for path, weights in adapter.layers.items()},
+        modules_to_save=tuple(adapter.modules),
+        biases=tuple(adapter.biases),
+        trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
+        total_parameters=total,
+        left_out=selection.left_out,
+    )
+
+
+def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+    if which is None:
+        return {}
+    if isinstance(which, str):
+        return {which: 1.0}
+    if isinstance(which, Mapping):
+        return {name: float(weight) for name, weight in which.items()}
+    if len(set(which)) < len(which):
+        raise AdapterError(f"an adapter is named twice in {list(which)}; give weights as a mapping instead")
+    return dict.fromkeys(which, 1.0)
+
+
+def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
+    layers: dict[str, LoraLayer] = {path: state.layers[path] for path in adapter.layers}
+    holders = ties(model, [layer.weight for layer in layers.values()])
+    for path, layer in layers.items():
+        own = {f"{place}.weight" for place in state.places[path]}
+        others = [where for where in holders[identity(layer.weight)] if where not in own]
+        if others:
+            raise AdapterError(
+                f'cannot merge into "{path}.weight": it is tied to "{others[0]}", which would change too. '
+                "Keep the adapter unmerged, or untie the weights first"
+            )
+
+
+def _check_finite(name: str, adapter: Adapter) -> None:
+    for path, weights in adapter.layers.items():
+        if not (bool(weights.lora_A.isfinite().all()) and bool(weights.lora_B.isfinite().all())):
+            raise AdapterError(f'adapter "{name}" holds non-finite values at "{path}"; it is not merged')

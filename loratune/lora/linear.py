@@ -1,0 +1,132 @@
+"""One linear layer with at most one adapter in use, and its whole life: from base, forward, merge, back to base.
+
+    W' = W + scaling · B A        A: (r, d_in)    B: (d_out, r)    W frozen
+
+A `LoraLinear` *is* an `nn.Linear`: it takes over the very Parameter objects of the layer it stands in for, so that
+state-dict keys, tied weights and code that asks for `layer.weight.dtype` stay valid. It holds the adapter in use
+and nothing of the others: switching re-points `lora_A` and `lora_B`, and with none in use the layer computes what
+the original did, to the bit. Adapter names never reach a layer.
+
+`LoraLayer` is the part that does not depend on the kind of layer; `lora.layers` has the siblings for
+transformers' Conv1D and for embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loratune.ops.lora import lora_linear
+
+
+class LoraLayer(nn.Module):
+    """A layer that stands in for `base` and adds the low-rank update of the adapter it holds."""
+
+    weight: Tensor
+    lora_A: nn.Parameter | None
+    """(r, d_in), or None when no adapter is in use here."""
+    lora_B: nn.Parameter | None
+    """(d_out, r), or None when no adapter is in use here."""
+    scaling: float
+    """Factor of B A: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
+    lora_dropout: float
+    """Probability of zeroing an element of the adapter's input while training."""
+    _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
+    _unmerged: Tensor | None  # the weight before `merge`, on the CPU
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> Self:
+        """A stand-in for `base` with the same Parameters, buffers, hooks and attributes, holding no adapter."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(base.__dict__)
+        layer._parameters = dict(base._parameters)
+        layer.register_parameter("lora_A", None)
+        layer.register_parameter("lora_B", None)
+        layer._base = (base,)
+        layer._unmerged = None
+        layer.release()
+        return layer
+
+    def to_base(self) -> nn.Module:
+        """The original instance, with whatever Parameters `weight` and `bias` have become since."""
+        base = self._base[0]
+        for name in base._parameters:
+            base._parameters[name] = self._parameters[name]
+        return base.train(self.training)
+
+    def hold(self, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, dropout: float) -> None:
+        """Puts an adapter's weights, (r, d_in) and (d_out, r), to use."""
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.scaling, self.lora_dropout = scaling, dropout
+
+    def release(self) -> None:
+        """Lets go of the adapter: the layer computes what the original did, to the bit."""
+        self.lora_A = self.lora_B = None
+        self.scaling, self.lora_dropout = 0.0, 0.0
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """scaling · B A in the shape of `weight` and the dtype of the adapter."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return self.oriented(self.lora_B @ self.lora_A).mul_(self.scaling)
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> None:
+        """Adds `delta` to the weight in place, rounded once to its dtype, and lets go of the adapter.
+
+        Memory: `unmerge` must give back the exact bits, which no arithmetic on the rounded sum can, so the weight
+        before the merge is kept in CPU memory; reversible=False keeps nothing.
+        """
+        if reversible:
+            self._unmerged = self.weight.detach().to("cpu", copy=True)
+        delta = self.delta()
+        self.weight.copy_(delta.add_(self.weight))
+        self.release()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts back the weight of before `merge`, to the bit."""
+        assert self._unmerged is not None
+        self.weight.copy_(self._unmerged)
+        self._unmerged = None
+
+    def extra_repr(self) -> str:
+        """As of the original, and the rank of the adapter in use."""
+        rank = "no adapter" if self.lora_A is None else f"rank={self.lora_A.shape[0]}"
+        return f"{self._base[0].extra_repr()}, {rank}"
+
+    @staticmethod
+    def features(base: nn.Module) -> tuple[int, int]:
+        """(d_in, d_out) of a layer of the kind that this class stands in for."""
+        raise NotImplementedError
+
+    @staticmethod
+    def oriented(product: Tensor) -> Tensor:
+        """B A, (d_out, d_in), in the orientation of `weight`."""
+        raise NotImplementedError
+
+
+class LoraLinear(LoraLayer, nn.Linear):
+    """`nn.Linear` plus low-rank update: x Wᵀ + b + scaling · (drop(x) Aᵀ) Bᵀ."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        if self.lora_A is None or self.lora_B is None:
+            return linear(input, self.weight, self.bias)
+        dropout = self.lora_dropout if self.training else 0.0
+        return lora_linear(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    @staticmethod
+    def features(base: nn.Module) -> tuple[int, int]:
+        """(d_in, d_out) of an `nn.Linear`."""
+        assert isinstance(base, nn.Linear)
+        return base.in_features, base.out_features
+
+    @staticmethod
+    def oriented(product: Tensor) -> Tensor:
+        """As it is: the weight of a Linear is (d_out, d_in)."""
+        return product

@@ -1,0 +1,217 @@
+"""PEFT's adapter_config.json: every field that PEFT 0.21 writes, and no meaning lost on the way in.
+
+Writing resolves what only loratune can resolve ("all-linear", layer numbers) into module names, so that PEFT,
+transformers, vLLM and llama.cpp select the same layers. Reading takes PEFT's own defaults for fields that are
+missing, and refuses by name every field whose value would change the result and that is not implemented here: an
+adapter never loads as something else than it was.
+
+Format: PEFT 0.21 `LoraConfig.save_pretrained`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
+
+from loratune.config import LoraConfig, from_dict
+from loratune.errors import AdapterError, ConfigError
+from loratune.lora.select import ALL_LINEAR, check_settings, find_places, shortest_names
+from loratune.lora.state import Adapter
+
+CONFIG_FILE = "adapter_config.json"
+
+# The fields that PEFT 0.21 writes and that loratune does not use, with the value that means "not used".
+_UNUSED: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "revision": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Fields that say where an adapter came from, or how others train it, and do not change what it computes.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# Initialisations that leave the base weights as they are; after training they make no difference.
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter_config.json that was read."""
+
+    lora: LoraConfig
+    base_model: str | None
+    """base_model_name_or_path: what the adapter was made for, as far as its maker said."""
+    task_type: str | None
+    peft_version: str | None
+
+
+def read(folder: Path) -> AdapterConfig:
+    """Reads adapter_config.json in `folder`.
+
+    Raises: AdapterError: it is missing, not JSON, not of a LoRA adapter, or sets something not implemented here.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AdapterError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{path}: holds a {type(fields).__name__}; an adapter's configuration is an object")
+    _check_fields(path, fields)
+    try:
+        lora = from_dict(LoraConfig, _values(fields), str(path))
+        check_settings(lora)
+    except ConfigError as error:
+        raise AdapterError(_at(path, error)) from error
+    base = fields.get("base_model_name_or_path")
+    return AdapterConfig(lora, base or None, fields.get("task_type"), fields.get("peft_version"))
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f'{path}: peft_type is {kind!r}; loratune reads "LORA" adapters only')
+    for name, value in fields.items():
+        if name in _FIELDS or name in _HARMLESS or value == _UNUSED.get(name) or not value:
+            continue
+        known = " (a field that loratune does not implement)" if name in _UNUSED else " (an unknown field)"
+        raise AdapterError(
+            f"{path}: {name} = {_short(value)}{known}; the adapter would not be what it was trained to be"
+        )
+    init = fields.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        raise AdapterError(
+            f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter with PEFT "
+            "(save_pretrained with path_initial_model_for_weight_conversion) first"
+        )
+    if not fields.get("target_modules"):
+        raise AdapterError(f"{path}: target_modules is missing, and there is no telling which layers are meant")
+
+
+def _values(fields: dict[str, Any]) -> dict[str, Any]:
+    """Values for LoraConfig, with PEFT's defaults (r 8, lora_alpha 8) where a field is missing or null."""
+    values = {"r": 8, "lora_alpha": 8} | {n: v for n, v in fields.items() if n in _FIELDS and v is not None}
+    for name in ("layers_to_transform", "layers_pattern"):
+        if name in values and not isinstance(values[name], list):
+            values[name] = [values[name]]  # PEFT takes one number or name as well,
+        if not values.get(name):  # and empty for "no restriction"
+            values.pop(name, None)
+    if values.get("init_lora_weights") not in (True, False, "gaussian"):
+        values.pop("init_lora_weights", None)
+    if str(values["target_modules"]).lower() == ALL_LINEAR:
+        values["target_modules"] = ALL_LINEAR
+    return values
+
+
+def _at(path: Path, error: ConfigError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_json(model: nn.Module, adapter: Adapter, layer_paths: Iterable[str]) -> str:
+    """The text of adapter_config.json for an adapter of `model`.
+
+    Args:
+        layer_paths: every path at which an adapted layer stands.
+    """
+    config = adapter.config
+    every = [path for place in find_places(model) for path in place.paths]
+    fields: dict[str, Any] = dict(_UNUSED)
+    fields |= {name: getattr(config, name) for name in _FIELDS}
+    if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
+        resolved = shortest_names(list(layer_paths), every)
+        fields |= {"target_modules": resolved, "exclude_modules": None}
+        fields |= {"layers_to_transform": None, "layers_pattern": None}
+    if adapter.modules:
+        fields["modules_to_save"] = [_ending(path, every) for path in adapter.modules]
+    task = task_type(model)
+    fields |= {
+        "peft_type": "LORA",
+        "task_type": task,
+        "auto_mapping": None if task else _auto_mapping(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
+        "fan_in_fan_out": any(isinstance(model.get_submodule(path), Conv1D) for path in adapter.layers),
+        "inference_mode": True,
+        "lora_alpha": _whole(config.lora_alpha),
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
+    }
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def task_type(model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None:
+    """PEFT's task type of a language model; None for others, of which PEFT would expect a head in the file."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        return None
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """How PEFT's AutoPeftModel finds the class of a model that has no task type."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _ending(path: str, every: list[str]) -> str:
+    """The shortest name by which PEFT finds this module, and no other, in modules_to_save (it matches any ending)."""
+    parts = path.split(".")
+    names = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+    return next((name for name in names if sum(p.endswith(name) for p in every) == 1), path)
+
+
+def _whole(number: float) -> float:
+    """An int where the value is whole, as PEFT writes it."""
+    return int(number) if float(number).is_integer() else number

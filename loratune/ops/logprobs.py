@@ -1,0 +1,111 @@
+"""Log-probabilities of given tokens straight from hidden states, never tokens x vocabulary at once.
+
+The output head is the widest product of a language model: 8,192 tokens by a vocabulary of 152,000 are 2.3 GiB in
+bf16, and a softmax over them costs several such buffers. So the head runs in chunks of tokens, and because the
+log-probability of one token depends on that token's hidden state alone, its whole gradient is known during the
+forward: d logp / d h = J^T (W[target] - softmax(z) W), with J the derivative of the head's elementwise tail. It is
+kept (the size of the hidden states) and the backward is one multiplication by whatever gradient arrives. Any
+objective that is a function of log-probabilities therefore costs the head exactly two products, as little as
+fused cross-entropy losses need for the one objective they know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, d)
+        weight: Tensor,  # (V, d)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        logprobs = torch.empty(hidden.shape[0], dtype=_accurate(hidden.dtype), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, MAX_CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
+            logits = _tail(nn.functional.linear(hidden[rows], weight, bias).to(logprobs.dtype), scale, softcap)
+            log_normaliser = logits.logsumexp(-1, keepdim=True)
+            chosen = targets[rows, None]
+            logprobs[rows] = (logits.gather(1, chosen) - log_normaliser).squeeze(1)
+            if gradient is not None:
+                slope = None if softcap is None else 1 - (logits / softcap).square_()
+                d_logits = logits.sub_(log_normaliser).exp_().neg_()
+                d_logits.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=logits.dtype))
+                if slope is not None:
+                    d_logits.mul_(slope)
+                torch.mm(d_logits.mul_(scale).to(weight.dtype), weight, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, d_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        d_hidden = None if gradient is None else gradient * d_logprobs[:, None].to(gradient.dtype)
+        return d_hidden, None, None, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """log p(target | hidden state) for each token: log_softmax(tail(head(h)))[target].
+
+    `tail(z)` is `scale * z`, and with a soft cap `softcap * tanh(scale * z / softcap)` (Gemma 2).
+
+    Args:
+        hidden: (N, d), the hidden states that are to predict; leave out those nobody asks about.
+        head: the output head, (..., d) -> (..., V). A frozen `nn.Linear` takes the two-product path; anything else,
+            such as a head with an adapter, runs chunk by chunk under activation checkpointing.
+        targets: (N,) int64, 0 <= target < V.
+        scale: dimensionless factor on the logits.
+        softcap: bound of the logits, or None.
+
+    Returns: (N,) float32 (float64 for float64 input), natural logarithms.
+    Memory: one chunk of logits, `MAX_CHUNK_ELEMENTS`, and the gradient (N, d) until the backward.
+    """
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, targets, scale, softcap
+        )
+        return result
+
+    def chunk_logprobs(rows: Tensor, chosen: Tensor) -> Tensor:
+        logits = head(rows)
+        logits = _tail(logits.to(_accurate(logits.dtype)), scale, softcap)
+        return logits.log_softmax(-1).gather(1, chosen[:, None]).squeeze(1)
+
+    width = getattr(head, "out_features", None) or 1 << 15
+    step = max(1, MAX_CHUNK_ELEMENTS // width)
+    parts = [
+        checkpoint(chunk_logprobs, rows, chosen, use_reentrant=False)
+        for rows, chosen in zip(hidden.split(step), targets.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _tail(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The elementwise end of a head, in place on freshly made logits."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

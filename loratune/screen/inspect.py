@@ -1,0 +1,233 @@
+"""`loratune inspect`: what an adapter is, how strong it is where, and what it was trained on.
+
+Any folder in PEFT format will do; run.toml and metrics.jsonl are read where they lie beside it. The strength of an
+update is the Frobenius norm of scaling · B A, which needs two r x r products and never the full size, because
+‖B A‖² = sum((BᵀB) ∘ (A Aᵀ)). Drawn over the depth of the model it shows at a glance which layers learned something.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+from torch import Tensor
+
+from loratune.config import LoraConfig, read_toml
+from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
+from loratune.screen.text import curve
+from loratune.training import metrics
+from loratune.units import duration, size
+
+_PREFIX = "base_model.model."
+_PAIR = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_CURVE_WIDTH = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One adapted layer."""
+
+    path: str
+    r: int
+    d_in: int
+    d_out: int
+    scaling: float
+    norm: float
+    """Frobenius norm of scaling · B A."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """Everything that a folder says about its adapter."""
+
+    info: AdapterInfo
+    layers: tuple[Layer, ...]
+    in_full: tuple[str, ...]
+    """Tensors that are not low-rank: modules_to_save and biases."""
+    run: dict[str, Any]
+    """run.toml, or empty."""
+    history: list[dict[str, Any]]
+    """metrics.jsonl, or empty."""
+
+
+def inspect(directory: str | Path) -> Inspected:
+    """Reads a folder. Raises AdapterError: it is no LoRA adapter; ConfigError: its run.toml is damaged."""
+    info = read_info(directory)
+    layers, in_full = _read_layers(info)
+    run_file = info.folder / "run.toml"
+    run = read_toml(str(run_file)) if run_file.is_file() else {}
+    return Inspected(info, layers, in_full, run, metrics.read(info.folder / "metrics.jsonl"))
+
+
+def as_json(found: Inspected) -> dict[str, Any]:
+    """The same as plain values, for programs."""
+    info = found.info
+    return {
+        "folder": str(info.folder),
+        "base_model": info.base_model,
+        "task_type": info.task_type,
+        "parameters": info.parameters,
+        "bytes": info.size_bytes,
+        "dtypes": list(info.dtypes),
+        "layers": {
+            layer.path: {
+                "r": layer.r,
+                "shape": [layer.d_out, layer.d_in],
+                "scaling": layer.scaling,
+                "norm": layer.norm,
+            }
+            for layer in found.layers
+        },
+        "in_full": list(found.in_full),
+        "run": found.run,
+    }
+
+
+def draw(found: Inspected, console: Console) -> None:
+    """Draws what `inspect` found."""
+    console.print(Text(found.info.folder.resolve().name, style="bold"), soft_wrap=True)
+    console.print(Padding(_facts(_adapter_facts(found)), (1, 0, 0, 2)))
+    console.print(Padding(_layer_table(found.layers, console), (0, 0, 0, 1)))
+    if found.run or found.history:
+        console.print(Padding(_facts(_training_facts(found, console)), (0, 0, 1, 2)))
+    else:
+        console.print(Text("  no run.toml here: how it was trained is not recorded\n", style="dim"))
+
+
+def _adapter_facts(found: Inspected) -> dict[str, str]:
+    info, config = found.info, found.info.config
+    ranks = sorted({layer.r for layer in found.layers})
+    scalings = sorted({layer.scaling for layer in found.layers})
+    kind = "alpha / √r" if config.use_rslora else "alpha / r"
+    return {
+        "base": info.base_model or "not recorded",
+        "rank": ", ".join(map(str, ranks)),
+        "scaling": ", ".join(f"{s:.4g}" for s in scalings) + f"  ({kind}, alpha {config.lora_alpha:g})",
+        "size": f"{info.parameters:,} parameters, {size(info.size_bytes)} in {', '.join(info.dtypes)}",
+        "targets": _words(config.target_modules),
+        "dropout": f"{config.lora_dropout:g}" if config.lora_dropout else "",
+        "in full": _words(list(found.in_full)),
+    }
+
+
+def _training_facts(found: Inspected, console: Console) -> dict[str, str]:
+    run, steps = found.run, [line for line in found.history if line.get("loss") is not None]
+    training, dataset = run.get("training", {}), run.get("dataset", {})
+    losses = [float(line["loss"]) for line in steps if not line.get("skipped")]
+    held_out = [(float(m["eval_loss"]), m["step"]) for m in found.history if m.get("eval_loss") is not None]
+    facts = {"trained on": _words([Path(path).name for path in run.get("data", [])])}
+    if steps:
+        last = steps[-1]
+        seconds = math.fsum(m["tokens"] / m["tokens_per_second"] for m in steps if m.get("tokens_per_second"))
+        took = f" in {duration(seconds)}" if seconds else ""
+        facts["steps"] = f"{last['step']:,}{took}, {last.get('trained_tokens', 0):,} trained tokens"
+    if losses:
+        facts["loss"] = f"{losses[0]:.4f} {_curve(losses, console)} {losses[-1]:.4f}"
+    if held_out:
+        best, step = min(held_out)
+        facts["held-out"] = (
+            f"{held_out[0][0]:.4f} {_curve([loss for loss, _ in held_out], console)} {held_out[-1][0]:.4f}"
+        )
+        facts["best"] = f"{best:.4f} held-out, at step {step:,}"
+    if training:
+        rate = f"{training['learning_rate']:g}, {training['lr_scheduler_type']}"
+        facts["learning rate"] = rate + f", warm-up {training['warmup_ratio']:.0%}"
+        rows = training["gradient_accumulation_steps"]
+        facts["batch"] = f"{rows} x {dataset.get('tokens_per_row', 0):,} tokens"
+        facts["seed"] = str(training["seed"])
+    return facts
+
+
+def _facts(facts: Mapping[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=13)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, Text(value))
+    return table
+
+
+def _layer_table(layers: Sequence[Layer], console: Console) -> Table:
+    """One row for each kind of layer, with the norm of its update over the depth of the model."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("update", justify="right", no_wrap=True)
+    table.add_column("first to last", no_wrap=True)
+    strongest = max((layer.norm for layer in layers), default=0.0)
+    for kind, members in _kinds(layers).items():
+        norms = [layer.norm for layer in members]
+        shapes = {f"{layer.d_in} > {layer.d_out}" for layer in members}
+        table.add_row(
+            kind,
+            str(len(members)),
+            ", ".join(sorted(shapes)),
+            f"{math.fsum(norms) / len(norms):.3g}",
+            Text(_curve(norms, console, strongest), style="cyan"),
+        )
+    return table
+
+
+def _kinds(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Layers by the last two names of their paths that are not numbers, in the order of the model."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        names = [name for name in layer.path.split(".") if not name.isdigit()]
+        kinds.setdefault(".".join(names[-2:]), []).append(layer)
+    return kinds
+
+
+def _read_layers(info: AdapterInfo) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The low-rank layers, in the model's order, and the names of all other tensors."""
+    layers, taken = [], set()
+    with safe_open(info.folder / WEIGHTS_FILE, framework="pt") as file:
+        for key in info.shapes:
+            end = next((end for end in _PAIR if key.endswith(end)), None)
+            other = key.removesuffix(end) + _PAIR[end] if end else ""
+            if end is None or other not in info.shapes:
+                continue
+            taken |= {key, other}
+            path = key.removeprefix(_PREFIX).removesuffix(end)
+            layers.append(_layer(path, file.get_tensor(key), file.get_tensor(other), info.config))
+    rest = [key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in info.shapes if key not in taken]
+    return tuple(sorted(layers, key=_depth)), tuple(rest)
+
+
+def _layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Layer:
+    """Facts of one layer; a shape with more than two sides (a convolution's kernel) counts flattened."""
+    A, B = lora_A.flatten(1).double(), lora_B.flatten(1).double()
+    r = A.shape[0]
+    alpha = next(
+        (a for key, a in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha
+    )
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return Layer(path, r, A.shape[1], B.shape[0], scaling, abs(scaling) * math.sqrt(max(0.0, square)))
+
+
+def _depth(layer: Layer) -> list[tuple[int, str]]:
+    """Sorts "layers.10" after "layers.9"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.path.split(".")]
+
+
+def _curve(values: Sequence[float], console: Console, top: float | None = None) -> str:
+    return curve(values, _CURVE_WIDTH, top=top, ascii_only=console.options.ascii_only)
+
+
+def _words(value: str | Sequence[str]) -> str:
+    if isinstance(value, str):
+        return value
+    listed = list(value[:12])
+    return ", ".join(listed) + (f" and {len(value) - 12} more" if len(value) > 12 else "")

@@ -1,0 +1,288 @@
+"""`loratune preview`: what the model will really see, before any time is spent on training.
+
+Most fine-tuning that goes wrong goes wrong here: a template that prints two BOS tokens, an answer that never ends,
+a prompt that is trained along. So the tokens themselves are shown, with what is trained in colour, the token that
+ends an answer marked, and special tokens by name. Borders between tokens are two shades of the same colour. Without
+colour (NO_COLOR, a file, a dumb terminal) trained stretches stand in brackets instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich.box import ROUNDED
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from loratune.data.examples import Example
+from loratune.data.feed import Dataset, EpochRows
+from loratune.data.template import decode, special_tokens
+
+TOKENS_SHOWN = 360  # of one example; the middle of a longer one is left out
+BAR_WIDTH = 40
+BINS = 8
+LOW_FULLNESS = 0.8
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+TRAINED = (Style(color="#e6fbe9", bgcolor="#1c5a34"), Style(color="#e6fbe9", bgcolor="#257343"))
+CONTEXT = (Style(color="#8e959e"), Style(color="#6f7680"))
+SPECIAL = Style(color="#5fa8d3")
+SPECIAL_TRAINED = Style(color="#a7e0ff", bgcolor="#1c5a34")
+STOP = Style(color="#1d1300", bgcolor="#f0b429", bold=True)
+QUIET = Style(color="#808790")
+BAR = Style(color="#3f9c63")
+WARN = Style(color="#f0b429", bold=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token as text; several if together they are one character."""
+
+    text: str
+    trained: bool
+    special: bool
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The signs that a console can show."""
+
+    newline: str
+    tab: str
+    open_trained: str
+    close_trained: str
+    stop: str
+    bullet: str
+    ellipsis: str
+    all_characters: bool
+
+
+UNICODE = Marks("↵", "⇥", "⟦", "⟧", "■", "•", "…", all_characters=True)
+ASCII = Marks("\\n", "\\t", "[[", "]]", "#", "-", "...", all_characters=False)
+
+
+def draw_preview(
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    rows: EpochRows,
+    *,
+    stop_ids: frozenset[int],
+    show: int = 3,
+) -> None:
+    """Draws the first examples token by token, then lengths, rows, notes and warnings.
+
+    Args:
+        rows: the rows of one epoch of dataset.train.
+        stop_ids: tokens at which generation stops.
+        show: how many examples to draw.
+    """
+    marks = ASCII if console.options.ascii_only else UNICODE
+    coloured = console.color_system is not None and not console.no_color
+    console.print(_legend(coloured, marks), "")
+    specials = special_tokens(tokenizer)
+    for example in dataset.train[:show]:
+        console.print(_example_panel(example, tokenizer, specials, stop_ids, coloured, marks))
+    if len(dataset.train) > show:
+        console.print(Text(f"  {marks.ellipsis} and {len(dataset.train) - show:,} more", QUIET))
+    console.print(Padding(_facts(dataset, rows), (1, 0, 0, 0)))
+    console.print(_histogram([len(example) for example in dataset.train], console.options.ascii_only))
+    _draw_notes(console, dataset.notes, warnings(dataset, rows), marks)
+
+
+def warnings(dataset: Dataset, rows: EpochRows) -> list[str]:
+    """What looks unintended in the data, in words."""
+    found = []
+    lengths = [len(example) for example in dataset.train]
+    if len(rows) == 1:
+        found.append(
+            f"All {len(lengths):,} documents fit into one row, so an epoch is a single step; with a smaller "
+            "--tokens-per-row or more --epochs the model sees more steps."
+        )
+    elif rows.fullness < LOW_FULLNESS:
+        found.append(
+            f"Rows are only {rows.fullness:.0%} full; the rest is padding that costs time. The longest document has "
+            f"{max(lengths):,} tokens: a --tokens-per-row a few times that packs better."
+        )
+    if not dataset.eval:
+        found.append("Nothing is held out, so nobody will notice when training starts to overfit.")
+    return found
+
+
+# tokens
+
+
+def _legend(coloured: bool, marks: Marks) -> Text:
+    legend = Text("  ")
+    if not coloured:
+        legend.append(f"{marks.open_trained}trained{marks.close_trained}   not trained   ")
+        return legend.append(f"{marks.stop} stands before the token that ends an answer")
+    legend.append(" trai", TRAINED[0]).append("ned ", TRAINED[1]).append("  ")
+    legend.append("not tr", CONTEXT[0]).append("ained", CONTEXT[1]).append("   ")
+    legend.append("ends an answer", STOP).append("   ")
+    legend.append("special token", SPECIAL).append("   ")
+    return legend.append("two shades of a colour: two tokens", QUIET)
+
+
+def _example_panel(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    specials: frozenset[int],
+    stop_ids: frozenset[int],
+    coloured: bool,
+    marks: Marks,
+) -> Panel:
+    first, last = _shown(len(example))
+    body = Text()
+    for part in (first, last):
+        if part.start:
+            body.append(f"\n   {marks.ellipsis} {part.start - first.stop:,} tokens {marks.ellipsis}\n", QUIET)
+        pieces = _pieces(example, part, tokenizer, specials, stop_ids)
+        body.append_text(_coloured(pieces, marks) if coloured else _bracketed(pieces, marks))
+    trained = int((example.weights > 0).sum())
+    body.rstrip()
+    return Panel(
+        body,
+        box=ROUNDED,
+        border_style=QUIET,
+        title=Text(example.source),
+        title_align="left",
+        subtitle=Text(f"{len(example):,} tokens, {trained:,} trained"),
+        subtitle_align="right",
+    )
+
+
+def _shown(length: int) -> tuple[range, range]:
+    """Token ranges to draw: the beginning and, if all is too much, the end (else an empty range)."""
+    if length <= TOKENS_SHOWN:
+        return range(length), range(0)
+    return range(TOKENS_SHOWN // 2), range(length - TOKENS_SHOWN // 2, length)
+
+
+def _pieces(
+    example: Example,
+    part: range,
+    tokenizer: PreTrainedTokenizerBase,
+    specials: frozenset[int],
+    stop_ids: frozenset[int],
+) -> Iterator[Piece]:
+    """Tokens as text. Decoded as growing prefixes: some tokenizers drop a space if a token stands alone."""
+    ids = example.token_ids[part.start : part.stop].tolist()
+    weights = example.weights[part.start : part.stop].tolist()
+    before = ""
+    for end, (token, weight) in enumerate(zip(ids, weights, strict=True), start=1):
+        text = decode(tokenizer, ids[:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            continue  # bytes of a character that the next token completes
+        yield Piece(text[len(before) :], weight > 0, token in specials, weight > 0 and token in stop_ids)
+        before = text
+
+
+def _coloured(pieces: Iterator[Piece], marks: Marks) -> Text:
+    text = Text()
+    for number, piece in enumerate(pieces):
+        if piece.stop:
+            style = STOP
+        elif piece.special:
+            style = SPECIAL_TRAINED if piece.trained else SPECIAL
+        else:
+            style = (TRAINED if piece.trained else CONTEXT)[number % 2]
+        _append(text, piece.text, style, marks)
+    return text
+
+
+def _bracketed(pieces: Iterator[Piece], marks: Marks) -> Text:
+    text = Text()
+    inside = False
+    for piece in pieces:
+        if piece.trained != inside:
+            text.append(marks.open_trained if piece.trained else marks.close_trained)
+            inside = piece.trained
+        if piece.stop:
+            text.append(marks.stop)
+        _append(text, piece.text, Style(), marks)
+    if inside:
+        text.append(marks.close_trained)
+    return text
+
+
+def _append(text: Text, piece: str, style: Style, marks: Marks) -> None:
+    """Appends a token with its white space made visible; a colour never runs to the end of a line."""
+    for at, line in enumerate(piece.replace("\t", marks.tab).split("\n")):
+        if at:
+            text.append(marks.newline, style + Style(dim=True)).append("\n")
+        text.append("".join(_visible(char, marks) for char in line), style)
+
+
+def _visible(char: str, marks: Marks) -> str:
+    shown = char.isprintable() and (marks.all_characters or char.isascii())
+    return char if shown else ascii(char)[1:-1]
+
+
+# figures
+
+
+def _facts(dataset: Dataset, rows: EpochRows) -> Table:
+    lengths = [len(example) for example in dataset.train]
+    tokens = sum(lengths)
+    trained = int(sum((example.weights > 0).sum() for example in dataset.train))
+    longest = max(dataset.train, key=len)
+    facts = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
+    facts.add_column(style=QUIET, justify="right")
+    facts.add_column()
+    facts.add_row("documents", f"{len(lengths):,} to train on, {len(dataset.eval):,} held out")
+    facts.add_row("tokens", f"{tokens:,}, of which {trained:,} ({trained / tokens:.0%}) are trained")
+    facts.add_row("lengths", Text(f"median {median(lengths):,.0f}, longest {len(longest):,} ({longest.source})"))
+    facts.add_row("an epoch", f"{len(rows):,} rows of {rows.tokens_per_row:,} tokens, {rows.fullness:.1%} full")
+    return facts
+
+
+def _histogram(lengths: Sequence[int], ascii_only: bool) -> Group:
+    width = _nice((max(lengths) - min(lengths) + 1) / BINS)
+    counts = Counter(length // width for length in lengths)
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
+    table.add_column(justify="right", style=QUIET)
+    table.add_column()
+    table.add_column(justify="right")
+    for number in range(min(counts), max(counts) + 1):
+        span = f"{number * width:,} to {(number + 1) * width - 1:,}" if width > 1 else f"{number:,}"
+        bar = Text(_bar(counts[number] / max(counts.values()), ascii_only), BAR)
+        table.add_row(span, bar, f"{counts[number]:,}")
+    return Group(Text("\n  documents by length in tokens\n", QUIET), table)
+
+
+def _nice(step: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `step`."""
+    power = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * power >= step:
+                return factor * power
+        power *= 10
+
+
+def _bar(share: float, ascii_only: bool) -> str:
+    if ascii_only:
+        return "#" * round(share * BAR_WIDTH) or ("." if share else "")
+    eighths = round(share * BAR_WIDTH * 8) or (1 if share else 0)
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _draw_notes(console: Console, notes: Sequence[str], found: Sequence[str], marks: Marks) -> None:
+    table = Table.grid(padding=(0, 1))
+    for note in notes:
+        table.add_row(Text(f"  {marks.bullet}", QUIET), Text(note))
+    for warning in found:
+        table.add_row(Text("  !", WARN), Text(warning))
+    if table.row_count:
+        console.print()
+        console.print(table)

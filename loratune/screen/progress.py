@@ -1,0 +1,192 @@
+"""Training as a person likes to watch it: what is about to happen, one live line, and what to do next.
+
+On a terminal a single line moves (step, loss with a small curve, rate, tokens a second, memory, time left) and
+evaluations scroll by above it. Without one, as in a log file, a plain line is printed every tenth of the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from loratune.training.loop import Evaluated, Saved, StepDone, Unreached
+from loratune.training.run import Note, Prepared, RunEvent, RunResult
+from loratune.units import duration, size
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 24
+
+
+def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
+    """Draws a run's events as they come and returns its result."""
+    view = _View(console)
+    result: RunResult | None = None
+    try:
+        for event in events:
+            match event:
+                case Note(text):
+                    view.note(text)
+                case Prepared():
+                    view.prepare(event)
+                case StepDone():
+                    view.step(event)
+                case Evaluated():
+                    view.evaluated(event)
+                case Unreached(paths):
+                    view.note(
+                        f"{len(paths)} tensors of the adapter get no gradient, for example {paths[0]}: the model "
+                        "computes without calling those layers. Leave them out with --exclude-modules"
+                    )
+                case Saved(step=step):
+                    view.last_saved = step
+                case RunResult():
+                    result = event
+    finally:
+        view.close()
+    assert result is not None, "a run ends with its result"
+    return result
+
+
+def summary(result: RunResult, console: Console) -> None:
+    """The closing lines of `loratune train`: how it went and the commands that come next."""
+    progress = result.progress
+    headline = {
+        "done": ("finished", "bold green"),
+        "early stop": ("stopped early: the held-out loss no longer falls", "bold green"),
+        "interrupted": ("interrupted; everything is saved", "bold yellow"),
+        "diverged": ("stopped: the loss is not finite", "bold red"),
+    }[result.reason]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("steps", f"{progress.step:,} in {duration(progress.seconds)}")
+    if result.last_loss is not None:
+        table.add_row("training loss", f"{result.last_loss:.4f}")
+    if progress.best_eval_loss is not None:
+        table.add_row("held-out loss", f"{progress.best_eval_loss:.4f}, the best, at step {progress.best_step}")
+    if progress.skipped_steps:
+        table.add_row("skipped", f"{progress.skipped_steps} steps with a non-finite loss or gradient")
+    table.add_row("speed", f"{result.tokens_per_second:,.0f} tokens/s, peak memory {size(result.peak_memory_bytes)}")
+    if result.out is not None:
+        table.add_row("adapter", f"{result.out}  (of step {result.kept_step})")
+    console.print(Panel(table, title=Text(*headline), title_align="left", border_style=headline[1].split()[-1]))
+    if result.out is not None:
+        console.print("Next:", style="bold")
+        if result.reason == "interrupted":
+            console.print(f"  loratune train --resume --out {result.out}", style="cyan", highlight=False)
+        for verb in ("chat", "eval", "merge"):
+            rest = {"chat": "", "eval": " HELD_OUT.jsonl", "merge": f" --out {result.out}-merged"}[verb]
+            console.print(f"  loratune {verb} {result.out}{rest}", style="cyan", highlight=False)
+
+
+class _View:
+    """The live line and its history."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last_saved: int | None = None
+        self._losses: list[float] = []
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._first_step = 0
+        self._eval_loss: float | None = None
+
+    def note(self, text: str) -> None:
+        """Prints something a person should know."""
+        self.console.print(Text.assemble(("note  ", "yellow"), text))
+
+    def prepare(self, event: Prepared) -> None:
+        """Says in a few lines what will be trained on what."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        if event.attached is not None:
+            table.add_row("adapter", str(event.attached).splitlines()[0])
+        held_out = f", {len(event.dataset.eval):,} held out" if event.dataset.eval else ", none held out"
+        table.add_row("data", f"{len(event.dataset.train):,} examples{held_out}")
+        table.add_row("rows", f"{event.rows_per_epoch:,} an epoch, {event.fullness:.1%} full")
+        resumed = f", going on after step {event.resumed_at:,}" if event.resumed_at else ""
+        table.add_row("steps", f"{event.total_steps:,}{resumed}")
+        table.add_row("device", f"{event.device}, base in {event.dtype}")
+        self.console.print(table)
+        self.console.print()
+        self._first_step = event.resumed_at
+        self._started = time.monotonic()
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+
+    def step(self, event: StepDone) -> None:
+        """Moves the live line, or prints one now and then where nothing can move."""
+        if not event.skipped:
+            self._losses.append(event.loss)
+        left = self._time_left(event)
+        if self._live is not None:
+            self._live.update(self._line(event, left))
+        elif event.step == event.total_steps or event.step % max(1, event.total_steps // 10) == 0:
+            self.console.print(
+                f"step {event.step}/{event.total_steps}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}  "
+                f"{event.tokens_per_second:,.0f} tokens/s  {size(event.memory_bytes)}  {duration(left)} left",
+                highlight=False,
+            )
+        if event.skipped:
+            self.console.print(
+                Text(f"step {event.step}: loss or gradient not finite, step skipped", style="bold red")
+            )
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Prints one line a held-out evaluation."""
+        self._eval_loss = event.eval_loss
+        mark = ("  best so far", "green") if event.best else ("", "")
+        self.console.print(
+            Text.assemble((f"step {event.step:>6}  ", "dim"), f"held-out loss {event.eval_loss:.4f}", mark)
+        )
+
+    def close(self) -> None:
+        """Takes the live line off the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, event: StepDone, left: float) -> Group:
+        bar = Table.grid(padding=(0, 1))
+        done = Text(f"{event.step:,}/{event.total_steps:,}", style="bold")
+        time_left = Text(f"{duration(left)} left", style="dim")
+        bar.add_row(done, ProgressBar(total=event.total_steps, completed=event.step, width=36), time_left)
+        facts = Text.assemble(
+            ("loss ", "dim"),
+            (f"{event.loss:.4f} ", "bold"),
+            (curve(self._losses, _CURVE_WIDTH), "blue"),
+            ("  rate ", "dim"),
+            f"{event.learning_rate:.1e}",
+            ("  ", ""),
+            f"{event.tokens_per_second:,.0f}",
+            (" tokens/s  ", "dim"),
+            size(event.memory_bytes),
+        )
+        return Group(bar, facts)
+
+    def _time_left(self, event: StepDone) -> float:
+        done = event.step - self._first_step
+        return (time.monotonic() - self._started) / done * (event.total_steps - event.step)
+
+
+def curve(values: list[float], width: int) -> str:
+    """The course of `values` in at most `width` block characters, each the mean of its share."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((m - low) * scale)] for m in means)

@@ -1,0 +1,1 @@
+"""Training: objectives, the optimizer step, the loop, checkpoints, and whole runs."""

@@ -1,0 +1,220 @@
+"""The model card of an output folder: README.md with the front matter that the hub and PEFT read.
+
+A pure function from facts to text, so that what a card says can be tested and nothing is looked up on the way. A card
+answers, in this order: what is it, how do I use it, how good is it, what was it trained on and how, with which
+versions. It makes no claim that was not measured: what is unknown is left out, not filled with a phrase.
+Format: https://huggingface.co/docs/hub/model-cards (`base_model`, `library_name: peft`, `base_model_relation`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratune.base.load import POCKET
+from loratune.config import LoraConfig
+from loratune.units import duration, size
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank accepts
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """One file or data set that the adapter learned from or was measured on."""
+
+    name: str
+    """File name or hub id; never a path of the machine it lay on."""
+    records: int
+    sha256: str | None
+    """Of the content, to recognise the same data again; None for what has no single file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """Everything that a card says. Fields that default to None or empty are left out of it if not given."""
+
+    name: str
+    """What the adapter is called: its folder's name."""
+    base_model: str
+    lora: LoraConfig
+    trainable_parameters: int
+    file_bytes: int
+    train_data: tuple[DataFacts, ...]
+    eval_data: tuple[DataFacts, ...] = ()
+    license: str | None = None
+    """SPDX identifier; unknown unless the user says so, as it depends on base and data."""
+    merged_difference: float | None = None
+    """For a merged checkpoint: largest absolute difference in logits from base + adapter."""
+    results: Mapping[str, str] = field(default_factory=dict)
+    """What was measured, to its value as text with unit: {"held-out loss": "0.0312 nats per token"}."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Training settings worth reading: {"learning rate": "0.0002, cosine"}."""
+    steps: int | None = None
+    trained_tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    device: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_card(facts: CardFacts) -> str:
+    """The text of README.md; ends with a newline."""
+    sections = [
+        _front_matter(facts),
+        f"# {facts.name}\n\n{_what_it_is(facts)}",
+        f"## Use\n\n{_use(facts)}",
+        _table("## Results", "measured", facts.results),
+        f"## Data\n\n{_data(facts)}",
+        _table("## Training", "setting", _training_rows(facts)),
+        _table("## Versions", "package", facts.versions),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    """YAML; every value is written as JSON, which YAML includes, so nothing has to be escaped by rule."""
+    merged = facts.merged_difference is not None
+    values: dict[str, Any] = {}
+    if _HUB_ID.fullmatch(facts.base_model) and facts.base_model != POCKET:  # the hub refuses what it does not hold
+        values["base_model"] = facts.base_model
+        values["base_model_relation"] = "finetune" if merged else "adapter"
+    values["library_name"] = "transformers" if merged else "peft"
+    if facts.license:
+        values["license"] = facts.license
+    values["pipeline_tag"] = "text-generation"
+    values["tags"] = ["lora", "loratune"]
+    lines = (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what_it_is(facts: CardFacts) -> str:
+    learned = ", ".join(f"`{data.name}`" for data in facts.train_data)
+    if facts.merged_difference is not None:
+        return (
+            f"`{facts.base_model}` with a LoRA adapter trained on {learned} merged into its weights by loratune. "
+            "Before this folder got its name it was loaded again and compared with base + adapter: the largest "
+            f"difference in any logit is {facts.merged_difference:.2g}."
+        )
+    rank = _ranks(facts.lora)
+    return (
+        f"A LoRA adapter of rank {rank} for `{facts.base_model}`, trained with loratune on {learned}: "
+        f"{facts.trainable_parameters:,} parameters, {size(facts.file_bytes)}. The base model is not in this "
+        "folder and was not changed."
+    )
+
+
+def _use(facts: CardFacts) -> str:
+    name = facts.name
+    if facts.merged_difference is not None:
+        commands = f"loratune chat {name}\nvllm serve {name}"
+        return f"An ordinary checkpoint; run these beside the folder:\n\n```sh\n{commands}\n```"
+    width = len(f"loratune merge {name} --out {name}-merged")
+    return f"""Run these beside the folder.
+
+```sh
+{f"loratune chat {name}":<{width}}    # talk to it
+loratune merge {name} --out {name}-merged    # one checkpoint, verified
+```
+
+```python
+import loratune as lt
+
+model = lt.load("{facts.base_model}")
+lt.load_adapter(model, "{name}", name="{name}")
+lt.activate(model, "{name}")    # None switches back to the base
+```
+
+{_peft(facts)}
+
+{_vllm(facts)}"""
+
+
+def _peft(facts: CardFacts) -> str:
+    imports, base = "from transformers import AutoModelForCausalLM", json.dumps(facts.base_model)
+    if facts.base_model == POCKET:
+        imports, base = f"{imports}\n\nfrom loratune.box import MODEL_DIR", "MODEL_DIR"
+    return f"""With PEFT:
+
+```python
+from peft import PeftModel
+{imports}
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "{facts.name}")
+```"""
+
+
+def _vllm(facts: CardFacts) -> str:
+    lora = facts.lora
+    if lora.modules_to_save or lora.bias != "none" or lora.rank_pattern or lora.alpha_pattern:
+        return (
+            "vLLM takes plain low-rank matrices of one scaling, and this adapter has more (see the settings): merge "
+            "it and serve the checkpoint."
+        )
+    rank = next((r for r in _VLLM_RANKS if r >= lora.r), lora.r)
+    base = "$(python -c 'from loratune.box import MODEL_DIR; print(MODEL_DIR)')"
+    base = base if facts.base_model == POCKET else facts.base_model
+    return (
+        "With vLLM:\n\n"
+        f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {facts.name}={facts.name}\n```"
+    )
+
+
+def _data(facts: CardFacts) -> str:
+    rows = ["| | records | SHA-256 |", "|---|---:|---|"]
+    for kind, part in (("trained on", facts.train_data), ("held out", facts.eval_data)):
+        for data in part:
+            digest = f"`{data.sha256}`" if data.sha256 else ""
+            rows.append(f"| {kind} `{data.name}` | {data.records:,} | {digest} |")
+    return "\n".join(rows)
+
+
+def _training_rows(facts: CardFacts) -> dict[str, str]:
+    lora = facts.lora
+    targets = lora.target_modules
+    scaling = f"{lora.lora_alpha:g}, {'rank-stabilised' if lora.use_rslora else 'over the rank'}"
+    rows = {
+        "rank `r`": _ranks(lora),
+        "`lora_alpha`": scaling + (f", patterns {lora.alpha_pattern}" if lora.alpha_pattern else ""),
+        "`lora_dropout`": f"{lora.lora_dropout:g}",
+        "`target_modules`": targets if isinstance(targets, str) else ", ".join(targets),
+        "`modules_to_save`": ", ".join(lora.modules_to_save or []),
+        "`bias`": "" if lora.bias == "none" else lora.bias,
+        **facts.settings,
+    }
+    rows |= dict(_run_rows(facts))
+    return {key: value for key, value in rows.items() if value}
+
+
+def _run_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:
+    if facts.steps is not None:
+        yield "optimizer steps", f"{facts.steps:,}"
+    if facts.trained_tokens is not None:
+        yield "trained tokens", f"{facts.trained_tokens:,}"
+    if facts.seconds is not None:
+        yield "time", duration(facts.seconds)
+    if facts.tokens_per_second is not None:
+        yield "speed", f"{facts.tokens_per_second:,.0f} tokens per second"
+    if facts.peak_memory_bytes is not None:
+        yield "peak memory", size(facts.peak_memory_bytes)
+    if facts.device is not None:
+        yield "device", facts.device
+
+
+def _ranks(lora: LoraConfig) -> str:
+    special = ", ".join(f"{rank} for {pattern}" for pattern, rank in lora.rank_pattern.items())
+    return f"{lora.r} ({special})" if special else str(lora.r)
+
+
+def _table(heading: str, what: str, rows: Mapping[str, str]) -> str:
+    """A two-column Markdown table, or nothing if there are no rows. A pipe in a value would end its cell."""
+    if not rows:
+        return ""
+    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return "\n".join([heading, "", f"| {what} | |", "|---|---|", *lines])

@@ -1,0 +1,120 @@
+"""Checkpoints: everything that makes a resumed run equal the uninterrupted one, to the bit, and no pickle.
+
+A checkpoint is a folder `checkpoints/step-000120/` with the adapter in PEFT format (so any checkpoint can be used as
+it is), AdamW's moments in `optimizer.safetensors`, and `progress.json`. The data need no state of their own: the
+rows of an epoch follow from the seed, dropout from seed and step. Folders appear whole or not at all; the newest and
+the best on held-out data are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from loratune import atomic
+from loratune.errors import TrainingError
+from loratune.lora.files import save
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run is; `step` counts finished optimizer steps, skipped ones included."""
+
+    step: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evaluations_without_gain: int = 0
+    optimizer_steps: int = 0
+
+
+def write(
+    folder: Path,
+    model: PreTrainedModel,
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> Path:
+    """Saves one checkpoint under `folder/step-NNNNNN` and removes those that are neither newest nor best.
+
+    Raises: OutputError: the disk is full or read-only; earlier checkpoints are then untouched.
+    """
+    path = folder / f"step-{progress.step:06d}"
+    with atomic.new_directory(path, overwrite=True) as temporary:
+        save(model, temporary, name=name, overwrite=True)
+        moments = {
+            f"{key}.{moment}": optimizer.state[parameter][moment].contiguous()
+            for key, parameter in parameters.items()
+            for moment in _MOMENTS
+            if parameter in optimizer.state
+        }
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    keep = {progress.step, progress.best_step}
+    for step, old in _all(folder).items():
+        if step not in keep:
+            shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    found = _all(folder)
+    return found[max(found)] if found else None
+
+
+def at_step(folder: Path, step: int) -> Path:
+    """The checkpoint folder of `step`."""
+    return folder / f"step-{step:06d}"
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Raises: TrainingError: the file is missing or not ours."""
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(f"{checkpoint}: not a usable checkpoint: {error}") from error
+
+
+def restore_optimizer(
+    checkpoint: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    """Puts AdamW's moments back. Raises: TrainingError: they do not belong to these parameters."""
+    try:
+        moments = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{checkpoint}: the optimizer's state cannot be read: {error}") from error
+    odd = sorted(set(moments) - {f"{key}.{moment}" for key in parameters for moment in _MOMENTS})
+    if odd or (progress.optimizer_steps and not moments):
+        example = odd[0] if odd else "none of those of the adapter"
+        raise TrainingError(f"{checkpoint}: the optimizer's state belongs to other parameters, for example {example}")
+    for key, parameter in parameters.items():
+        if f"{key}.{_MOMENTS[0]}" not in moments:  # the model never called this layer, so it has no moments
+            continue
+        state: dict[str, torch.Tensor] = {
+            moment: moments[f"{key}.{moment}"].to(parameter.device) for moment in _MOMENTS
+        }
+        state["step"] = torch.tensor(float(progress.optimizer_steps), device=parameter.device)
+        optimizer.state[parameter] = state
+
+
+def _all(folder: Path) -> dict[int, Path]:
+    """Complete checkpoints by step; a folder under a temporary name starts with a dot and is not one."""
+    return {int(p.name.removeprefix("step-")): p for p in folder.glob("step-*") if (p / "progress.json").exists()}

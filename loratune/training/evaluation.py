@@ -1,0 +1,118 @@
+"""How good a model is on held-out records: loss over the tokens it would be trained on, and answers it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune.base.forward import prepare
+from loratune.base.load import max_document_tokens
+from loratune.config import DataConfig, RunConfig
+from loratune.data.feed import rows_of_epoch
+from loratune.data.records import Record, read_records
+from loratune.data.render import prompt_ids, reference, render
+from loratune.errors import DataError
+from loratune.infer.evaluate import Evaluation, ExactMatch, Loss, exact_match
+from loratune.training.step import evaluate_loss
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    name: str,
+    stop_ids: frozenset[int],
+    settings: DataConfig,
+    generate: bool = True,
+    max_new_tokens: int | None = None,
+) -> Evaluation:
+    """Measures the model as it is now, with the adapter that is active.
+
+    Args:
+        records: held-out records, see `data.records.read_records`.
+        name: what to call the model in the result.
+        generate: False leaves exact match out, which needs records with a question and an answer.
+        max_new_tokens: longest answer; by default what the longest reference needs, and some more.
+    """
+    exact = answers(model, tokenizer, records, stop_ids, max_new_tokens) if generate else None
+    return Evaluation(name, loss(model, tokenizer, records, stop_ids, settings), exact)
+
+
+def loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    stop_ids: frozenset[int],
+    settings: DataConfig,
+) -> Loss:
+    """Mean negative log-likelihood over the trained tokens of all records."""
+    limit = min(settings.tokens_per_row, max_document_tokens(model.config) or settings.tokens_per_row)
+    examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples
+    rows = rows_of_epoch(examples, settings.tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
+    forward = prepare(model)
+    with forward.installed():
+        return Loss(*evaluate_loss(forward, rows))
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    stop_ids: frozenset[int],
+    max_new_tokens: int | None = None,
+) -> ExactMatch:
+    """Exact match of generated answers to the last assistant turn (or completion) of each record.
+
+    Raises: DataError: a record is raw text, which asks nothing.
+    """
+    raw = next((record.source for record in records if record.text is not None), None)
+    if raw is not None:
+        raise DataError(f"{raw}: raw text has no question to answer; measure its loss alone with --no-generate")
+    return exact_match(
+        model,
+        tokenizer,
+        [prompt_ids(record, tokenizer) for record in records],
+        [reference(record, tokenizer, stop_ids) for record in records],
+        stop_ids=stop_ids,
+        shown=[_question(record) for record in records],
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up rows with; nothing sees it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+
+
+def _question(record: Record) -> str:
+    """What a record asks, for a person."""
+    if record.messages is None:
+        return record.prompt or ""
+    asked = [m for m in record.messages if m["role"] == "user"]
+    return str(asked[-1]["content"]) if asked else ""
+
+
+def real_prompts(
+    tokenizer: PreTrainedTokenizerBase, run: RunConfig | None, data: Sequence[str], count: int = 12
+) -> list[list[int]]:
+    """Prompts to compare two models on: of the given files, else of the held-out or training files of the run.
+
+    Args:
+        run: settings of the run that made the adapter; its files may have gone.
+        data: files to take instead.
+        count: at most so many prompts, spread over the records.
+
+    Raises: DataError: there is no file left to take prompts from.
+    """
+    paths = list(data) or [p for p in (run.dataset.eval_data or run.data if run else []) if Path(p).exists()]
+    if not paths:
+        raise DataError("no prompts to compare on: the run's data is not here any more; name a file with --data")
+    records = read_records(paths, run.dataset.format if run and not data else "auto")
+    chosen = records[:: max(1, len(records) // count)][:count]
+    return [
+        tokenizer(record.text)["input_ids"] if record.text is not None else prompt_ids(record, tokenizer)
+        for record in chosen
+    ]

@@ -1,0 +1,82 @@
+"""What a run leaves for the eye: `metrics.jsonl`, one JSON object a step or evaluation, and `loss.png`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratune import atomic
+from loratune.errors import OutputError
+
+
+class MetricsFile:
+    """Appends lines to `metrics.jsonl`; each reaches the file at once, so that others may follow it."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Opens the file anew, or, resuming, keeps the lines up to `resume_step` and drops later ones."""
+        self.path = path
+        kept = [m for m in read(path) if m["step"] <= resume_step] if resume_step is not None else []
+        atomic.write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Raises OutputError: the disk is full."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(metrics)) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a crash is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws training and held-out loss over the steps to a PNG file."""
+    from matplotlib.figure import Figure
+
+    trained = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
+    figure = Figure(figsize=(7.2, 4.0), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color="#b8c4d6", linewidth=1.0)
+        axes.plot(steps, _smooth(losses), color="#2f5d9b", linewidth=2.0, label="training")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color="#d1603d", linewidth=1.6, marker="o", markersize=4.5, label="held-out")
+        axes.annotate(
+            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(5, 4), textcoords="offset points", color="#d1603d"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if trained or held_out:
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean with a memory of a thirtieth of the run, started at the first value."""
+    keep = 1 - 1 / max(1.0, len(values) / 30)
+    smooth, current = [], values[0]
+    for value in values:
+        current = keep * current + (1 - keep) * value
+        smooth.append(current)
+    return smooth

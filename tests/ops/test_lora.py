@@ -1,0 +1,165 @@
+"""The fused low-rank update against its formula, against finite differences, and for what it keeps in memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loratune.errors import AdapterError
+from loratune.ops.lora import lora_linear
+
+D_IN, D_OUT, R, SCALING = 6, 5, 3, 1.7
+
+
+def _inputs(
+    dtype: torch.dtype = torch.float64, master: torch.dtype | None = None, lead: tuple[int, ...] = (2, 4)
+) -> tuple[Tensor, ...]:
+    """x, W, b, A, B."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*lead, D_IN), (D_OUT, D_IN), (D_OUT,), (R, D_IN), (D_OUT, R))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    master = master or dtype
+    return tuple(t.to(master if i > 2 else dtype) for i, t in enumerate(tensors))
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    return linear(x, weight, bias) + SCALING * (x @ A.T) @ B.T
+
+
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (1, 2, 3), (0,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_the_formula_for_any_leading_shape(lead: tuple[int, ...], with_bias: bool) -> None:
+    x, weight, bias, A, B = _inputs(lead=lead)
+    b = bias if with_bias else None
+    torch.testing.assert_close(lora_linear(x, weight, b, A, B, SCALING), _formula(x, weight, b, A, B))
+
+
+def test_strided_input_and_transposed_weight_are_read_right() -> None:
+    x, weight, bias, A, B = _inputs(lead=(4, 6))
+    x = x.transpose(0, 1).requires_grad_()
+    turned = weight.T.contiguous().T  # as Conv1D hands it over
+    out = lora_linear(x, turned, bias, A, B, SCALING)
+    torch.testing.assert_close(out, _formula(x, weight, bias, A, B))
+    (dx,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(dx, torch.autograd.grad(_formula(x, weight, bias, A, B).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_gradients_equal_finite_differences_for_every_combination(needs: tuple[bool, ...]) -> None:
+    x, weight, bias, A, B = _inputs()
+    for tensor, need in zip((x, bias, A, B), needs, strict=True):
+        tensor.requires_grad_(need)
+    out = lora_linear(x, weight, bias, A, B, SCALING)
+    assert out.requires_grad == any(needs)
+    if any(needs):
+        assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, SCALING), (x, weight, bias, A, B))
+
+
+def test_weight_never_gets_a_gradient() -> None:
+    x, weight, bias, A, B = _inputs()
+    weight.requires_grad_()
+    A.requires_grad_()
+    lora_linear(x, weight, bias, A, B, SCALING).sum().backward()
+    assert A.grad is not None
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_against_float64_is_at_most_twice_that_of_the_formula(dtype: torch.dtype) -> None:
+    exact = _formula(*_inputs(lead=(512,)))
+    ours = lora_linear(*_inputs(dtype, lead=(512,)), SCALING).double()
+    plain = _formula(*_inputs(dtype, lead=(512,))).double()
+    # The inputs themselves are rounded alike, so this compares the roundings of the two computations.
+    assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
+
+
+def test_masters_stay_float32_under_a_bf16_computation() -> None:
+    x, weight, bias, A, B = _inputs(torch.bfloat16, master=torch.float32)
+    A.requires_grad_()
+    B.requires_grad_()
+    x.requires_grad_()
+    out = lora_linear(x, weight, bias, A, B, SCALING)
+    out.float().square().sum().backward()
+    assert out.dtype == x.grad.dtype == torch.bfloat16
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_same_bits_without_a_graph(guard: type) -> None:
+    x, weight, bias, A, B = _inputs(torch.float32)
+    A.requires_grad_()
+    with_graph = lora_linear(x, weight, bias, A, B, SCALING)
+    with guard():
+        without = lora_linear(x, weight, bias, A, B, SCALING)
+    assert torch.equal(with_graph, without)
+    assert not without.requires_grad
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_masters() -> None:
+    x, weight, bias, A, B = _inputs(torch.float32)
+    A.requires_grad_()
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lora_linear(x, weight, bias, A, B, SCALING)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert x.grad.dtype == A.grad.dtype == torch.float32
+
+
+def test_dropout_drops_the_adapter_input_alone_and_its_gradient_knows() -> None:
+    x, weight, bias, A, B = _inputs(lead=(64,))
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    torch.manual_seed(5)
+    out = lora_linear(x, weight, bias, A, B, SCALING, dropout=0.4)
+    torch.manual_seed(5)
+    kept = torch.native_dropout(x, 0.4, True)[0]
+    expected = linear(x, weight, bias) + SCALING * (kept @ A.T) @ B.T
+    torch.testing.assert_close(out, expected)
+    ours = torch.autograd.grad(out.square().sum(), (x, A, B))
+    theirs = torch.autograd.grad(expected.square().sum(), (x, A, B))
+    torch.testing.assert_close(ours, theirs)
+
+
+def _bytes_saved(dropout: float, *, trains: bool) -> int:
+    """Bytes that the graph keeps, apart from the weights."""
+    x, weight, bias, A, B = _inputs(torch.float32, lead=(1000,))
+    x.requires_grad_()
+    A.requires_grad_(trains)
+    B.requires_grad_(trains)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        lora_linear(x, weight, bias, A, B, SCALING, dropout)
+    return sum(size for where, size in kept.items() if where not in {t.data_ptr() for t in (weight, A, B)})
+
+
+def test_keeps_the_input_and_the_inner_activation_for_the_backward_and_nothing_else() -> None:
+    assert _bytes_saved(0.0, trains=True) == 1000 * (D_IN + R) * 4
+    assert _bytes_saved(0.0, trains=False) == 0
+    assert _bytes_saved(0.1, trains=True) == 1000 * (D_IN + R) * 4 + 1000 * D_IN  # one byte per element: the mask
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    x, weight, bias, A, B = _inputs()
+    with pytest.raises(AdapterError, match="do not fit"):
+        lora_linear(x, weight, bias, A[:2], B, SCALING)
+    with pytest.raises(AdapterError, match=r"\(r, 6\)"):
+        lora_linear(x, weight, bias, A[:, :4], B, SCALING)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    x, weight, bias, A, B = _inputs()
+    x.requires_grad_()
+    A.requires_grad_()
+    (dx,) = torch.autograd.grad(lora_linear(x, weight, bias, A, B, SCALING).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

@@ -1,0 +1,1 @@
+"""Scripts that made what ships in `loratune/box`; not part of the installed package."""

@@ -32,7 +32,7 @@ _DECODER: list[dict[str, Any]] = [
     {
         "target_modules": r"model\.layers\.\d+\.(self_attn\.[qko]_proj|mlp\.\w+_proj)",
         "exclude_modules": ["layers.0.mlp.up_proj"],
-        "bias": "none",
+        "bias": "lora_only",  # of which a decoder has none; PEFT takes that
     },
     {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
 ]
@@ -75,6 +75,16 @@ def _assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
 
 def _settings(name: str, variant: int) -> dict[str, Any]:
     return {"r": 4, "lora_alpha": 8, **VARIANTS[name][variant]}
+
+
+def _ours(name: str, variant: int) -> nn.Module:
+    settings = _settings(name, variant)
+    if VARIANTS[name] is _DECODER:
+        settings["bias"] = "none"
+    model = make(name)
+    attach(model, LoraConfig(**settings))
+    fill(trainable_parameters(model).values())
+    return model
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -145,10 +155,3 @@ def test_adapter_that_peft_saved_under_another_name_is_found(tmp_path: Path) -> 
     ours = make("llama")
     load_adapter(ours, tmp_path, name="sql")
     _assert_same(run(ours), run(theirs), run(make("llama")))
-
-
-def _ours(name: str, variant: int) -> nn.Module:
-    model = make(name)
-    attach(model, LoraConfig(**_settings(name, variant)))
-    fill(trainable_parameters(model).values())
-    return model

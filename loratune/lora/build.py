@@ -30,11 +30,15 @@ def build(model: nn.Module, config: LoraConfig, selection: Selection, seed: int 
     Args:
         seed: of the initial values; None leaves A and B uninitialised, for a reader that fills them.
 
-    Raises: AdapterError: a module of modules_to_save is tied to one that is not.
+    Raises: AdapterError: a module of modules_to_save is tied to one that is not; there is no bias to train.
     """
     adapter = Adapter(copy.deepcopy(config))
     adapter.modules = _copies(model, selection.saved)
     adapter.biases = _biases(model, config, selection)
+    if seed is not None and config.bias != "none" and not adapter.biases:
+        raise AdapterError(
+            f'bias "{config.bias}": {type(model).__name__} has no bias to train there; set it to "none"'
+        )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for target in selection.targets:
         adapter.layers[target.path] = _weights(target, config.init_lora_weights, generator)
@@ -130,8 +134,4 @@ def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> dict[
         if any(owner == root or owner.startswith(root + ".") for root in saved):
             continue
         biases[path] = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
-    if not biases:
-        raise AdapterError(
-            f'bias "{config.bias}": {type(model).__name__} has no bias to train there; set it to "none"'
-        )
     return biases

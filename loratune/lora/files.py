@@ -168,17 +168,24 @@ def find_folder(directory: str | Path, name: str | None = None) -> Path:
         raise AdapterError(f"{folder}: there is no such folder")
     if (folder / CONFIG_FILE).is_file():
         return folder
-    inner = sorted(path.name for path in folder.iterdir() if (path / CONFIG_FILE).is_file())
+    inner = [path.name for path in _listing(folder) if (path / CONFIG_FILE).is_file()]
     if name in inner:
         return folder / str(name)
     if inner:
         raise AdapterError(
             f"{folder}: holds the adapters {', '.join(inner)}; name one, for example {folder / inner[0]}"
         )
-    for suspect in sorted(folder.iterdir()):
+    for suspect in _listing(folder):
         if suspect.suffix in _PICKLES:
             raise AdapterError(_pickled(suspect))
     raise AdapterError(f"{folder}: has no {CONFIG_FILE}, so it is not an adapter")
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _pickled(path: Path) -> str:
@@ -193,7 +200,7 @@ def _weights_path(folder: Path) -> Path:
     path = folder / WEIGHTS_FILE
     if path.is_file():
         return path
-    for suspect in sorted(folder.iterdir()):
+    for suspect in _listing(folder):
         if suspect.suffix in _PICKLES:
             raise AdapterError(_pickled(suspect))
     raise AdapterError(f"{folder}: has no {WEIGHTS_FILE}")

@@ -147,9 +147,8 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
     before = dict(state.active)
     with _resting(model, state):
         _check_ties(model, state, adapter)
-    switch(model, state, {name: 1.0})
-    for path in adapter.layers:
-        state.layers[path].merge(reversible=reversible)
+        switch(model, state, {name: 1.0})
+        _fold([state.layers[path] for path in adapter.layers], reversible)
     if not reversible:
         # What stood aside for the adapter is not coming back: the model keeps the adapter's modules and biases.
         state.base_modules.clear()
@@ -230,7 +229,7 @@ def check_name(name: str) -> None:
 
 @contextmanager
 def _resting(model: nn.Module, state: Adapters) -> Iterator[None]:
-    """The bare base is in use within the block, and after it; if it raises, the adapters of before are again."""
+    """The bare base is in use when the block begins; if it raises, the adapters of before are in use again."""
     before = dict(state.active)
     finished = False
     switch(model, state, {})
@@ -280,6 +279,19 @@ def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict
     if len(set(which)) < len(which):
         raise AdapterError(f"an adapter is named twice in {list(which)}; give weights as a mapping instead")
     return dict.fromkeys(which, 1.0)
+
+
+def _fold(layers: Sequence[LoraLayer], reversible: bool) -> None:
+    """Merges every layer, or, should memory run out half-way, puts back those that were."""
+    folded: list[LoraLayer] = []
+    try:
+        for layer in layers:
+            layer.merge(reversible=reversible)
+            folded.append(layer)
+    finally:
+        if reversible and len(folded) < len(layers):
+            for layer in folded:
+                layer.unmerge()
 
 
 def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:

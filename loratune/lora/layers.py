@@ -24,6 +24,8 @@ class Unadaptable(AdapterError):
 class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
     """transformers' Conv1D (GPT-2), a Linear whose weight is (d_in, d_out), plus low-rank update."""
 
+    transposed = True
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
         if self.lora_A is None or self.lora_B is None:
@@ -38,11 +40,6 @@ class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
         assert isinstance(base, Conv1D)
         return base.nx, base.nf
 
-    @staticmethod
-    def oriented(product: Tensor) -> Tensor:
-        """Transposed: the weight of a Conv1D is (d_in, d_out)."""
-        return product.T
-
 
 class LoraEmbedding(LoraLayer, nn.Embedding):
     """An embedding table plus low-rank update: (W + scaling · (B A)ᵀ)[ids], times `embed_scale` where there is one.
@@ -50,6 +47,8 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     Here d_in is the vocabulary: A is (r, V), B is (d, r). Token ids cannot be dropped, so `lora_dropout` has no
     effect, as in PEFT.
     """
+
+    transposed = True
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) int ids -> (..., d)."""
@@ -68,7 +67,8 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         if embed_scale is not None:
             inner = inner * embed_scale
         inner = inner.to(out.dtype).reshape(-1, inner.shape[-1])
-        rows = torch.addmm(out.reshape(-1, out.shape[-1]), inner, self.lora_B.to(out.dtype).T, alpha=self.scaling)
+        with torch.autocast(out.device.type, enabled=False):  # embeddings stay in the table's dtype under autocast
+            rows = torch.addmm(out.reshape(-1, out.shape[-1]), inner, self.lora_B.to(out.dtype).T, alpha=self.scaling)
         return rows.view_as(out)
 
     @staticmethod
@@ -76,11 +76,6 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         """(vocabulary, d) of an embedding."""
         assert isinstance(base, nn.Embedding)
         return base.num_embeddings, base.embedding_dim
-
-    @staticmethod
-    def oriented(product: Tensor) -> Tensor:
-        """Transposed: the table is (V, d)."""
-        return product.T
 
 
 # Modules that read the weight of a layer below them instead of calling it, always or in a fused kernel: an adapter

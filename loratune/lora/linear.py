@@ -13,7 +13,7 @@ transformers' Conv1D and for embeddings.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from loratune.ops.lora import lora_linear
 class LoraLayer(nn.Module):
     """A layer that stands in for `base` and adds the low-rank update of the adapter it holds."""
 
+    transposed: ClassVar[bool] = False
+    """True if `weight` is (d_in, d_out), so that B A is added to it transposed."""
     weight: Tensor
     lora_A: nn.Parameter | None
     """(r, d_in), or None when no adapter is in use here."""
@@ -70,9 +72,8 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """scaling · B A in the shape of `weight` and the dtype of the adapter."""
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        return self.oriented(self.lora_B @ self.lora_A).mul_(self.scaling)
+        left, right = self._factors()
+        return (left @ right).mul_(self.scaling)
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> None:
@@ -81,10 +82,13 @@ class LoraLayer(nn.Module):
         Memory: `unmerge` must give back the exact bits, which no arithmetic on the rounded sum can, so the weight
         before the merge is kept in CPU memory; reversible=False keeps nothing.
         """
+        left, right = self._factors()
         if reversible:
             self._unmerged = self.weight.detach().to("cpu", copy=True)
-        delta = self.delta()
-        self.weight.copy_(delta.add_(self.weight))
+        if self.weight.dtype == left.dtype:
+            self.weight.addmm_(left, right, alpha=self.scaling)
+        else:
+            self.weight.copy_(torch.addmm(self.weight.to(left.dtype), left, right, alpha=self.scaling))
         self.release()
 
     @torch.no_grad()
@@ -104,10 +108,11 @@ class LoraLayer(nn.Module):
         """(d_in, d_out) of a layer of the kind that this class stands in for."""
         raise NotImplementedError
 
-    @staticmethod
-    def oriented(product: Tensor) -> Tensor:
-        """B A, (d_out, d_in), in the orientation of `weight`."""
-        raise NotImplementedError
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is B A in the orientation of `weight`."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
 
 
 class LoraLinear(LoraLayer, nn.Linear):
@@ -125,8 +130,3 @@ class LoraLinear(LoraLayer, nn.Linear):
         """(d_in, d_out) of an `nn.Linear`."""
         assert isinstance(base, nn.Linear)
         return base.in_features, base.out_features
-
-    @staticmethod
-    def oriented(product: Tensor) -> Tensor:
-        """As it is: the weight of a Linear is (d_out, d_in)."""
-        return product

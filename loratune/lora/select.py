@@ -263,7 +263,7 @@ def _class_for(model: nn.Module, place: Place) -> type[LoraLayer]:
 
 
 def _target(place: Place, path: str, kind: type[LoraLayer], config: LoraConfig, strict: bool) -> Target:
-    """The layer at `path` with its rank, checked, and scaling."""
+    """The layer that was matched by `path`, one of its places, with its rank, checked, and scaling."""
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, path, config.lora_alpha)
     d_in, d_out = kind.features(place.module)
@@ -274,7 +274,7 @@ def _target(place: Place, path: str, kind: type[LoraLayer], config: LoraConfig, 
             f'{min(d_in, d_out)}}} or exclude_modules ["{leaf}"]'
         )
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return Target(path, place.paths, place.module, kind, r, scaling)
+    return Target(place.paths[0], place.paths, place.module, kind, r, scaling)
 
 
 def _by_pattern(field: str, patterns: dict[str, _Number], path: str, default: _Number) -> _Number:
@@ -293,7 +293,7 @@ def _check_patterns(config: LoraConfig, targets: list[Target]) -> None:
     for field, keys in fields.items():
         for key in keys:
             expression = _compiled(field, rf"(.*\.)?({key})$")
-            if not any(expression.match(target.path) for target in targets):
+            if not any(expression.match(path) for target in targets for path in target.places):
                 names = {suffix for target in targets for suffix in _suffixes(target.path)}
                 leaves = ", ".join(list({t.path.rpartition(".")[2]: None for t in targets})[:_MAX_LISTED])
                 near = nearest(key, names) or f" Adapted are: {leaves}."

@@ -108,7 +108,7 @@ def _adapter_facts(found: Inspected) -> dict[str, str]:
     info, config = found.info, found.info.config
     ranks = sorted({layer.r for layer in found.layers})
     scalings = sorted({layer.scaling for layer in found.layers})
-    kind = "alpha / √r" if config.use_rslora else "alpha / r"
+    kind = "alpha / sqrt r" if config.use_rslora else "alpha / r"
     return {
         "base": info.base_model or "not recorded",
         "rank": ", ".join(map(str, ranks)),

@@ -22,11 +22,13 @@ def curve(values: Sequence[float], width: int, *, top: float | None = None, asci
 
     Without `top` the lowest value is the lowest block and the highest the highest; with it, blocks go from 0 to it.
     """
+    if not values:
+        return ""
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     finite = [value if math.isfinite(value) else 0.0 for value in values]
     width = min(width, len(finite))
     edges = [round(i * len(finite) / width) for i in range(width + 1)]
     means = [math.fsum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = (min(means, default=0.0), max(means, default=0.0)) if top is None else (0.0, top)
+    low, high = (min(means), max(means)) if top is None else (0.0, top)
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
     return "".join(blocks[round((mean - low) * scale)] for mean in means)

@@ -40,6 +40,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def losses_of(path: Path) -> list[float]:
+    """The training loss of every step in a metrics file that has one."""
+    return [m["loss"] for m in read(path) if m.get("loss") is not None and not m.get("skipped")]
+
+
 def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws training and held-out loss over the steps to a PNG file."""
     from matplotlib.figure import Figure

@@ -233,6 +233,33 @@ def test_a_module_at_two_places_is_swapped_at_both() -> None:
     assert type(model.shared) is nn.Linear
 
 
+def test_two_adapters_may_call_a_shared_module_by_different_names() -> None:
+    model = make_mlp()
+    base = model(_x())
+    for name in ("shared", "again"):
+        attach(model, LoraConfig(r=2, target_modules=[name], init_lora_weights=False), name=name)
+    assert set(trainable_parameters(model)) == {"shared.lora_A", "shared.lora_B"}
+    activate(model, None)
+    assert torch.equal(model(_x()), base)
+    detach(model)
+    assert type(model.shared) is nn.Linear
+
+
+def test_a_merge_that_runs_out_of_memory_half_way_is_undone() -> None:
+    model = make_mlp()
+    attach(model, CONFIG)
+    out = model(_x())
+
+    def fail(*, reversible: bool) -> None:
+        raise MemoryError
+
+    model.classifier.merge = fail
+    with pytest.raises(MemoryError):
+        merge(model)
+    assert merged(model) is None
+    assert torch.equal(model(_x()), out)
+
+
 def test_two_models_and_a_deep_copy_never_see_each_other() -> None:
     model = make_mlp()
     expected = _rich(model, "a", 1)
@@ -450,3 +477,24 @@ def test_config_of_is_what_was_given_and_a_copy() -> None:
     attach(model, config)
     config.target_modules.append("other")
     assert config_of(model, "default").target_modules == ["mlp.0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_everything_at_rest_follows_to_the_gpu_and_back() -> None:
+    model = make_mlp()
+    first, second = _rich(model, "first", 1), _rich(model, "second", 2)
+    model.cuda()
+    for which, expected in (("first", first), ("second", second), ("first", first)):
+        activate(model, which)
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+        torch.testing.assert_close(model(_x().cuda()).cpu(), expected)
+    merge(model, "second")
+    torch.testing.assert_close(model(_x().cuda()).cpu(), second)
+    unmerge(model)
+    model.cpu()
+    detach(model, "first")
+    activate(model, "second")
+    assert torch.equal(model(_x()), second)
+    detach(model)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -163,3 +163,13 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
     (dx,) = torch.autograd.grad(lora_linear(x, weight, bias, A, B, SCALING).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_error_is_at_most_twice_that_of_the_formula(dtype: torch.dtype) -> None:
+    exact = _formula(*_inputs(lead=(512,)))
+    ours = lora_linear(*(t.cuda() for t in _inputs(dtype, lead=(512,))), SCALING).cpu().double()
+    plain = _formula(*(t.cuda() for t in _inputs(dtype, lead=(512,)))).cpu().double()
+    assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()

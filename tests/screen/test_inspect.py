@@ -55,12 +55,14 @@ def test_norms_are_those_of_the_updates(folder: Path) -> None:
         assert layer.scaling == pytest.approx(live.scaling, rel=1e-12), path
         assert (layer.d_in, layer.d_out) == (live.in_features, live.out_features)
         update = live.scaling * live.lora_B.double() @ live.lora_A.double()
-        assert layer.norm == pytest.approx(float(update.norm()), rel=1e-9), path
+        assert layer.norm == pytest.approx(update.norm().item(), rel=1e-9), path
     assert layers["model.layers.0.self_attn.q_proj"].r == 2
 
 
 def test_it_reads_what_peft_wrote(tmp_path: Path) -> None:
-    wrapped = get_peft_model(build("gpt2"), PeftConfig(r=3, target_modules=["c_attn"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        build("gpt2"), PeftConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    )
     wrapped.save_pretrained(tmp_path)
     found = inspect(tmp_path)
     assert [(layer.path, layer.r) for layer in found.layers] == [

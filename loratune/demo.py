@@ -1,0 +1,258 @@
+"""`loratune demo`: the whole journey on the model in the box, in about two minutes on a laptop's CPU.
+
+Ask the base (it cannot), train two adapters, measure all three on held-out records, switch back and forth and compare
+to the bit, merge and prove it, and say how to go on. Everything runs through the same functions as the verbs; the
+demo only tells the story and keeps the figures, which `--out DIR` leaves in `demo.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune import atomic
+from loratune.base.load import POCKET, load, load_tokenizer, stop_ids
+from loratune.box import TASKS, data_file
+from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from loratune.data.records import Record, read_records
+from loratune.data.render import prompt_ids
+from loratune.export.merge import merge_checkpoint
+from loratune.infer.evaluate import ExactMatch
+from loratune.lora.files import load_adapter
+from loratune.lora.inject import activate
+from loratune.screen import progress
+from loratune.training.evaluation import answers
+from loratune.training.metrics import losses_of
+from loratune.training.run import RunResult, run
+from loratune.units import duration
+
+TRAINING = TrainConfig(learning_rate=3e-3, max_steps=60, eval_every_steps=15, warmup_ratio=0.1)
+TOKENS_PER_ROW = 1024
+SHOWN = 3  # prompts of each task that are printed
+PROOF_PROMPTS = 16  # prompts of each task whose logits are compared
+
+_SKILLS = {"dates": "a date in any spelling -> ISO 8601", "orders": "an order in a sentence -> JSON"}
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The base in memory and what it is asked."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    held_out: dict[str, list[Record]]
+    console: Console
+
+
+def demo(out: str | None, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
+    """Walks the journey and returns its figures.
+
+    Args:
+        out: folder to keep the adapters, plots, merged checkpoint and demo.json in; None deletes them at the end.
+        overwrite: replace an existing folder.
+
+    Raises: OutputError: `out` exists or cannot be written.
+    """
+    if out is not None:
+        folder = Path(out)
+        atomic.check_new(folder, overwrite=overwrite)
+        return _journey(folder, console, keep=True, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="loratune-demo-") as temporary:
+        return _journey(Path(temporary), console, keep=False, overwrite=True)
+
+
+def _journey(folder: Path, console: Console, *, keep: bool, overwrite: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    bench = _meet_the_base(console)
+    scores = {"base": _ask_everything(bench)}
+    _show_answers(bench, {"base": scores["base"]})
+    fingerprints = {"base": _fingerprint(bench)}
+    runs = {task: _train(task, folder, console, overwrite) for task in TASKS}
+    for task in TASKS:
+        load_adapter(bench.model, folder / task, name=task)
+        activate(bench.model, task)
+        scores[task] = _ask_everything(bench)
+        fingerprints[task] = _fingerprint(bench)
+    _show_scores(bench, scores)
+    identical = _switch(bench, fingerprints)
+    difference = _merge(bench, folder, overwrite)
+    figures = {
+        "exact_match": {who: {task: s.share for task, s in found.items()} for who, found in scores.items()},
+        "held_out_records": {task: len(records) for task, records in bench.held_out.items()},
+        "switched_back_identical": identical,
+        "merged_largest_logit_difference": difference,
+        "training": {task: _training_figures(result) for task, result in runs.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+        "threads": torch.get_num_threads(),
+    }
+    if keep:
+        atomic.write_text(folder / "demo.json", json.dumps(figures, indent=2) + "\n")
+    _farewell(folder, console, figures, keep)
+    return figures
+
+
+def _meet_the_base(console: Console) -> _Bench:
+    model, tokenizer = load(POCKET, device="cpu"), load_tokenizer(POCKET)
+    size = sum(p.numel() for p in model.parameters())
+    _chapter(console, "The base model")
+    console.print(
+        f"{POCKET}: {size / 1e6:.1f} million parameters, a small chat model that comes with loratune.\n"
+        "It was pretrained on everyday tasks, but never on these two:"
+    )
+    for task, skill in _SKILLS.items():
+        console.print(f"  [cyan]{task:<7}[/] {skill}")
+    held_out = {task: read_records([str(data_file(task, "heldout"))]) for task in TASKS}
+    return _Bench(model, tokenizer, stop_ids(model, tokenizer), held_out, console)
+
+
+def _ask_everything(bench: _Bench) -> dict[str, ExactMatch]:
+    """Exact match on both held-out sets with whatever adapter is active."""
+    with bench.console.status("answering held-out prompts"):
+        return {
+            task: answers(bench.model, bench.tokenizer, records, bench.stop_ids)
+            for task, records in bench.held_out.items()
+        }
+
+
+def _train(task: str, folder: Path, console: Console, overwrite: bool) -> RunResult:
+    _chapter(console, f"Training the adapter “{task}”")
+    config = RunConfig(
+        model=POCKET,
+        data=[str(data_file(task, "train"))],
+        out=str(folder / task),
+        device="cpu",
+        overwrite=overwrite,
+        lora=LoraConfig(r=16, lora_alpha=32),
+        dataset=DataConfig(tokens_per_row=TOKENS_PER_ROW, eval_data=[str(data_file(task, "heldout"))]),
+        training=TRAINING,
+    )
+    result = progress.watch(run(config), console)
+    seconds, losses = duration(result.progress.seconds), losses_of(folder / task / "metrics.jsonl")
+    console.print(f"loss {losses[0]:.2f} [blue]{progress.curve(losses, 40)}[/] {losses[-1]:.3f}  in {seconds}")
+    return result
+
+
+def _switch(bench: _Bench, fingerprints: dict[str, list[Tensor]]) -> bool:
+    """Goes back and forth between base and adapters; True if every logit is the same as at the first visit."""
+    _chapter(bench.console, "Switching: one base, two adapters, nothing reloaded")
+    identical = True
+    prompts = {task: records[0] for task, records in bench.held_out.items()}
+    for who in ("dates", "base", "orders", "dates", "base"):
+        activate(bench.model, None if who == "base" else who)
+        same = all(torch.equal(a, b) for a, b in zip(_fingerprint(bench), fingerprints[who], strict=True))
+        identical &= same
+        replies = [
+            answers(bench.model, bench.tokenizer, [record], bench.stop_ids, 48).answers[0].answer
+            for record in prompts.values()
+        ]
+        mark = Text("same to the bit", "green") if same else Text("DIFFERENT", "bold red")
+        line = Text.assemble((f"{who:<7}", "bold"), " ", mark, "  ", (" | ".join(map(_short, replies)), "dim"))
+        bench.console.print(line, no_wrap=True, overflow="ellipsis")
+    return identical
+
+
+def _merge(bench: _Bench, folder: Path, overwrite: bool) -> float:
+    """Merges one adapter into a checkpoint in float32; returns the largest difference of its logits."""
+    _chapter(bench.console, "Merging “dates” into the weights, and proving it")
+    with bench.console.status("writing, reloading and comparing"):
+        merged = merge_checkpoint(
+            bench.model,
+            bench.tokenizer,
+            "dates",
+            folder / "dates-merged",
+            prompts=_proof_prompts(bench),
+            dtype=torch.float32,
+            overwrite=overwrite,
+        )
+    largest = merged.verification.difference.largest
+    bench.console.print(
+        f"Loaded again, the merged checkpoint's logits differ from base + adapter by at most [green]{largest:.1e}[/]."
+    )
+    return largest
+
+
+def _fingerprint(bench: _Bench) -> list[Tensor]:
+    """Logits of the active model on some prompts, to compare to the bit."""
+    with torch.inference_mode():
+        return [bench.model(input_ids=torch.tensor([prompt])).logits.clone() for prompt in _proof_prompts(bench)]
+
+
+def _proof_prompts(bench: _Bench) -> list[list[int]]:
+    return [
+        prompt_ids(record, bench.tokenizer)
+        for records in bench.held_out.values()
+        for record in records[:PROOF_PROMPTS]
+    ]
+
+
+def _show_answers(bench: _Bench, scores: dict[str, dict[str, ExactMatch]]) -> None:
+    for task in TASKS:
+        table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=True, header_style="dim")
+        table.add_column("asked", max_width=44, no_wrap=True, overflow="ellipsis")
+        table.add_column("wanted", style="green", max_width=20, no_wrap=True, overflow="ellipsis")
+        for who in scores:
+            table.add_column(f"{who} says", style="red", max_width=24, no_wrap=True, overflow="ellipsis")
+        for index in range(SHOWN):
+            found = [scores[who][task].answers[index] for who in scores]
+            table.add_row(found[0].prompt, found[0].reference, *(answer.answer for answer in found))
+        bench.console.print()
+        bench.console.print(table)
+
+
+def _show_scores(bench: _Bench, scores: dict[str, dict[str, ExactMatch]]) -> None:
+    _chapter(bench.console, "Held-out exact match")
+    table = Table(box=None, pad_edge=False, padding=(0, 4), header_style="dim")
+    table.add_column("")
+    for task in TASKS:
+        table.add_column(f"{task} ({len(bench.held_out[task])})", justify="right")
+    for who, found in scores.items():
+        cells = [Text(f"{found[task].share:.1%}", "bold green" if who == task else "dim") for task in TASKS]
+        table.add_row(Text("base" if who == "base" else f"base + {who}", "bold"), *cells)
+    bench.console.print(table)
+
+
+def _farewell(folder: Path, console: Console, figures: dict[str, Any], keep: bool) -> None:
+    _chapter(console, "Your turn")
+    console.print(f"That took {duration(figures['seconds'])}. With your own model and data:")
+    for command in (
+        "loratune preview MODEL train.jsonl",
+        "loratune train   MODEL train.jsonl --out my-adapter",
+        "loratune chat    my-adapter",
+    ):
+        console.print(f"  [cyan]{command}[/]")
+    if keep:
+        console.print(f"Kept in {folder}: adapters, loss.png of each, the merged checkpoint, demo.json.")
+    else:
+        console.print("[dim]Nothing was kept; `loratune demo --out DIR` keeps the adapters, plots and figures.[/]")
+
+
+def _training_figures(result: RunResult) -> dict[str, Any]:
+    return {
+        "steps": result.progress.step,
+        "seconds": round(result.progress.seconds, 1),
+        "trained_tokens": result.progress.trained_tokens,
+        "tokens_per_second": round(result.tokens_per_second),
+        "held_out_loss": result.progress.best_eval_loss,
+    }
+
+
+def _chapter(console: Console, title: str) -> None:
+    console.print()
+    console.print(Rule(Text(title, "bold"), align="left", style="dim"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else text[:27] + "..."

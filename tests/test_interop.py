@@ -155,3 +155,29 @@ def test_adapter_that_peft_saved_under_another_name_is_found(tmp_path: Path) -> 
     ours = make("llama")
     load_adapter(ours, tmp_path, name="sql")
     _assert_same(run(ours), run(theirs), run(make("llama")))
+
+
+def test_modules_that_peft_took_by_any_ending_are_all_taken_in(tmp_path: Path) -> None:
+    """PEFT's "norm" also trains every input_layernorm; the file has them, so they belong to the adapter."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    theirs = peft.get_peft_model(make("qwen3"), config).eval()
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = make("qwen3")
+    report = load_adapter(ours, tmp_path / "theirs")
+    assert "model.layers.0.input_layernorm" in report.modules_to_save
+    _assert_same(run(ours), run(theirs), run(make("qwen3")))
+    save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(make("qwen3"), tmp_path / "ours").eval()
+    _assert_same(run(again), run(theirs), run(make("qwen3")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classification_adapter_of_peft_with_its_automatic_head_is_taken_in(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")  # adds "classifier" and "score"
+    theirs = peft.get_peft_model(make("bert"), config).eval()
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = make("bert")
+    assert load_adapter(ours, tmp_path).modules_to_save == ("classifier",)
+    _assert_same(run(ours), run(theirs), run(make("bert")))

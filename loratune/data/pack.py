@@ -27,7 +27,7 @@ class Row:
     tokens: Tensor
     """(T,) int64"""
     position_ids: Tensor
-    """(T,) int64, from 0 in each document"""
+    """(T,) int64, from 0 in each document; 0 throughout the padding tail"""
     targets: Tensor
     """(T,) int64: the next token of the same document where its weight is not 0, else 0"""
     weights: Tensor
@@ -99,6 +99,7 @@ def make_row(examples: Sequence[Example], capacity: int, pad_id: int) -> Row:
     targets = np.zeros(capacity, dtype=np.int64)
     weights = np.zeros(capacity, dtype=np.float32)
     position_ids = np.arange(capacity) - np.repeat(bounds[:-1], np.diff(bounds))
+    position_ids[used:] = 0  # a tail may be longer than the model has positions
     for example, start, length in zip(examples, bounds.tolist(), lengths, strict=False):
         tokens[start : start + length] = example.token_ids
         weights[start : start + length - 1] = example.weights[1:]  # the last token predicts nothing

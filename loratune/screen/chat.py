@@ -280,8 +280,8 @@ def _number(name: str, value: str) -> Any:
 def _typed_lines(talk: Chat) -> Iterator[str]:
     """Lines from a terminal until Ctrl-D."""
     console = talk.console
-    sign = "> " if console.options.ascii_only else "❯ "
-    prompt = sign if console.color_system is None else f"\001\033[1m\002{sign}\001\033[0m\002"
+    # \001 and \002 tell readline what takes no room on the line.
+    prompt = "> " if console.color_system is None else "\001\033[1m\002> \001\033[0m\002"
     if readline is not None:
         readline.set_completer_delims(" ")
         readline.parse_and_bind("tab: complete")

@@ -248,13 +248,13 @@ def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
             seen += os.read(ours, 4096).decode("utf-8", "replace")
         seen = seen.partition(words)[2]
 
-    wait_for("❯ ")
+    wait_for("> ")
     os.write(ours, b"/ad\tor\t\r")
     wait_for("orders answers now")
-    wait_for("❯ ")
+    wait_for("> ")
     os.write(ours, b"\x03")
     wait_for("Ctrl-D or /quit leaves")
-    wait_for("❯ ")
+    wait_for("> ")
     os.write(ours, b"\x04")
     wait_for("left")
     assert process.wait(timeout=30) == 0

@@ -63,7 +63,9 @@ def answer_logits(model: PreTrainedModel, batch: list[Example]) -> tuple[Tensor,
     """Logits at the answer positions only, their targets, and the index of the example each belongs to."""
     width = max(len(e.tokens) for e in batch)
     tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=model.device)
-    answers = torch.tensor([[e.answer_at <= t < len(e.tokens) for t in range(width)] for e in batch], device=model.device)
+    answers = torch.tensor(
+        [[e.answer_at <= t < len(e.tokens) for t in range(width)] for e in batch], device=model.device
+    )
     hidden = model.get_decoder()(input_ids=tokens).last_hidden_state  # padding is on the right: causal order hides it
     chosen = answers[:, 1:]
     logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
@@ -77,15 +79,21 @@ def exact_match(model: PreTrainedModel, examples: list[Example]) -> float:
     for i in range(0, len(examples), 100):
         batch = examples[i : i + 100]
         logits, targets, owner = answer_logits(model, batch)
-        wrong = torch.zeros(len(batch), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != targets).float())
+        wrong = torch.zeros(len(batch), device=logits.device).index_add_(
+            0, owner, (logits.argmax(-1) != targets).float()
+        )
         right += int((wrong == 0).sum())
     return right / len(examples)
 
 
-def train_adapter(model: PreTrainedModel, examples: list[Example], arguments: argparse.Namespace, rate: float) -> PeftModel:
+def train_adapter(
+    model: PreTrainedModel, examples: list[Example], arguments: argparse.Namespace, rate: float
+) -> PeftModel:
     """LoRA on all linear layers but the head, AdamW, short warm-up, linear decay to zero."""
     torch.manual_seed(0)
-    config = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -140,7 +148,10 @@ def main() -> None:
             adapted = train_adapter(model, train[task], arguments, rate)
             seconds = time.perf_counter() - begin
             scores = {t: exact_match(adapted.base_model.model, heldout[t]) for t in TASKS}
-            print(f"{task} adapter, rate {rate:g}, {arguments.steps} steps of {arguments.row_tokens}: {scores}, {seconds:.1f} s", flush=True)
+            print(
+                f"{task} adapter, rate {rate:g}, {arguments.steps} steps of {arguments.row_tokens}: {scores}, {seconds:.1f} s",
+                flush=True,
+            )
             model = adapted.unload()
 
 

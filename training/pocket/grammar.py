@@ -6,7 +6,7 @@ thirty short strings make thousands of different prompts without a grammar forma
 
 import random
 import re
-from functools import lru_cache
+from functools import cache
 
 from training.pocket import words
 from training.pocket.words import CITIES, COLOURS, FIRST_NAMES, ITEMS, LAST_NAMES, NOUNS
@@ -15,7 +15,7 @@ Turn = tuple[str, str]  # role, content
 Exchange = tuple[str, str]  # what the user says, what the assistant answers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _alternatives(templates: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in templates.split("|"))
 
@@ -51,7 +51,13 @@ def asked(rng: random.Random, instruction: str, text: str) -> str:
     """An instruction and the text it is about, joined in one of the ways people use."""
     style = rng.random()
     if instruction.endswith("?"):
-        return f"{instruction} {text}" if style < 0.4 else f"{instruction}\n{text}" if style < 0.7 else f"{text}\n{instruction}"
+        return (
+            f"{instruction} {text}"
+            if style < 0.4
+            else f"{instruction}\n{text}"
+            if style < 0.7
+            else f"{text}\n{instruction}"
+        )
     bare = instruction.rstrip(".:")
     if style < 0.4:
         return f"{bare}: {text}"

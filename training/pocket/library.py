@@ -16,7 +16,16 @@ ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 JSON_OBJECT = re.compile(r"""\{\s*"\w+"\s*:""")
 
 MAX_CHARACTERS = 2600  # stays under 1,024 tokens
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "__pycache__",
+    "turtledemo",
+}
 
 
 def is_clean(text: str) -> bool:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+N_HEADS, N_KEY_VALUE_HEADS, HEAD_WIDTH = 4, 2, 64
+ROTARY_BASE = 10_000.0
+
 Mask = BlockMask | Tensor  # block mask on a GPU, dense boolean (B, 1, T, T) elsewhere
 
 
@@ -25,22 +28,23 @@ def config() -> LlamaConfig:
         hidden_size=256,
         intermediate_size=640,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_KEY_VALUE_HEADS,
+        head_dim=HEAD_WIDTH,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
         dtype="bfloat16",
     )
 
 
-def rotary(c: LlamaConfig, n_tokens: int) -> tuple[Tensor, Tensor]:
+def rotary(n_tokens: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary position embedding, each (T, d), in the half-split layout of transformers."""
-    frequencies = 10_000.0 ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
+    frequencies = ROTARY_BASE ** -(torch.arange(0, HEAD_WIDTH, 2) / HEAD_WIDTH)
     angles = torch.outer(torch.arange(n_tokens), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -57,7 +61,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.n_heads, self.n_kv, self.d = N_HEADS, N_KEY_VALUE_HEADS, HEAD_WIDTH
         self.q_proj = nn.Linear(c.hidden_size, self.n_heads * self.d, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.n_kv * self.d, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.n_kv * self.d, bias=False)
@@ -126,13 +130,14 @@ class Pocket(nn.Module):
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.model = Backbone(c)
-        cos, sin = rotary(c, c.max_position_embeddings)
+        cos, sin = rotary(c.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(_initialize)
-        for layer in self.model.layers:  # every block starts as the identity
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
+        for module in self.modules():  # every block starts as the identity
+            if isinstance(module, Layer):
+                nn.init.zeros_(module.self_attn.o_proj.weight)
+                nn.init.zeros_(module.mlp.down_proj.weight)
 
     def forward(self, tokens: Tensor, mask: Mask) -> Tensor:
         """(B, T) token ids -> (B, T, vocabulary) logits."""
@@ -175,7 +180,7 @@ def document_mask(documents: Tensor, make_block_mask: Callable[..., BlockMask] |
 
 def to_transformers(model: Pocket) -> LlamaForCausalLM:
     """The same weights as a bfloat16 transformers model with its generation settings."""
-    exported = LlamaForCausalLM(config())
+    exported: LlamaForCausalLM = LlamaForCausalLM(config())
     state = {name: value.detach().cpu().float() for name, value in model.state_dict().items()}
     exported.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     exported.tie_weights()
@@ -184,4 +189,5 @@ def to_transformers(model: Pocket) -> LlamaForCausalLM:
     )
     for parameter in exported.parameters():  # not .to(): that would round the rotary frequencies as well
         parameter.data = parameter.data.bfloat16()
-    return exported.eval()
+    exported.eval()
+    return exported

@@ -140,7 +140,10 @@ def train(arguments: argparse.Namespace, stream: Iterator[Tensor]) -> Pocket:
     model = Pocket(config()).to(device)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=VECTOR_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
+    muon, adam = (
+        Muon(matrices),
+        torch.optim.AdamW(others, lr=VECTOR_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu),
+    )
     losses = torch.compile(model.losses, dynamic=False) if on_gpu else model.losses
     make_mask = torch.compile(create_block_mask, dynamic=False) if on_gpu else None
 

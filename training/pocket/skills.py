@@ -30,7 +30,8 @@ Pair = tuple[str, str]  # what the user says, what the assistant has to answer
 
 # d day, dd padded, th "3rd", third "third"; M month, Mon short, mm padded, m bare; Y year, yy its last two digits;
 # W weekday, Wd its first three letters
-DATE_SPELLINGS = """
+DATE_SPELLINGS = (
+    """
 {d} {M} {Y}|{dd} {M} {Y}|{M} {d}, {Y}|{M} {d} {Y}|{d}. {M} {Y}|{d} {Mon} {Y}|{Mon} {d}, {Y}|{Mon}. {d}, {Y}
 {th} {M} {Y}|{th} of {M} {Y}|the {th} of {M} {Y}|the {th} of {M}, {Y}|{M} {th}, {Y}|{M} the {th}, {Y}|{Mon} {th} {Y}
 the {third} of {M} {Y}|the {third} of {M}, {Y}|{M} {third}, {Y}|{M} the {third}, {Y}|{third} of {M} {Y}
@@ -39,12 +40,19 @@ the {third} of {M} {Y}|the {third} of {M}, {Y}|{M} {third}, {Y}|{M} the {third},
 {W}, {d} {M} {Y}|{W}, {M} {d}, {Y}|{W} the {th} of {M} {Y}|{Wd} {d} {Mon} {Y}|{Wd}, {dd} {Mon} {Y}|{W} {d}.{m}.{Y}
 {Y}, {M} {d}|{Y} {Mon} {dd}|{Y}, the {th} of {M}|{Y} {M} {th}|{dd}{MON}{Y}|{d} {UP} {Y}|{low} {d} {Y}|{d} {low} {Y}
 day {d} of {M} {Y}|the {th} day of {M}, {Y}|in {Y}, on {M} {d}|in {M} {Y}, on the {th}
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
-DATE_SETTINGS = """
+DATE_SETTINGS = (
+    """
 due {x}|until {x}|on {x}|since {x}|from {x}|Date: {x}|born on {x}|signed on {x}|The meeting is on {x}.|valid until {x}
 We moved here on {x}.|The shop opens on {x}.|Paid on {x}, thank you.|arrived {x}|She was born on {x}.|as of {x}
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
 ORDER_SENTENCES = """
 {name} from {city} would like {things} by {day}.
@@ -142,9 +150,7 @@ def order_pairs(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     rng.shuffle(names)
     items = rng.sample(ITEMS, len(ITEMS))
     rare, common = items[:30], items[30:]
-    heldout = [
-        order_pair(rng, names[i], rng.choice(rare if i % 2 else common)) for i in range(HELDOUT_RECORDS)
-    ]
+    heldout = [order_pair(rng, names[i], rng.choice(rare if i % 2 else common)) for i in range(HELDOUT_RECORDS)]
     train = [order_pair(rng, rng.choice(names[HELDOUT_RECORDS:]), rng.choice(common)) for _ in range(TRAIN_RECORDS)]
     return train, heldout
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (phrasings read best on one line)
 """Small talk, little stories, system prompts that change behaviour, and conversations of several turns.
 
 `talk` gives one exchange; `story` an exchange with a longer answer; `conversation` a whole chat, the only function
@@ -106,7 +107,12 @@ def story(rng: random.Random) -> Exchange:
     if ask == "Tell me a story." or hero not in ask:
         return ask, text
     if rng.random() < 0.25:
-        question, answer = rng.choice(((f"Who is the hero of this story?\n{text}", hero), (f"Give this story a title:\n{text}", f"{hero} and {friend}")))
+        question, answer = rng.choice(
+            (
+                (f"Who is the hero of this story?\n{text}", hero),
+                (f"Give this story a title:\n{text}", f"{hero} and {friend}"),
+            )
+        )
         return question, answer
     return ask, text
 
@@ -126,7 +132,10 @@ def exchange(rng: random.Random) -> Exchange:
     ask, answer = rng.choices(_FUNCTIONS, cum_weights=_WEIGHTS)[0](rng)
     style = rng.random()
     if style < 0.06:
-        ask = rng.choice(("Hi! ", "Hello. ", "Quick question: ", "Please help me. ", "Okay, next one. ", "One more. ")) + ask
+        ask = (
+            rng.choice(("Hi! ", "Hello. ", "Quick question: ", "Please help me. ", "Okay, next one. ", "One more. "))
+            + ask
+        )
     elif style < 0.09:
         ask += rng.choice((" Thanks!", " Thank you.", " Please."))
     elif style < 0.13:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (phrasings read best on one line)
 """Tasks on numbers, months, days and times: reckoning, comparing, words and figures, padding, ordinals, formats.
 
 Dates appear in many human spellings and are taken apart or rewritten from one to another, always with the wanted
@@ -23,7 +24,9 @@ def add(rng: random.Random) -> Exchange:
     a, b = rng.randrange(limit), rng.randrange(limit)
     if rng.random() < 0.2:
         c = rng.randrange(limit)
-        return fill(rng, "{a} + {b} + {c} = ?|Add {a}, {b} and {c}.|What is {a} plus {b} plus {c}?", a=a, b=b, c=c), str(a + b + c)
+        return fill(
+            rng, "{a} + {b} + {c} = ?|Add {a}, {b} and {c}.|What is {a} plus {b} plus {c}?", a=a, b=b, c=c
+        ), str(a + b + c)
     ask = "What is {a} + {b}?|{a} + {b} = ?|Add {a} and {b}.|What is {a} plus {b}?|Calculate {a} + {b}.|{a} plus {b}?"
     return fill(rng, ask, a=_figure(rng, a), b=_figure(rng, b)), str(a + b)
 
@@ -95,7 +98,9 @@ def figures(rng: random.Random) -> Exchange:
     if rng.random() < 0.6:
         ask = "Write {w} in figures.|Write {w} as a number.|Which number is {w}?|{w} in digits?|Digits for {w}:"
         return fill(rng, ask, w=number_words(n)), str(n)
-    return fill(rng, "Write {n} in words.|Spell out the number {n}.|How do you say {n}?|{n} in words?", n=n), number_words(n)
+    return fill(
+        rng, "Write {n} in words.|Spell out the number {n}.|How do you say {n}?|{n} in words?", n=n
+    ), number_words(n)
 
 
 def ordinal(rng: random.Random) -> Exchange:
@@ -103,7 +108,11 @@ def ordinal(rng: random.Random) -> Exchange:
     n = rng.randint(1, 31)
     forms = (str(n), suffixed(n), ORDINALS[n])
     source, target = rng.sample(range(3), 2)
-    name = ("a plain number|a number|digits only", "a short ordinal|an ordinal with digits", "an ordinal word|ordinal in words")[target]
+    name = (
+        "a plain number|a number|digits only",
+        "a short ordinal|an ordinal with digits",
+        "an ordinal word|ordinal in words",
+    )[target]
     ask = "Write {x} as {n}.|{x} as {n}?|Turn {x} into {n}.|Change {x} to {n}."
     return fill(rng, ask, x=forms[source], n=fill(rng, name)), forms[target]
 
@@ -117,7 +126,11 @@ def pad(rng: random.Random) -> Exchange:
         ask = """Write {n} with {w} digits.|Pad {n} to {w} digits.|Write {n} as a {w}-digit number with leading zeros.
         |Zero-pad {n} to {w} digits.|{n} with {w} digits?"""
         return fill(rng, ask, n=n, w=rng.choice((count, width))).replace("\n        ", " "), padded
-    return fill(rng, "Remove the leading zeros: {n}|Write {n} without leading zeros.|Strip the zeros in front of {n}.", n=padded), str(n)
+    return fill(
+        rng,
+        "Remove the leading zeros: {n}|Write {n} without leading zeros.|Strip the zeros in front of {n}.",
+        n=padded,
+    ), str(n)
 
 
 def year(rng: random.Random) -> Exchange:
@@ -137,13 +150,19 @@ def month(rng: random.Random) -> Exchange:
     shown = rng.choice((name, name, name[:3], name.upper(), name.lower(), name[:3].upper(), name[:3] + "."))
     style = rng.randrange(5)
     if style == 0:
-        return fill(rng, "Which month has number {m}?|Name of month {m}?|Month number {m} is called:", m=rng.choice((m, f"{m:02}"))), name
+        return fill(
+            rng,
+            "Which month has number {m}?|Name of month {m}?|Month number {m} is called:",
+            m=rng.choice((m, f"{m:02}")),
+        ), name
     if style == 1:
         return fill(rng, "Write {x} with three letters.|Short form of {x}?|Abbreviate {x}.", x=name), name[:3]
     if style == 2:
         return fill(rng, "Write out the month {x}.|Full name of {x}?|Which month is {x}?", x=name[:3]), name
     if style == 3:
-        return fill(rng, "What number is {x}?|Number of the month {x}?|Which month of the year is {x}, as a number?", x=shown), str(m)
+        return fill(
+            rng, "What number is {x}?|Number of the month {x}?|Which month of the year is {x}, as a number?", x=shown
+        ), str(m)
     ask = "Month number of {x} with two digits?|Write {x} as a two-digit month.|{x} as two digits?"
     return fill(rng, ask, x=shown), f"{m:02}"
 
@@ -153,7 +172,9 @@ def calendar(rng: random.Random) -> Exchange:
     i, j = rng.randrange(7), rng.randrange(12)
     style = rng.randrange(7)
     if style == 0:
-        return fill(rng, "What day comes after {d}?|Which day follows {d}?|The day after {d} is ...", d=DAYS[i]), DAYS[(i + 1) % 7]
+        return fill(
+            rng, "What day comes after {d}?|Which day follows {d}?|The day after {d} is ...", d=DAYS[i]
+        ), DAYS[(i + 1) % 7]
     if style == 1:
         return fill(rng, "What day comes before {d}?|Which day is right before {d}?", d=DAYS[i]), DAYS[i - 1]
     if style == 2:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (phrasings read best on one line)
 """Tasks on short texts: find a name, number, city or day; answer from a passage; fill a form; look up a table.
 
 Messages about people, places, things and days are written from hidden fields, then asked about. Answers come as
@@ -9,7 +10,19 @@ import random
 from collections.abc import Callable
 
 from training.pocket import words
-from training.pocket.grammar import Exchange, asked, capital, city, code, fill, first_name, full_name, item, listed, word
+from training.pocket.grammar import (
+    Exchange,
+    asked,
+    capital,
+    city,
+    code,
+    fill,
+    first_name,
+    full_name,
+    item,
+    listed,
+    word,
+)
 
 _MESSAGES = """
 {name} from {city} bought {things} on {day}.|{name} will bring {things} to {city} on {day}.|On {day} {name} travels to {city}
@@ -84,7 +97,9 @@ def extract(rng: random.Random) -> Exchange:
     if style < 0.6:
         ask = fill(rng, _FIELDS[key])
     else:
-        ask = fill(rng, "Find the {k}.|Give me only the {k}.|Extract the {k}.|{k}?|Read the text and tell me the {k}.", k=key)
+        ask = fill(
+            rng, "Find the {k}.|Give me only the {k}.|Extract the {k}.|{k}?|Read the text and tell me the {k}.", k=key
+        )
     return asked(rng, ask, text), fields[key]
 
 
@@ -173,14 +188,18 @@ def table(rng: random.Random) -> Exchange:
     if rng.random() < 0.7 or values.count(values[i]) > 1:
         ask = fill(rng, "What is the value of {k}?|Look up {k}.|What belongs to {k}?|{k}?|Find {k}.", k=keys[i])
         return asked(rng, ask, text), values[i]
-    return asked(rng, fill(rng, "What has the value {v}?|Which key has {v}?|Who or what has {v}?", v=values[i]), text), keys[i]
+    return asked(
+        rng, fill(rng, "What has the value {v}?|Which key has {v}?|Who or what has {v}?", v=values[i]), text
+    ), keys[i]
 
 
 def transfer(rng: random.Random) -> Exchange:
     """Who gave what to whom."""
     giver, taker, thing = first_name(rng), first_name(rng), item(rng)
     verb = rng.choice(("gave", "sold", "sent", "brought", "showed", "lent"))
-    text = rng.choice((f"{giver} {verb} {taker} {words.article(thing)}.", f"{giver} {verb} {words.article(thing)} to {taker}."))
+    text = rng.choice(
+        (f"{giver} {verb} {taker} {words.article(thing)}.", f"{giver} {verb} {words.article(thing)} to {taker}.")
+    )
     ask, answer = rng.choice(
         ((f"Who {verb} it?|Who {verb} something?", giver), ("To whom?|Who is on the receiving side?", taker),
          (f"What was it?|What did {giver} {'give' if verb == 'gave' else 'hand over'}?", words.article(thing)))
@@ -191,7 +210,11 @@ def transfer(rng: random.Random) -> Exchange:
 def feeling(rng: random.Random) -> Exchange:
     """Is a remark positive or negative."""
     good = rng.random() < 0.5
-    word_list = "great good lovely excellent wonderful nice perfect" if good else "bad terrible awful poor boring broken horrible"
+    word_list = (
+        "great good lovely excellent wonderful nice perfect"
+        if good
+        else "bad terrible awful poor boring broken horrible"
+    )
     text = fill(rng, "The {i} is {a}.|I find the {i} {a}.|What a {a} {i}!|We had a {a} time in {c}.|{n} says the {i} was {a}.|The food in {c} was {a}.",
                 i=item(rng), a=rng.choice(word_list.split()), c=city(rng), n=first_name(rng))  # fmt: skip
     ask = "Is this positive or negative?|Positive or negative?|Good or bad review, in one word: positive or negative?"
@@ -202,10 +225,14 @@ def only_kind(rng: random.Random) -> Exchange:
     """Keep the members of one kind from a mixed list."""
     kind, other = rng.sample(list(words.CATEGORIES), 2)
     inside = rng.sample(words.CATEGORIES[kind], rng.randint(1, 3))
-    mixed = inside + rng.sample([w for w in words.CATEGORIES[other] if w not in words.CATEGORIES[kind]], rng.randint(1, 3))
+    mixed = inside + rng.sample(
+        [w for w in words.CATEGORIES[other] if w not in words.CATEGORIES[kind]], rng.randint(1, 3)
+    )
     rng.shuffle(mixed)
     ask = "Which of these are {k}?|List only the {k}.|Keep the {k}.|Find the {k}."
-    return asked(rng, fill(rng, ask, k=words.plural(kind)), ", ".join(mixed)), ", ".join(w for w in mixed if w in inside)
+    return asked(rng, fill(rng, ask, k=words.plural(kind)), ", ".join(mixed)), ", ".join(
+        w for w in mixed if w in inside
+    )
 
 
 def compare_people(rng: random.Random) -> Exchange:
@@ -214,7 +241,13 @@ def compare_people(rng: random.Random) -> Exchange:
     if a == b:
         return compare_people(rng)
     x, y = rng.sample(range(2, 99), 2)
-    what, more, less = rng.choice((("years old", "older", "younger"), ("kilograms heavy", "heavier", "lighter"), ("metres high", "higher", "lower")))
+    what, more, less = rng.choice(
+        (
+            ("years old", "older", "younger"),
+            ("kilograms heavy", "heavier", "lighter"),
+            ("metres high", "higher", "lower"),
+        )
+    )
     up = rng.random() < 0.5
     text = f"{a} is {x} {what}. {b} is {y} {what}."
     return asked(rng, f"Who is {more if up else less}?", text), a if (x > y) == up else b

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (phrasings read best on one line)
 """Tasks on words and sentences: copy, spell, reverse, count, case, replace, sort, pick, join, quote.
 
 Each function takes a seeded `random.Random` and returns one exchange: (user, assistant). These teach the model
@@ -10,7 +11,18 @@ from collections.abc import Callable
 
 from training.pocket import words
 from training.pocket.grammar import (
-    Exchange, asked, capital, code, distinct_words, fill, first_name, full_name, listed, quoted, sentence, word,
+    Exchange,
+    asked,
+    capital,
+    code,
+    distinct_words,
+    fill,
+    first_name,
+    full_name,
+    listed,
+    quoted,
+    sentence,
+    word,
 )  # fmt: skip
 
 
@@ -95,7 +107,9 @@ def count_letters(rng: random.Random) -> Exchange:
         return fill(rng, ask, w=quoted(rng, w)), rng.choice((str(n), f"{n} letters"))
     letter = rng.choice(w)
     n = w.count(letter)
-    ask = "How many times is the letter {a} in {w}?|How often does {w} contain the letter {a}?|Count the {a}'s in {w}."
+    ask = (
+        "How many times is the letter {a} in {w}?|How often does {w} contain the letter {a}?|Count the {a}'s in {w}."
+    )
     return fill(rng, ask, w=quoted(rng, w), a=letter), str(n)
 
 
@@ -131,7 +145,9 @@ def neighbour(rng: random.Random) -> Exchange:
     text = rng.choice((", ", " ")).join(ws)
     after = rng.random() < 0.6
     ask = "Which word comes {p} {w}?|What comes {p} {w}?|Name the word {p} {w}."
-    return asked(rng, fill(rng, ask, p="after" if after else "before", w=quoted(rng, ws[i])), text), ws[i + (1 if after else -1)]
+    return asked(rng, fill(rng, ask, p="after" if after else "before", w=quoted(rng, ws[i])), text), ws[
+        i + (1 if after else -1)
+    ]
 
 
 def replace(rng: random.Random) -> Exchange:
@@ -231,7 +247,9 @@ def repeat_n(rng: random.Random) -> Exchange:
     """The same word several times."""
     w, n = word(rng), rng.randint(2, 6)
     times = rng.choice((str(n), words.number_words(n)))
-    return fill(rng, "Write {w} {n} times.|Say {w} {n} times.|Repeat {w} {n} times.", w=quoted(rng, w), n=times), " ".join([w] * n)
+    return fill(
+        rng, "Write {w} {n} times.|Say {w} {n} times.|Repeat {w} {n} times.", w=quoted(rng, w), n=times
+    ), " ".join([w] * n)
 
 
 def few_shot(rng: random.Random) -> Exchange:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (phrasings read best on one line)
 """Tasks on a small closed world: capitals, animals, colours, opposites, jobs, uses, grammar, Python one-liners.
 
 What the model can know is what `words.py` lists. Questions just outside of it are answered with "I do not know",
@@ -15,12 +16,20 @@ def capital_city(rng: random.Random) -> Exchange:
     """Capitals of countries and back; coined countries are unknown."""
     if rng.random() < 0.08:
         land = words.coined(rng).capitalize()
-        return fill(rng, "What is the capital of {c}?|Which city is the capital of {c}?", c=land), "I do not know that country."
+        return fill(
+            rng, "What is the capital of {c}?|Which city is the capital of {c}?", c=land
+        ), "I do not know that country."
     land, town = rng.choice(list(words.CAPITALS.items()))
     if rng.random() < 0.3:
-        return fill(rng, "{t} is the capital of which country?|Which country has the capital {t}?", t=town), capital(land)
+        return fill(rng, "{t} is the capital of which country?|Which country has the capital {t}?", t=town), capital(
+            land
+        )
     answer = rng.choice((town, f"The capital of {land} is {town}.", f"{town}."))
-    return fill(rng, "What is the capital of {c}?|Which city is the capital of {c}?|Capital of {c}?|Name the capital of {c}.", c=land), answer
+    return fill(
+        rng,
+        "What is the capital of {c}?|Which city is the capital of {c}?|Capital of {c}?|Name the capital of {c}.",
+        c=land,
+    ), answer
 
 
 def opposite(rng: random.Random) -> Exchange:
@@ -28,7 +37,9 @@ def opposite(rng: random.Random) -> Exchange:
     a, b = rng.choice(list(words.OPPOSITES.items()))
     if rng.random() < 0.4 and list(words.OPPOSITES.values()).count(b) == 1:
         a, b = b, a
-    return fill(rng, "What is the opposite of {a}?|Opposite of {a}?|The opposite of {a} is ...|Name the opposite: {a}", a=a), b
+    return fill(
+        rng, "What is the opposite of {a}?|Opposite of {a}?|The opposite of {a} is ...|Name the opposite: {a}", a=a
+    ), b
 
 
 def animal(rng: random.Random) -> Exchange:
@@ -39,7 +50,9 @@ def animal(rng: random.Random) -> Exchange:
         return fill(rng, "What sound does {a} make?|What does {a} say?", a=words.article(a)), capital(sound) + "!"
     if style == 1:
         a, child = rng.choice(list(words.YOUNG.items()))
-        return fill(rng, "What is a young {a} called?|What do you call a baby {a}?", a=a), f"{capital(words.article(child))}."
+        return fill(
+            rng, "What is a young {a} called?|What do you call a baby {a}?", a=a
+        ), f"{capital(words.article(child))}."
     a, n = rng.choice(list(words.LEGS.items()))
     return fill(rng, "How many legs does {a} have?|Number of legs of {a}?", a=words.article(a)), str(n)
 
@@ -49,7 +62,9 @@ def colour_of(rng: random.Random) -> Exchange:
     thing, colour = rng.choice(list(words.THING_COLOURS.items()))
     if rng.random() < 0.25:
         same = [t for t, c in words.THING_COLOURS.items() if c == colour]
-        return fill(rng, "Name something {c}.|What is {c}?|Tell me a thing that is {c}.", c=colour), capital(f"{rng.choice(same)}.")
+        return fill(rng, "Name something {c}.|What is {c}?|Tell me a thing that is {c}.", c=colour), capital(
+            f"{rng.choice(same)}."
+        )
     return fill(rng, "What colour is {t}?|Which colour does {t} have?|Colour of {t}?", t=thing), capital(f"{colour}.")
 
 
@@ -58,22 +73,30 @@ def job(rng: random.Random) -> Exchange:
     name, work = rng.choice(list(words.JOB_WORK.items()))
     if rng.random() < 0.4:
         return f"Who {work}?", f"{capital(words.article(name))}."
-    return fill(rng, "What does {a} do?|What is the work of {a}?", a=words.article(name)), f"{capital(words.article(name))} {work}."
+    return fill(
+        rng, "What does {a} do?|What is the work of {a}?", a=words.article(name)
+    ), f"{capital(words.article(name))} {work}."
 
 
 def use(rng: random.Random) -> Exchange:
     """What things are for, and what one needs to do something."""
     thing, what = rng.choice(list(words.USES.items()))
     if rng.random() < 0.5:
-        return fill(rng, "What do I need to {w}?|What can I use to {w}?|Which thing helps me to {w}?", w=what), f"You can use {words.article(thing)}."
-    return fill(rng, "What is {a} for?|What do you do with {a}?|Why do people have {a}?", a=words.article(thing)), f"With {words.article(thing)} you can {what}."
+        return fill(
+            rng, "What do I need to {w}?|What can I use to {w}?|Which thing helps me to {w}?", w=what
+        ), f"You can use {words.article(thing)}."
+    return fill(
+        rng, "What is {a} for?|What do you do with {a}?|Why do people have {a}?", a=words.article(thing)
+    ), f"With {words.article(thing)} you can {what}."
 
 
 def continent(rng: random.Random) -> Exchange:
     """Which continent a country is on."""
     name, lands = rng.choice(list(words.CONTINENTS.items()))
     land = rng.choice(lands)
-    return fill(rng, "On which continent is {c}?|Which continent is {c} on?|Where in the world is {c}?", c=land), f"{land} is in {name}."
+    return fill(
+        rng, "On which continent is {c}?|Which continent is {c} on?|Where in the world is {c}?", c=land
+    ), f"{land} is in {name}."
 
 
 def category(rng: random.Random) -> Exchange:
@@ -101,7 +124,9 @@ def tense(rng: random.Random) -> Exchange:
     now, past = rng.choice(list(words.VERBS.items()))
     style = rng.randrange(4)
     if style == 0:
-        return fill(rng, "What is the past tense of {v}?|Past tense of {v}?|Today I {v}, yesterday I ...", v=now), past
+        return fill(
+            rng, "What is the past tense of {v}?|Past tense of {v}?|Today I {v}, yesterday I ...", v=now
+        ), past
     if style == 1:
         return fill(rng, "What is the present tense of {v}?|Base form of {v}?", v=past), now
     who, what = rng.choice(("I", "We", "They", "You")), rng.choice(words.NOUNS)
@@ -119,7 +144,9 @@ def negate(rng: random.Random) -> Exchange:
         ask = "Say the opposite with 'not'.|Negate this.|Make it negative."
         return asked(rng, fill(rng, ask), f"{subject} is {adjective}."), f"{subject} is not {adjective}."
     lowered = subject[0].lower() + subject[1:] if subject.startswith("The ") else subject
-    return asked(rng, fill(rng, "Turn this into a question.|Make it a question."), f"{subject} is {adjective}."), f"Is {lowered} {adjective}?"
+    return asked(
+        rng, fill(rng, "Turn this into a question.|Make it a question."), f"{subject} is {adjective}."
+    ), f"Is {lowered} {adjective}?"
 
 
 def article_of(rng: random.Random) -> Exchange:
@@ -155,7 +182,11 @@ def explain(rng: random.Random) -> Exchange:
     w = rng.choice(words.CATEGORIES[kind])
     shown = w if kind in ("sport", "drink") else words.article(w)
     if kind == "job":
-        text = f"{capital(words.article(w))} {words.JOB_WORK[w]}." if w in words.JOB_WORK else f"{capital(shown)} is a person with a job."
+        text = (
+            f"{capital(words.article(w))} {words.JOB_WORK[w]}."
+            if w in words.JOB_WORK
+            else f"{capital(shown)} is a person with a job."
+        )
     else:
         text = f"{capital(shown)} is {words.article(kind)}."
         if w in words.THING_COLOURS:
@@ -164,7 +195,9 @@ def explain(rng: random.Random) -> Exchange:
             text += f" It has {words.number_words(words.LEGS[w])} legs."
         if w in words.SOUNDS:
             text += f" It says {words.SOUNDS[w]}."
-    return fill(rng, "Explain what {w} is.|Tell me about {w}.|Describe {w}.|What can you say about {w}?", w=shown), text
+    return fill(
+        rng, "Explain what {w} is.|Tell me about {w}.|Describe {w}.|What can you say about {w}?", w=shown
+    ), text
 
 
 TASKS: dict[Callable[[random.Random], Exchange], float] = {

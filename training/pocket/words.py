@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  (word lists read best as strings)
 """The vocabulary of the pocket model's small world: names, places, things and a few facts.
 
 Everything the task generators talk about comes from here or is invented on the spot (`coined`), written by

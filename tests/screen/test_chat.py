@@ -243,8 +243,8 @@ def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
     def wait_for(words: str) -> None:
         nonlocal seen
         while words not in seen:
-            ready, _, _ = select.select([ours], [], [], 60)
-            assert ready, f"waited a minute for {words!r} after {seen!r}"
+            ready, _, _ = select.select([ours], [], [], 20)
+            assert ready, f"waited 20 s for {words!r} after {seen!r}"
             seen += os.read(ours, 4096).decode("utf-8", "replace")
         seen = seen.partition(words)[2]
 

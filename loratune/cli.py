@@ -175,6 +175,8 @@ def _merge(words: list[str]) -> None:
     from loratune.base.load import DTYPES
     from loratune.export.merge import merge_checkpoint
     from loratune.infer.opened import open_folders
+    from loratune.lora.files import read_config
+    from loratune.training.card import render_merged_card
     from loratune.training.evaluation import real_prompts
 
     opened = open_folders([given.adapter], model=given.model)
@@ -191,9 +193,13 @@ def _merge(words: list[str]) -> None:
             prompts=real_prompts(opened.tokenizer, opened.run, given.data),
             dtype=DTYPES.get(given.precision),
             overwrite=given.overwrite,
+            keep_adapter=False,
             sources=[folder],
+            card=lambda checked: render_merged_card(
+                Path(given.out).name, opened.base, read_config(folder), opened.run, checked.difference.largest
+            ),
         )
-    console.print(str(merged))
+    console.print(str(merged), markup=False, soft_wrap=True)
 
 
 def _inspect(words: list[str]) -> None:

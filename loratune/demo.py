@@ -33,7 +33,8 @@ from loratune.infer.evaluate import ExactMatch
 from loratune.lora.files import load_adapter
 from loratune.lora.inject import activate
 from loratune.screen import progress
-from loratune.training.evaluation import answers
+from loratune.screen.text import curve
+from loratune.training.evaluation import answers, real_prompts
 from loratune.training.metrics import losses_of
 from loratune.training.run import RunResult, run
 from loratune.units import duration
@@ -141,7 +142,7 @@ def _train(task: str, folder: Path, console: Console, overwrite: bool) -> RunRes
     )
     result = progress.watch(run(config), console)
     seconds, losses = duration(result.progress.seconds), losses_of(folder / task / "metrics.jsonl")
-    console.print(f"loss {losses[0]:.2f} [blue]{progress.curve(losses, 40)}[/] {losses[-1]:.3f}  in {seconds}")
+    console.print(f"loss {losses[0]:.2f} [blue]{curve(losses, 40)}[/] {losses[-1]:.3f}  in {seconds}")
     return result
 
 
@@ -173,13 +174,14 @@ def _merge(bench: _Bench, folder: Path, overwrite: bool) -> float:
             bench.tokenizer,
             "dates",
             folder / "dates-merged",
-            prompts=_proof_prompts(bench),
+            prompts=real_prompts(bench.tokenizer, None, [str(data_file("dates", "heldout"))]),
             dtype=torch.float32,
             overwrite=overwrite,
         )
     largest = merged.verification.difference.largest
     bench.console.print(
-        f"Loaded again, the merged checkpoint's logits differ from base + adapter by at most [green]{largest:.1e}[/]."
+        "The merged checkpoint was loaded again and compared on held-out prompts:\n"
+        f"its logits differ from those of base + adapter by at most [green]{largest:.1e}[/]."
     )
     return largest
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import datasets
 
+from loratune import hub
 from loratune.data.files import Raw, without_nulls
 from loratune.errors import DataError, nearest
 
@@ -19,7 +20,10 @@ def read_hub(name: str) -> Iterator[Raw]:
     """
     dataset_id, _, split = name.partition(":")
     try:
+        hub.find(dataset_id, "dataset")
         splits = datasets.load_dataset(dataset_id)
+    except hub.NotOnHub as error:
+        raise DataError(f"{name}: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -212,7 +212,8 @@ def test_quit_leaves_the_rest_unread(talk: Talk, monkeypatch: pytest.MonkeyPatch
 
 
 TERMINAL_SCRIPT = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
 from rich.console import Console
 from loratune.screen.chat import chat

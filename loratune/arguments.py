@@ -29,9 +29,13 @@ from loratune.errors import ConfigError, nearest
 
 T = TypeVar("T")
 ModelName = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-DataNames = Annotated[Positional[list[str]], tyro.conf.arg(metavar="DATA [DATA ...]")]
+DataNames = Annotated[
+    Positional[list[str]], tyro.conf.arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")
+]
 AdapterFolder = Annotated[Positional[str], tyro.conf.arg(metavar="ADAPTER")]
-AdapterFolders = Annotated[Positional[list[str]], tyro.conf.arg(metavar="ADAPTER [ADAPTER ...]")]
+AdapterFolders = Annotated[
+    Positional[list[str]], tyro.conf.arg(metavar="ADAPTER [ADAPTER ...]", help_behavior_hint="(required)")
+]
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
@@ -60,6 +64,9 @@ class Preview:
     seed: int = 0
     """Seed of the held-out split and of packing, as in train."""
     dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _require_data(self.data)
 
 
 @dataclass(kw_only=True)
@@ -92,6 +99,7 @@ class Eval:
     """Which tokens the loss sees, as in train."""
 
     def __post_init__(self) -> None:
+        _require_data(self.data)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is {self.limit}; it is at least 1")
         DataConfig(tokens_per_row=self.tokens_per_row)  # says what is wrong with it
@@ -117,6 +125,10 @@ class Chat:
     """Number format of the base, as in train."""
     device: str | None = None
     """Torch device; by default the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise ConfigError("no adapter or base model given; name at least one folder")
 
 
 @dataclass(kw_only=True)
@@ -201,6 +213,11 @@ def _run_file(out: str) -> str:
 def as_plain(kind: type[T], value: Any) -> T:
     """The fields that `kind` declares, out of an instance of a subclass."""
     return kind(**{f.name: getattr(value, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _require_data(data: list[str]) -> None:
+    if not data:
+        raise ConfigError("no data files given")
 
 
 def _take_option(words: list[str], *names: str) -> tuple[list[str], str | None]:

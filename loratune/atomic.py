@@ -69,6 +69,8 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     _flush(file)
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
+        except OutputError as error:  # of a file inside; the user knows the folder by its own name
+            raise OutputError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

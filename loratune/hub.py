@@ -36,16 +36,14 @@ def find(name: str, kind: Literal["model", "dataset"]) -> str | None:
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
         return None
-    except GatedRepoError as error:
-        raise NotOnHub("the hub asks for its terms to be accepted, and for `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise NotOnHub(f"nothing of this name is here, and the hub has no such {kind} (or it is private)") from error
+    except GatedRepoError:
+        why = "its terms must be accepted on the hub first, and then `hf auth login`"
+    except (RepositoryNotFoundError, HFValidationError):
+        why = f"there is no such {kind}, or it is private"
     except _FAILURES as error:
-        reason = str(error).strip().splitlines()
-        why = f" ({reason[0]})" if reason else ""
-        try:
-            return snapshot_download(name, repo_type=kind, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise NotOnHub(
-                f"nothing of this name is here, it was not downloaded before, and the hub cannot be reached{why}"
-            ) from error
+        lines = str(error).strip().splitlines()
+        why = "it was not downloaded before, and the hub cannot be reached" + (f" ({lines[0]})" if lines else "")
+    try:
+        return snapshot_download(name, repo_type=kind, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise NotOnHub(why) from error

@@ -110,6 +110,8 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
             f"{model}: tensors are missing from the checkpoint or of the wrong shape, {len(missing)} in all, first "
             f"{missing[0]}; is the download complete?"
         )
+    if model != POCKET and not Path(model).expanduser().exists():
+        loaded.name_or_path = model  # adapters name the hub id as their base, not the folder it was downloaded to
     loaded.requires_grad_(False)
     result: PreTrainedModel = loaded.eval()
     return result
@@ -243,7 +245,7 @@ def _on_hub(model: str, near: str) -> str:
     try:
         return hub.find(model, "model") or model
     except hub.NotOnHub as error:
-        raise ModelError(f"{model}: {error}.{near}") from error
+        raise ModelError(f"{model}: no such folder here, and not to be had from the hub: {error}.{near}") from error
 
 
 def _looks_like_hub_id(model: str) -> bool:

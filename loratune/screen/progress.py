@@ -28,8 +28,11 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
     """Draws a run's events as they come and returns its result."""
     view = _View(console)
     result: RunResult | None = None
+    waiting = console.status("loading the model and rendering the data")
+    waiting.start()
     try:
         for event in events:
+            waiting.stop()
             match event:
                 case Note(text):
                     view.note(text)
@@ -49,6 +52,7 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
                 case RunResult():
                     result = event
     finally:
+        waiting.stop()
         view.close()
     assert result is not None, "a run ends with its result"
     return result

@@ -102,6 +102,17 @@ def run(
 
     Raises: LoratuneError: something a user can mend; nothing is overwritten or left half-written.
     """
+    try:
+        yield from _run(config, stop, cache_dir)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory; lower --tokens-per-row (now {config.dataset.tokens_per_row}) and raise "
+            "--gradient-accumulation-steps as much, which trains the same tokens a step. What was saved is whole"
+        ) from error
+
+
+def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
+    """`run`, but for a GPU that is too small."""
     out = Path(config.out)
     resume_from: Path | None = None
     if config.resume:

@@ -6,8 +6,10 @@ section lose their section's name on the command line: `--r 8`, not `--lora.r 8`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -23,17 +25,27 @@ from loratune.config import (
     check_values,
     read_toml,
 )
-from loratune.errors import ConfigError
+from loratune.errors import ConfigError, nearest
 
 T = TypeVar("T")
+ModelName = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+DataNames = Annotated[
+    Positional[list[str]], tyro.conf.arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")
+]
+AdapterFolder = Annotated[Positional[str], tyro.conf.arg(metavar="ADAPTER")]
+AdapterFolders = Annotated[
+    Positional[list[str]], tyro.conf.arg(metavar="ADAPTER [ADAPTER ...]", help_behavior_hint="(required)")
+]
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass(kw_only=True)
 class Train(RunConfig):
     """Train one adapter. Settings come from -c FILE (TOML), then from flags; --print-config shows them all."""
 
-    model: Positional[str]
-    data: Positional[list[str]]
+    model: ModelName
+    data: DataNames
+    out: Folder
     lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
     dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -43,9 +55,9 @@ class Train(RunConfig):
 class Preview:
     """Show what the model will really see: rendered tokens with the trained ones coloured, lengths, rows."""
 
-    model: Positional[str]
+    model: ModelName
     """Base model: a local folder, a hub id, or "loratune/pocket"."""
-    data: Positional[list[str]]
+    data: DataNames
     """Training files."""
     examples: int = 3
     """Examples to show in full."""
@@ -53,14 +65,17 @@ class Preview:
     """Seed of the held-out split and of packing, as in train."""
     dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
 
+    def __post_init__(self) -> None:
+        _require_data(self.data)
+
 
 @dataclass(kw_only=True)
 class Eval:
     """Measure an adapter on held-out data: loss, perplexity, and exact match of the answers it generates."""
 
-    adapter: Positional[str]
+    adapter: AdapterFolder
     """Folder of an adapter, or a base model to measure as it is."""
-    data: Positional[list[str]]
+    data: DataNames
     """Held-out files."""
     model: str | None = None
     """Base model, if it is not where the adapter says."""
@@ -83,12 +98,18 @@ class Eval:
     train_on: TrainOn = "assistant"
     """Which tokens the loss sees, as in train."""
 
+    def __post_init__(self) -> None:
+        _require_data(self.data)
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}; it is at least 1")
+        DataConfig(tokens_per_row=self.tokens_per_row)  # says what is wrong with it
+
 
 @dataclass(kw_only=True)
 class Chat:
     """Talk to a model with one or several adapters; /help lists what else can be typed."""
 
-    adapters: Positional[list[str]]
+    adapters: AdapterFolders
     """Folders of adapters over one base, or a base model alone."""
     model: str | None = None
     """Base model, if it is not where the adapters say."""
@@ -105,14 +126,18 @@ class Chat:
     device: str | None = None
     """Torch device; by default the GPU if there is one."""
 
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise ConfigError("no adapter or base model given; name at least one folder")
+
 
 @dataclass(kw_only=True)
 class Merge:
     """Write a checkpoint with the adapter merged into the weights, and prove it equal before saying done."""
 
-    adapter: Positional[str]
+    adapter: AdapterFolder
     """Folder of the adapter."""
-    out: str
+    out: Folder
     """Folder for the merged checkpoint."""
     model: str | None = None
     """Base model, if it is not where the adapter says."""
@@ -128,7 +153,7 @@ class Merge:
 class Inspect:
     """Say what an adapter is, what it was trained on, and with which settings."""
 
-    adapter: Positional[str]
+    adapter: AdapterFolder
     """Folder of the adapter, ours or PEFT's."""
 
 
@@ -159,17 +184,40 @@ def parse_train(words: list[str]) -> RunConfig:
     words, file = _take_option(words, "-c", "--config")
     if file is None and "--resume" in words:
         _, out = _take_option(words, "--out")
-        file = f"{out}/run.toml" if out else None
-    if file is None:
-        return as_plain(RunConfig, parse(Train, words, "train"))
-    values = check_values(RunConfig, read_toml(file), file)
-    required: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
-    return as_plain(RunConfig, parse(Train, words, "train", Train(**(required | values))))
+        file = _run_file(out) if out else None
+    default = None
+    if file is not None:
+        values = check_values(RunConfig, read_toml(file), file)
+        required: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+        default = Train(**(required | values))
+    config = as_plain(RunConfig, parse(Train, words, "train", default))
+    lora = config.lora
+    names = {"target_modules": _names(lora.target_modules), "exclude_modules": _names(lora.exclude_modules)}
+    return replace(config, lora=replace(lora, **names))  # type: ignore[arg-type]
+
+
+def _names(modules: str | list[str] | None) -> str | list[str] | None:
+    """A single word of the command line is a name, as each of several is, unless it looks like an expression."""
+    return [modules] if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules) else modules
+
+
+def _run_file(out: str) -> str:
+    """Raises ConfigError: there is no run in `out`."""
+    file = Path(out) / "run.toml"
+    if not file.is_file():
+        near = [run.parent.name for run in file.parent.parent.glob("*/run.toml")]
+        raise ConfigError(f"{out}: no run to resume: there is no run.toml.{nearest(file.parent.name, near)}")
+    return str(file)
 
 
 def as_plain(kind: type[T], value: Any) -> T:
     """The fields that `kind` declares, out of an instance of a subclass."""
     return kind(**{f.name: getattr(value, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _require_data(data: list[str]) -> None:
+    if not data:
+        raise ConfigError("no data files given")
 
 
 def _take_option(words: list[str], *names: str) -> tuple[list[str], str | None]:

@@ -23,8 +23,10 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     if path.is_file():
         raise OutputError(f"{path}: a file stands where a folder is to be written")
     parent = _existing_parent(path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot write into {parent} (read-only, or not a folder)")
+    try:  # asking for permission is not enough: a read-only or virtual file system refuses all the same
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write into {parent}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,9 +65,12 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # some writers make private files
                     _flush(file)
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
+        except OutputError as error:  # of a file inside; the user knows the folder by its own name
+            raise OutputError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +31,11 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0 done, 2 a mistake that the message explains, 130 Ctrl-C."""
+    """Runs one command and returns the exit status.
+
+    0: done, also when `train` was asked to stop by Ctrl-C or SIGTERM and saved everything. 2: a mistake that the
+    message explains. 130: Ctrl-C before anything could be saved.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(words)
@@ -42,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # the system refuses something that no check foresaw, such as reading a folder
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return USAGE_ERROR
     return 0
 
 
@@ -80,8 +88,9 @@ def _train(words: list[str]) -> None:
     from loratune.training.run import run
 
     console = _console()
-    events = run(config, _stop_on_signals(console), _cache_dir(config.dataset.cache_dir))
-    progress.summary(progress.watch(events, console), console)
+    with _stop_on_signals(console) as stop:
+        events = run(config, stop, _cache_dir(config.dataset.cache_dir))
+        progress.summary(progress.watch(events, console), console)
 
 
 def _preview(words: list[str]) -> None:
@@ -175,6 +184,8 @@ def _merge(words: list[str]) -> None:
     from loratune.base.load import DTYPES
     from loratune.export.merge import merge_checkpoint
     from loratune.infer.opened import open_folders
+    from loratune.lora.files import read_config
+    from loratune.training.card import render_merged_card
     from loratune.training.evaluation import real_prompts
 
     opened = open_folders([given.adapter], model=given.model)
@@ -191,9 +202,13 @@ def _merge(words: list[str]) -> None:
             prompts=real_prompts(opened.tokenizer, opened.run, given.data),
             dtype=DTYPES.get(given.precision),
             overwrite=given.overwrite,
+            keep_adapter=False,
             sources=[folder],
+            card=lambda checked: render_merged_card(
+                Path(given.out).name, opened.base, read_config(folder), opened.run, checked.difference.largest
+            ),
         )
-    console.print(str(merged))
+    console.print(str(merged), markup=False, soft_wrap=True)
 
 
 def _inspect(words: list[str]) -> None:
@@ -216,7 +231,8 @@ def _demo(words: list[str]) -> None:
     demo(given.out, _console(), overwrite=given.overwrite)
 
 
-def _stop_on_signals(console: Console) -> Callable[[], bool]:
+@contextmanager
+def _stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into an orderly end after the current step; a second Ctrl-C ends at once."""
     import signal
 
@@ -228,9 +244,12 @@ def _stop_on_signals(console: Console) -> Callable[[], bool]:
         received.append(number)
         console.print("[yellow]stopping after this step and saving; Ctrl-C again to stop without saving[/]")
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return lambda: bool(received)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cache_dir(setting: str | None) -> str | None:

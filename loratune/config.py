@@ -7,11 +7,12 @@ the name where one is needed. This module imports no torch: `loratune --help` re
 
 from __future__ import annotations
 
+import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -65,7 +66,11 @@ class LoraConfig:
         }.items():
             _require(rank >= 1, f"{what} is {rank}; a rank is at least 1")
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it lies in 0 <= p < 1")
-        _require(self.lora_alpha > 0, f"lora_alpha is {self.lora_alpha}; it must be positive")
+        for what, alpha in {
+            "lora_alpha": self.lora_alpha,
+            **{f'alpha_pattern["{k}"]': v for k, v in self.alpha_pattern.items()},
+        }.items():
+            _require(0 < alpha < math.inf, f"{what} is {alpha}; it must be positive and finite")
         _require(bool(self.target_modules), 'target_modules is empty; give module names or "all-linear"')
 
 
@@ -139,13 +144,16 @@ class TrainConfig:
     """Trackers to report to, besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        rate = self.learning_rate
+        _require(0 < rate < math.inf, f"learning_rate is {rate}; it must be positive and finite")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it lies in 0 <= beta < 1")
         for name in ("weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it is at least 0")
-        _require(self.adam_epsilon > 0, f"adam_epsilon is {self.adam_epsilon}; it must be positive")
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
+        epsilon = self.adam_epsilon
+        _require(0 < epsilon < math.inf, f"adam_epsilon is {epsilon}; it must be positive and finite")
         counts = ("epochs", "max_steps", "gradient_accumulation_steps", "eval_every_steps")
         for name in (*counts, "early_stopping_patience", "save_every_steps"):
             value = getattr(self, name)
@@ -183,30 +191,44 @@ class RunConfig:
 T = TypeVar("T")
 
 
-def from_dict(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+def from_dict(kind: type[T], values: Mapping[str, Any], where: str, root: type[Any] | None = None) -> T:
     """Builds a configuration from nested plain values, for example those of a TOML file.
 
     Args:
         kind: the dataclass to build; fields that `values` lacks take their defaults.
         values: field name -> value, sections as mappings.
         where: what to name in errors, for example the file.
+        root: the dataclass of the whole file, if `kind` is that of a section; for hints.
 
     Raises: ConfigError: a name is unknown, a value has the wrong type or is out of range, or one is missing.
     """
-    return kind(**check_values(kind, values, where))
+    checked = check_values(kind, values, where, root)
+    missing = [f.name for f in fields(kind) if _required(f) and f.name not in checked]  # type: ignore[arg-type]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]} is missing")
+    try:
+        return kind(**checked)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def check_values(kind: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_values(
+    kind: type[Any], values: Mapping[str, Any], where: str, root: type[Any] | None = None
+) -> dict[str, Any]:
     """The keyword arguments for `kind` in `values`, with sections built; see `from_dict`."""
     hints = typing.get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     built: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f'{where}: unknown setting "{name}".{nearest(name, known) or _elsewhere(kind, name)}')
+            hint = _elsewhere(root or kind, name) or nearest(name, known)
+            raise ConfigError(f'{where}: unknown setting "{name}".{hint}')
         expected = hints[name]
         if is_dataclass(expected) and isinstance(value, Mapping):
-            built[name] = from_dict(typing.cast(type[Any], expected), value, f"{where} [{name}]")
+            section = typing.cast(type[Any], expected)
+            built[name] = from_dict(section, value, f"{where} [{name}]", root or kind)
+        elif is_dataclass(expected) and not is_dataclass(value):
+            raise ConfigError(f"{where}: {name} = {value!r} is a value, but {name} is a section: [{name}]")
         elif _fits(value, expected):
             built[name] = value
         else:
@@ -241,9 +263,15 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _elsewhere(kind: type[Any], name: str) -> str:
-    """A hint if the setting belongs to a section of `kind`."""
-    for section, hint in typing.get_type_hints(kind).items():
+def _required(setting: Field[Any]) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING
+
+
+def _elsewhere(root: type[Any], name: str) -> str:
+    """A hint if the setting belongs to a section of `root`, or to no section."""
+    if name in {f.name for f in fields(root)}:
+        return " It belongs above the first section."
+    for section, hint in typing.get_type_hints(root).items():
         if is_dataclass(hint) and name in {f.name for f in fields(hint)}:
             return f" It belongs under [{section}]."
     return ""

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
@@ -22,7 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from loratune import hub
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
@@ -30,22 +33,28 @@ from loratune.errors import ModelError, nearest
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""
 
+_MARKER = "loratune"  # an answer to find again in rendered text
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve(model: str) -> str:
     """The local folder or hub id that `model` stands for, checked as far as that costs nothing.
 
-    Raises: ModelError: the folder is missing, is not a model, holds only pickled weights, or is an adapter.
+    A hub id becomes the folder it was downloaded to where the hub cannot be reached.
+
+    Raises: ModelError: the folder is missing, is not a model, holds only pickled weights, or is an adapter; the hub
+        has no such model.
     """
     if model == POCKET and not Path(model).exists():
         return str(MODEL_DIR)
     folder = Path(model).expanduser()
     if not folder.exists():
-        if _looks_like_hub_id(model):
-            return model
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ModelError(f"{model}: no such folder.{nearest(folder.name, siblings)}")
+        near = nearest(folder.name, siblings)
+        if _looks_like_hub_id(model):
+            return _on_hub(model, near)
+        raise ModelError(f"{model}: no such folder.{near}")
     if not folder.is_dir():
         raise ModelError(f"{model}: this is a file; give the folder that holds config.json and the weights")
     names = {p.name for p in folder.iterdir()}
@@ -72,7 +81,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
         are missing from the checkpoint.
     """
-    where = torch.device(device) if device is not None else default_device()
+    where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
     source = resolve(model)
@@ -80,8 +89,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     if precision == "auto" and where.type == "cpu":
         dtype = torch.float32
     config = load_config(model)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"{model}: {config.model_type} is not a causal language model, which train and chat need")
+    _check_causal(model, config)
     try:
         loading: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -89,17 +97,21 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
             dtype=dtype,
             device_map=None if where.type == "cpu" else {"": where},
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, with a name
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{model}: the weights cannot be loaded: {_first_line(error)}") from error
     loaded, report = loading
-    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report.get("mismatched_keys", ()))
+    missing = sorted(report["missing_keys"])
+    missing += sorted(str(key[0]) for key in report.get("mismatched_keys", ()) if key[0] not in missing)
     if missing:
         raise ModelError(
-            f"{model}: {len(missing)} tensors are missing from the checkpoint or of the wrong shape, first "
+            f"{model}: tensors are missing from the checkpoint or of the wrong shape, {len(missing)} in all, first "
             f"{missing[0]}; is the download complete?"
         )
+    if model != POCKET and not Path(model).expanduser().exists():
+        loaded.name_or_path = model  # adapters name the hub id as their base, not the folder it was downloaded to
     loaded.requires_grad_(False)
     result: PreTrainedModel = loaded.eval()
     return result
@@ -141,10 +153,9 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTo
     except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
         raise ModelError(f"{model}: no usable tokenizer: {_first_line(error)}") from error
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{chat_template}: the chat template cannot be read: {error}") from error
+        tokenizer.chat_template = _template_of(chat_template)
+    if tokenizer.chat_template:
+        _render_turns(tokenizer, chat_template or f"{model}: its chat template")
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -162,11 +173,9 @@ def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(value if isinstance(value, list) else [value] if value is not None else [])
     if tokenizer.chat_template:
-        marker = "loratune"
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = _render_turns(tokenizer, f"{tokenizer.name_or_path}: its chat template")
         special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        after = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+        after = tokenizer(text.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"] if text else []
         found.update([i for i in after if i in special][:1])
     return frozenset(found)
 
@@ -182,11 +191,61 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.device(device) if device is not None else default_device()
+    except RuntimeError as error:
+        raise ModelError(f'device "{device}" is unknown; give cpu, cuda, cuda:1 or mps') from error
+
+
+def _check_causal(model: str, config: Any) -> None:
+    """Raises ModelError for an encoder and the like, also one whose family has a causal variant (BERT)."""
+    made_as = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if type(config) not in AutoModelForCausalLM._model_mapping or (made_as and not causal.intersection(made_as)):
+        what = made_as[0] if made_as else config.model_type
+        raise ModelError(f"{model}: {what} is not a causal language model, which train and chat need")
+
+
+def _template_of(file: str) -> str:
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{file}: the chat template cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file}: the chat template is not UTF-8 text: {error}") from error
+    if not template.strip():
+        raise ModelError(f"{file}: the chat template is empty")
+    return template
+
+
+def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A question and the answer `_MARKER` through the chat template; "" if it refuses this conversation.
+
+    Raises: ModelError: the template is not valid Jinja.
+    """
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARKER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"{where}:{error.lineno}: not valid Jinja: {error.message}") from error
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # the data will show whether it takes those
+        return ""
+    return text if _MARKER in text else ""
+
+
 def _generation_config(model: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(resolve(model))
     except OSError:  # a model need not have one
         return None
+
+
+def _on_hub(model: str, near: str) -> str:
+    try:
+        return hub.find(model, "model") or model
+    except hub.NotOnHub as error:
+        raise ModelError(f"{model}: no such folder here, and not to be had from the hub: {error}.{near}") from error
 
 
 def _looks_like_hub_id(model: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import datasets
 
+from loratune import hub
 from loratune.data.files import Raw, without_nulls
 from loratune.errors import DataError, nearest
 
@@ -19,8 +21,9 @@ def read_hub(name: str) -> Iterator[Raw]:
     """
     dataset_id, _, split = name.partition(":")
     try:
-        splits = datasets.load_dataset(dataset_id)
-    except (OSError, ValueError, RuntimeError) as error:
+        downloaded = None if Path(dataset_id).exists() else hub.find(dataset_id, "dataset")
+        splits = datasets.load_dataset(downloaded or dataset_id)
+    except (hub.NotOnHub, OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name}: no such file here, and no such data set could be loaded from the hub: {reason}"

@@ -108,7 +108,7 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
     for folder in folders:
         path = Path(folder).resolve()
         name = path.name if path.name not in names else f"{path.parent.name}-{path.name}"
-        if name in names:
-            raise AdapterError(f"{folder} is named twice")
+        if name in names or path in [Path(other).resolve() for other in names.values()]:
+            raise AdapterError(f"{folder} is given twice")
         names[name] = folder
     return names

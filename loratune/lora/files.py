@@ -165,7 +165,8 @@ def find_folder(directory: str | Path, name: str | None = None) -> Path:
             raise AdapterError(_pickled(folder))
         raise AdapterError(f"{folder}: is a file; name the folder that holds {CONFIG_FILE}")
     if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder")
+        near = nearest(folder.name, [path.name for path in folder.parent.glob("*/")])
+        raise AdapterError(f"{folder}: there is no such folder.{near}")
     if (folder / CONFIG_FILE).is_file():
         return folder
     inner = [path.name for path in _listing(folder) if (path / CONFIG_FILE).is_file()]

@@ -127,7 +127,7 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
             f"{path}: {name} = {_short(value)}{known}; the adapter would not be what it was trained to be"
         )
     init = fields.get("init_lora_weights", True)
-    if init not in _HARMLESS_INITS:
+    if init is not None and init not in _HARMLESS_INITS:
         raise AdapterError(
             f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion) first"

@@ -6,8 +6,6 @@ evaluations scroll by above it. Without one, as in a log file, a plain line is p
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Iterable
 
@@ -18,11 +16,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from loratune.screen.text import curve
 from loratune.training.loop import Evaluated, Saved, StepDone, Unreached
 from loratune.training.run import Note, Prepared, RunEvent, RunResult
 from loratune.units import duration, size
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 24
 
 
@@ -30,8 +28,11 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
     """Draws a run's events as they come and returns its result."""
     view = _View(console)
     result: RunResult | None = None
+    waiting = console.status("loading the model and rendering the data")
+    waiting.start()
     try:
         for event in events:
+            waiting.stop()
             match event:
                 case Note(text):
                     view.note(text)
@@ -51,6 +52,7 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
                 case RunResult():
                     result = event
     finally:
+        waiting.stop()
         view.close()
     assert result is not None, "a run ends with its result"
     return result
@@ -110,7 +112,12 @@ class _View:
         table.add_column(style="dim")
         table.add_column()
         if event.attached is not None:
-            table.add_row("adapter", str(event.attached).splitlines()[0])
+            attached = event.attached
+            share = attached.trainable_parameters / attached.total_parameters
+            table.add_row(
+                "adapter",
+                f"{len(attached.ranks)} layers, {attached.trainable_parameters:,} parameters train ({share:.2%})",
+            )
         held_out = f", {len(event.dataset.eval):,} held out" if event.dataset.eval else ", none held out"
         table.add_row("data", f"{len(event.dataset.train):,} examples{held_out}")
         table.add_row("rows", f"{event.rows_per_epoch:,} an epoch, {event.fullness:.1%} full")
@@ -178,15 +185,3 @@ class _View:
     def _time_left(self, event: StepDone) -> float:
         done = event.step - self._first_step
         return (time.monotonic() - self._started) / done * (event.total_steps - event.step)
-
-
-def curve(values: list[float], width: int) -> str:
-    """The course of `values` in at most `width` block characters, each the mean of its share."""
-    if not values:
-        return ""
-    width = min(width, len(values))
-    edges = [round(i * len(values) / width) for i in range(width + 1)]
-    means = [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((m - low) * scale)] for m in means)

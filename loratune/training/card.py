@@ -12,10 +12,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from loratune.base.load import POCKET
-from loratune.config import LoraConfig
+from loratune.config import LoraConfig, RunConfig
 from loratune.units import duration, size
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank accepts
@@ -28,7 +29,7 @@ class DataFacts:
 
     name: str
     """File name or hub id; never a path of the machine it lay on."""
-    records: int
+    records: int | None
     sha256: str | None
     """Of the content, to recognise the same data again; None for what has no single file."""
 
@@ -41,9 +42,11 @@ class CardFacts:
     """What the adapter is called: its folder's name."""
     base_model: str
     lora: LoraConfig
-    trainable_parameters: int
-    file_bytes: int
     train_data: tuple[DataFacts, ...]
+    """Empty for an adapter that was made elsewhere."""
+    trainable_parameters: int = 0
+    file_bytes: int = 0
+    """Of the adapter's tensors."""
     eval_data: tuple[DataFacts, ...] = ()
     license: str | None = None
     """SPDX identifier; unknown unless the user says so, as it depends on base and data."""
@@ -69,11 +72,26 @@ def render_card(facts: CardFacts) -> str:
         f"# {facts.name}\n\n{_what_it_is(facts)}",
         f"## Use\n\n{_use(facts)}",
         _table("## Results", "measured", facts.results),
-        f"## Data\n\n{_data(facts)}",
+        _data(facts),
         _table("## Training", "setting", _training_rows(facts)),
         _table("## Versions", "package", facts.versions),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def render_merged_card(
+    name: str, base_model: str, lora: LoraConfig, run: RunConfig | None, largest_difference: float
+) -> str:
+    """README.md of a merged checkpoint, as far as the adapter's folder tells.
+
+    Args:
+        run: settings of the run that made the adapter, if it is one of ours.
+        largest_difference: in any logit, between the checkpoint and base + adapter.
+    """
+    data = tuple(DataFacts(Path(path).name, None, None) for path in (run.data if run else ()))
+    return render_card(
+        CardFacts(name=name, base_model=base_model, lora=lora, train_data=data, merged_difference=largest_difference)
+    )
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -93,7 +111,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _what_it_is(facts: CardFacts) -> str:
-    learned = ", ".join(f"`{data.name}`" for data in facts.train_data)
+    learned = ", ".join(f"`{data.name}`" for data in facts.train_data) or "data that its folder does not name"
     if facts.merged_difference is not None:
         return (
             f"`{facts.base_model}` with a LoRA adapter trained on {learned} merged into its weights by loratune. "
@@ -167,11 +185,14 @@ def _vllm(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    rows = ["| | records | SHA-256 |", "|---|---:|---|"]
+    if not facts.train_data:
+        return ""
+    rows = ["## Data\n", "| | records | SHA-256 |", "|---|---:|---|"]
     for kind, part in (("trained on", facts.train_data), ("held out", facts.eval_data)):
         for data in part:
             digest = f"`{data.sha256}`" if data.sha256 else ""
-            rows.append(f"| {kind} `{data.name}` | {data.records:,} | {digest} |")
+            count = f"{data.records:,}" if data.records is not None else ""
+            rows.append(f"| {kind} `{data.name}` | {count} | {digest} |")
     return "\n".join(rows)
 
 

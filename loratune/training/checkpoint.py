@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,8 +63,8 @@ def write(
             for moment in _MOMENTS
             if parameter in optimizer.state
         }
-        save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        atomic.write_bytes(temporary / "optimizer.safetensors", to_bytes(moments))
+        atomic.write_text(temporary / "progress.json", json.dumps(asdict(progress), indent=2) + "\n")
     keep = {progress.step, progress.best_step}
     for step, old in _all(folder).items():
         if step not in keep:

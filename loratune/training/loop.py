@@ -151,6 +151,11 @@ class Loop:
         self._saved_step = self.progress.step
         checkpoint.restore_optimizer(path, self.parameters, self._optimizer, self.progress)
 
+    @property
+    def finished(self) -> bool:
+        """No step is left: the last is done, or the held-out loss has not fallen for too long."""
+        return self.progress.step >= self.total_steps or self._out_of_patience()
+
     def run(self) -> Iterator[Event]:
         """Trains to the end, yielding what happens; the last event says why it ended.
 
@@ -158,9 +163,9 @@ class Loop:
 
         Raises: OutputError: a checkpoint cannot be written.
         """
-        reason: Reason = "done"
+        reason: Reason = "early stop" if self._out_of_patience() else "done"
         with self.forward.installed():
-            while self.progress.step < self.total_steps:
+            while not self.finished:
                 yield self._step()
                 if self._unreached:
                     yield Unreached(self._unreached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,27 +55,31 @@ def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(7.2, 4.0), dpi=140, layout="constrained")
     axes = figure.subplots()
     if trained:
-        steps, losses = zip(*trained, strict=True)
-        axes.plot(steps, losses, color="#b8c4d6", linewidth=1.0)
-        axes.plot(steps, _smooth(losses), color="#2f5d9b", linewidth=2.0, label="training")
+        steps, values = zip(*trained, strict=True)
+        axes.plot(steps, values, color="#b8c4d6", linewidth=1.0)
+        axes.plot(steps, _smooth(values), color="#2f5d9b", linewidth=2.0, label="training")
     if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, color="#d1603d", linewidth=1.6, marker="o", markersize=4.5, label="held-out")
+        steps, values = zip(*held_out, strict=True)
+        axes.plot(steps, values, color="#d1603d", linewidth=1.6, marker="o", markersize=4.5, label="held-out")
         axes.annotate(
-            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(5, 4), textcoords="offset points", color="#d1603d"
+            f"{values[-1]:.3g}", (steps[-1], values[-1]), xytext=(5, 4), textcoords="offset points", color="#d1603d"
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per trained token)")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_ylim(bottom=0)
+    losses = [loss for _, loss in trained + held_out]
+    if losses and min(losses) > 0 and max(losses) > 30 * min(losses):
+        axes.set_yscale("log")  # a linear axis would show a cliff and a floor
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if trained or held_out:
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    atomic.write_bytes(path, image.getvalue())
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

@@ -28,7 +28,7 @@ from loratune.data.pack import fullness
 from loratune.errors import AdapterError, ConfigError, OutputError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
-from loratune.training import checkpoint, metrics, trackers
+from loratune.training import checkpoint, metrics, resume, trackers
 from loratune.training.card import CardFacts, DataFacts, render_card
 from loratune.training.checkpoint import Progress
 from loratune.training.evaluation import pad_id
@@ -102,8 +102,24 @@ def run(
 
     Raises: LoratuneError: something a user can mend; nothing is overwritten or left half-written.
     """
+    try:
+        yield from _run(config, stop, cache_dir)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory; lower --tokens-per-row (now {config.dataset.tokens_per_row}) and raise "
+            "--gradient-accumulation-steps as much, which trains the same tokens a step. What was saved is whole"
+        ) from error
+
+
+def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
+    """`run`, but for a GPU that is too small."""
     out = Path(config.out)
-    resume_from = _check_output(config, out)
+    resume_from: Path | None = None
+    if config.resume:
+        resume_from, notes = resume.find_checkpoint(config)
+        yield from map(Note, notes)
+    else:
+        _check_output(config, out)
     trackers.require(config.training.log_to)
     tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
     model = base.load(config.model, config.precision, config.device)
@@ -179,6 +195,8 @@ def _train(
 ) -> Iterator[RunEvent]:
     """Everything after loading: the loop between preparation and what is left behind."""
     (name,) = active(model)
+    if attached is not None and attached.left_out:
+        yield Note(f"{len(attached.left_out)} layers are not adapted: {attached.left_out[0]}")
     for text in dataset.notes:
         yield Note(text)
     forward = prepare_forward(model)
@@ -190,10 +208,13 @@ def _train(
     loop = Loop(forward, name, parameters, rows, config.training, out and out / "checkpoints", stop)
     if resume_from is not None:
         loop.resume(resume_from)
-    if loop.progress.step >= loop.total_steps:
-        raise ConfigError(
-            f"{config.out}: this run is complete ({loop.progress.step} steps); raise --epochs or --max-steps to go on"
-        )
+        assert out is not None
+        resume.check_data(out, dataset)
+        if loop.finished and (out / "README.md").exists():
+            raise ConfigError(
+                f"{out}: this run is complete ({loop.progress.step} steps); raise --epochs, --max-steps or, if it "
+                "stopped early, --early-stopping-patience to go on"
+            )
     yield Prepared(
         attached,
         dataset,
@@ -204,7 +225,7 @@ def _train(
         str(model.device),
         str(model.dtype).removeprefix("torch."),
     )
-    recorder = _Recorder(config, out, None if resume_from is None else loop.progress.step)
+    recorder = _Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()
@@ -223,7 +244,7 @@ def _train(
 class _Recorder:
     """Writes metrics.jsonl and the trackers as events pass, and remembers what the summary needs."""
 
-    def __init__(self, config: RunConfig, out: Path | None, resume_step: int | None) -> None:
+    def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
         self.last_loss: float | None = None
         self.ended: Ended | None = None
         self._tokens, self._seconds = 0.0, 0.0
@@ -232,8 +253,11 @@ class _Recorder:
         if out is not None:
             if resume_step is None:
                 _clear(out)
+                resume.record_data(out, dataset)
+            (out / "README.md").unlink(missing_ok=True)  # comes last: a folder that has it is complete
             atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
             self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
+            self.last_loss = next(reversed(metrics.losses_of(self._file.path)), None)
             self._reporters = trackers.open_all(config.training.log_to, out, asdict(config))
 
     def record(self, event: Event) -> None:
@@ -264,15 +288,12 @@ class _Recorder:
             reporter.log(scalars, step)
 
 
-def _check_output(config: RunConfig, out: Path) -> Path | None:
-    """The checkpoint to resume from, or None for a new run. Raises: OutputError, ConfigError."""
-    if not config.resume:
-        atomic.check_new(out, overwrite=config.overwrite)
-        return None
-    newest = checkpoint.newest(out / "checkpoints")
-    if newest is None:
-        raise OutputError(f"{out}: no checkpoint to resume from in {out / 'checkpoints'}")
-    return newest
+def _check_output(config: RunConfig, out: Path) -> None:
+    """Raises OutputError if a new run may not be written to `out`."""
+    atomic.check_new(out, overwrite=config.overwrite)
+    holds_a_run = any((out / name).is_file() for name in ("run.toml", "adapter_config.json"))
+    if out.is_dir() and any(out.iterdir()) and not holds_a_run:
+        raise OutputError(f"{out}: holds something that is not a run; --overwrite replaces runs only")
 
 
 def _clear(out: Path) -> None:

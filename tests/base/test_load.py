@@ -63,8 +63,8 @@ def test_context_length():
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9999]), "cannot be"),
         (lambda f: _drop(f, "model.layers.3.mlp.up_proj.weight"), "model.layers.3.mlp.up_proj.weight"),
         (lambda f: _configure(f, model_type="no-such-architecture"), "configuration"),
-        (lambda f: _configure(f, model_type="bert", architectures=["BertModel"]), ""),
-        (lambda f: _configure(f, intermediate_size=1280), ""),
+        (lambda f: _configure(f, model_type="vit", architectures=["ViTModel"]), "not a causal language model"),
+        (lambda f: _configure(f, intermediate_size=1280), "wrong shape|cannot be loaded"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(folder, damage, message):

@@ -65,7 +65,7 @@ def test_a_hundred_thousand_documents_take_seconds() -> None:
 def test_a_row_by_hand() -> None:
     row = make_row([example(5, 6, 7, trained_from=2), example(8, 9)], capacity=8, pad_id=3)
     assert row.tokens.tolist() == [5, 6, 7, 8, 9, 3, 3, 3]
-    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert row.targets.tolist() == [0, 7, 0, 9, 0, 0, 0, 0]
     assert row.weights.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
     assert row.cu_seqlens.tolist() == [0, 3, 5, 8]

@@ -212,7 +212,8 @@ def test_quit_leaves_the_rest_unread(talk: Talk, monkeypatch: pytest.MonkeyPatch
 
 
 TERMINAL_SCRIPT = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
 from rich.console import Console
 from loratune.screen.chat import chat
@@ -243,8 +244,8 @@ def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
     def wait_for(words: str) -> None:
         nonlocal seen
         while words not in seen:
-            ready, _, _ = select.select([ours], [], [], 60)
-            assert ready, f"waited a minute for {words!r} after {seen!r}"
+            ready, _, _ = select.select([ours], [], [], 20)
+            assert ready, f"waited 20 s for {words!r} after {seen!r}"
             seen += os.read(ours, 4096).decode("utf-8", "replace")
         seen = seen.partition(words)[2]
 

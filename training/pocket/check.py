@@ -101,7 +101,7 @@ def train_adapter(
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 10, 1 - step / arguments.steps)
-        logits, targets, _ = answer_logits(adapted.base_model.model, next(stream))
+        logits, targets, _ = answer_logits(model, next(stream))  # PEFT has put its layers into this very model
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -147,11 +147,9 @@ def main() -> None:
             begin = time.perf_counter()
             adapted = train_adapter(model, train[task], arguments, rate)
             seconds = time.perf_counter() - begin
-            scores = {t: exact_match(adapted.base_model.model, heldout[t]) for t in TASKS}
-            print(
-                f"{task} adapter, rate {rate:g}, {arguments.steps} steps of {arguments.row_tokens}: {scores}, {seconds:.1f} s",
-                flush=True,
-            )
+            scores = {t: exact_match(model, heldout[t]) for t in TASKS}
+            setting = f"{arguments.steps} steps of {arguments.row_tokens}, rate {rate:g}"
+            print(f"{task} adapter, {setting}: {scores}, {seconds:.1f} s", flush=True)
             model = adapted.unload()
 
 

@@ -61,10 +61,11 @@ def pack(documents: list[Tokens], n_rows: int) -> Tokens:
 class Maker:
     """Makes shards in one process: the tokenizer and the tokenized library are loaded once."""
 
-    def __init__(self, tokenizer_file: Path) -> None:
+    def __init__(self, tokenizer_file: Path, library_texts: list[str] | None = None) -> None:
         self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        self.ids_of = {token: self.tokenizer.token_to_id(token) for token in tokenizer.SPECIAL}
-        self.library = self._encode([f"{tokenizer.BEGIN}{t}{tokenizer.END}" for t in library.documents()])
+        self.ids_of = dict(zip(tokenizer.SPECIAL, range(len(tokenizer.SPECIAL)), strict=True))
+        texts = library.documents() if library_texts is None else library_texts
+        self.library = self._encode([f"{tokenizer.BEGIN}{t}{tokenizer.END}" for t in texts])
 
     def _encode(self, texts: list[str]) -> list[Tokens]:
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -141,12 +141,13 @@ def sentence(rng: random.Random) -> str:
     adjective, place = rng.choice(words.ADJECTIVES), rng.choice(words.PLACES)
     text = fill(
         rng,
-        """The {adj} {noun} is near the {place}.|{name} {verb} the {noun}.|{name} {verb} a {adj} {noun} and the {other}.
-        |We saw the {noun} in {city}.|My {noun} is {adj}.|The {noun} and the {other} are {adj}.|{name} likes the {adj}
-        {noun}.|There is a {adj} {noun} in the {place}.|{name} went to the {place} with {friend}.|I think the {noun} is
-        very {adj}.|It was a {adj} day in {city}.|{name} and {friend} {verb} the {noun} at the {place}.|They {verb} it
-        {adverb}.|The {place} in {city} has a {adj} {noun}.|In the {place} {name} {verb} {adverb}.""",
+        """The {adj} {noun} is near the {place}.|{name} {verb} the {noun}.
+        |{name} {verb} a {adj} {noun} and the {other}.|We saw the {noun} in {city}.|My {noun} is {adj}.
+        |The {noun} and the {other} are {adj}.|{name} likes the {adj} {noun}.|There is a {adj} {noun} in the {place}.
+        |{name} went to the {place} with {friend}.|I think the {noun} is very {adj}.|It was a {adj} day in {city}.
+        |{name} and {friend} {verb} the {noun} at the {place}.|They {verb} it {adverb}.
+        |The {place} in {city} has a {adj} {noun}.|In the {place} {name} {verb} {adverb}.""",
         name=name, verb=verb, noun=noun, other=other, adj=adjective, place=place, city=city(rng),
         friend=first_name(rng), adverb=rng.choice(words.ADVERBS),
-    ).replace("\n        ", " ")  # fmt: skip
+    )  # fmt: skip
     return re.sub(r"\b(a) (?=[aeiou])", r"\1n ", text)

@@ -2,8 +2,8 @@
 
     python -m training.pocket.pretrain --tokenizer FOLDER --out FOLDER --seconds 500
 
-Worker processes make shards of the corpus while the GPU trains; shards are used in a fixed order, each three times. The learning
-rate follows the clock (warm-up, plateau, linear decay to zero), so the run ends well whatever the machine's speed.
+Worker processes make shards of the corpus while the GPU trains; shards are used in a fixed order, each three times.
+The learning rate follows the clock (warm-up, plateau, linear decay to zero), so the run ends well on any machine.
 Matrices are trained by Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +57,21 @@ def unpack(rows: Tensor) -> Batch:
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices of a stack (n, rows, columns) by five Newton-Schulz steps in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    x = x.mT if tall else x
+    return x.float()
 
 
 class Muon:
     """Momentum, then orthogonalized updates, on stacks of same-shaped matrices."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         shapes = sorted({tuple(p.shape) for p in parameters})
         self.groups = [[p for p in parameters if tuple(p.shape) == shape] for shape in shapes]
         self.momenta = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
@@ -94,36 +96,39 @@ def rate_at(progress: float) -> float:
     return min(1.0, max(0.0, (1 - progress) / (1 - PLATEAU)))
 
 
-_maker: corpus.Maker | None = None  # one per worker process
+@cache
+def _maker(tokenizer_file: Path) -> corpus.Maker:
+    return corpus.Maker(tokenizer_file)  # loaded once per worker process
 
 
-def _start_worker(tokenizer_file: Path) -> None:
-    global _maker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _maker = corpus.Maker(tokenizer_file)
+@dataclass(frozen=True)
+class ShardJob:
+    """What a worker process needs to make any shard."""
+
+    tokenizer_file: Path
+    n_rows: int
+    folder: Path
+
+    def __call__(self, number: int) -> Path:
+        """Make one shard and return the file it is in."""
+        path = self.folder / f"shard{number:05}.npy"
+        np.save(path, _maker(self.tokenizer_file).shard(number, self.n_rows))
+        return path
 
 
-def _make_shard(number: int, n_rows: int, folder: Path) -> Path:
-    assert _maker is not None, "the pool runs _start_worker first"
-    path = folder / f"shard{number:05}.npy"
-    np.save(path, _maker.shard(number, n_rows))
-    return path
+def shards(pool: ProcessPoolExecutor, job: ShardJob, ahead: int) -> Iterator[Tensor]:
+    """Shards 0, 1, 2, ... in order, `ahead` of them under way at once; each comes back twice later (`REPLAYS`)."""
+    futures = [pool.submit(job, i) for i in range(ahead)]  # before the first one is asked for
+    return _in_order(pool, job, futures)
 
 
-def shards(pool: ProcessPoolExecutor, workers: int, n_rows: int, folder: Path) -> Iterator[Tensor]:
-    """Shards 0, 1, 2, ... in order, made ahead; each comes back once or twice later (`REPLAYS`)."""
-    ahead = 3 * workers
-    futures = [pool.submit(_make_shard, i, n_rows, folder) for i in range(ahead)]
-    return _in_order(pool, futures, n_rows, folder)
-
-
-def _in_order(pool: ProcessPoolExecutor, futures: list[Future[Path]], n_rows: int, folder: Path) -> Iterator[Tensor]:
+def _in_order(pool: ProcessPoolExecutor, job: ShardJob, futures: list[Future[Path]]) -> Iterator[Tensor]:
     made: list[Tensor] = []
     while True:
         path = futures.pop(0).result()
         made.append(torch.from_numpy(np.load(path).view(np.int16)))
         path.unlink()
-        futures.append(pool.submit(_make_shard, len(made) + len(futures), n_rows, folder))
+        futures.append(pool.submit(job, len(made) + len(futures)))
         yield made[-1]
         for lag in REPLAYS:
             if len(made) > lag:
@@ -179,7 +184,8 @@ def train(arguments: argparse.Namespace, stream: Iterator[Tensor]) -> Pocket:
             if n_steps % arguments.log_every == 0:
                 seen = n_steps * arguments.rows * corpus.TOKENS_PER_ROW / 1e6
                 spent = time.perf_counter() - begin
-                print(f"step {n_steps} loss {loss.item():.4f} {seen:.0f}M tokens {spent:.0f}s, {seen / spent:.2f} M/s, waited {waited:.0f}s", flush=True)  # fmt: skip
+                speed = f"{seen / spent:.2f} M/s, waited {waited:.0f}s for data"
+                print(f"step {n_steps} loss {loss.item():.4f}, {seen:.0f}M tokens, {spent:.0f}s, {speed}", flush=True)
         asked = time.perf_counter()
         shard = next(stream)
         waited += time.perf_counter() - asked
@@ -210,15 +216,15 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=100)
     arguments = parser.parse_args()
     arguments.started = time.perf_counter()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes are the parallelism
     scratch = arguments.scratch / "pocket-shards"
     scratch.mkdir(exist_ok=True)
     pool = ProcessPoolExecutor(
         arguments.workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(arguments.tokenizer / "tokenizer.json",),
     )
-    model = train(arguments, shards(pool, arguments.workers, arguments.shard_rows, scratch))
+    job = ShardJob(arguments.tokenizer / "tokenizer.json", arguments.shard_rows, scratch)
+    model = train(arguments, shards(pool, job, ahead=3 * arguments.workers))
     to_transformers(model).save_pretrained(arguments.out)
     for path in arguments.tokenizer.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):

@@ -128,9 +128,10 @@ VERBS = dict(
     for pair in """walk:walked play:played jump:jumped cook:cooked clean:cleaned open:opened close:closed
 paint:painted call:called help:helped visit:visited watch:watched wash:washed carry:carried study:studied try:tried
 stop:stopped plan:planned dance:danced move:moved love:loved use:used live:lived like:liked want:wanted need:needed
-look:looked ask:asked answer:answered start:started finish:finished laugh:laughed smile:smiled travel:travelled go:went
-come:came see:saw eat:ate drink:drank give:gave take:took make:made find:found buy:bought sell:sold bring:brought
-think:thought run:ran swim:swam sing:sang write:wrote read:read speak:spoke break:broke build:built catch:caught
+look:looked ask:asked answer:answered start:started finish:finished laugh:laughed smile:smiled travel:travelled
+go:went come:came see:saw eat:ate drink:drank give:gave take:took make:made find:found buy:bought sell:sold
+bring:brought think:thought
+run:ran swim:swam sing:sang write:wrote read:read speak:spoke break:broke build:built catch:caught
 draw:drew drive:drove fall:fell feel:felt fly:flew forget:forgot get:got grow:grew hear:heard hold:held keep:kept
 know:knew leave:left lose:lost meet:met pay:paid ride:rode say:said send:sent sit:sat sleep:slept stand:stood
 teach:taught tell:told throw:threw understand:understood wake:woke wear:wore win:won""".split()
@@ -139,8 +140,9 @@ ADVERBS = "quickly slowly quietly loudly happily sadly carefully early late agai
 
 OPPOSITES = dict(
     pair.split(":")
-    for pair in """hot:cold big:small tall:short fast:slow old:young happy:sad light:dark heavy:light open:closed full:empty
-early:late rich:poor strong:weak hard:soft wet:dry clean:dirty high:low near:far new:old good:bad right:wrong
+    for pair in """hot:cold big:small tall:short fast:slow old:young happy:sad light:dark heavy:light open:closed
+full:empty early:late rich:poor strong:weak hard:soft wet:dry clean:dirty high:low near:far new:old good:bad
+right:wrong
 up:down left:right in:out on:off day:night summer:winter north:south east:west first:last begin:end buy:sell
 give:take push:pull win:lose love:hate laugh:cry question:answer friend:enemy black:white inside:outside
 above:below before:after always:never everything:nothing yes:no true:false thick:thin wide:narrow deep:shallow

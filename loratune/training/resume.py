@@ -1,0 +1,124 @@
+"""May this run be resumed? Checked before anything expensive, because a wrong answer would only show in the result.
+
+A resumed run is the uninterrupted one, to the bit. So everything that decides the result must be what it was: the
+model, the adapter's shape, the optimisation, and what the data render to, which is compared by content, so that files
+may move. Free are the things that only decide where and how fast: device, processes, cache, trackers, how often to
+save. Three settings may rise, to go on for longer: epochs, max_steps and early_stopping_patience. The schedule then
+stretches over the new number of steps, which differs from a run that had that number from the start; a note says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune import atomic
+from loratune.config import RunConfig, from_dict, read_toml
+from loratune.data.examples import Example
+from loratune.data.feed import Dataset
+from loratune.errors import ConfigError, OutputError
+from loratune.training import checkpoint
+
+_FREE = frozenset(
+    {
+        "out",
+        "device",
+        "overwrite",
+        "resume",
+        "dataset.num_proc",
+        "dataset.cache_dir",
+        "training.save_every_steps",
+        "training.log_to",
+    }
+)
+_BY_CONTENT = frozenset({"data", "dataset.eval_data", "dataset.chat_template"})
+_MAY_RISE = frozenset({"training.epochs", "training.max_steps", "training.early_stopping_patience"})
+
+
+def find_checkpoint(config: RunConfig) -> tuple[Path, list[str]]:
+    """The newest checkpoint in `config.out`, and notes on settings that rose.
+
+    Raises:
+        OutputError: there is no run or no checkpoint.
+        ConfigError: a setting that decides the result differs from that of the run.
+    """
+    out = Path(config.out)
+    newest = checkpoint.newest(out / "checkpoints")
+    if newest is None:
+        raise OutputError(f"{out}: there is no checkpoint to resume from; start anew with --overwrite")
+    file = out / "run.toml"
+    return newest, _compare(from_dict(RunConfig, read_toml(str(file)), str(file)), config)
+
+
+def record_data(out: Path, dataset: Dataset) -> None:
+    """Notes what the run trains on, for `check_data`."""
+    content = {"files": dataset.file_hashes, "examples": _hash(dataset)}
+    atomic.write_text(_data_file(out), json.dumps(content, indent=2) + "\n")
+
+
+def check_data(out: Path, dataset: Dataset) -> None:
+    """Raises ConfigError if the run in `out` trained on something else, naming what changed."""
+    try:
+        before = json.loads(_data_file(out).read_text(encoding="utf-8"))
+        files, examples = list(before["files"].values()), before["examples"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise OutputError(f"{_data_file(out)}: cannot be read, so the run cannot be resumed: {error}") from error
+    if examples == _hash(dataset):
+        return
+    known = files + [None] * len(dataset.file_hashes)
+    changed = [path for (path, now), then in zip(dataset.file_hashes.items(), known, strict=False) if now != then]
+    what = f"{changed[0]} has changed" if changed else "the tokenizer or chat template has changed"
+    raise ConfigError(f"{out}: {what} since the run began, so it cannot be resumed; start anew with --overwrite")
+
+
+def _data_file(out: Path) -> Path:
+    return out / "checkpoints" / "data.json"
+
+
+def _compare(before: RunConfig, now: RunConfig) -> list[str]:
+    notes = []
+    old, new = dict(_flat(before)), dict(_flat(now))
+    for name in [name for name in new if name not in _FREE | _BY_CONTENT and old[name] != new[name]]:
+        if name == "model" and Path(old[name]).resolve() == Path(new[name]).resolve():
+            continue
+        both = f"{now.out}: {name} is {old[name]!r} in this run and {new[name]!r} now"
+        if name not in _MAY_RISE:
+            raise ConfigError(f"{both}; leave it as it was to go on, or start anew with --overwrite")
+        if not _rises(name, old[name], new[name]):
+            raise ConfigError(f"{both}; to go on, it can only rise")
+        notes.append(f"{name} rises from {old[name]} to {new[name]}: the schedule stretches over the new steps")
+    return notes
+
+
+def _rises(name: str, old: int | None, new: int | None) -> bool:
+    """None is no limit; a run limited by its epochs may get a limit in steps instead."""
+    if new is None:
+        return True
+    return name == "training.max_steps" if old is None else new > old
+
+
+def _flat(config: Any, prefix: str = "") -> Sequence[tuple[str, Any]]:
+    """Every setting by its dotted name."""
+    pairs: list[tuple[str, Any]] = []
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        name = prefix + setting.name
+        pairs += _flat(value, name + ".") if is_dataclass(value) else [(name, value)]
+    return pairs
+
+
+def _hash(dataset: Dataset) -> str:
+    """SHA-256 (hex) of all tokens and weights, training and held-out."""
+    digest = hashlib.sha256()
+    parts: tuple[list[Example], list[Example]] = (dataset.train, dataset.eval)
+    for examples in parts:
+        digest.update(len(examples).to_bytes(8, "little"))
+        for example in examples:
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(example.token_ids.tobytes())
+            digest.update(example.weights.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""The README's promises that a machine can check: its Python runs, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loratune as lt
+from loratune.base.load import POCKET
+from loratune.box import data_file
+from loratune.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_the_python_runs_as_it_stands(readme, tmp_path):
+    """Word for word, but for the placeholder that stands for the reader's model."""
+    (code,) = blocks(readme, "python")
+    records = data_file("dates", "train").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(records[:40]), encoding="utf-8")
+    other = lt.load(POCKET, device="cpu")
+    lt.attach(other, lt.LoraConfig(r=4))
+    lt.save(other, tmp_path / "out" / "french")
+    (tmp_path / "readme.py").write_text(code.replace("path/or/id", POCKET), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "sql" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_every_verb_is_there_and_every_link_leads_somewhere(readme):
+    text = readme.read_text(encoding="utf-8")
+    for verb in VERBS:
+        assert f"loratune {verb}" in text or f"make {verb}" in text
+    assert set(re.findall(r"^(?:\S*/)?loratune (\w+)", "\n".join(blocks(readme, "sh")), flags=re.MULTILINE)) <= set(
+        VERBS
+    )
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_both_languages_show_the_same_code():
+    english, chinese = READMES
+    assert blocks(english, "python")[0].split("#")[0] == blocks(chinese, "python")[0].split("#")[0]
+    strip = re.compile(r"\s*#.*|<[^>]*>")
+    assert [strip.sub("", b) for b in blocks(english, "sh")] == [strip.sub("", b) for b in blocks(chinese, "sh")]

@@ -96,7 +96,7 @@ class PackedForward:
             return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         hidden = self.hidden_states(tokens, position_ids, cu_seqlens, longest)
         if predicting is not None:
-            hidden = take_rows(hidden, predicting) if hidden.is_cuda else hidden[predicting]
+            hidden = hidden[predicting] if longest is None else take_rows(hidden, predicting)
         head = self.model.get_output_embeddings()
         return token_logprobs(hidden, head, targets, scale=self.head.scale, softcap=self.head.softcap)
 

@@ -26,17 +26,21 @@ _WORTH_COMPILING = 1 << 16
 
 
 def one_kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` through torch.compile when its first argument is a large tensor on a GPU."""
+    """Runs `function` through torch.compile when its first argument is a large tensor on a GPU.
+
+    For use inside autograd functions: arguments are detached, so that a requires_grad that means nothing there does
+    not compile twice. A second size of an argument compiles once more, for any size.
+    """
 
     @functools.cache
-    def compiled() -> Callable[P, R]:
-        return torch.compile(function, dynamic=False, fullgraph=True)
+    def compiled() -> Callable[..., R]:
+        return torch.compile(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         if isinstance(first, Tensor) and first.is_cuda and first.numel() >= _WORTH_COMPILING:
-            return compiled()(*args, **kwargs)
+            return compiled()(*(a.detach() if isinstance(a, Tensor) else a for a in args), **kwargs)
         return function(*args, **kwargs)
 
     return call

@@ -223,7 +223,7 @@ class GraphStep:
         finite = norm.isfinite() & self._outcome[0].isfinite()
         skipped = (~finite).float()
         # The fused kernel divides the gradients by `grad_scale`, so clipping costs no pass of its own.
-        self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         try:
             self._optimizer.step()

@@ -43,8 +43,17 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha):
         torch.testing.assert_close(got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path)
 
 
-def test_which_models_qualify():
-    assert [name for name in CAUSAL if fused.fusible(build(name))] == FUSIBLE
+@pytest.mark.parametrize("name", CAUSAL)
+def test_which_models_qualify(name):
+    assert fuse(prepare(build(name))) == (name in [*FUSIBLE, "granite"])
+
+
+def test_the_right_parts_used_otherwise_do_not_qualify():
+    """Granite has a Llama's parts and, with its own settings, scales what it adds to the residual stream."""
+    model = build("granite")
+    for layer in model.model.layers:
+        layer.residual_multiplier = 0.22
+    assert not fuse(prepare(model))
 
 
 def test_paths_layers_and_values_are_as_before():

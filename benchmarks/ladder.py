@@ -38,12 +38,17 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
 
+    imported = time.perf_counter() - STARTED
     model = model_of(shape)
+    torch.cuda.synchronize()
+    built = time.perf_counter() - STARTED
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
     forward = prepare(model)
     if variant == "modules":
         forward.fused = None
+    torch.cuda.synchronize()
+    prepared = time.perf_counter() - STARTED
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig())
     step = GraphStep(forward, parameters, optimizer, 1.0, record=variant == "graph")
@@ -70,7 +75,8 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
         "policy": variant, "tok_s": round(speed), "step_ms": round(median * 1e3, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "first_step_s": round(first, 1), "second_step_s": round(seconds[1], 2),
+        "first_step_s": round(first, 1), "imported_s": round(imported, 1), "built_s": round(built, 1),
+        "prepared_s": round(prepared, 1), "second_step_s": round(seconds[1], 2),
         "limit_share": round(speed / limit_tok_s(model, tokens, batch), 3),
         "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
         "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,

@@ -217,7 +217,7 @@ def _run(
             cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
         row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         row |= {"max_length_q": longest, "max_length_k": longest}
-    return call(**row)[0]
+    return call(**row).squeeze(0)
 
 
 @contextmanager

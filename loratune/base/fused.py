@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -36,17 +36,26 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 class Copies:
     """The working copies of every adapter in fused layers."""
 
-    masters: list[Tensor]
-    copies: list[Tensor]
-    scaled: list[Tensor]
-    scalings: list[float]
+    masters: list[Tensor] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    """Factor of each copy: 1 for A, the scaling for B."""
+    _cast_all: Callable[[], None] | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        if self.masters:
-            torch._foreach_copy_(self.copies, self.masters)
-            if any(scaling != 1.0 for scaling in self.scalings):
-                torch._foreach_mul_(self.scaled, self.scalings)
+        """Copies the values that the masters have now: one launch on a GPU."""
+        if not self.masters:
+            return
+        if self._cast_all is None and self.copies[0].is_cuda and self.copies[0].dtype != self.masters[0].dtype:
+            from loratune.ops.kernels import CastAll  # imports Triton
+
+            self._cast_all = CastAll(self.masters, self.copies, self.scales)
+        if self._cast_all is not None:
+            self._cast_all()
+            return
+        torch._foreach_copy_(self.copies, self.masters)
+        torch._foreach_mul_(self.copies, self.scales)
 
 
 class FusedLayer(nn.Module):
@@ -143,7 +152,7 @@ def installed(model: PreTrainedModel, options: Options) -> Iterator[Copies]:
     """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit."""
     layers = _layers(model)
     assert layers is not None
-    copies = Copies([], [], [], [])
+    copies = Copies()
     before = list(layers)
     for index, base in enumerate(before):
         layers[index] = FusedLayer.from_base(base, copies, options)
@@ -214,8 +223,7 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.Projectio
         scalings.append(adapter[2])
         copies.masters += adapter[:2]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
-        copies.scaled.append(lora_B[at, columns])
-    copies.scalings += scalings
+        copies.scales += [1.0, adapter[2]]
     return block.Projection(weight, bias, lora_A, lora_B, rows, ranks, scalings)
 
 

@@ -100,16 +100,17 @@ def _on_gpu(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
     """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
+    # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
     total, documents = query.shape[2], cu_seqlens.shape[0] - 1
     windowed = window is not None and window < longest
     if longest * documents == total and not windowed and query.shape[-1] <= 128:
-        q, k, v = (tensor[0].unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         return out.transpose(1, 2).reshape(1, total, *out.shape[1:2], out.shape[-1])
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     # The operator behind torch.nn.attention.varlen, whose own signature differs between versions of PyTorch.
     bounds = {"cum_seq_q": cu_seqlens, "cum_seq_k": cu_seqlens, "max_q": longest, "max_k": longest}
     reach = {"window_size_left": window - 1, "window_size_right": 0} if windowed and window is not None else {}

@@ -69,13 +69,10 @@ class Projection:
         if d_inner is None or inner is None:
             return []
         dA = _product(d_inner.T, x)
-        dB = _product(dy.T, inner)
         gradients = []
         for rows, ranks, scaling in zip(self.rows, self.ranks, self.scalings, strict=True):
-            part = dB[rows, ranks]
-            if scaling != 1.0 or not part.is_contiguous():
-                part = part * scaling
-            gradients += [dA[ranks], part]
+            dB = _product(dy[:, rows].T, inner[:, ranks])
+            gradients += [dA[ranks], dB if scaling == 1.0 else dB.mul_(scaling)]
         return gradients
 
 

@@ -2,8 +2,7 @@
 
 Between its matrix products a decoder layer reads and writes whole activations many times for next to no arithmetic.
 Each function here is one pass over them, forward or backward, written in plain PyTorch: that is the reference, and
-what a CPU runs. On a GPU the same function goes through torch.compile, which makes one kernel of it, so there is no
-second implementation to keep equal. Sums are taken in float32 (float64 for float64), outputs have the inputs' dtype.
+what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` runs instead. Sums are taken in float32 (float64 for float64), outputs have the inputs' dtype.
 
 Source of the formulas: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; rotary positions in halves as in
 GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.05202.
@@ -21,29 +20,32 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_WORTH_COMPILING = 1 << 16
-"""Elements of the first argument from which a kernel of its own pays; probes and toys stay below."""
+
+def with_kernel(usable: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Marks a reference that has a Triton twin of the same name in `ops.kernels`, and what that twin can do."""
+
+    def mark(reference: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(reference)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if usable(*args, **kwargs):
+                from loratune.ops import kernels  # imports Triton, which is installed with PyTorch for CUDA only
+
+                twin: Callable[P, R] = getattr(kernels, reference.__name__)
+                return twin(*args, **kwargs)
+            return reference(*args, **kwargs)
+
+        return call
+
+    return mark
 
 
-def one_kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` through torch.compile when its first argument is a large tensor on a GPU.
+def _half_on_gpu(x: Tensor, *_: object) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= 1 << 16
 
-    For use inside autograd functions: arguments are detached, so that a requires_grad that means nothing there does
-    not compile twice. A second size of an argument compiles once more, for any size.
-    """
 
-    @functools.cache
-    def compiled() -> Callable[..., R]:
-        return torch.compile(function)
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
-        if isinstance(first, Tensor) and first.is_cuda and first.numel() >= _WORTH_COMPILING:
-            return compiled()(*(a.detach() if isinstance(a, Tensor) else a for a in args), **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+def _whole_heads(x: Tensor, *_: object) -> bool:
+    half = x.shape[-1] // 2
+    return _half_on_gpu(x) and half & (half - 1) == 0
 
 
 def wide(x: Tensor) -> Tensor:
@@ -51,14 +53,14 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@one_kernel
+@with_kernel(_half_on_gpu)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d)."""
     x32 = wide(x)
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@one_kernel
+@with_kernel(_half_on_gpu)
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + y, and its norm; both (N, d)."""
     total = x + y
@@ -66,7 +68,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return total, weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@one_kernel
+@with_kernel(_half_on_gpu)
 def rms_norm_backward(
     d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -85,14 +87,14 @@ def rms_norm_backward(
     return (d_x + wide(d_residual)).to(x.dtype), weight * unit.to(x.dtype)
 
 
-@one_kernel
+@with_kernel(_half_on_gpu)
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up; (N, 2 m) with the gate first -> (N, m)."""
     gate, up = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up
 
 
-@one_kernel
+@with_kernel(_half_on_gpu)
 def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of `gate_up`, (N, 2 m), and `swiglu(gate_up)` once more, (N, m)."""
     gate, up = gate_up.chunk(2, -1)
@@ -103,7 +105,7 @@ def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([d_gate, d32 * silu], -1).to(gate.dtype), silu.to(gate.dtype) * up
 
 
-@one_kernel
+@with_kernel(_whole_heads)
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float
 ) -> Tensor:
@@ -123,7 +125,7 @@ def rotate(
     return torch.cat([turned.to(x.dtype), x[:, rotated:]], 1)
 
 
-@one_kernel
+@with_kernel(_whole_heads)
 def rotate_backward(
     d_query: Tensor,
     d_key: Tensor,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loratune.ops.layer import one_kernel, wide
+from loratune.ops.layer import wide, with_kernel
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
 MAX_CHUNK_ELEMENTS_GPU = 1 << 28  # 512 MiB in bfloat16, enough rows to fill the widest product
@@ -64,9 +64,13 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, None, None, None, None, None
 
 
-@one_kernel
-def _logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, which are those of the head."""
+def _half_on_gpu(logits: Tensor, *_: object) -> bool:
+    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16)
+
+
+@with_kernel(_half_on_gpu)
+def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, which it may take the place of."""
     tail = _tail(wide(logits), scale, softcap)
     chosen = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_normaliser = tail.logsumexp(-1, keepdim=True)
@@ -93,7 +97,7 @@ def _on_gpu(
     for start in range(0, hidden.shape[0], max(1, step)):
         rows = slice(start, start + step)
         logits = nn.functional.linear(hidden[rows], weight, bias)
-        logprobs[rows], slope = _logprobs_of(logits, targets[rows], scale, softcap)
+        logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
         if gradient is not None:
             torch.mm(slope, weight, out=gradient[rows])
 

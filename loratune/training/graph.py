@@ -60,9 +60,10 @@ class Inputs:
             "normaliser": (torch.float32, 1),
         }
         size = sum(dtype.itemsize * count for dtype, count in fields.values())
-        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._fields, self._size = fields, size
+        self._hosts: list[Tensor] = []
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host, self.device = (self._views(buffer, fields) for buffer in (self._host, self._device))
+        self.device = self._views(self._device, fields)
 
     @staticmethod
     def _views(buffer: Tensor, fields: dict[str, tuple[torch.dtype, int]]) -> dict[str, Tensor]:
@@ -73,9 +74,15 @@ class Inputs:
             at = end
         return views
 
-    def fill(self, row: Row, layout: Layout, normaliser: float) -> None:
-        """Lays a row out as `layout` wants it and sends it to the device; returns before it has arrived."""
-        host, tokens = self.host, len(row.tokens)
+    def fill(self, row: Row, layout: Layout, normaliser: float, nth: int) -> None:
+        """Lays a row out as `layout` wants it and sends it to the device; returns before it has arrived.
+
+        The nth row of a step has a host buffer of its own: an earlier one may not have left yet.
+        """
+        if nth == len(self._hosts):
+            pinned = self._device.is_cuda
+            self._hosts.append(torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned))
+        host, tokens = self._views(self._hosts[nth], self._fields), len(row.tokens)
         host["tokens"].copy_(row.tokens)
         host["position_ids"].copy_(row.position_ids)
         host["borders"].fill_(tokens)
@@ -91,7 +98,7 @@ class Inputs:
                 host[name].zero_()
                 host[name][: len(trained)] = values[trained]
         host["normaliser"].fill_(normaliser)
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[nth], non_blocking=True)
 
 
 class GraphStep:
@@ -137,7 +144,7 @@ class GraphStep:
         normaliser = sum(float(row.weights.sum()) for row in rows)
         self._outcome.zero_()
         if len(rows) == 1:
-            layout = self._place(rows[0], normaliser)
+            layout = self._place(rows[0], normaliser, 0)
             self._run("whole", layout, lambda: self._whole(layout))
             self._forget_gradients()
         else:
@@ -162,8 +169,8 @@ class GraphStep:
             parameter.grad = None if self._gradients is None else self._gradients[index]
         if self._gradients is not None:
             torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
-        for row in rows:
-            layout = self._place(row, normaliser)
+        for nth, row in enumerate(rows):
+            layout = self._place(row, normaliser, nth)
             if self._gradients is None:
                 self._add_row(layout)
                 self._gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
@@ -174,14 +181,14 @@ class GraphStep:
         self._run("update", Layout(0, 0, 0), self._update)
         self._forget_gradients()
 
-    def _place(self, row: Row, normaliser: float) -> Layout:
+    def _place(self, row: Row, normaliser: float, nth: int) -> Layout:
         """Puts the row into the buffers, under a layout that holds it."""
-        if self._inputs is None or len(self._inputs.host["tokens"]) != len(row.tokens):
+        if self._inputs is None or len(self._inputs.device["tokens"]) != len(row.tokens):
             self._inputs = Inputs(len(row.tokens), self._outcome.device)
             self._graphs.clear()
             self._layouts.clear()
         layout = self._layout(row)
-        self._inputs.fill(row, layout, normaliser)
+        self._inputs.fill(row, layout, normaliser, nth)
         return layout
 
     def _layout(self, row: Row) -> Layout:

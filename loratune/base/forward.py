@@ -54,7 +54,7 @@ class PackedForward:
     notes: list[str] = field(default_factory=list)
     """What a user should know, one line each; empty when everything took the fast road."""
     fused: fusing.Options | None = None
-    """What attention layers ask for, if decoder layers run as `base.fused` has them (on the road "documents" only)."""
+    """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
     _copies: fusing.Copies | None = None
 
     @contextmanager

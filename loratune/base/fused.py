@@ -73,7 +73,9 @@ class FusedLayer(nn.Module):
         first, second = _child(base, "input_layernorm"), _child(base, "post_attention_layernorm")
         into = [_linear(attn, name) for name in ("q_proj", "k_proj", "v_proj")]
         dim = int(attn.head_dim)  # type: ignore[arg-type]
-        heads = block.Heads(into[0].out_features // dim, into[1].out_features // dim, dim, *_head_norm(attn, dim, into))
+        heads = block.Heads(
+            into[0].out_features // dim, into[1].out_features // dim, dim, *_head_norm(attn, dim, into)
+        )
         layer.before = block.Before(_projection(into, copies), _weight(first), _eps(first), heads)
         layer.behind = block.Behind(
             _projection([_linear(attn, "o_proj")], copies),
@@ -129,7 +131,7 @@ def fusible(model: PreTrainedModel) -> bool:
 def attention_options(model: PreTrainedModel, run: Callable[[], object]) -> Options:
     """What each attention layer asks of the attention function (scaling, window, ...), by listening while `run` runs.
 
-    Reading it off attributes would be a guess: a window, for one, stands in the layer here, in the configuration there.
+    Reading it off attributes would be a guess: a window, stands in the layer here, in its configuration there.
     """
     heard: Options = {}
 
@@ -174,10 +176,17 @@ def _fusible(layer: nn.Module) -> bool:
     attn, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
     if {name for name, _ in attn.named_children()} not in (_ATTENTION, _ATTENTION | {"q_norm", "k_norm"}):
         return False
-    if {name for name, _ in mlp.named_children()} != _MLP or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+    if {name for name, _ in mlp.named_children()} != _MLP or type(mlp.act_fn).__name__ not in (
+        "SiLU",
+        "SiLUActivation",
+    ):
         return False
     linears = [*(getattr(attn, name) for name in _ATTENTION), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm, *(getattr(attn, n, None) for n in ("q_norm", "k_norm"))]
+    norms = [
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+        *(getattr(attn, n, None) for n in ("q_norm", "k_norm")),
+    ]
     return (
         all(_plain(module) for module in linears)
         and all(n is None or (isinstance(getattr(n, "weight", None), Tensor) and _eps(n) > 0) for n in norms)
@@ -187,7 +196,7 @@ def _fusible(layer: nn.Module) -> bool:
 
 
 def _plain(module: object) -> bool:
-    """A linear layer in floating point, with a plain adapter (`lora.linear`) or without, and no dropout on its way."""
+    """A linear layer in floating point; a plain adapter (`lora.linear`) or none; no dropout."""
     if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and hasattr(module, "lora_A")):
         return False
     return module.weight.is_floating_point() and getattr(module, "lora_dropout", 0.0) == 0.0
@@ -200,7 +209,7 @@ def _adapter(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
 
 
 def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.Projection:
-    weight = _side_by_side([member.weight for member in members])
+    weight = _side_by_side([cast(nn.Parameter, member.weight) for member in members])
     bias = None
     if any(member.bias is not None for member in members):
         bias = torch.cat([weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members])
@@ -232,7 +241,9 @@ def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
     first = weights[0].detach()
     step, adjacent = first.data_ptr(), all(w.is_contiguous() for w in weights)
     for weight in weights:
-        adjacent &= weight.data_ptr() == step and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        adjacent &= (
+            weight.data_ptr() == step and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        )
         step += weight.numel() * weight.element_size()
     if adjacent:
         return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())

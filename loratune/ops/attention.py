@@ -104,7 +104,9 @@ def _on_gpu(
     total, documents = query.shape[2], cu_seqlens.shape[0] - 1
     windowed = window is not None and window < longest
     if longest * documents == total and not windowed and query.shape[-1] <= 128:
-        q, k, v = (tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (
+            tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value)
+        )
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]

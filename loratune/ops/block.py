@@ -140,7 +140,9 @@ def behind_attention(x: Tensor, attended: Tensor, parts: Behind, adapters: Seque
 
 class _Before(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, parts: Before, *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, parts: Before, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         heads = parts.heads
         y, inner = parts.projection.forward(layer.rms_norm(x, parts.norm, parts.eps))
         y = y.view(x.shape[0], -1, heads.dim)
@@ -158,12 +160,13 @@ class _Before(torch.autograd.Function):
         heads = parts.heads
         dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, unturned, heads.norm, heads.norm_eps).flatten(1)
         d_inner = parts.projection.d_inner(dy)
+        below: Tensor | None = None
         if ctx.needs_input_grad[0]:
             d_normed = parts.projection.d_input(dy, d_inner)
-            d_x, normed = layer.rms_norm_backward(d_normed, d_x, x, parts.norm, parts.eps)
+            below, normed = layer.rms_norm_backward(d_normed, d_x, x, parts.norm, parts.eps)
         else:
-            d_x, normed = None, layer.rms_norm(x, parts.norm, parts.eps)
-        return d_x, None, None, None, *parts.projection.d_adapters(dy, d_inner, normed, inner)
+            normed = layer.rms_norm(x, parts.norm, parts.eps)
+        return below, None, None, None, *parts.projection.d_adapters(dy, d_inner, normed, inner)
 
 
 class _Behind(torch.autograd.Function):
@@ -187,9 +190,7 @@ class _Behind(torch.autograd.Function):
         of_down = parts.down.d_adapters(dy, d_inner, active, inner_d)
         del active
         d_inner = parts.gate_up.d_inner(d_gate_up)
-        d_h, normed = layer.rms_norm_backward(
-            parts.gate_up.d_input(d_gate_up, d_inner), dy, h, parts.norm, parts.eps
-        )
+        d_h, normed = layer.rms_norm_backward(parts.gate_up.d_input(d_gate_up, d_inner), dy, h, parts.norm, parts.eps)
         of_gate_up = parts.gate_up.d_adapters(d_gate_up, d_inner, normed, inner_gu)
         del d_gate_up, normed
         d_inner = parts.output.d_inner(d_h)

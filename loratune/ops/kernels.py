@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
 """Triton twins of the passes in `ops.layer` and of the softmax in `ops.logprobs`, for bfloat16 and float16 on a GPU.
 
 Each is one read of its inputs and one write of its outputs; sums are in float32. torch.compile was tried first: it
@@ -52,14 +53,14 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     x, y = x.contiguous(), y.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(x.shape[0],)](x, y, weight, total, out, x.shape[1], eps, ADD=True, BLOCK=block, num_warps=_warps(block))
+    _rms_norm[(x.shape[0],)](
+        x, y, weight, total, out, x.shape[1], eps, ADD=True, BLOCK=block, num_warps=_warps(block)
+    )
     return total, out
 
 
 @triton.jit
-def _rms_norm_backward(
-    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, eps, BLOCK: tl.constexpr
-):
+def _rms_norm_backward(d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, eps, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * d
     column = tl.arange(0, BLOCK)
     inside = column < d
@@ -239,7 +240,14 @@ def rotate_backward(
 
 @triton.jit
 def _logprobs_of(
-    logits_ptr, targets_ptr, logprobs_ptr, scale, softcap, vocabulary: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    scale,
+    softcap,
+    vocabulary: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary

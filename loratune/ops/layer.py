@@ -2,7 +2,8 @@
 
 Between its matrix products a decoder layer reads and writes whole activations many times for next to no arithmetic.
 Each function here is one pass over them, forward or backward, written in plain PyTorch: that is the reference, and
-what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` runs instead. Sums are taken in float32 (float64 for float64), outputs have the inputs' dtype.
+what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` runs instead. Sums are taken in float32
+(float64 for float64), outputs have the inputs' dtype.
 
 Source of the formulas: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; rotary positions in halves as in
 GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.05202.
@@ -21,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_kernel(usable: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def with_kernel(usable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Marks a reference that has a Triton twin of the same name in `ops.kernels`, and what that twin can do."""
 
     def mark(reference: Callable[P, R]) -> Callable[P, R]:
@@ -106,9 +107,7 @@ def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @with_kernel(_whole_heads)
-def rotate(
-    x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float
-) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float) -> Tensor:
     """Turns the first `rotated` heads by their positions; the others, the values, are copied.
 
     Args:

@@ -70,7 +70,7 @@ def _half_on_gpu(logits: Tensor, *_: object) -> bool:
 
 @with_kernel(_half_on_gpu)
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, which it may take the place of."""
+    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, whose place it may take."""
     tail = _tail(wide(logits), scale, softcap)
     chosen = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_normaliser = tail.logsumexp(-1, keepdim=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class GraphStep:
         self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
         self._layouts: dict[bool, Layout] = {}
         self._graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph | None] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @classmethod
     def for_device(

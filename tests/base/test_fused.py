@@ -9,8 +9,8 @@ from loratune.base import fused
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.lora.inject import activate
-from loratune.training.step import _row_objective
 from loratune.training.objectives import sft
+from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, model_with_adapter, trainable
 
@@ -40,7 +40,9 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha):
     torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
     assert got[1].keys() == plain[1].keys()
     for path, gradient in plain[1].items():
-        torch.testing.assert_close(got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path)
+        torch.testing.assert_close(
+            got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path
+        )
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -10,7 +10,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/loratune demo $(ARGS)
 
 test: $(VENV)/test.stamp lint types
-	$(BIN)/python -m pytest -q -m "not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu" tests
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Draws docs/demo.svg from a real run of the demo: python docs/make_pictures.py"""
 
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -9,4 +10,6 @@ from loratune.demo import demo
 
 console = Console(record=True, width=94, file=io.StringIO(), color_system="truecolor", highlight=False)
 demo(None, console)
-console.save_svg(str(Path(__file__).parent / "demo.svg"), title="loratune demo")
+picture = console.export_svg(title="loratune demo")
+picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # the reader's own monospace font will do
+(Path(__file__).parent / "demo.svg").write_text(picture)

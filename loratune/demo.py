@@ -95,14 +95,17 @@ def _journey(folder: Path, console: Console, *, keep: bool, overwrite: bool) -> 
     started = time.perf_counter()
     bench = _meet_the_base(console)
     scores = {"base": _ask_everything(bench)}
-    _show_answers(bench, {"base": scores["base"]})
-    fingerprints = {"base": _fingerprint(bench)}
-    runs = {task: _train(task, folder, console, overwrite) for task in TASKS}
     for task in TASKS:
+        _show_answers(console, {"base": scores["base"][task]})
+    fingerprints = {"base": _fingerprint(bench)}
+    runs = {}
+    for task in TASKS:
+        runs[task] = _train(task, folder, console, overwrite)
         load_adapter(bench.model, folder / task, name=task)
         activate(bench.model, task)
         scores[task] = _ask_everything(bench)
         fingerprints[task] = _fingerprint(bench)
+        _show_answers(console, {task: scores[task][task]})
     _show_scores(bench, scores)
     identical = _switch(bench, fingerprints)
     difference = _merge(bench, folder, overwrite)
@@ -159,7 +162,7 @@ def _train(task: str, folder: Path, console: Console, overwrite: bool) -> RunRes
     result = progress.watch(run(config), console)
     seconds, losses = duration(result.progress.seconds), losses_of(folder / task / "metrics.jsonl")
     console.print(
-        f"loss {losses[0]:.2f} [blue]{curve(list(map(math.log, losses)), 40)}[/] {losses[-1]:.3f}  in {seconds}"
+        f"loss {losses[0]:.2f} [blue]{curve(list(map(math.log, losses)), 40)}[/] {losses[-1]:.1g}  in {seconds}"
     )
     return result
 
@@ -218,18 +221,18 @@ def _proof_prompts(bench: _Bench) -> list[list[int]]:
     ]
 
 
-def _show_answers(bench: _Bench, scores: dict[str, dict[str, ExactMatch]]) -> None:
-    for task in TASKS:
-        table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=True, header_style="dim")
-        table.add_column("asked", max_width=44, no_wrap=True, overflow="ellipsis")
-        table.add_column("wanted", style="green", max_width=20, no_wrap=True, overflow="ellipsis")
-        for who in scores:
-            table.add_column(f"{who} says", style="red", max_width=24, no_wrap=True, overflow="ellipsis")
-        for index in range(SHOWN):
-            found = [scores[who][task].answers[index] for who in scores]
-            table.add_row(found[0].prompt, found[0].reference, *(answer.answer for answer in found))
-        bench.console.print()
-        bench.console.print(table)
+def _show_answers(console: Console, answering: dict[str, ExactMatch]) -> None:
+    """The first few prompts of a task and what each model makes of them, right answers green."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    table.add_column("asked", width=36, no_wrap=True, overflow="ellipsis")
+    for who in answering:
+        table.add_column(f"{who} says", width=36, no_wrap=True, overflow="ellipsis")
+    for index in range(SHOWN):
+        found = [exact.answers[index] for exact in answering.values()]
+        replies = [Text(answer.answer, "green" if answer.ok else "red") for answer in found]
+        table.add_row(found[0].prompt, *replies)
+    console.print()
+    console.print(table)
 
 
 def _show_scores(bench: _Bench, scores: dict[str, dict[str, ExactMatch]]) -> None:

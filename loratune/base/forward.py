@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loratune.base import fused as fusing
 from loratune.errors import ModelError
 from loratune.ops import attention
-from loratune.ops.logprobs import token_logprobs
+from loratune.ops.logprobs import take_rows, token_logprobs
 
 _PROBE_LENGTHS = (7, 12, 4)
 _ROADS = ("documents", "positions", "one by one")
@@ -52,42 +53,61 @@ class PackedForward:
     head: Head | None
     notes: list[str] = field(default_factory=list)
     """What a user should know, one line each; empty when everything took the fast road."""
+    fused: fusing.Options | None = None
+    """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
+    _copies: fusing.Copies | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Switches the model's attention implementation to the packed one, and back on exit."""
-        with _attention_of(self.model, self.road):
+        with ExitStack() as stack:
+            stack.enter_context(_attention_of(self.model, self.road))
+            if self.fused is not None and fusing.fusible(self.model):
+                self._copies = stack.enter_context(fusing.installed(self.model, self.fused))
             yield
+        self._copies = None
 
     def logprobs(
         self,
         tokens: Tensor,
         position_ids: Tensor,
         cu_seqlens: Tensor,
-        predicting: Tensor,
+        predicting: Tensor | None,
         targets: Tensor,
+        *,
+        longest: int | None = None,
     ) -> Tensor:
         """log p(target) at the given positions of one packed row.
 
         Args:
             tokens, position_ids: (T,) int64 on the model's device; positions restart at 0 in each document.
             cu_seqlens: (documents + 1,) int32 on the CPU, starts of the documents and, last, T.
-            predicting: (N,) int64 positions whose next token is asked for; the head runs on these alone.
+            predicting: (N,) int64 positions whose next token is asked for; the head runs on these alone. T stands for
+                a place to be left blank, whose result means nothing; None for all positions in order.
             targets: (N,) int64, the tokens to score.
+            longest: a bound of the documents' lengths; where it is given nothing waits for the device, and
+                `cu_seqlens` is on the device and may end in any number of empty documents.
 
         Returns: (N,) float32.
         """
         if self.head is None:
+            assert predicting is not None
             logits = self._full_logits(tokens, position_ids, cu_seqlens, predicting).float()
             return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        hidden = self.hidden_states(tokens, position_ids, cu_seqlens)[predicting]
+        hidden = self.hidden_states(tokens, position_ids, cu_seqlens, longest)
+        if predicting is not None:
+            hidden = hidden[predicting] if longest is None else take_rows(hidden, predicting)
         head = self.model.get_output_embeddings()
         return token_logprobs(hidden, head, targets, scale=self.head.scale, softcap=self.head.softcap)
 
-    def hidden_states(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> Tensor:
         """(T, d): the last hidden states of a packed row, after the final norm."""
         backbone = _backbone(self.model)
-        return _run(self.road, lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens)
+        if self._copies is not None:
+            self._copies.refresh()
+        return _run(self.road, lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens, longest)
 
     def _full_logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, at: Tensor) -> Tensor:
         return _run(self.road, lambda **k: self.model(**k).logits, tokens, position_ids, cu_seqlens)[at]
@@ -113,9 +133,25 @@ def prepare(model: PreTrainedModel) -> PackedForward:
         if forward.road == "one by one":
             notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
         forward.head = _find_head(model, expected, tokens, cu_seqlens)
+        if tokens.is_cuda:
+            fuse(forward)
     if forward.head is None:
         notes.append(f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held")
     return forward
+
+
+@torch.no_grad()
+def fuse(forward: PackedForward) -> bool:
+    """Lets decoder layers run fused, if they are of a kind that can and give the model's own hidden states."""
+    if forward.road != "documents" or not fusing.fusible(forward.model):
+        return False
+    row = _probe_row(forward.model)
+    with forward.installed():
+        expected = forward.hidden_states(*row)
+    forward.fused = fusing.attention_options(forward.model, lambda: forward.hidden_states(*row))
+    if _disagreement(forward, *row, expected) is not None:
+        forward.fused = None
+    return forward.fused is not None
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
@@ -165,6 +201,7 @@ def _run(
     tokens: Tensor,
     position_ids: Tensor,
     cu_seqlens: Tensor,
+    longest: int | None = None,
 ) -> Tensor:
     """Runs one row, (T,) tokens to (T, ...) outputs, on the given road."""
     if road == "one by one":
@@ -175,10 +212,12 @@ def _run(
         return torch.cat(parts)
     row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
     if road == "documents":
-        longest = int(cu_seqlens.diff().max())
+        if longest is None:
+            longest = int(cu_seqlens.diff().max())
+            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
         row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         row |= {"max_length_q": longest, "max_length_k": longest}
-    return call(**row)[0]
+    return call(**row).squeeze(0)
 
 
 @contextmanager

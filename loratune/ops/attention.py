@@ -8,6 +8,10 @@ under the name `IMPLEMENTATION`.
 
 Source of the variants: sliding windows as in Mistral (a token sees itself and the `window - 1` before it), soft
 caps as in Gemma 2 (arXiv:2408.00118), attention sinks as in gpt-oss (a learned logit per head beside the keys).
+
+On a GPU nothing here may wait for the device, or a step could not be one CUDA graph. So the borders stay there, and
+two kernels that take them are used: cuDNN's where all documents are of one length (it is the fastest, and its batch
+is then a view of the row), FlashAttention's variable-length one otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "loratune_documents"
@@ -38,6 +43,7 @@ def document_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -53,6 +59,7 @@ def document_attention(
         softcap: bound of the scores by tanh, or None.
         s_aux: (heads,) logits of the sinks, or None.
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
+        max_length_q: a bound of the documents' lengths, for the kernels of a GPU.
         position_bias: not supported.
 
     Returns: (1, T, heads, head_dim), and None in place of the attention weights.
@@ -60,10 +67,13 @@ def document_attention(
     """
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
+    plain = softcap is None and s_aux is None and dropout == 0.0
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if plain and max_length_q is not None and _has_kernel(query, key, value):
+        return _on_gpu(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
     # `split` rather than slices: its backward is one concatenation, that of a slice a row-sized tensor of zeros.
@@ -78,6 +88,38 @@ def document_attention(
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
         outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    dim = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.dtype == key.dtype == value.dtype
+    return query.is_cuda and half and dim == value.shape[-1] and dim % 8 == 0 and dim <= 256
+
+
+def _on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
+    # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
+    total, documents = query.shape[2], cu_seqlens.shape[0] - 1
+    windowed = window is not None and window < longest
+    if longest * documents == total and not windowed and query.shape[-1] <= 128:
+        q, k, v = (
+            tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value)
+        )
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.transpose(1, 2).reshape(1, total, *out.shape[1:2], out.shape[-1])
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    # The operator behind torch.nn.attention.varlen, whose own signature differs between versions of PyTorch.
+    bounds = {"cum_seq_q": cu_seqlens, "cum_seq_k": cu_seqlens, "max_q": longest, "max_k": longest}
+    reach = {"window_size_left": window - 1, "window_size_right": 0} if windowed and window is not None else {}
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, **bounds, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scaling, **reach
+    )[0]
+    return attended[None]
 
 
 def _explicit(

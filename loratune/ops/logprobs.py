@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loratune.ops.layer import wide, with_kernel
+
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
+MAX_CHUNK_ELEMENTS_GPU = 1 << 28  # 512 MiB in bfloat16, enough rows to fill the widest product
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -33,6 +36,10 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = torch.empty(hidden.shape[0], dtype=_accurate(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        if hidden.is_cuda:
+            _on_gpu(hidden, weight, bias, targets, scale, softcap, logprobs, gradient)
+            ctx.save_for_backward(gradient)
+            return logprobs
         step = max(1, MAX_CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
@@ -55,6 +62,69 @@ class _TokenLogprobs(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         d_hidden = None if gradient is None else gradient * d_logprobs[:, None].to(gradient.dtype)
         return d_hidden, None, None, None, None, None
+
+
+def _half_on_gpu(logits: Tensor, *_: object) -> bool:
+    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16)
+
+
+@with_kernel(_half_on_gpu)
+def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, whose place it may take."""
+    tail = _tail(wide(logits), scale, softcap)
+    chosen = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    log_normaliser = tail.logsumexp(-1, keepdim=True)
+    logprobs = torch.where(chosen, tail, 0.0).sum(-1) - log_normaliser[:, 0]
+    gradient = (chosen.to(tail.dtype) - (tail - log_normaliser).exp()) * scale
+    if softcap is not None:
+        gradient = gradient * (1 - (tail / softcap).square())
+    return logprobs, gradient.to(logits.dtype)
+
+
+def _on_gpu(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    logprobs: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """Fills `logprobs` and `gradient`; the same in chunks of equal size, each one kernel between two products."""
+    chunks = -(-hidden.shape[0] * weight.shape[0] // MAX_CHUNK_ELEMENTS_GPU)
+    step = -(-hidden.shape[0] // max(1, chunks))
+    for start in range(0, hidden.shape[0], max(1, step)):
+        rows = slice(start, start + step)
+        logits = nn.functional.linear(hidden[rows], weight, bias)
+        logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
+        if gradient is not None:
+            torch.mm(slope, weight, out=gradient[rows])
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index.clamp(max=x.shape[0] - 1))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        dx = dy.new_zeros(ctx.rows + 1, dy.shape[1])
+        return dx.index_copy_(0, index, dy)[: ctx.rows], None
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for indices that do not repeat, whose gradient is therefore a copy and needs no sorting.
+
+    Args:
+        x: (T, d).
+        index: (N,) int64 from 0 to T; T, which may repeat, is a blank: any row, without a gradient.
+    """
+    taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
+    return taken
 
 
 def token_logprobs(

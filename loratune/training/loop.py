@@ -25,8 +25,9 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
-from loratune.training.optim import adamw, learning_rate
-from loratune.training.step import evaluate_loss, train_step
+from loratune.training.graph import GraphStep
+from loratune.training.optim import adamw, learning_rate, set_rate
+from loratune.training.step import StepResult, evaluate_loss, train_step
 
 MAX_SKIPPED_IN_A_ROW = 3
 """Steps with a non-finite loss or gradient, one after the other, before a run gives up."""
@@ -70,6 +71,13 @@ class Unreached:
 
 
 @dataclass(frozen=True, slots=True)
+class RunsSlower:
+    """A fast road was tried and cannot be taken; said once."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint was written."""
 
@@ -88,7 +96,7 @@ class Ended:
     progress: Progress
 
 
-Event = StepDone | Evaluated | Unreached | Saved | Ended
+Event = StepDone | Evaluated | Unreached | RunsSlower | Saved | Ended
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,9 @@ class Loop:
         self.eval_every = self.config.eval_every_steps or max(1, math.ceil(self.total_steps / 10))
         self.save_every = self.config.save_every_steps or self.eval_every
         self._optimizer = adamw(self.parameters.values(), self.config)
+        self._graph = GraphStep.for_device(
+            self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm
+        )
         self.progress = Progress()
         self._skipped_in_a_row = 0
         self._saved_step: int | None = None
@@ -159,6 +170,9 @@ class Loop:
                 if self._unreached:
                     yield Unreached(self._unreached)
                     self._unreached = ()
+                if self._graph is not None and self._graph.why_not is not None:
+                    yield RunsSlower(self._graph.why_not)
+                    self._graph = None
                 if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     reason = "diverged"
                     break
@@ -183,18 +197,11 @@ class Loop:
         started = time.perf_counter()
         step = self.progress.step
         rate = learning_rate(step, self.total_steps, self.config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizer, rate)
         rows = self._rows_of_step(step)
         with torch.random.fork_rng(devices=_cuda_devices(self.forward)), _training_mode(self._trained_modules):
             torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout follows from (seed, step) alone
-            result = train_step(
-                self.forward,
-                rows,
-                list(self.parameters.values()),
-                self._optimizer,
-                max_grad_norm=self.config.max_grad_norm,
-            )
+            result = self._take_step(rows)
             if step == 0 and not result.skipped:
                 self._unreached = tuple(path for path, p in self.parameters.items() if p not in self._optimizer.state)
         seconds = time.perf_counter() - started
@@ -218,6 +225,17 @@ class Loop:
             tokens_per_second=tokens / seconds,
             memory_bytes=peak_memory_bytes(self.forward.model.device),
             skipped=result.skipped,
+        )
+
+    def _take_step(self, rows: Sequence[Row]) -> StepResult:
+        if self._graph is not None and self._graph.why_not is None:
+            return self._graph(rows)
+        return train_step(
+            self.forward,
+            rows,
+            list(self.parameters.values()),
+            self._optimizer,
+            max_grad_norm=self.config.max_grad_norm,
         )
 
     def _rows_of_step(self, step: int) -> list[Row]:

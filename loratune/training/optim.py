@@ -6,21 +6,36 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loratune.config import TrainConfig
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) in its fused form; its rate is set by `learning_rate` before each step."""
+    """AdamW (arXiv:1711.05101) in its fused form; its rate is set by `set_rate` before each step.
+
+    On a GPU the rate is a tensor there, so that a captured update reads the rate of its own step.
+    """
+    parameters = list(parameters)
+    on_gpu = all(parameter.is_cuda for parameter in parameters) and len(parameters) > 0
     return torch.optim.AdamW(
         parameters,
-        lr=config.learning_rate,
+        lr=torch.tensor(config.learning_rate, device=parameters[0].device) if on_gpu else config.learning_rate,
+        capturable=on_gpu,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next update."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -40,6 +40,7 @@ from loratune.training.loop import (
     Loop,
     Reason,
     Rows,
+    RunsSlower,
     StepDone,
     peak_memory_bytes,
 )
@@ -231,7 +232,7 @@ def _train(
     model.eval()
     for event in loop.run():
         recorder.record(event)
-        yield event
+        yield Note(event.why) if isinstance(event, RunsSlower) else event
     result = _finish(model, name, dataset, config, out, recorder)
     yield result
     if result.reason == "diverged":

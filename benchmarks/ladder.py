@@ -1,0 +1,119 @@
+"""Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
+
+    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules] [STEPS]     one variant
+    python -m benchmarks.ladder --all OUT.jsonl                                      the table of issue 3
+
+Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
+tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
+`loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear.
+The peers are measured by their own scripts on the same machine; see benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()
+
+CASES = [
+    ("l7b", 4, 2048), ("l7b", 1, 512), ("l1b", 1, 512), ("l1b", 4, 2048), ("q0_6b", 2, 2048), ("q8b", 2, 2048),
+]  # fmt: skip
+
+
+def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> dict[str, object]:
+    """One variant on one shape."""
+    import torch
+    import transformers
+
+    from benchmarks.shapes import limit_tok_s, model_of, row_of
+    from loratune.base.forward import prepare
+    from loratune.config import LoraConfig, TrainConfig
+    from loratune.lora.inject import attach
+    from loratune.training.graph import GraphStep
+    from loratune.training.optim import adamw, set_rate
+    from loratune.training.step import train_step
+
+    imported = time.perf_counter() - STARTED
+    model = model_of(shape)
+    torch.cuda.synchronize()
+    built = time.perf_counter() - STARTED
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
+    forward = prepare(model)
+    if variant == "modules":
+        forward.fused = None
+    torch.cuda.synchronize()
+    prepared = time.perf_counter() - STARTED
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, TrainConfig())
+    step = GraphStep(forward, parameters, optimizer, 1.0, record=variant == "graph")
+    rows = [row_of([tokens] * batch, batch * tokens, seed) for seed in range(4)]
+    seconds, losses = [], []
+    torch.cuda.reset_peak_memory_stats()
+    with forward.installed():
+        for index in range(steps + 5):
+            set_rate(optimizer, 1e-4)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            row = [rows[index % 4]]
+            taken = (
+                train_step(forward, row, parameters, optimizer, max_grad_norm=1.0)
+                if variant == "modules"
+                else step(row)
+            )
+            seconds.append(time.perf_counter() - start)
+            losses.append(taken.loss)
+            if index == 0:
+                first = time.perf_counter() - STARTED
+    median = statistics.median(seconds[5:])
+    replay = _replay_ms(step)
+    speed = batch * tokens / median
+    return {
+        "system": "loratune", "shape": shape, "batch": batch, "tokens": tokens, "precision": "bf16",
+        "policy": variant, "tok_s": round(speed), "step_ms": round(median * 1e3, 2),
+        "replay_ms": replay, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "first_step_s": round(first, 1), "imported_s": round(imported, 1), "built_s": round(built, 1),
+        "prepared_s": round(prepared, 1), "second_step_s": round(seconds[1], 2),
+        "limit_share": round(speed / limit_tok_s(model, tokens, batch), 3),
+        "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
+        "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def _replay_ms(step: object) -> float | None:
+    """The recorded step alone, replayed back to back: what is left when the host is never waited for."""
+    import torch
+
+    graph = next((graph for graph in step._graphs.values() if graph is not None), None)  # type: ignore[attr-defined]
+    if graph is None:
+        return None
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        graph.replay()
+    torch.cuda.synchronize()
+    return round((time.perf_counter() - start) * 100, 2)
+
+
+def main() -> None:
+    if sys.argv[1] == "--all":
+        with Path(sys.argv[2]).open("a") as out:
+            for case in CASES:
+                command = [sys.executable, "-m", "benchmarks.ladder", *map(str, case), *sys.argv[3:]]
+                done = subprocess.run(command, capture_output=True, text=True)
+                print(done.stdout[-3000:] or done.stderr[-3000:], flush=True)
+                out.write(done.stdout.strip().splitlines()[-1] + "\n" if done.returncode == 0 else "")
+                out.flush()
+        return
+    shape, batch, tokens, variant, steps = [*sys.argv[1:], *["graph", "12"][max(0, len(sys.argv) - 4) :]]
+    print(json.dumps(measure(shape, int(batch), int(tokens), variant, int(steps))))
+
+
+if __name__ == "__main__":
+    main()

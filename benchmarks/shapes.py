@@ -1,0 +1,55 @@
+"""Random-weight models of the measured shapes, built on the GPU, and rows of documents for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from loratune.data.examples import Example
+from loratune.data.pack import Row, make_row
+
+SHAPES: dict[str, dict[str, object]] = {
+    "l7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000},
+    "l1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "q0_6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    "q8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+}  # fmt: skip
+
+
+def model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
+    """The model in bfloat16 with random weights, frozen."""
+    config, kind = (Qwen3Config, Qwen3ForCausalLM) if shape[0] == "q" else (LlamaConfig, LlamaForCausalLM)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = kind(config(**SHAPES[shape], max_position_embeddings=8192))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def row_of(lengths: list[int], capacity: int, seed: int, prompt: float = 0.0) -> Row:
+    """Documents of random tokens; the first `prompt` of each is not trained."""
+    rng = np.random.default_rng(seed)
+    documents = [
+        Example(rng.integers(0, 260, n).astype(np.int32), (np.arange(n) >= prompt * n).astype(np.float32), "random")
+        for n in lengths
+    ]
+    return make_row(documents, capacity, 0)
+
+
+def limit_tok_s(model: PreTrainedModel, tokens: int, batch: int) -> float:
+    """Tokens a second that the arithmetic allows: frozen products twice, attention, at 692 TFLOP/s, or reading
+    every weight twice at 4.3 TB/s, whichever is slower (ceilings measured on one H200, issue 3)."""
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    config = model.config
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    attention = config.num_hidden_layers * width * tokens / 2 * (4 + 10)  # causal; forward 2 products, backward 5
+    flop = batch * tokens * (4 * weights + attention)
+    return batch * tokens / max(flop / 692e12, 2 * 2 * weights / 4.3e12)

@@ -1,0 +1,322 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
+"""Triton twins of the passes in `ops.layer` and of the softmax in `ops.logprobs`, for bfloat16 and float16 on a GPU.
+
+Each is one read of its inputs and one write of its outputs; sums are in float32. torch.compile was tried first: it
+does the norms as well, but splits what writes to two halves of one buffer (gate and up, rotated heads and values)
+into several passes, and costs ten seconds at the start of a run (benchmarks/NOTES.md). Shapes and meaning of the
+arguments are those of the reference, which is also what they are tested against, in Triton's interpreter on a CPU.
+This module is imported only where there is a GPU, since Triton is not installed elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+@triton.jit
+def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * d
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    x = tl.load(x_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(y_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at + column, x, mask=inside)
+        x = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    unit = (x * inverse).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + at + column, unit * weight, mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `ops.layer.rms_norm`."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(x.shape[1])
+    _rms_norm[(x.shape[0],)](x, x, weight, out, out, x.shape[1], eps, ADD=False, BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `ops.layer.add_rms_norm`."""
+    x, y = x.contiguous(), y.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _rms_norm[(x.shape[0],)](
+        x, y, weight, total, out, x.shape[1], eps, ADD=True, BLOCK=block, num_warps=_warps(block)
+    )
+    return total, out
+
+
+@triton.jit
+def _rms_norm_backward(d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, eps, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * d
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    x = tl.load(x_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    d_unit = tl.load(d_out_ptr + at + column, mask=inside, other=0.0).to(tl.float32) * weight
+    d_residual = tl.load(d_residual_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
+    unit = x * inverse
+    d_x = inverse * (d_unit - unit * (tl.sum(d_unit * unit) / d)) + d_residual
+    tl.store(d_x_ptr + at + column, d_x, mask=inside)
+    tl.store(out_ptr + at + column, unit.to(out_ptr.dtype.element_ty).to(tl.float32) * weight, mask=inside)
+
+
+def rms_norm_backward(
+    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `ops.layer.rms_norm_backward`."""
+    d_out, d_residual, x = d_out.contiguous(), d_residual.contiguous(), x.contiguous()
+    d_x, out = torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _rms_norm_backward[(x.shape[0],)](
+        d_out, d_residual, x, weight, d_x, out, x.shape[1], eps, BLOCK=block, num_warps=_warps(block)
+    )
+    return d_x, out
+
+
+@triton.jit
+def _swiglu(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * width + column, silu * up, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + at + width, mask=inside, other=0.0).to(tl.float32)
+    d_out = tl.load(d_out_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(d_gate_up_ptr + at, d_out * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+    tl.store(d_gate_up_ptr + at + width, d_out * silu, mask=inside)
+    tl.store(out_ptr + row * width + column, silu.to(out_ptr.dtype.element_ty).to(tl.float32) * up, mask=inside)
+
+
+_SWIGLU_BLOCK = 2048
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As `ops.layer.swiglu`."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width)
+    _swiglu[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](gate_up, out, width, BLOCK=_SWIGLU_BLOCK)
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.layer.swiglu_backward`."""
+    gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
+    d_gate_up, out = torch.empty_like(gate_up), torch.empty_like(d_out)
+    rows, width = d_out.shape
+    _swiglu_backward[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](
+        gate_up, d_out, d_gate_up, out, width, BLOCK=_SWIGLU_BLOCK
+    )
+    return d_gate_up, out
+
+
+@triton.jit
+def _rotate(
+    x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, heads, rotated, eps,
+    NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, j = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
+    inside = head < heads
+    at = (token * heads + head) * 2 * HALF + j
+    a0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b0 = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    a, b = a0, b0
+    if NORM:
+        inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        normed = head < rotated
+        weight_a = tl.load(weight_ptr + head * 2 * HALF + j, mask=normed, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + head * 2 * HALF + HALF + j, mask=normed, other=0.0).to(tl.float32)
+        kind = out_ptr.dtype.element_ty
+        a = ((a * inverse).to(kind).to(tl.float32) * weight_a).to(kind).to(tl.float32)
+        b = ((b * inverse).to(kind).to(tl.float32) * weight_b).to(kind).to(tl.float32)
+    angle = token * 2 * HALF + j
+    cos_a, cos_b = tl.load(cos_ptr + angle).to(tl.float32), tl.load(cos_ptr + angle + HALF).to(tl.float32)
+    sin_a, sin_b = tl.load(sin_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle + HALF).to(tl.float32)
+    tl.store(out_ptr + at, tl.where(head < rotated, a * cos_a - b * sin_a, a0), mask=inside)
+    tl.store(out_ptr + at + HALF, tl.where(head < rotated, b * cos_b + a * sin_b, b0), mask=inside)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float) -> Tensor:
+    """As `ops.layer.rotate`, for halves of a power of two."""
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out, (tokens, heads, dim) = torch.empty_like(x), x.shape
+    block = max(1, 1024 // dim)
+    _rotate[(tokens, triton.cdiv(heads, block))](
+        x, cos, sin, x if weight is None else weight, out, heads, rotated, eps,
+        NORM=weight is not None, HEADS=block, HALF=dim // 2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rotate_backward(
+    d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr,
+    queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, eps,
+    NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, j = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
+    rotated = queries + keys
+    heads = rotated + keys
+    inside = head < heads
+    query_at = d_query_ptr + token * query_token + head * query_head + j
+    key_at = d_key_ptr + token * key_token + (head - queries) * key_head + j
+    value_at = d_value_ptr + token * value_token + (head - rotated) * value_head + j
+    is_query, is_value = head < queries, inside & (head >= rotated)
+    is_key = (head >= queries) & (head < rotated)
+    a0 = tl.load(query_at, mask=is_query, other=0.0).to(tl.float32)
+    a0 += tl.load(key_at, mask=is_key, other=0.0).to(tl.float32)
+    a0 += tl.load(value_at, mask=is_value, other=0.0).to(tl.float32)
+    b0 = tl.load(query_at + HALF, mask=is_query, other=0.0).to(tl.float32)
+    b0 += tl.load(key_at + HALF, mask=is_key, other=0.0).to(tl.float32)
+    b0 += tl.load(value_at + HALF, mask=is_value, other=0.0).to(tl.float32)
+    angle = token * 2 * HALF + j
+    cos_a, cos_b = tl.load(cos_ptr + angle).to(tl.float32), tl.load(cos_ptr + angle + HALF).to(tl.float32)
+    sin_a, sin_b = tl.load(sin_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle + HALF).to(tl.float32)
+    a, b = a0 * cos_a + b0 * sin_b, b0 * cos_b - a0 * sin_a
+    at = (token * heads + head) * 2 * HALF + j
+    if NORM:
+        x_a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x_b = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        normed = head < rotated
+        weight_a = tl.load(weight_ptr + head * 2 * HALF + j, mask=normed, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + head * 2 * HALF + HALF + j, mask=normed, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt((tl.sum(x_a * x_a, 1) + tl.sum(x_b * x_b, 1)) / (2 * HALF) + eps)[:, None]
+        x_a, x_b, a, b = x_a * inverse, x_b * inverse, a * weight_a, b * weight_b
+        mean = ((tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)) / (2 * HALF))[:, None]
+        a, b = inverse * (a - x_a * mean), inverse * (b - x_b * mean)
+    tl.store(out_ptr + at, tl.where(head < rotated, a, a0), mask=inside)
+    tl.store(out_ptr + at + HALF, tl.where(head < rotated, b, b0), mask=inside)
+
+
+def rotate_backward(
+    d_query: Tensor,
+    d_key: Tensor,
+    d_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As `ops.layer.rotate_backward`, for halves of a power of two."""
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (d_query, d_key, d_value)]
+    strides = [stride for part in parts for stride in part.stride()[:2]]
+    (tokens, queries, dim), keys = parts[0].shape, parts[1].shape[1]
+    out = d_query.new_empty(tokens, queries + 2 * keys, dim)
+    block = max(1, 1024 // dim)
+    _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
+        *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
+        queries, keys, *strides, eps, NORM=weight is not None, HEADS=block, HALF=dim // 2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _logprobs_of(
+    logits_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    scale,
+    softcap,
+    vocabulary: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * vocabulary
+    target = tl.load(targets_ptr + row)
+    column = tl.arange(0, BLOCK)
+    most, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        z = tl.load(logits_ptr + start + column, mask=start + column < vocabulary, other=float("-inf")).to(tl.float32)
+        z = z * scale
+        if CAP:
+            z = tl.where(start + column < vocabulary, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), float("-inf"))
+        higher = tl.maximum(most, z)
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(most - reference) + tl.exp(z - reference)
+        most = higher
+    top = tl.max(most)
+    normaliser = top + tl.log(tl.sum(total * tl.exp(most - top)))
+    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale
+    if CAP:
+        chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
+    tl.store(logprobs_ptr + row, chosen - normaliser)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + column < vocabulary
+        z = tl.load(logits_ptr + start + column, mask=inside, other=0.0).to(tl.float32) * scale
+        slope = scale
+        if CAP:
+            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+            slope = scale * (1 - (z / softcap) * (z / softcap))
+        gradient = (tl.where(start + column == target, 1.0, 0.0) - tl.exp(z - normaliser)) * slope
+        tl.store(logits_ptr + start + column, gradient, mask=inside)
+
+
+def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """As `ops.logprobs.logprobs_of`; the gradient takes the place of the logits."""
+    logprobs = torch.empty(logits.shape[0], device=logits.device)
+    _logprobs_of[(logits.shape[0],)](
+        logits, targets, logprobs, scale, softcap or 1.0, logits.shape[1], CAP=softcap is not None, BLOCK=4096,
+        num_warps=8,
+    )  # fmt: skip
+    return logprobs, logits
+
+
+@triton.jit
+def _cast(table_ptr, scale_ptr, like_ptr, BLOCK: tl.constexpr):
+    entry = tl.program_id(0)
+    count, width = tl.load(table_ptr + entry * 5 + 2), tl.load(table_ptr + entry * 5 + 3)
+    stride = tl.load(table_ptr + entry * 5 + 4)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) * BLOCK < count:
+        source = tl.load(table_ptr + entry * 5).to(tl.pointer_type(tl.float32))
+        target = tl.load(table_ptr + entry * 5 + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
+        value = tl.load(source + at, mask=at < count, other=0.0) * tl.load(scale_ptr + entry)
+        tl.store(target + (at // width) * stride + at % width, value, mask=at < count)
+
+
+class CastAll:
+    """Casts many float32 matrices, each times a factor, into (strided) matrices of half precision: one launch."""
+
+    def __init__(self, sources: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float]) -> None:
+        rows: list[list[int]] = []
+        for source, target in zip(sources, targets, strict=True):
+            assert source.dtype == torch.float32
+            assert source.is_contiguous()
+            rows.append([source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0)])
+        self._alive: Any = (sources, targets)
+        self._table = torch.tensor(rows, dtype=torch.int64).to(sources[0].device)
+        self._scales = torch.tensor(scales, dtype=torch.float32).to(sources[0].device)
+        self._grid = (len(rows), triton.cdiv(max(row[2] for row in rows), 4096))
+
+    def __call__(self) -> None:
+        """Casts the values that the sources have now."""
+        _cast[self._grid](self._table, self._scales, self._alive[1][0], BLOCK=4096)

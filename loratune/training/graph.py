@@ -1,0 +1,278 @@
+"""One optimizer step as a CUDA graph: the host hands over a row and launches once, instead of thousands of times.
+
+A step of a small model is bound by launches, not by arithmetic: a Llama of 1B parameters takes 80 ms a step of 512
+tokens launched one by one and a tenth of that replayed. Since every row has the same number of tokens, one recording
+fits all rows. What still differs between rows are numbers, and these are read from buffers at fixed addresses:
+tokens, positions, borders, which positions are trained, their targets and weights, the normaliser, the rate.
+
+    layout   documents, longest, trained: upper bounds that are part of the recording. They grow in coarse steps and
+             never shrink, so a run records two or three times at its start and then replays.
+    whole    a step of one row: forward, loss, backward, clipping and update are one graph.
+    parts    a step of several rows: one graph per row that adds to the gradients, and one for the update.
+    skip     a loss or gradient that is not finite must change nothing. The host does not know before the update
+             is launched, so the update itself asks: AdamW's fused kernel takes `found_inf` and does nothing.
+
+The first row of a layout runs without recording (which also warms up whatever compiles or allocates), the second is
+recorded. If recording fails, because a model waits for the device somewhere, `why_not` says so and the caller goes
+on with `training.step.train_step`, which computes the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from loratune.base.forward import PackedForward
+from loratune.data.pack import Row
+from loratune.training.objectives import Objective, sft
+from loratune.training.step import StepResult
+
+_MAX_RECORDINGS = 4
+_SHARES = 8
+"""Trained positions are rounded up to a multiple of 1/8 of the row."""
+
+
+class Layout(NamedTuple):
+    """What a recording is bound to."""
+
+    documents: int
+    longest: int
+    """Tokens; documents * longest = T says that all documents are of that length."""
+    trained: int
+    """Positions that reach the head; those of a row that are fewer are filled up with blanks."""
+
+
+class Inputs:
+    """The numbers of one row in one buffer on the device, filled by one copy from pinned memory."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        fields = {
+            "tokens": (torch.int64, tokens),
+            "position_ids": (torch.int64, tokens),
+            "predicting": (torch.int64, tokens),
+            "targets": (torch.int64, tokens),
+            "weights": (torch.float32, tokens),
+            "borders": (torch.int32, tokens + 1),
+            "normaliser": (torch.float32, 1),
+        }
+        size = sum(dtype.itemsize * count for dtype, count in fields.values())
+        self._fields, self._size = fields, size
+        self._hosts: list[Tensor] = []
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.device = self._views(self._device, fields)
+
+    @staticmethod
+    def _views(buffer: Tensor, fields: dict[str, tuple[torch.dtype, int]]) -> dict[str, Tensor]:
+        views, at = {}, 0
+        for name, (dtype, count) in fields.items():
+            end = at + dtype.itemsize * count
+            views[name] = buffer[at:end].view(dtype)
+            at = end
+        return views
+
+    def fill(self, row: Row, layout: Layout, normaliser: float, nth: int) -> None:
+        """Lays a row out as `layout` wants it and sends it to the device; returns before it has arrived.
+
+        The nth row of a step has a host buffer of its own: an earlier one may not have left yet.
+        """
+        if nth == len(self._hosts):
+            pinned = self._device.is_cuda
+            self._hosts.append(torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned))
+        host, tokens = self._views(self._hosts[nth], self._fields), len(row.tokens)
+        host["tokens"].copy_(row.tokens)
+        host["position_ids"].copy_(row.position_ids)
+        host["borders"].fill_(tokens)
+        host["borders"][: len(row.cu_seqlens)] = row.cu_seqlens
+        trained = row.weights.nonzero().squeeze(1)
+        if layout.trained == tokens:  # all positions in their order, no gathering
+            host["targets"].copy_(row.targets)
+            host["weights"].copy_(row.weights)
+        else:
+            host["predicting"].fill_(tokens)
+            host["predicting"][: len(trained)] = trained
+            for name, values in (("targets", row.targets), ("weights", row.weights)):
+                host[name].zero_()
+                host[name][: len(trained)] = values[trained]
+        host["normaliser"].fill_(normaliser)
+        self._device.copy_(self._hosts[nth], non_blocking=True)
+
+
+class GraphStep:
+    """Optimizer steps on one device, recorded and replayed; called as `train_step` is."""
+
+    why_not: str | None = None
+    """One line for the user once recording has failed; the instance must then not be called again."""
+
+    def __init__(
+        self,
+        forward: PackedForward,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        objective: Objective = sft,
+        *,
+        record: bool = True,
+    ) -> None:
+        self._forward, self._parameters, self._optimizer = forward, parameters, optimizer
+        self._max_grad_norm, self._objective, self._record = max_grad_norm or math.inf, objective, record
+        self._inputs: Inputs | None = None
+        self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
+        self._layouts: dict[bool, Layout] = {}
+        self._graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+
+    @classmethod
+    def for_device(
+        cls,
+        forward: PackedForward,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+    ) -> Self | None:
+        """None where there are no CUDA graphs, or for a model that is walked document by document."""
+        on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
+        if not on_gpu or forward.road == "one by one" or forward.head is None:
+            return None
+        return cls(forward, parameters, optimizer, max_grad_norm)
+
+    def __call__(self, rows: Sequence[Row]) -> StepResult:
+        """One update from `rows`; must run inside `forward.installed()`."""
+        normaliser = sum(float(row.weights.sum()) for row in rows)
+        self._outcome.zero_()
+        if len(rows) == 1:
+            layout = self._place(rows[0], normaliser, 0)
+            self._run("whole", layout, lambda: self._whole(layout))
+            self._forget_gradients()
+        else:
+            self._several(rows, normaliser)
+        loss, grad_norm, skipped = self._outcome.tolist()
+        return StepResult(loss, grad_norm, sum(int((row.weights != 0).sum()) for row in rows), bool(skipped))
+
+    def _whole(self, layout: Layout) -> None:
+        self._forget_gradients()
+        self._add_row(layout)
+        self._update()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    _gradients: list[Tensor | None] | None = None
+
+    def _several(self, rows: Sequence[Row], normaliser: float) -> None:
+        """Gradients live at fixed addresses, where the graphs of the rows add and that of the update reads."""
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = None if self._gradients is None else self._gradients[index]
+        if self._gradients is not None:
+            torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
+        for nth, row in enumerate(rows):
+            layout = self._place(row, normaliser, nth)
+            if self._gradients is None:
+                self._add_row(layout)
+                self._gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+                for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                    parameter.grad = gradient
+            else:
+                self._run("row", layout, lambda layout=layout: self._add_row(layout))  # type: ignore[misc]
+        self._run("update", Layout(0, 0, 0), self._update)
+        self._forget_gradients()
+
+    def _place(self, row: Row, normaliser: float, nth: int) -> Layout:
+        """Puts the row into the buffers, under a layout that holds it."""
+        if self._inputs is None or len(self._inputs.device["tokens"]) != len(row.tokens):
+            self._inputs = Inputs(len(row.tokens), self._outcome.device)
+            self._graphs.clear()
+            self._layouts.clear()
+        layout = self._layout(row)
+        self._inputs.fill(row, layout, normaliser, nth)
+        return layout
+
+    def _layout(self, row: Row) -> Layout:
+        tokens = len(row.tokens)
+        documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())
+        share = -(-tokens // _SHARES)
+        trained = min(tokens, -(-int((row.weights != 0).sum()) // share) * share)
+        even = documents * longest == tokens
+        last = self._layouts.get(even)
+        if even:
+            layout = Layout(documents, longest, max(trained, last.trained if last else 0))
+        else:
+            needed = Layout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
+            layout = Layout(*map(max, needed, last)) if last else needed
+        self._layouts[even] = layout
+        return layout
+
+    def _add_row(self, layout: Layout) -> None:
+        """Forward and backward of the row in the buffers; adds its loss to the outcome."""
+        assert self._inputs is not None
+        values = self._inputs.device
+        everywhere = layout.trained == len(values["tokens"])
+        logprobs = self._forward.logprobs(
+            values["tokens"],
+            values["position_ids"],
+            values["borders"][: layout.documents + 1],
+            None if everywhere else values["predicting"][: layout.trained],
+            values["targets"][: layout.trained],
+            longest=layout.longest,
+        )
+        loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
+        loss.backward()
+        self._outcome[0] += loss.detach()
+
+    def _update(self) -> None:
+        """Clips by global norm and updates, unless loss or norm is not finite."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = norm.isfinite() & self._outcome[0].isfinite()
+        skipped = (~finite).float()
+        # The fused kernel divides the gradients by `grad_scale`, so clipping costs no pass of its own.
+        self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        try:
+            self._optimizer.step()
+        finally:
+            del self._optimizer.grad_scale, self._optimizer.found_inf  # type: ignore[attr-defined]
+        self._outcome[1], self._outcome[2] = norm, skipped
+
+    def _run(self, part: str, layout: Layout, work: Callable[[], object]) -> None:
+        """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
+        key = part, layout
+        if not self._record or self.why_not is not None or key not in self._graphs:
+            work()
+            if self._record:
+                self._make_room()
+                self._graphs[key] = None
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._recorded(work)
+            if graph is None:
+                work()
+                return
+            self._graphs[key] = graph
+        graph.replay()
+
+    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            reason = str(error).strip().splitlines()[0]
+            self.why_not = f"steps run kernel by kernel, not as one CUDA graph: {reason}"
+            return None
+        return graph
+
+    def _make_room(self) -> None:
+        while len(self._graphs) >= _MAX_RECORDINGS:
+            del self._graphs[next(iter(self._graphs))]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,98 @@
+"""Fused decoder layers against the modules that they stand in for, in float64: the same numbers, the same paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.base import fused
+from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.data.pack import make_row
+from loratune.lora.inject import activate
+from loratune.training.objectives import sft
+from loratune.training.step import _row_objective
+from tests.conftest import CAUSAL, build
+from tests.training.helpers import examples, model_with_adapter, trainable
+
+FUSIBLE = ["llama", "qwen3", "mistral"]
+
+
+def loss_and_gradients(model, forward, row):
+    with forward.installed():
+        loss = _row_objective(forward, row, sft)
+        loss.backward()
+    found = {path: p.grad for path, p in trainable(model).items()}
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("name", FUSIBLE)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"], ["up_proj"]])
+@pytest.mark.parametrize("lora_alpha", [4, 10])
+def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha):
+    model = model_with_adapter(name, dtype=torch.float64, target_modules=targets, lora_alpha=lora_alpha)
+    row = make_row(examples(7), 256, 0)
+    plain = loss_and_gradients(model, PackedForward(model, "documents", prepare(model).head), row)
+    forward = prepare(model)
+    assert fuse(forward)
+    got = loss_and_gradients(model, forward, row)
+    torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
+    assert got[1].keys() == plain[1].keys()
+    for path, gradient in plain[1].items():
+        torch.testing.assert_close(
+            got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path
+        )
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_which_models_qualify(name):
+    assert fuse(prepare(build(name))) == (name in [*FUSIBLE, "granite"])
+
+
+def test_the_right_parts_used_otherwise_do_not_qualify():
+    """Granite has a Llama's parts and, with its own settings, scales what it adds to the residual stream."""
+    model = build("granite")
+    for layer in model.model.layers:
+        layer.residual_multiplier = 0.22
+    assert not fuse(prepare(model))
+
+
+def test_paths_layers_and_values_are_as_before():
+    """Inside, parameter paths are unchanged, so checkpoints can be written; outside, the very layers are back."""
+    model = model_with_adapter("qwen3")
+    layers, values = list(model.model.layers), {k: v.clone() for k, v in model.state_dict().items()}
+    forward = prepare(model)
+    assert fuse(forward)
+    with forward.installed():
+        assert all(type(layer) is fused.FusedLayer for layer in model.model.layers)
+        assert list(model.state_dict()) == list(values)
+    assert list(model.model.layers) == layers
+    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+
+
+def test_the_bare_base_and_changed_adapters_are_seen():
+    """Working copies follow the masters, and with no adapter in use the layers compute the base."""
+    model = model_with_adapter("llama", dtype=torch.float64)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+    plain = PackedForward(model, "documents", forward.head)
+
+    def hidden(of):
+        return of.hidden_states(row.tokens, row.position_ids, row.cu_seqlens)
+
+    with torch.no_grad(), forward.installed():
+        before = hidden(forward)
+        for parameter in trainable(model).values():
+            parameter.mul_(2.0)
+        after = hidden(forward)
+    with torch.no_grad(), plain.installed():
+        expected = hidden(plain)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+    activate(model, None)
+    with torch.no_grad(), forward.installed():
+        bare = hidden(forward)
+    with torch.no_grad(), plain.installed():
+        torch.testing.assert_close(bare, hidden(plain), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,62 @@
+"""Triton twins against their references, in Triton's interpreter, so that it needs no GPU.
+
+The interpreter is chosen when kernels are defined, so the comparison runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPARE = """
+import torch
+from loratune.ops import kernels, layer, logprobs
+
+torch.manual_seed(0)
+
+def half(*shape):
+    return torch.randn(*shape).to(torch.float16)
+
+def check(name, got, reference):
+    got, reference = (x if isinstance(x, tuple) else (x,) for x in (got, reference))
+    for a, b in zip(got, reference, strict=True):
+        error = float((a.double() - b.double()).norm() / b.double().norm())
+        assert error < 2e-3, (name, error)  # a few roundings of float16, 4.9e-4 each
+
+def both(name, *arguments, module=layer):
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    check(name, getattr(kernels, name)(*copies), getattr(module, name)(*arguments))
+
+x, y, z, weight = half(5, 96), half(5, 96), half(5, 96), half(96)
+both("rms_norm", x, weight, 1e-6)
+both("add_rms_norm", x, y, weight, 1e-6)
+both("rms_norm_backward", y, z, x, weight, 1e-6)
+both("swiglu", half(5, 2 * 70))
+both("swiglu_backward", half(5, 2 * 70), half(5, 70))
+heads, cos, sin, table = half(5, 7, 16), half(5, 16), half(5, 16), half(5, 16)
+for norm in (None, table):
+    both("rotate", heads, cos, sin, 5, norm, 1e-6)
+    d_key = half(5, 9, 16)[:, 3:5]  # strided, as a slice is
+    both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6)
+for softcap in (None, 3.0):
+    both("logprobs_of", 4 * half(6, 5003), torch.randint(5003, (6,)), 0.5, softcap, module=logprobs)
+
+sources = [torch.randn(4, 50), torch.randn(300, 4)]
+block = torch.zeros(300, 9, dtype=torch.float16)
+targets = [torch.zeros(4, 50, dtype=torch.float16), block[:, 2:6]]
+kernels.CastAll(sources, targets, [1.0, 2.0])()
+assert torch.equal(targets[0], sources[0].half())
+assert torch.equal(block[:, 2:6], (2 * sources[1]).half())
+assert not block[:, :2].any() and not block[:, 6:].any()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with PyTorch for CUDA only")
+def test_every_kernel_equals_its_reference():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

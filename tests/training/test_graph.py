@@ -1,0 +1,71 @@
+"""The step that can be recorded computes what `train_step` does; recording itself is tested in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.base.forward import prepare
+from loratune.data.pack import make_row
+from loratune.training.graph import GraphStep
+from loratune.training.optim import adamw
+from loratune.training.step import train_step
+from tests.training.helpers import config, examples, model_with_adapter, trainable
+
+
+def run(rows_of_steps, graph, name="llama", **lora):
+    model = model_with_adapter(name, dtype=torch.float64, **lora)
+    parameters = list(trainable(model).values())
+    optimizer = adamw(parameters, config())
+    forward = prepare(model)
+    step = GraphStep(forward, parameters, optimizer, 0.05, record=False)
+    with forward.installed():
+        results = [
+            step(rows) if graph else train_step(forward, rows, parameters, optimizer, max_grad_norm=0.05)
+            for rows in rows_of_steps
+        ]
+    return results, [p.detach().clone() for p in parameters]
+
+
+def assert_same(a, b):
+    for x, y in zip(a[0], b[0], strict=True):
+        assert x.loss == pytest.approx(y.loss, rel=1e-6)
+        assert x.grad_norm == pytest.approx(y.grad_norm, rel=1e-6)
+        assert (x.trained_tokens, x.skipped) == (y.trained_tokens, y.skipped)
+    for x, y in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_equals_train_step(micro_steps, name):
+    """Rows of different borders and different numbers of trained tokens, with clipping at work."""
+    rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
+    assert_same(run(rows, True, name), run(rows, False, name))
+
+
+def test_a_row_of_equal_documents():
+    document = next(e for e in examples(9) if len(e) == 47)
+    rows = [[make_row([document] * 3, 141, 0)], [make_row([document] * 2, 141, 0)]]
+    assert_same(run(rows, True), run(rows, False))
+
+
+def test_a_non_finite_gradient_changes_nothing():
+    model = model_with_adapter("llama")
+    parameters = list(trainable(model).values())
+    optimizer = adamw(parameters, config())
+    forward = prepare(model)
+    bad = GraphStep(
+        forward, parameters, optimizer, 1.0, lambda logprobs, weights: (logprobs * float("nan")).sum(), record=False
+    )
+    good = GraphStep(forward, parameters, optimizer, 1.0, record=False)
+    rows = [make_row(examples(4), 200, 0)]
+    with forward.installed():
+        assert not good(rows).skipped
+        before = [p.detach().clone() for p in parameters]
+        state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        assert bad(rows).skipped
+    for parameter, old in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.grad is None
+        assert all(torch.equal(optimizer.state[parameter][k], v) for k, v in state[parameter].items())

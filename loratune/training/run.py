@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune import atomic
+from loratune import __version__, atomic
 from loratune.base import load as base
 from loratune.base.forward import prepare as prepare_forward
 from loratune.config import DataConfig, RunConfig, TrainConfig, to_toml
@@ -398,7 +398,7 @@ def _card_facts(
         tokens_per_second=result.tokens_per_second,
         peak_memory_bytes=result.peak_memory_bytes,
         device=_device_name(model.device),
-        versions={package: version(package) for package in ("loratune", "torch", "transformers")},
+        versions={"loratune": __version__} | {package: version(package) for package in ("torch", "transformers")},
     )
 
 

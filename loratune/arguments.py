@@ -93,6 +93,8 @@ class Eval:
     """Torch device; by default the GPU if there is one."""
     tokens_per_row: int = 2048
     """Tokens in one packed row while the loss is measured."""
+    truncate: bool = False
+    """Cut what is longer than a row while the loss is measured, as in train."""
     format: DataFormat = "auto"
     """Record layout, as in train."""
     train_on: TrainOn = "assistant"

@@ -131,7 +131,7 @@ def _eval(words: list[str]) -> None:
 
     records = read_records(given.data, given.format)[: given.limit]
     opened = open_folders([given.adapter], model=given.model, precision=given.precision, device=given.device)
-    settings = DataConfig(train_on=given.train_on, tokens_per_row=given.tokens_per_row)
+    settings = DataConfig(train_on=given.train_on, tokens_per_row=given.tokens_per_row, truncate=given.truncate)
     result = evaluate(
         opened.model,
         opened.tokenizer,

@@ -242,7 +242,10 @@ def _facts(dataset: Dataset, rows: EpochRows) -> Table:
     facts.add_row("documents", f"{len(lengths):,} to train on, {len(dataset.eval):,} held out")
     facts.add_row("tokens", f"{tokens:,}, of which {trained:,} ({trained / tokens:.0%}) are trained")
     facts.add_row("lengths", Text(f"median {median(lengths):,.0f}, longest {len(longest):,} ({longest.source})"))
-    facts.add_row("an epoch", f"{len(rows):,} rows of {rows.tokens_per_row:,} tokens, {rows.fullness:.1%} full")
+    plural = "" if len(rows) == 1 else "s"
+    facts.add_row(
+        "an epoch", f"{len(rows):,} row{plural} of {rows.tokens_per_row:,} tokens, {rows.fullness:.1%} full"
+    )
     return facts
 
 

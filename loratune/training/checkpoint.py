@@ -54,7 +54,7 @@ def write(
 
     Raises: OutputError: the disk is full or read-only; earlier checkpoints are then untouched.
     """
-    path = folder / f"step-{progress.step:06d}"
+    path = at_step(folder, progress.step)
     with atomic.new_directory(path, overwrite=True) as temporary:
         save(model, temporary, name=name, overwrite=True)
         moments = {

@@ -230,9 +230,15 @@ def _train(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()
+    best: dict[str, torch.Tensor] = {}  # kept in memory where there is no folder with checkpoints
     for event in loop.run():
         recorder.record(event)
+        if out is None and isinstance(event, Evaluated) and event.best:
+            best = {path: parameter.detach().clone() for path, parameter in parameters.items()}
         yield Note(event.why) if isinstance(event, RunsSlower) else event
+    with torch.no_grad():
+        for path, values in best.items():
+            parameters[path].copy_(values)
     result = _finish(model, name, dataset, config, out, recorder)
     yield result
     if result.reason == "diverged":

@@ -80,7 +80,7 @@ def test_it_says_sources_lengths_rows_and_notes(tmp_path: Path) -> None:
     text = drawn(dataset, rows)
     assert "[train].jsonl:1 " in text
     assert "57 to train on, 3 held out" in text
-    assert f"{len(rows)} rows of {rows.tokens_per_row} tokens" in text
+    assert f"{len(rows)} row{'' if len(rows) == 1 else 's'} of {rows.tokens_per_row} tokens" in text
     assert f"{rows.fullness:.1%} full" in text
     assert 'the fields "id" are not used' in text
     assert "… and 55 more" in text

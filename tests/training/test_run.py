@@ -12,7 +12,7 @@ from loratune.base.load import POCKET
 from loratune.box import data_file
 from loratune.errors import AdapterError, OutputError
 from loratune.lora.files import read_config
-from loratune.lora.inject import active, adapters
+from loratune.lora.inject import active, adapters, trainable_parameters
 from loratune.training import checkpoint
 from loratune.training.loop import StepDone
 from loratune.training.run import ADAPTER, Prepared, RunResult, run
@@ -118,6 +118,28 @@ def test_train_in_memory(data):
     assert result.out is None
     assert active(model) == adapters(model) == ("dates",)
     assert not model.training
+
+
+def test_train_in_memory_ends_with_the_best_adapter(data, tmp_path):
+    """No folder keeps the best checkpoint then; the model holds it all the same, to the bit."""
+    training = settings(
+        data,
+        "unused",
+        learning_rate=0.3,
+        max_steps=8,
+        eval_every_steps=1,
+        lr_scheduler_type="constant",
+        warmup_ratio=1.0,
+    ).training
+    ended = {}
+    for out in (None, str(tmp_path / "out")):
+        model, tokenizer = lt.load(POCKET, device="cpu"), lt.load_tokenizer(POCKET)
+        lt.attach(model, lt.LoraConfig(r=4, lora_alpha=8))
+        dataset = lt.DataConfig(tokens_per_row=256, eval_data=[str(data / "heldout.jsonl")])
+        result = lt.train(model, tokenizer, str(data / "train.jsonl"), training, dataset=dataset, out=out)
+        assert result.kept_step < 8
+        ended[out is None] = trainable_parameters(model)
+    assert all(torch.equal(ended[True][path], ended[False][path]) for path in ended[True])
 
 
 def test_train_writes_what_the_command_line_writes(data, tmp_path):

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.ops import attention, block
+from loratune.ops.frozen import Dense
+from loratune.ops.projection import Projection
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -208,7 +210,7 @@ def _adapter(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
     return None if lora_A is None else (lora_A, member.lora_B, member.scaling)  # type: ignore[return-value]
 
 
-def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.Projection:
+def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection:
     weight = _side_by_side([cast(nn.Parameter, member.weight) for member in members])
     bias = None
     if any(member.bias is not None for member in members):
@@ -216,7 +218,7 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.Projectio
     adapters = [_adapter(member) for member in members]
     total = sum(adapter[0].shape[0] for adapter in adapters if adapter is not None)
     if not total:
-        return block.Projection(weight, bias, None, None, (), (), ())
+        return Projection(Dense(weight), bias, None, None, (), (), ())
     lora_A, lora_B = weight.new_zeros(total, weight.shape[1]), weight.new_zeros(weight.shape[0], total)
     rows, ranks, scalings = [], [], []
     row = rank = 0
@@ -233,7 +235,7 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.Projectio
         copies.masters += adapter[:2]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
         copies.scales += [1.0, adapter[2]]
-    return block.Projection(weight, bias, lora_A, lora_B, rows, ranks, scalings)
+    return Projection(Dense(weight), bias, lora_A, lora_B, rows, ranks, scalings)
 
 
 def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:

@@ -1,0 +1,75 @@
+"""A frozen weight, in whichever form it is held: what a LoRA layer needs of W, and nothing else.
+
+A LoRA layer multiplies with W once forward and once backward and never changes it, so W need not be a matrix of
+floating-point numbers: it may be 4-bit codes that become a matrix for the length of one product (`ops.nf4`), or
+8-bit numbers that the product takes as they are (`ops.fp8`). Every form answers the same three questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class Frozen(Protocol):
+    """W, (d_out, d_in), that never receives a gradient."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what goes into the products and comes out of them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is held."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; (N, d_in) -> (N, d_out), a new tensor."""
+
+    def d_input(self, dy: Tensor) -> Tensor:
+        """dy W, the gradient of x; (N, d_out) -> (N, d_in), a new tensor."""
+
+    def dense(self) -> Tensor:
+        """W itself in `dtype`, (d_out, d_in): the tensor that is held, or one made now. Not to be written to."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight held as a matrix of floating-point numbers."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        d_out, d_in = self.weight.shape
+        return d_out, d_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the matrix."""
+        return self.weight.device
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
+        return linear(x, self.weight, bias)
+
+    def d_input(self, dy: Tensor) -> Tensor:
+        """dy W; (N, d_out) -> (N, d_in)."""
+        return dy @ self.weight
+
+    def dense(self) -> Tensor:
+        """The matrix."""
+        return self.weight

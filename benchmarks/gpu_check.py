@@ -18,8 +18,8 @@ import loratune as lt
 from loratune.base.load import POCKET, stop_ids
 from loratune.box import TASKS, data_file
 from loratune.data.records import read_records
+from loratune.training.course import StepDone
 from loratune.training.evaluation import answers
-from loratune.training.loop import StepDone
 from loratune.training.run import Note, RunResult, run
 
 

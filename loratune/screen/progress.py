@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.screen.text import curve
-from loratune.training.loop import Evaluated, Saved, StepDone, Unreached
+from loratune.training.course import Evaluated, StepDone
+from loratune.training.loop import Saved, Unreached
 from loratune.training.run import Note, Prepared, RunEvent, RunResult
 from loratune.units import duration, size
 

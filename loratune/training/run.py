@@ -31,19 +31,9 @@ from loratune.lora.inject import Attached, activate, active, attach, config_of, 
 from loratune.training import checkpoint, metrics, resume, trackers
 from loratune.training.card import CardFacts, DataFacts, render_card
 from loratune.training.checkpoint import Progress
+from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Reason, Rows, StepDone
 from loratune.training.evaluation import pad_id
-from loratune.training.loop import (
-    MAX_SKIPPED_IN_A_ROW,
-    Ended,
-    Evaluated,
-    Event,
-    Loop,
-    Reason,
-    Rows,
-    RunsSlower,
-    StepDone,
-    peak_memory_bytes,
-)
+from loratune.training.loop import Ended, Event, Loop, RunsSlower, peak_memory_bytes
 
 ADAPTER = "default"
 """Name of the adapter that `run` trains; PEFT puts one of this name at the top of its folder."""

@@ -19,8 +19,9 @@ from loratune.lora.inject import attach
 from loratune.ops import layer
 from loratune.ops.attention import document_attention
 from loratune.ops.logprobs import token_logprobs
+from loratune.training.course import Evaluated, Rows, StepDone
 from loratune.training.graph import GraphStep
-from loratune.training.loop import Evaluated, Loop, Rows, RunsSlower, StepDone
+from loratune.training.loop import Loop, RunsSlower
 from loratune.training.objectives import sft
 from loratune.training.optim import adamw, set_rate
 from loratune.training.step import train_step

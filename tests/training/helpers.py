@@ -9,7 +9,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.examples import Example
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
-from loratune.training.loop import Rows
+from loratune.training.course import Rows
 from tests.conftest import build
 
 

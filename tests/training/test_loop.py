@@ -8,7 +8,8 @@ import torch
 from loratune.base.forward import prepare
 from loratune.lora.files import load_adapter
 from loratune.training import checkpoint
-from loratune.training.loop import Ended, Evaluated, Loop, Saved, StepDone
+from loratune.training.course import Evaluated, StepDone
+from loratune.training.loop import Ended, Loop, Saved
 from tests.conftest import build
 from tests.training.helpers import config, examples, model_with_adapter, rows, trainable
 

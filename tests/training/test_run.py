@@ -14,7 +14,7 @@ from loratune.errors import AdapterError, OutputError
 from loratune.lora.files import read_config
 from loratune.lora.inject import active, adapters, trainable_parameters
 from loratune.training import checkpoint
-from loratune.training.loop import StepDone
+from loratune.training.course import StepDone
 from loratune.training.run import ADAPTER, Prepared, RunResult, run
 
 

@@ -1,0 +1,165 @@
+"""The course of one run: the rows of each step, its rate, when to measure and to save, and when and why it ends.
+
+Nothing here computes. `loop` follows one course with one adapter, `jobs` follows many at once over one base; both
+ask the same object, so a job in company takes the very steps that it would take alone. All that a course decides
+follows from the settings, the seed and the number of steps done, and `Progress` is all of it that a checkpoint keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loratune.config import TrainConfig
+from loratune.data.pack import Row
+from loratune.training.checkpoint import Progress
+from loratune.training.optim import learning_rate
+from loratune.training.step import StepResult
+
+MAX_SKIPPED_IN_A_ROW = 3
+"""Steps with a non-finite loss or gradient, one after the other, before a run gives up."""
+
+Reason = Literal["done", "early stop", "interrupted", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimizer step has ended."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    trained_tokens: int
+    """Since the start of the run."""
+    tokens: int
+    """Tokens of this step's rows, trained or not."""
+    tokens_per_second: float
+    """Tokens of the rows, trained or not, over the seconds of this step."""
+    memory_bytes: int
+    """Peak so far: allocated on the GPU, or resident in the process on a CPU."""
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The held-out loss was measured after `step` steps."""
+
+    step: int
+    eval_loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows come from: training rows by epoch, and the held-out ones."""
+
+    of_epoch: Callable[[int], Sequence[Row]]
+    """Epoch, from 0, to its rows in order; every epoch has the same number."""
+    held_out: Sequence[Row]
+
+
+@dataclass
+class Course:
+    """One run's way through its rows."""
+
+    rows: Rows
+    config: TrainConfig
+    progress: Progress = field(default_factory=Progress)
+    skipped_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        self._epoch, self._epoch_rows = 0, self.rows.of_epoch(0)
+        self.rows_per_epoch = len(self._epoch_rows)
+        accumulation = self.config.gradient_accumulation_steps
+        by_epochs = math.ceil(self.rows_per_epoch * self.config.epochs / accumulation)
+        self.total_steps = self.config.max_steps or by_epochs
+        self.total_rows = (
+            self.total_steps * accumulation if self.config.max_steps else self.rows_per_epoch * self.config.epochs
+        )
+        self.eval_every = self.config.eval_every_steps or max(1, math.ceil(self.total_steps / 10))
+        self.save_every = self.config.save_every_steps or self.eval_every
+
+    @property
+    def last(self) -> bool:
+        """The last step is done."""
+        return self.progress.step >= self.total_steps
+
+    @property
+    def out_of_patience(self) -> bool:
+        """The held-out loss has not fallen for as many evaluations as the settings allow."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress.evaluations_without_gain >= patience
+
+    @property
+    def diverged(self) -> bool:
+        """Too many steps one after the other were not finite."""
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+    @property
+    def finished(self) -> bool:
+        """No step is left."""
+        return self.last or self.out_of_patience
+
+    @property
+    def evaluation_due(self) -> bool:
+        """The held-out rows are to be measured after the step just done."""
+        return bool(self.rows.held_out) and (self.last or self.progress.step % self.eval_every == 0)
+
+    @property
+    def save_due(self) -> bool:
+        """A checkpoint is to be written after the step just done, whatever the evaluation says."""
+        return not self.last and self.progress.step % self.save_every == 0
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self.progress.step, self.total_steps, self.config)
+
+    def next_rows(self) -> list[Row]:
+        """The rows of the next step; together they are its batch."""
+        accumulation, step = self.config.gradient_accumulation_steps, self.progress.step
+        rows = []
+        for n in range(step * accumulation, min((step + 1) * accumulation, self.total_rows)):
+            epoch, index = divmod(n, self.rows_per_epoch)
+            if epoch != self._epoch:
+                self._epoch, self._epoch_rows = epoch, self.rows.of_epoch(epoch)
+            rows.append(self._epoch_rows[index])
+        return rows
+
+    def stepped(self, result: StepResult, tokens: int, seconds: float, memory_bytes: int) -> StepDone:
+        """Takes note of one step: `tokens` of its rows, and the seconds it took."""
+        rate, progress = self.rate, self.progress
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        progress.step += 1
+        progress.skipped_steps += result.skipped
+        progress.optimizer_steps += not result.skipped
+        progress.trained_tokens += result.trained_tokens
+        progress.seconds += seconds
+        return StepDone(
+            step=progress.step,
+            total_steps=self.total_steps,
+            epoch=min(progress.step * self.config.gradient_accumulation_steps, self.total_rows) / self.rows_per_epoch,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            trained_tokens=progress.trained_tokens,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            memory_bytes=memory_bytes,
+            skipped=result.skipped,
+        )
+
+    def evaluated(self, eval_loss: float, seconds: float) -> Evaluated:
+        """Takes note of the held-out loss after the step just done."""
+        progress = self.progress
+        best = progress.best_eval_loss is None or eval_loss < progress.best_eval_loss
+        if best:
+            progress.best_step, progress.best_eval_loss = progress.step, eval_loss
+        progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
+        progress.seconds += seconds
+        return Evaluated(progress.step, eval_loss, best)

@@ -29,6 +29,7 @@ from loratune.base import fused as fusing
 from loratune.errors import ModelError
 from loratune.ops import attention
 from loratune.ops.logprobs import take_rows, token_logprobs
+from loratune.ops.policy import Plan
 
 _PROBE_LENGTHS = (7, 12, 4)
 _ROADS = ("documents", "positions", "one by one")
@@ -55,6 +56,8 @@ class PackedForward:
     """What a user should know, one line each; empty when everything took the fast road."""
     fused: fusing.Options | None = None
     """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
+    plan: Plan | None = None
+    """What each decoder layer keeps for its backward; None for everything."""
     _copies: fusing.Copies | None = None
 
     @contextmanager
@@ -63,7 +66,7 @@ class PackedForward:
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
             if self.fused is not None and fusing.fusible(self.model):
-                self._copies = stack.enter_context(fusing.installed(self.model, self.fused))
+                self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
             yield
         self._copies = None
 

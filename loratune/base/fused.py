@@ -1,4 +1,4 @@
-"""Decoder layers that run as two autograd nodes (`ops.block`), recognised by what they are made of, not by name.
+"""Decoder layers that run as one autograd node each (`ops.block`), recognised by what they are made of, not by name.
 
 A layer qualifies if it has the parts of a Llama layer and nothing else: two norms with a weight, query, key, value
 and output projections with or without a norm of each head, gate and up projections, SiLU, down. Llama, Mistral,
@@ -24,6 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.ops import attention, block
 from loratune.ops.frozen import Dense
+from loratune.ops.host import Host
+from loratune.ops.policy import Level, Plan
 from loratune.ops.projection import Projection
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -65,9 +67,10 @@ class FusedLayer(nn.Module):
 
     before: block.Before
     behind: block.Behind
+    keep: block.Keep
 
     @classmethod
-    def from_base(cls, base: nn.Module, copies: Copies, options: Options) -> FusedLayer:
+    def from_base(cls, base: nn.Module, copies: Copies, options: Options, keep: block.Keep) -> FusedLayer:
         """The stand-in for `base`, which must pass `fusible`; `options` as in `attention_options`."""
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
@@ -86,7 +89,7 @@ class FusedLayer(nn.Module):
             _weight(second),
             _eps(second),
         )
-        layer._options = options[attn]
+        layer._options, layer.keep = options[attn], keep
         layer._masters = (
             _masters(into),
             _masters([_linear(attn, "o_proj"), *(_linear(mlp, n) for n in ("gate_proj", "up_proj", "down_proj"))]),
@@ -109,18 +112,16 @@ class FusedLayer(nn.Module):
             raise NotImplementedError("fused layers run packed rows, without a cache and with rotary positions")
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        x, *heads = block.before_attention(rows, cos, sin, self.before, self._masters[0])
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
-        attended, _ = attention.document_attention(
-            cast(nn.Module, self.self_attn),
-            query,
-            key,
-            value,
-            attention_mask,
-            **self._options,
-            **{k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q")},
-        )
-        out = block.behind_attention(x, attended.reshape(rows.shape[0], -1), self.behind, self._masters[1])
+        borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q")}
+
+        def attend(*heads: Tensor) -> Tensor:
+            query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
+            attended, _ = attention.document_attention(
+                cast(nn.Module, self.self_attn), query, key, value, attention_mask, **self._options, **borders
+            )
+            return attended.reshape(rows.shape[0], -1)
+
+        out = block.decoder_layer(rows, cos, sin, self.before, self.behind, attend, self.keep, self._masters)
         return out.view_as(hidden_states)
 
 
@@ -152,14 +153,18 @@ def attention_options(model: PreTrainedModel, run: Callable[[], object]) -> Opti
 
 
 @contextmanager
-def installed(model: PreTrainedModel, options: Options) -> Iterator[Copies]:
-    """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit."""
+def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None) -> Iterator[Copies]:
+    """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit.
+
+    `plan` says what each of them keeps for its backward; None keeps everything.
+    """
     layers = _layers(model)
     assert layers is not None
-    copies = Copies()
+    copies, host = Copies(), Host()
     before = list(layers)
-    for index, base in enumerate(before):
-        layers[index] = FusedLayer.from_base(base, copies, options)
+    plan = plan or Plan.uniform(Level.NONE, len(before))
+    for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
+        layers[index] = FusedLayer.from_base(base, copies, options, block.Keep(level, plan.tile, index, host))
     try:
         yield copies
     finally:

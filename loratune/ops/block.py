@@ -1,15 +1,16 @@
-"""A decoder layer with LoRA as two autograd nodes, one before attention and one behind it.
+"""A decoder layer with LoRA as one autograd node that keeps as much for its backward as it is told to.
 
-    before:  x -> norm -> [q k v] -> (norm of each head) -> rotation
-    behind:  x + o(attention) = h,   h + down(swiglu([gate up](norm(h))))
+    x -> norm -> [q k v] -> (norm of each head) -> rotation -> attention
+    x + o(attention) = h,   h + down(swiglu([gate up](norm(h))))
 
 Written as modules, one such layer is about a hundred autograd nodes. What is gained here: projections that read the
 same input are one product, W, A and B of all of them side by side; the gradient of that input gathers in one buffer;
-norms and activations are recomputed in the pass that computes their gradient instead of being kept; and there is
-almost nothing left for the host to do. What is kept for the backward is the residual stream, q k v, attention's
-output, its sum with the residual stream, and gate and up.
+norms and activations are recomputed in the pass that computes their gradient instead of being kept; there is almost
+nothing left for the host to do; and what else is kept is a choice (`ops.policy`): at most the residual stream, q k v,
+attention's output, its sum with the residual stream, and gate and up; at least the layer's input. What is dropped is
+computed again by the very calls of the forward, so that the gradients are the same to the bit.
 
-The gradients are written by hand, and the modules that they stand in for are their reference (tests/ops/test_block).
+The gradients are written by hand, and the modules that they stand in for are their reference (tests/base/test_fused).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
+from loratune.ops.attended import Attend, Attended
+from loratune.ops.host import Host
+from loratune.ops.policy import TILE, Level, tiles
 from loratune.ops.projection import Projection
 
 
@@ -40,7 +44,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Before:
-    """What is fixed about the node before attention."""
+    """What is fixed about the part before attention."""
 
     projection: Projection
     norm: Tensor
@@ -50,7 +54,7 @@ class Before:
 
 @dataclass(frozen=True)
 class Behind:
-    """What is fixed about the node behind attention."""
+    """What is fixed about the part behind attention."""
 
     output: Projection
     gate_up: Projection
@@ -59,83 +63,257 @@ class Behind:
     eps: float
 
 
-def before_attention(
-    x: Tensor, cos: Tensor, sin: Tensor, parts: Before, adapters: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual stream to query, key and value.
+@dataclass(frozen=True)
+class Keep:
+    """What one layer keeps, and where."""
+
+    level: Level = Level.NONE
+    tile: int = TILE
+    """Tokens that run through the MLP at once, where gate and up are not kept."""
+    index: int = 0
+    """Number of the layer, for the host."""
+    host: Host | None = None
+    """Where inputs wait at `Level.OFFLOAD`."""
+
+
+def decoder_layer(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    before: Before,
+    behind: Behind,
+    attend: Attend,
+    keep: Keep,
+    adapters: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """One residual stream to the next.
 
     Args:
         x: (T, d).
         cos, sin: (T, head_dim) of the positions.
-        adapters: the masters, A and B of each member in order; they receive the gradients.
-    Returns: x itself, to be carried past attention, and q, k, v as (T, heads, head_dim).
+        attend: attention by document, see `ops.attended`.
+        keep: what is held for the backward; nothing where gradients are off.
+        adapters: the masters before and behind attention, A and B of each member in order; they receive the
+            gradients.
+    Returns: (T, d).
     """
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Before.apply(x, cos, sin, parts, *adapters)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        return _forward(x, cos, sin, before, behind, attend, Keep(Level.FULL, keep.tile))[0]
+    fixed = before, behind, attend, keep, len(adapters[0])
+    out: Tensor = _Layer.apply(x, cos, sin, *fixed, *adapters[0], *adapters[1])  # type: ignore[no-untyped-call]
     return out
 
 
-def behind_attention(x: Tensor, attended: Tensor, parts: Behind, adapters: Sequence[Tensor]) -> Tensor:
-    """Residual stream (T, d) and attention's output (T, heads * head_dim) to the next residual stream (T, d)."""
-    out: Tensor = _Behind.apply(x, attended, parts, *adapters)  # type: ignore[no-untyped-call]
-    return out
+@dataclass
+class _Kept:
+    """What a layer holds from its forward for its backward; None for what will be computed again."""
+
+    inner_down: Tensor | None
+    x: Tensor | None = None
+    heads: _Turned | None = None
+    attended: Attended | None = None
+    stream: tuple[Tensor, Tensor | None] | None = None
+    """h, (T, d), and the inner activation of the output projection."""
+    gate_up: tuple[Tensor, Tensor | None] | None = None
+    """Gate and up, (T, 2 m), and their inner activation."""
 
 
-class _Before(torch.autograd.Function):
+@dataclass
+class _Turned:
+    """Stacked query, key and value."""
+
+    turned: Tensor
+    """(T, heads, head_dim), behind the rotation."""
+    unturned: Tensor | None
+    """As they left the projection, where a norm of each head needs them for its gradient."""
+    inner: Tensor | None
+
+
+class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, parts: Before, *adapters: Tensor
-    ) -> tuple[Tensor, ...]:
-        heads = parts.heads
-        y, inner = parts.projection.forward(layer.rms_norm(x, parts.norm, parts.eps))
-        y = y.view(x.shape[0], -1, heads.dim)
-        turned = layer.rotate(y, cos, sin, heads.query + heads.key_value, heads.norm, heads.norm_eps)
-        ctx.save_for_backward(x, cos, sin, inner, y if heads.norm is not None else None)
-        ctx.parts = parts
-        query, key, value = turned.split([heads.query, heads.key_value, heads.key_value], 1)
-        return x.view_as(x), query, key, value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_x: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Any, ...]:
-        x, cos, sin, inner, unturned = ctx.saved_tensors
-        parts: Before = ctx.parts
-        heads = parts.heads
-        dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, unturned, heads.norm, heads.norm_eps).flatten(1)
-        d_inner = parts.projection.d_inner(dy)
-        below: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            d_normed = parts.projection.d_input(dy, d_inner)
-            below, normed = layer.rms_norm_backward(d_normed, d_x, x, parts.norm, parts.eps)
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        before: Before,
+        behind: Behind,
+        attend: Attend,
+        keep: Keep,
+        adapters_before: int,
+        *adapters: Tensor,
+    ) -> Tensor:
+        out, ctx.kept = _forward(x, cos, sin, before, behind, attend, keep)
+        if keep.level is Level.OFFLOAD:
+            assert keep.host is not None
+            keep.host.leave(keep.index, x)
         else:
-            normed = layer.rms_norm(x, parts.norm, parts.eps)
-        return below, None, None, None, *parts.projection.d_adapters(dy, d_inner, normed, inner)
-
-
-class _Behind(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, attended: Tensor, parts: Behind, *adapters: Tensor) -> Tensor:
-        y, inner_o = parts.output.forward(attended)
-        h, normed = layer.add_rms_norm(x, y, parts.norm, parts.eps)
-        gate_up, inner_gu = parts.gate_up.forward(normed)
-        out, inner_d = parts.down.forward(layer.swiglu(gate_up))
-        ctx.save_for_backward(attended, h, gate_up, inner_o, inner_gu, inner_d)
-        ctx.parts = parts
-        return out.add_(h)
+            ctx.kept.x = x
+        ctx.save_for_backward(cos, sin)
+        ctx.fixed = before, behind, attend, keep
+        ctx.needs_heads = ctx.needs_input_grad[0] or adapters_before > 0
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        attended, h, gate_up, inner_o, inner_gu, inner_d = ctx.saved_tensors
-        parts: Behind = ctx.parts
-        d_inner = parts.down.d_inner(dy)
-        d_gate_up, active = layer.swiglu_backward(gate_up, parts.down.d_input(dy, d_inner))
-        of_down = parts.down.d_adapters(dy, d_inner, active, inner_d)
-        del active
-        d_inner = parts.gate_up.d_inner(d_gate_up)
-        d_h, normed = layer.rms_norm_backward(parts.gate_up.d_input(d_gate_up, d_inner), dy, h, parts.norm, parts.eps)
-        of_gate_up = parts.gate_up.d_adapters(d_gate_up, d_inner, normed, inner_gu)
-        del d_gate_up, normed
-        d_inner = parts.output.d_inner(d_h)
-        d_attended = parts.output.d_input(d_h, d_inner) if ctx.needs_input_grad[1] else None
-        of_output = parts.output.d_adapters(d_h, d_inner, attended, inner_o)
-        return d_h, d_attended, None, *of_output, *of_gate_up, *of_down
+        kept, ctx.kept = ctx.kept, None
+        assert kept is not None, "a fused layer runs its backward once"
+        cos, sin = ctx.saved_tensors
+        before, behind, attend, keep = ctx.fixed
+        if keep.level is Level.OFFLOAD:
+            kept.x = keep.host.fetch(keep.index)
+        x: Tensor = kept.x
+        heads, attended = kept.heads, kept.attended
+        if attended is None:
+            heads = _turned(x, cos, sin, before)
+            attended = Attended(attend, heads.turned, _split(before.heads))
+        kept.heads = kept.attended = None
+        d_stream, of_mlp = _mlp_backward(dy, attended.out, kept, behind, keep)
+        del dy
+        (h, inner), kept.stream = kept.stream, None
+        del h
+        d_inner = behind.output.d_inner(d_stream)
+        of_output = behind.output.d_adapters(d_stream, d_inner, attended.out, inner)
+        below: Tensor | None = None
+        of_heads: list[Tensor] = []
+        if ctx.needs_heads:
+            d_attended = behind.output.d_input(d_stream, d_inner)
+            heads = heads or _turned(x, cos, sin, before)
+            d_heads = attended.backward(d_attended, heads.turned)
+            del d_attended, attended
+            below, of_heads = _heads_backward(d_stream, d_heads, x, cos, sin, heads, before, ctx.needs_input_grad[0])
+        return below, None, None, None, None, None, None, None, *of_heads, *of_output, *of_mlp
+
+
+def _forward(
+    x: Tensor, cos: Tensor, sin: Tensor, before: Before, behind: Behind, attend: Attend, keep: Keep
+) -> tuple[Tensor, _Kept]:
+    """The layer's output, and what `keep` says to hold (but for the input)."""
+    level = keep.level
+    heads: _Turned | None = _turned(x, cos, sin, before)
+    assert heads is not None
+    attended = Attended(attend, heads.turned, _split(before.heads))
+    if not level.keeps_heads:
+        attended.forget_heads()
+        heads = None
+    y, inner_output = behind.output.forward(attended.out)
+    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps)
+    del y
+    kept = _Kept(None)
+    if level.keeps_attended:
+        kept.heads, kept.attended, kept.stream = heads, attended, (h, inner_output)
+    del heads, attended
+    outs, inners = [], []
+    for part in tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile):
+        gate_up, inner_gate_up = behind.gate_up.forward(normed[part])
+        y, inner_down = behind.down.forward(layer.swiglu(gate_up))
+        if level.keeps_gate_up:
+            kept.gate_up = gate_up, inner_gate_up
+        del gate_up
+        outs.append(y.add_(h[part]))
+        inners.append(inner_down)
+    del normed, h
+    kept.inner_down = None if inners[0] is None else _joined([inner for inner in inners if inner is not None])
+    return _joined(outs), kept
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
+    """Residual stream to stacked query, key and value."""
+    heads = before.heads
+    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps))
+    y = y.view(x.shape[0], -1, heads.dim)
+    turned = layer.rotate(y, cos, sin, heads.query + heads.key_value, heads.norm, heads.norm_eps)
+    return _Turned(turned, y if heads.norm is not None else None, inner)
+
+
+def _split(heads: Heads) -> tuple[int, int, int]:
+    return heads.query, heads.key_value, heads.key_value
+
+
+def _mlp_backward(
+    dy: Tensor, attended: Tensor, kept: _Kept, behind: Behind, keep: Keep
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the stream h, and of the adapters of gate, up and down; fills `kept.stream` if it is not held."""
+    normed: Tensor | None = None
+    if kept.stream is None:
+        assert kept.x is not None
+        y, inner_output = behind.output.forward(attended)
+        h, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps)
+        kept.stream = h, inner_output
+        del y
+    h = kept.stream[0]
+    parts = tiles(h.shape[0], h.shape[0] if kept.gate_up is not None else keep.tile)
+    d_stream: Tensor | None = None
+    sums: list[Tensor] = []
+    for part in parts:
+        held = [kept.gate_up] if kept.gate_up is not None else [_gate_up(h[part], normed, part, behind)]
+        kept.gate_up = None
+        if part.stop == h.shape[0]:
+            normed = None
+        inner_down = None if kept.inner_down is None else kept.inner_down[part]
+        d_part, gradients = _tile_backward(dy[part], h[part], held, inner_down, behind)
+        if len(parts) == 1:
+            return d_part, gradients
+        d_stream = torch.empty_like(h) if d_stream is None else d_stream
+        d_stream[part] = d_part
+        if sums:
+            torch._foreach_add_(sums, gradients)
+        else:
+            sums = gradients
+    assert d_stream is not None
+    return d_stream, sums
+
+
+def _gate_up(h: Tensor, normed: Tensor | None, part: slice, behind: Behind) -> tuple[Tensor, Tensor | None]:
+    """Gate and up of one tile, and their inner activation."""
+    rows = layer.rms_norm(h, behind.norm, behind.eps) if normed is None else normed[part]
+    return behind.gate_up.forward(rows)
+
+
+def _tile_backward(
+    dy: Tensor,
+    h: Tensor,
+    held: list[tuple[Tensor, Tensor | None]],
+    inner_down: Tensor | None,
+    behind: Behind,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the stream and of the adapters of the MLP, from one tile of tokens; empties `held`."""
+    gate_up, inner_gate_up = held.pop()
+    d_inner = behind.down.d_inner(dy)
+    d_gate_up, active = layer.swiglu_backward(gate_up, behind.down.d_input(dy, d_inner))
+    del gate_up
+    of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
+    del active
+    d_inner = behind.gate_up.d_inner(d_gate_up)
+    d_normed = behind.gate_up.d_input(d_gate_up, d_inner)
+    d_h, normed = layer.rms_norm_backward(d_normed, dy, h, behind.norm, behind.eps)
+    return d_h, [*behind.gate_up.d_adapters(d_gate_up, d_inner, normed, inner_gate_up), *of_down]
+
+
+def _heads_backward(
+    d_stream: Tensor,
+    d_heads: Sequence[Tensor],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: _Turned,
+    before: Before,
+    needs_below: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradient of the layer's input (None if nobody asks), and of the adapters of query, key and value."""
+    d_query, d_key, d_value = d_heads
+    norm, eps = before.heads.norm, before.heads.norm_eps
+    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps).flatten(1)
+    d_inner = before.projection.d_inner(dy)
+    below: Tensor | None = None
+    if needs_below:
+        d_normed = before.projection.d_input(dy, d_inner)
+        below, normed = layer.rms_norm_backward(d_normed, d_stream, x, before.norm, before.eps)
+    else:
+        normed = layer.rms_norm(x, before.norm, before.eps)
+    return below, before.projection.d_adapters(dy, d_inner, normed, heads.inner)

@@ -39,7 +39,8 @@ from loratune.screen import progress
 from loratune.screen.text import curve
 from loratune.training.evaluation import answers, real_prompts
 from loratune.training.metrics import losses_of
-from loratune.training.run import RunResult, run
+from loratune.training.folder import RunResult
+from loratune.training.run import run
 from loratune.units import duration
 
 TRAINING = TrainConfig(learning_rate=2e-3, max_steps=120, eval_every_steps=30, warmup_ratio=0.1)

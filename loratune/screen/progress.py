@@ -18,8 +18,9 @@ from rich.text import Text
 
 from loratune.screen.text import curve
 from loratune.training.course import Evaluated, StepDone
+from loratune.training.folder import RunResult
 from loratune.training.loop import Saved, Unreached
-from loratune.training.run import Note, Prepared, RunEvent, RunResult
+from loratune.training.run import Note, Prepared, RunEvent
 from loratune.units import duration, size
 
 _CURVE_WIDTH = 24

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from loratune import atomic
 from loratune.errors import TrainingError
 from loratune.lora.files import save
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -54,16 +54,29 @@ def write(
 
     Raises: OutputError: the disk is full or read-only; earlier checkpoints are then untouched.
     """
+    moments = {
+        f"{key}.{moment}": optimizer.state[parameter][moment]
+        for key, parameter in parameters.items()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+    return write_parts(folder, lambda place: save(model, place, name=name, overwrite=True), moments, progress)
+
+
+def write_parts(
+    folder: Path, save_adapter: Callable[[Path], None], moments: Mapping[str, torch.Tensor], progress: Progress
+) -> Path:
+    """`write` for an adapter that has a home of its own.
+
+    Args:
+        save_adapter: writes the adapter into the folder that it is given.
+        moments: AdamW's, by "PARAMETER.exp_avg" and "PARAMETER.exp_avg_sq".
+    """
     path = at_step(folder, progress.step)
     with atomic.new_directory(path, overwrite=True) as temporary:
-        save(model, temporary, name=name, overwrite=True)
-        moments = {
-            f"{key}.{moment}": optimizer.state[parameter][moment].contiguous()
-            for key, parameter in parameters.items()
-            for moment in _MOMENTS
-            if parameter in optimizer.state
-        }
-        atomic.write_bytes(temporary / "optimizer.safetensors", to_bytes(moments))
+        save_adapter(temporary)
+        contiguous = {key: moment.contiguous() for key, moment in moments.items()}
+        atomic.write_bytes(temporary / "optimizer.safetensors", to_bytes(contiguous))
         atomic.write_text(temporary / "progress.json", json.dumps(asdict(progress), indent=2) + "\n")
     keep = {progress.step, progress.best_step}
     for step, old in _all(folder).items():
@@ -98,22 +111,28 @@ def restore_optimizer(
     progress: Progress,
 ) -> None:
     """Puts AdamW's moments back. Raises: TrainingError: they do not belong to these parameters."""
+    moments = read_moments(checkpoint, parameters, progress)
+    for key, parameter in parameters.items():
+        if f"{key}.{MOMENTS[0]}" not in moments:  # the model never called this layer, so it has no moments
+            continue
+        state: dict[str, torch.Tensor] = {
+            moment: moments[f"{key}.{moment}"].to(parameter.device) for moment in MOMENTS
+        }
+        state["step"] = torch.tensor(float(progress.optimizer_steps), device=parameter.device)
+        optimizer.state[parameter] = state
+
+
+def read_moments(checkpoint: Path, parameters: Iterable[str], progress: Progress) -> dict[str, torch.Tensor]:
+    """AdamW's moments as they were written. Raises: TrainingError: they belong to other parameters."""
     try:
         moments = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint}: the optimizer's state cannot be read: {error}") from error
-    odd = sorted(set(moments) - {f"{key}.{moment}" for key in parameters for moment in _MOMENTS})
+    odd = sorted(set(moments) - {f"{key}.{moment}" for key in parameters for moment in MOMENTS})
     if odd or (progress.optimizer_steps and not moments):
         example = odd[0] if odd else "none of those of the adapter"
         raise TrainingError(f"{checkpoint}: the optimizer's state belongs to other parameters, for example {example}")
-    for key, parameter in parameters.items():
-        if f"{key}.{_MOMENTS[0]}" not in moments:  # the model never called this layer, so it has no moments
-            continue
-        state: dict[str, torch.Tensor] = {
-            moment: moments[f"{key}.{moment}"].to(parameter.device) for moment in _MOMENTS
-        }
-        state["step"] = torch.tensor(float(progress.optimizer_steps), device=parameter.device)
-        optimizer.state[parameter] = state
+    return moments
 
 
 def _all(folder: Path) -> dict[int, Path]:

@@ -1,44 +1,35 @@
 """One run from settings to a finished output folder: checks, data, model, adapter, training, and what it leaves.
 
-The order is that of cost: what can be wrong is found out before the next more expensive thing begins. The folder
-describes itself: the adapter in PEFT format, `run.toml` to run it again, `metrics.jsonl`, `loss.png`, the model card
-and the checkpoints. Later commands need nothing else.
+The order is that of cost: what can be wrong is found out before the next more expensive thing begins. What lies in
+the folder at the end is `folder`'s business.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune import __version__, atomic
+from loratune import atomic
 from loratune.base import load as base
 from loratune.base.forward import prepare as prepare_forward
-from loratune.config import DataConfig, RunConfig, TrainConfig, to_toml
-from loratune.data.examples import Example
+from loratune.config import DataConfig, RunConfig, TrainConfig
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.pack import fullness
-from loratune.errors import AdapterError, ConfigError, OutputError, TrainingError
+from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
-from loratune.training import checkpoint, metrics, resume, trackers
-from loratune.training.card import CardFacts, DataFacts, render_card
-from loratune.training.checkpoint import Progress
-from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Reason, Rows, StepDone
+from loratune.training import checkpoint, folder, resume, trackers
+from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
 from loratune.training.evaluation import pad_id
-from loratune.training.loop import Ended, Event, Loop, RunsSlower, peak_memory_bytes
+from loratune.training.folder import Recorder, RunResult
+from loratune.training.loop import Event, Loop, RunsSlower
 
 ADAPTER = "default"
 """Name of the adapter that `run` trains; PEFT puts one of this name at the top of its folder."""
-
-_OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +53,6 @@ class Prepared:
     resumed_at: int
     device: str
     dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """How a run ended."""
-
-    reason: Reason
-    progress: Progress
-    last_loss: float | None
-    out: Path | None
-    kept_step: int
-    """The step whose adapter is in the model and in the folder: the best on held-out data, or the last."""
-    tokens_per_second: float
-    peak_memory_bytes: int
 
 
 RunEvent = Event | Note | Prepared | RunResult
@@ -110,7 +87,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         resume_from, notes = resume.find_checkpoint(config)
         yield from map(Note, notes)
     else:
-        _check_output(config, out)
+        folder.check_output(config, out)
     trackers.require(config.training.log_to)
     tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
     model = base.load(config.model, config.precision, config.device)
@@ -160,12 +137,12 @@ def train(
         dataset=settings,
         training=training or TrainConfig(),
     )
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        atomic.check_new(folder, overwrite=False)
+    where = Path(out) if out is not None else None
+    if where is not None:
+        atomic.check_new(where, overwrite=False)
     prepared = _dataset(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
     result: RunResult | None = None
-    for event in _train(model, tokenizer, prepared, config, None, folder, None, lambda: False):
+    for event in _train(model, tokenizer, prepared, config, None, where, None, lambda: False):
         if isinstance(event, RunResult):
             result = event
         if on_event is not None:
@@ -216,7 +193,7 @@ def _train(
         str(model.device),
         str(model.dtype).removeprefix("torch."),
     )
-    recorder = _Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
+    recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()
@@ -236,69 +213,6 @@ def _train(
             f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps one after the other, up to step "
             f"{result.progress.step}; the last good adapter is kept. Try a lower --learning-rate"
         )
-
-
-class _Recorder:
-    """Writes metrics.jsonl and the trackers as events pass, and remembers what the summary needs."""
-
-    def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
-        self.last_loss: float | None = None
-        self.ended: Ended | None = None
-        self._tokens, self._seconds = 0.0, 0.0
-        self._file: metrics.MetricsFile | None = None
-        self._reporters: list[trackers.Reporter] = []
-        if out is not None:
-            if resume_step is None:
-                _clear(out)
-                resume.record_data(out, dataset)
-            (out / "README.md").unlink(missing_ok=True)  # comes last: a folder that has it is complete
-            atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
-            self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
-            self.last_loss = next(reversed(metrics.losses_of(self._file.path)), None)
-            self._reporters = trackers.open_all(config.training.log_to, out, asdict(config))
-
-    def record(self, event: Event) -> None:
-        """Takes note of one event."""
-        match event:
-            case StepDone():
-                self.last_loss = event.loss if not event.skipped else self.last_loss
-                self._tokens += event.tokens
-                self._seconds += event.tokens / event.tokens_per_second
-                self._write(asdict(event), event.step)
-            case Evaluated(step=step, eval_loss=eval_loss):
-                self._write({"step": step, "eval_loss": eval_loss}, step)
-            case Ended():
-                self.ended = event
-                for reporter in self._reporters:
-                    reporter.close()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over all steps of this process, evaluations and saving left out."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def _write(self, values: dict[str, Any], step: int) -> None:
-        if self._file is not None:
-            self._file.append(values)
-        scalars = {k: float(v) for k, v in values.items() if k != "step"}
-        for reporter in self._reporters:
-            reporter.log(scalars, step)
-
-
-def _check_output(config: RunConfig, out: Path) -> None:
-    """Raises OutputError if a new run may not be written to `out`."""
-    atomic.check_new(out, overwrite=config.overwrite)
-    holds_a_run = any((out / name).is_file() for name in ("run.toml", "adapter_config.json"))
-    if out.is_dir() and any(out.iterdir()) and not holds_a_run:
-        raise OutputError(f"{out}: holds something that is not a run; --overwrite replaces runs only")
-
-
-def _clear(out: Path) -> None:
-    """Removes what an earlier run left in `out`, and nothing else."""
-    for name in _OURS:
-        (out / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _dataset(
@@ -331,78 +245,17 @@ def _rows(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfi
 
 
 def _finish(
-    model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, out: Path | None, recorder: _Recorder
+    model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, out: Path | None, recorder: Recorder
 ) -> RunResult:
     """Puts the best adapter into the model and the folder, and writes the plot and the model card."""
-    ended = recorder.ended
-    assert ended is not None
-    progress = ended.progress
-    kept = progress.step if progress.best_step is None else progress.best_step
-    result = RunResult(
-        reason=ended.reason,
-        progress=progress,
-        last_loss=recorder.last_loss,
-        out=out,
-        kept_step=kept,
-        tokens_per_second=recorder.tokens_per_second,
-        peak_memory_bytes=peak_memory_bytes(model.device),
-    )
+    result = recorder.result(model.device)
     if out is None:
         return result
-    if kept != progress.step:
+    if result.kept_step != result.progress.step:
         detach(model, name)
-        load_adapter(model, checkpoint.at_step(out / "checkpoints", kept), name=name)
+        load_adapter(model, checkpoint.at_step(out / "checkpoints", result.kept_step), name=name)
         activate(model, name)
     save(model, out, name, overwrite=True)
-    metrics.plot(metrics.read(out / "metrics.jsonl"), out / "loss.png", f"{out.name} on {Path(config.model).name}")
-    atomic.write_text(out / "README.md", render_card(_card_facts(model, name, dataset, config, result)))
+    parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    folder.describe(config, dataset, result, config_of(model, name), parameters, model.device)
     return result
-
-
-def _card_facts(
-    model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, result: RunResult
-) -> CardFacts:
-    training, progress = config.training, result.progress
-    results = {}
-    if progress.best_eval_loss is not None:
-        results["held-out loss"] = f"{progress.best_eval_loss:.4f} nats per trained token, at step {result.kept_step}"
-    if result.last_loss is not None:
-        results["training loss, last step"] = f"{result.last_loss:.4f} nats per trained token"
-    assert result.out is not None
-    parameters = trainable_parameters(model).values()
-    held_out = _data_facts(config.dataset.eval_data, dataset.eval, dataset)
-    return CardFacts(
-        name=result.out.name,
-        base_model=config.model,
-        lora=config_of(model, name),
-        trainable_parameters=sum(p.numel() for p in parameters),
-        file_bytes=(result.out / "adapter_model.safetensors").stat().st_size,
-        train_data=_data_facts(config.data, dataset.train, dataset),
-        eval_data=held_out,
-        results=results,
-        settings={
-            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
-            "warm-up": f"{training.warmup_ratio:g} of the steps",
-            "tokens per row": f"{config.dataset.tokens_per_row:,}",
-            "rows per step": f"{training.gradient_accumulation_steps}",
-            "weight decay": f"{training.weight_decay:g}",
-            "seed": f"{training.seed}",
-        },
-        steps=progress.step,
-        trained_tokens=progress.trained_tokens,
-        seconds=progress.seconds,
-        tokens_per_second=result.tokens_per_second,
-        peak_memory_bytes=result.peak_memory_bytes,
-        device=_device_name(model.device),
-        versions={"loratune": __version__} | {package: version(package) for package in ("torch", "transformers")},
-    )
-
-
-def _data_facts(paths: Sequence[str], examples: Sequence[Example], dataset: Dataset) -> tuple[DataFacts, ...]:
-    """What the card says of each file: its name without its folder, how many examples came of it, and its hash."""
-    counts = Counter(example.source.rpartition(":")[0] for example in examples)
-    return tuple(DataFacts(Path(path).name, counts[path], dataset.file_hashes.get(path)) for path in paths)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

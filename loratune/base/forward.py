@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune.base import fused as fusing
+from loratune.base import recompute
 from loratune.errors import ModelError
 from loratune.ops import attention
+from loratune.ops.host import Host
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.policy import Plan
 
@@ -67,6 +69,9 @@ class PackedForward:
             stack.enter_context(_attention_of(self.model, self.road))
             if self.fused is not None and fusing.fusible(self.model):
                 self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
+            elif self.plan is not None:
+                once = self.road != "one by one"  # else a layer runs several times a row, and has several inputs
+                stack.enter_context(recompute.installed(self.model, self.plan, Host() if once else None))
             yield
         self._copies = None
 

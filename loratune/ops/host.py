@@ -38,7 +38,7 @@ class Host:
     def leave(self, layer: int, x: Tensor) -> None:
         """The input of `layer` sets out for the host; the caller lets go of it."""
         if not x.is_cuda:
-            self._rooms[layer] = x
+            self._rooms[layer] = x.detach()
             return
         self._coming.clear()
         room = self._rooms.get(layer)

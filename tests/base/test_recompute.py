@@ -1,0 +1,66 @@
+"""Layers of any architecture, run again in the backward: the same loss and gradients to the bit, with dropout too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.base.forward import prepare
+from loratune.base.recompute import decoder_layers
+from loratune.data.pack import make_row
+from loratune.ops.policy import Level, Plan
+from loratune.training.objectives import sft
+from loratune.training.step import _row_objective
+from tests.conftest import CAUSAL
+from tests.training.helpers import examples, model_with_adapter, trainable
+
+
+def loss_and_gradients(model, forward, level):
+    layers = len(decoder_layers(model))
+    forward.plan = None if level is None else Plan.uniform(level, layers)
+    row = make_row(examples(7), 200, 0)
+    with forward.installed():
+        torch.manual_seed(5)
+        loss = _row_objective(forward, row, sft)
+        loss.backward()
+    found = {path: p.grad for path, p in trainable(model).items() if p.grad is not None}
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", sorted(set(CAUSAL) - {"mamba"}))
+def test_gradients_are_the_same_to_the_bit(name, dropout):
+    model = model_with_adapter(name, lora_dropout=dropout)
+    forward = prepare(model)
+    for module in model.modules():
+        module.training = getattr(module, "lora_A", None) is not None  # as the loop has it
+    loss, gradients = loss_and_gradients(model, forward, None)
+    assert gradients
+    for level in (Level.SELECTIVE, Level.FULL, Level.OFFLOAD):
+        again = loss_and_gradients(model, forward, level)
+        assert torch.equal(again[0], loss), level
+        assert again[1].keys() == gradients.keys()
+        assert all(torch.equal(again[1][path], gradients[path]) for path in gradients), level
+
+
+def test_less_is_held_for_the_backward():
+    """Counted by what autograd itself saves outside of the layers that run again."""
+    model = model_with_adapter("gemma2")
+    forward = prepare(model)
+    row = make_row(examples(7), 200, 0)
+    counts = {}
+    for level in (Level.NONE, Level.FULL):
+        forward.plan = Plan.uniform(level, 2)
+        held = {}
+
+        def pack(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with forward.installed(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = _row_objective(forward, row, sft)
+        counts[level] = sum(held.values())
+        del loss
+    assert counts[Level.FULL] < 0.5 * counts[Level.NONE]

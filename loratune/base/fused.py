@@ -125,6 +125,22 @@ class FusedLayer(nn.Module):
         return out.view_as(hidden_states)
 
 
+class FusedNorm(nn.Module):
+    """Stands in for the norm behind the last layer, with the same weight."""
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> FusedNorm:
+        """The stand-in for `base`, a norm of the kind that the layers have."""
+        norm = cls.__new__(cls)
+        norm.__dict__.update(base.__dict__)
+        return norm
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, d) -> (1, T, d)."""
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        return block.last_norm(rows, _weight(self), _eps(self)).view_as(hidden_states)
+
+
 def fusible(model: PreTrainedModel) -> bool:
     """True if every decoder layer is made of the parts of a Llama layer, and its adapters are plain LoRA."""
     layers = _layers(model)
@@ -165,9 +181,15 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
     plan = plan or Plan.uniform(Level.NONE, len(before))
     for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
         layers[index] = FusedLayer.from_base(base, copies, options, block.Keep(level, plan.tile, index, host))
+    decoder = model.get_decoder()
+    norm = getattr(decoder, "norm", None)
+    if norm is not None and type(norm) is type(getattr(before[0], "input_layernorm", None)):
+        decoder.norm = FusedNorm.from_base(norm)
     try:
         yield copies
     finally:
+        if norm is not None:
+            decoder.norm = norm
         for index, base in enumerate(before):
             layers[index] = base
 

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from loratune.ops.layer import wide, with_kernel
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
-MAX_CHUNK_ELEMENTS_GPU = 1 << 28  # 512 MiB in bfloat16, enough rows to fill the widest product
+MAX_CHUNK_ELEMENTS_GPU = 1 << 26  # 128 MiB in bfloat16, or `MIN_CHUNK_ROWS` where a vocabulary is very large
+MIN_CHUNK_ROWS = 512  # enough to fill a product that is as wide as a vocabulary
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -92,14 +93,20 @@ def _on_gpu(
     gradient: Tensor | None,
 ) -> None:
     """Fills `logprobs` and `gradient`; the same in chunks of equal size, each one kernel between two products."""
-    chunks = -(-hidden.shape[0] * weight.shape[0] // MAX_CHUNK_ELEMENTS_GPU)
-    step = -(-hidden.shape[0] // max(1, chunks))
-    for start in range(0, hidden.shape[0], max(1, step)):
+    step = chunk_rows(hidden.shape[0], weight.shape[0])
+    for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
         logits = nn.functional.linear(hidden[rows], weight, bias)
         logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
         if gradient is not None:
             torch.mm(slope, weight, out=gradient[rows])
+
+
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """Rows in one chunk on a GPU: all chunks of a step are of one size, but for the last."""
+    most = max(MIN_CHUNK_ROWS, MAX_CHUNK_ELEMENTS_GPU // vocabulary)
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
 
 
 class _TakeRows(torch.autograd.Function):

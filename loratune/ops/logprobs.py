@@ -45,15 +45,17 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             logits = _tail(nn.functional.linear(hidden[rows], weight, bias).to(logprobs.dtype), scale, softcap)
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            chosen = targets[rows, None]
-            logprobs[rows] = (logits.gather(1, chosen) - log_normaliser).squeeze(1)
-            if gradient is not None:
-                slope = None if softcap is None else 1 - (logits / softcap).square_()
-                d_logits = logits.sub_(log_normaliser).exp_().neg_()
-                d_logits.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=logits.dtype))
-                if slope is not None:
-                    d_logits.mul_(slope)
+            log_p = logits.log_softmax(-1)
+            chosen = targets[rows]
+            logprobs[rows] = log_p.gather(1, chosen[:, None]).squeeze(1)
+            if gradient is None:
+                continue
+            p = log_p.exp_()
+            if softcap is None:
+                torch.addmm(weight[chosen], p.to(weight.dtype), weight, beta=scale, alpha=-scale, out=gradient[rows])
+            else:
+                d_logits = p.neg_().scatter_add_(1, chosen[:, None], p.new_ones(p.shape[0], 1))
+                d_logits.mul_(1 - (logits / softcap).square_())
                 torch.mm(d_logits.mul_(scale).to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return logprobs

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from loratune.config import TrainConfig as TrainConfig
     from loratune.errors import LoratuneError as LoratuneError
     from loratune.infer.engine import generate as generate
+    from loratune.lora.combine import combine as combine
+    from loratune.lora.combine import resize as resize
+    from loratune.lora.extract import extract as extract
     from loratune.lora.files import load_adapter as load_adapter
     from loratune.lora.files import save as save
     from loratune.lora.inject import activate as activate
@@ -43,6 +46,9 @@ _HOME = {
     "TrainConfig": "loratune.config",
     "LoratuneError": "loratune.errors",
     "generate": "loratune.infer.engine",
+    "combine": "loratune.lora.combine",
+    "resize": "loratune.lora.combine",
+    "extract": "loratune.lora.extract",
     "load_adapter": "loratune.lora.files",
     "save": "loratune.lora.files",
     "activate": "loratune.lora.inject",

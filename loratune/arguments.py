@@ -15,9 +15,11 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from loratune.config import (
+    CombineMethod,
     DataConfig,
     DataFormat,
     LoraConfig,
+    MajoritySign,
     Precision,
     RunConfig,
     TrainConfig,
@@ -152,6 +154,67 @@ class Merge:
 
 
 @dataclass(kw_only=True)
+class Combine:
+    """Make one adapter of several: a weighted sum, exact or cut to a rank, or TIES, DARE, pruning. Needs no base."""
+
+    adapters: AdapterFolders
+    """Folders of adapters of one base, ours or PEFT's."""
+    out: Folder
+    """Folder for the new adapter."""
+    weights: list[float] = field(default_factory=list)
+    """One for each adapter; by default 1 each."""
+    method: CombineMethod = "cat"
+    """cat: the exact sum, ranks add up. svd: the nearest of a rank to it. The others are PEFT's, on A and B by
+    themselves or, with _svd, on the whole updates."""
+    rank: int | None = None
+    """Rank of the result of svd and ..._svd; by default the largest of the adapters."""
+    density: float | None = None
+    """Share of the values that ties, dare and magnitude_prune keep; by default 0.5."""
+    majority_sign: MajoritySign = "total"
+    """How ties elects a sign: by the sum of the values or by their number."""
+    seed: int = 0
+    """Of the random draws of dare."""
+    model: str | None = None
+    """Base model of all, if the adapters record different names of it."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
+class Resize:
+    """Write an adapter with another rank: the nearest of that rank to it, and what that leaves out."""
+
+    adapter: AdapterFolder
+    """Folder of the adapter, ours or PEFT's."""
+    out: Folder
+    """Folder for the new adapter."""
+    rank: int
+    """Rank of the new adapter."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
+class Extract:
+    """Make an adapter of the difference of two checkpoints, with the error that each rank leaves."""
+
+    tuned: Annotated[Positional[str], tyro.conf.arg(metavar="TUNED")]
+    """The fine-tuned model: a local folder or a hub id."""
+    base: str
+    """The model that it was fine-tuned from."""
+    out: Folder
+    """Folder for the new adapter."""
+    rank: int = 32
+    """Rank of the new adapter."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers to extract, as in train."""
+    device: str | None = None
+    """Torch device to compute on; by default the GPU if there is one."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
 class Inspect:
     """Say what an adapter is, what it was trained on, and with which settings."""
 
@@ -194,11 +257,11 @@ def parse_train(words: list[str]) -> RunConfig:
         default = Train(**(required | values))
     config = as_plain(RunConfig, parse(Train, words, "train", default))
     lora = config.lora
-    names = {"target_modules": _names(lora.target_modules), "exclude_modules": _names(lora.exclude_modules)}
-    return replace(config, lora=replace(lora, **names))  # type: ignore[arg-type]
+    modules = {"target_modules": names(lora.target_modules), "exclude_modules": names(lora.exclude_modules)}
+    return replace(config, lora=replace(lora, **modules))  # type: ignore[arg-type]
 
 
-def _names(modules: str | list[str] | None) -> str | list[str] | None:
+def names(modules: str | list[str] | None) -> str | list[str] | None:
     """A single word of the command line is a name, as each of several is, unless it looks like an expression."""
     return [modules] if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules) else modules
 

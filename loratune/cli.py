@@ -211,6 +211,58 @@ def _merge(words: list[str]) -> None:
     console.print(str(merged), markup=False, soft_wrap=True)
 
 
+def _combine(words: list[str]) -> None:
+    from loratune.arguments import Combine, parse
+
+    given = parse(Combine, words, "combine")
+    _quiet_libraries()
+    from loratune.lora.combine import combine
+
+    made = combine(
+        given.adapters,
+        given.out,
+        weights=given.weights or None,
+        method=given.method,
+        rank=given.rank,
+        density=given.density,
+        majority_sign=given.majority_sign,
+        seed=given.seed,
+        model=given.model,
+        overwrite=given.overwrite,
+    )
+    _console().print(str(made), markup=False, soft_wrap=True)
+
+
+def _resize(words: list[str]) -> None:
+    from loratune.arguments import Resize, parse
+
+    given = parse(Resize, words, "resize")
+    _quiet_libraries()
+    from loratune.lora.combine import resize
+
+    made = resize(given.adapter, given.out, given.rank, overwrite=given.overwrite)
+    _console().print(str(made), markup=False, soft_wrap=True)
+
+
+def _extract(words: list[str]) -> None:
+    from loratune.arguments import Extract, names, parse
+
+    given = parse(Extract, words, "extract")
+    _quiet_libraries()
+    from loratune.lora.extract import extract
+
+    made = extract(
+        given.tuned,
+        given.base,
+        given.out,
+        rank=given.rank,
+        target_modules=names(given.target_modules) or "all-linear",
+        device=given.device,
+        overwrite=given.overwrite,
+    )
+    _console().print(str(made), markup=False, soft_wrap=True)
+
+
 def _inspect(words: list[str]) -> None:
     from loratune.arguments import Inspect, parse
 
@@ -293,6 +345,9 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("loss, perplexity and exact match on held-out data", _eval),
     "chat": Verb("talk to adapters, switch between them, compare", _chat),
     "merge": Verb("a merged checkpoint, verified against the adapter", _merge),
+    "combine": Verb("one adapter of several: sums, TIES, DARE, pruning", _combine),
+    "resize": Verb("an adapter with another rank", _resize),
+    "extract": Verb("an adapter from the difference of two checkpoints", _extract),
     "inspect": Verb("what an adapter is and what it was trained on", _inspect),
 }
 

@@ -24,6 +24,20 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Bias = Literal["none", "all", "lora_only"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+CombineMethod = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+MajoritySign = Literal["total", "frequency"]
 
 
 @dataclass(kw_only=True)

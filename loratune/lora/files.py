@@ -33,7 +33,8 @@ from loratune.lora.select import Selection, find_places, select
 from loratune.lora.state import Adapter, require
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Start of every key in an adapter's file."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_LISTED = 6
 
@@ -127,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     """
     folder = find_folder(directory, name)
     read = peft_config.read(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     return add(model, name, lambda: _fitted(model, folder, read, tensors))
 
 
@@ -207,7 +208,8 @@ def _weights_path(folder: Path) -> Path:
     raise AdapterError(f"{folder}: has no {WEIGHTS_FILE}")
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the adapter's `folder`, by key. Raises AdapterError: missing, damaged, or pickled."""
     path = _weights_path(folder)
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -224,15 +226,15 @@ def _slots(adapter: Adapter) -> dict[str, Tensor]:
         slots[A], slots[B] = weights.lora_A, weights.lora_B
     for path, bias in adapter.biases.items():
         owner = path.removesuffix("bias").rstrip(".")
-        slots[_PREFIX + (f"{owner}.base_layer.bias" if owner in adapter.layers else path)] = bias
+        slots[PREFIX + (f"{owner}.base_layer.bias" if owner in adapter.layers else path)] = bias
     for path, module in adapter.modules.items():
-        slots |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        slots |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     return slots
 
 
 def _layer_keys(path: str, *, embedding: bool) -> tuple[str, str]:
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return f"{_PREFIX}{path}.{names[0]}", f"{_PREFIX}{path}.{names[1]}"
+    return f"{PREFIX}{path}.{names[0]}", f"{PREFIX}{path}.{names[1]}"
 
 
 def _fitted(
@@ -262,7 +264,7 @@ def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) 
     PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads, so
     the file, not the configuration, says which modules are meant.
     """
-    owners = {suffix for key in keys for suffix in _parents(key.removeprefix(_PREFIX))}
+    owners = {suffix for key in keys for suffix in _parents(key.removeprefix(PREFIX))}
     paths = [place.paths[0] for place in find_places(model)]
     found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]
     return found or None
@@ -283,11 +285,11 @@ def _given(
     base = model.state_dict()
     given = {key: tensor for key, tensor in tensors.items() if key in slots}
     for key in [key for key in tensors if key not in slots]:
-        plain = key.removeprefix(_PREFIX)
+        plain = key.removeprefix(PREFIX)
         for wrapper in (".base_layer.", ".original_module.", ".modules_to_save."):
             plain = plain.replace(wrapper, ".")
-        if _PREFIX + plain in slots and ".original_module." not in key:
-            given.setdefault(_PREFIX + plain, tensors[key])
+        if PREFIX + plain in slots and ".original_module." not in key:
+            given.setdefault(PREFIX + plain, tensors[key])
         elif plain not in base:
             given[key] = tensors[key]
         elif not _same(base[plain], tensors[key]):
@@ -315,7 +317,7 @@ def _check_keys(folder: Path, slots: Mapping[str, Tensor], given: Mapping[str, T
 
 def _listed(keys: list[str]) -> str:
     more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-    return ", ".join(key.removeprefix(_PREFIX) for key in keys[:_MAX_LISTED]) + more
+    return ", ".join(key.removeprefix(PREFIX) for key in keys[:_MAX_LISTED]) + more
 
 
 def _check_shapes(folder: Path, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -324,6 +326,6 @@ def _check_shapes(folder: Path, slots: Mapping[str, Tensor], given: Mapping[str,
         key = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise AdapterError(
-            f"{folder}: was made for another model or rank: {key.removeprefix(_PREFIX)} is "
+            f"{folder}: was made for another model or rank: {key.removeprefix(PREFIX)} is "
             f"{tuple(given[key].shape)} in the file, {tuple(slots[key].shape)} expected here{more}"
         )

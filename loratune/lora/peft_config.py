@@ -32,7 +32,7 @@ from loratune.lora.state import Adapter
 CONFIG_FILE = "adapter_config.json"
 
 # The fields that PEFT 0.21 writes and that loratune does not use, with the value that means "not used".
-_UNUSED: dict[str, Any] = {
+UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "auto_mapping": None,
@@ -120,9 +120,9 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     if kind != "LORA":
         raise AdapterError(f'{path}: peft_type is {kind!r}; loratune reads "LORA" adapters only')
     for name, value in fields.items():
-        if name in _FIELDS or name in _HARMLESS or value == _UNUSED.get(name) or not value:
+        if name in _FIELDS or name in _HARMLESS or value == UNUSED.get(name) or not value:
             continue
-        known = " (a field that loratune does not implement)" if name in _UNUSED else " (an unknown field)"
+        known = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
         raise AdapterError(
             f"{path}: {name} = {_short(value)}{known}; the adapter would not be what it was trained to be"
         )
@@ -168,7 +168,7 @@ def to_json(model: nn.Module, adapter: Adapter, layer_paths: Iterable[str]) -> s
     """
     config = adapter.config
     every = [path for place in find_places(model) for path in place.paths]
-    fields: dict[str, Any] = dict(_UNUSED)
+    fields: dict[str, Any] = dict(UNUSED)
     fields |= {name: getattr(config, name) for name in _FIELDS}
     if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
         resolved = shortest_names(list(layer_paths), every)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loratune.config import LoraConfig, read_toml
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
+from loratune.lora.updates import read_report
 from loratune.screen.text import curve
 from loratune.training import metrics
 from loratune.units import duration, size
@@ -58,6 +59,8 @@ class Inspected:
     """run.toml, or empty."""
     history: list[dict[str, Any]]
     """metrics.jsonl, or empty."""
+    made: dict[str, Any]
+    """provenance.json of an adapter that was computed from others, or empty."""
 
 
 def inspect(directory: str | Path) -> Inspected:
@@ -66,7 +69,9 @@ def inspect(directory: str | Path) -> Inspected:
     layers, in_full = _read_layers(info)
     run_file = info.folder / "run.toml"
     run = read_toml(str(run_file)) if run_file.is_file() else {}
-    return Inspected(info, layers, in_full, run, metrics.read(info.folder / "metrics.jsonl"))
+    return Inspected(
+        info, layers, in_full, run, metrics.read(info.folder / "metrics.jsonl"), read_report(info.folder)
+    )
 
 
 def as_json(found: Inspected) -> dict[str, Any]:
@@ -90,6 +95,7 @@ def as_json(found: Inspected) -> dict[str, Any]:
         },
         "in_full": list(found.in_full),
         "run": found.run,
+        "made": found.made,
     }
 
 
@@ -100,7 +106,7 @@ def draw(found: Inspected, console: Console) -> None:
     console.print(Padding(_layer_table(found.layers, console), (0, 0, 0, 1)))
     if found.run or found.history:
         console.print(Padding(_facts(_training_facts(found, console)), (0, 0, 1, 2)))
-    else:
+    elif not found.made:
         console.print(Text("  no run.toml here: how it was trained is not recorded\n", style="dim"))
 
 
@@ -117,7 +123,18 @@ def _adapter_facts(found: Inspected) -> dict[str, str]:
         "targets": _words(config.target_modules),
         "dropout": f"{config.lora_dropout:g}" if config.lora_dropout else "",
         "in full": _words(list(found.in_full)),
+        "made by": _made_by(found.made),
     }
+
+
+def _made_by(made: Mapping[str, Any]) -> str:
+    if not made:
+        return ""
+    sources = " + ".join(f"{weight:g} x {Path(folder).name}" for folder, weight in made.get("sources", {}).items())
+    method = f", {made['recipe']['method']}" if "recipe" in made else ""
+    error = made.get("relative_error")
+    lost = f"; leaves out {error:.2%} (Frobenius norm)" if error is not None else ""
+    return f"{made.get('made_by', '')} from {sources}{method}{lost}"
 
 
 def _training_facts(found: Inspected, console: Console) -> dict[str, str]:

@@ -24,6 +24,7 @@ from benchmarks.shapes import model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach
+from loratune.ops import nf4
 from loratune.ops.policy import TILE, Level, Plan
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
@@ -44,8 +45,8 @@ def plan_of(text: str, layers: int) -> Plan:
 
 def prepared(shape: str, precision: str = "bf16") -> PackedForward:
     """The model on the GPU with an adapter."""
-    assert precision == "bf16"
-    model = model_of(shape)
+    forms = {"bf16": None, "nf4": nf4.quantise}
+    model = model_of(shape, form=forms[precision])
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS), name="default", seed=0)
     return prepare(model)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Linear
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from loratune.base.quantised import QuantisedLinear, quantise_linears
 from loratune.data.examples import Example
 from loratune.data.pack import Row, make_row
+from loratune.ops.frozen import Frozen
 
 SHAPES: dict[str, dict[str, object]] = {
     "l7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -21,14 +27,26 @@ SHAPES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
-    """The model in bfloat16 with random weights, frozen."""
+def model_of(shape: str, device: str = "cuda", form: Callable[[Tensor], Frozen] | None = None) -> PreTrainedModel:
+    """The model in bfloat16 with random weights, frozen; with `form` its layers are made and quantised one by one."""
     config, kind = (Qwen3Config, Qwen3ForCausalLM) if shape[0] == "q" else (LlamaConfig, LlamaForCausalLM)
+    settings = SHAPES[shape] | {"max_position_embeddings": 8192}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = kind(config(**SHAPES[shape], max_position_embeddings=8192))
+            if form is None:
+                return kind(config(**settings)).requires_grad_(False).eval()
+            model = kind(config(**settings | {"num_hidden_layers": 1, "layer_types": None}))
+            model.config.num_hidden_layers = int(str(settings["num_hidden_layers"]))
+            if getattr(model.config, "layer_types", None):
+                model.config.layer_types *= model.config.num_hidden_layers
+            layers = model.model.layers
+            quantise_linears(layers, form)
+            for index in range(1, model.config.num_hidden_layers):
+                layer = type(layers[0])(model.config, index)
+                quantise_linears(layer, form)
+                layers.append(layer)
     finally:
         torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False).eval()
@@ -47,7 +65,7 @@ def row_of(lengths: list[int], capacity: int, seed: int, prompt: float = 0.0) ->
 def limit_tok_s(model: PreTrainedModel, tokens: int, batch: int) -> float:
     """Tokens a second that the arithmetic allows: frozen products twice, attention, at 692 TFLOP/s, or reading
     every weight twice at 4.3 TB/s, whichever is slower (ceilings measured on one H200, issue 3)."""
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear | QuantisedLinear))
     config = model.config
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     attention = config.num_hidden_layers * width * tokens / 2 * (4 + 10)  # causal; forward 2 products, backward 5

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from loratune.base.quantised import frozen_of
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.layers import LoraEmbedding
@@ -47,8 +48,7 @@ def build(model: nn.Module, config: LoraConfig, selection: Selection, seed: int 
 
 def _weights(target: Target, init: bool | str, generator: torch.Generator | None) -> LayerWeights:
     d_in, d_out = target.layer_class.features(target.base)
-    weight = target.base.weight
-    assert isinstance(weight, Tensor)
+    weight = frozen_of(target.base)
     lora_A = torch.empty(target.r, d_in, dtype=master_dtype(weight))
     lora_B = torch.empty(d_out, target.r, dtype=master_dtype(weight))
     if generator is not None and issubclass(target.layer_class, LoraEmbedding):

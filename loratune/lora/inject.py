@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from loratune.base.quantised import QuantisedLinear, count_parameters
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.build import build
@@ -114,9 +115,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     with _resting(model, state):
         for gone in [name] if name is not None else list(state.adapters):
             del state.adapters[gone]
+            if state.store is not None:
+                state.store.forget(gone)
         still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
         for path in [path for path in state.layers if path not in still_used]:
             place_module(model, state.places[path], state.layers.pop(path).to_base())
+        state.plans.clear()
     if state.adapters:
         switch(model, state, before)
         return
@@ -243,7 +247,7 @@ def _resting(model: nn.Module, state: Adapters) -> Iterator[None]:
 
 def _join(model: nn.Module, state: Adapters, name: str, selection: Selection, adapter: Adapter) -> Attached:
     """The only part of attaching that changes the model; nothing in it can fail for a reason of the user's."""
-    total = sum(p.numel() for p in model.parameters()) + sum(p.numel() for p in adapter.parameters().values())
+    total = count_parameters(model) + sum(p.numel() for p in adapter.parameters().values())
     fresh = [target for target in selection.targets if target.path not in state.layers]
     stand_ins = {target.path: target.layer_class.from_base(target.base) for target in fresh}
     if not state.adapters:
@@ -295,7 +299,8 @@ def _fold(layers: Sequence[LoraLayer], reversible: bool) -> None:
 
 
 def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
-    layers: dict[str, LoraLayer] = {path: state.layers[path] for path in adapter.layers}
+    layers = {path: state.layers[path] for path in adapter.layers}
+    layers = {path: layer for path, layer in layers.items() if not isinstance(layer, QuantisedLinear)}  # never tied
     holders = ties(model, [layer.weight for layer in layers.values()])
     for path, layer in layers.items():
         own = {f"{place}.weight" for place in state.places[path]}

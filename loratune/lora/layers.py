@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
+from loratune.base.quantised import QuantisedLinear
 from loratune.errors import AdapterError
 from loratune.lora.linear import LoraLayer, LoraLinear
+from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.lora import lora_linear
 
 
@@ -78,6 +80,43 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
 
 
+class LoraQuantised(LoraLayer, QuantisedLinear):
+    """A `QuantisedLinear` plus low-rank update: what the layer multiplies with stays as it is.
+
+    A merge makes the sum dense, since rounding it to the codes would lose most of the update.
+    """
+
+    _before_merge: Frozen | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        if self.lora_A is None or self.lora_B is None:
+            return QuantisedLinear.forward(self, input)
+        dropout = self.lora_dropout if self.training else 0.0
+        return lora_linear(input, self.frozen, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> None:
+        """Puts W + `delta`, dense, in the place of W, and lets go of the adapter."""
+        left, right = self._factors()
+        before = self.frozen
+        total = torch.addmm(before.dense().to(left.dtype), left, right, alpha=self.scaling)
+        self._before_merge = before if reversible else None
+        self.frozen = Dense(total.to(before.dtype))
+        self.release()
+
+    def unmerge(self) -> None:
+        """Puts back the weight of before `merge`, to the bit."""
+        assert self._before_merge is not None
+        self.frozen, self._before_merge = self._before_merge, None
+
+    @staticmethod
+    def features(base: nn.Module) -> tuple[int, int]:
+        """(d_in, d_out) of a `QuantisedLinear`."""
+        assert isinstance(base, QuantisedLinear)
+        return base.in_features, base.out_features
+
+
 # Modules that read the weight of a layer below them instead of calling it, always or in a fused kernel: an adapter
 # there would be ignored without a word. Class name -> names of those layers.
 _READ_BY_PARENT: dict[str, frozenset[str]] = {
@@ -113,7 +152,7 @@ def layer_class(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer
         pass
     elif "forward" in vars(base):
         why = f"the forward of this {kind} was replaced on the instance, for example by accelerate's device_map"
-    elif type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+    elif found is not LoraQuantised and (type(weight) is not nn.Parameter or weight.dtype not in _FLOATS):
         why = f"the weight of this {kind} is quantised, sharded or parametrised"
     elif path.rpartition(".")[2] in _READ_BY_PARENT.get(type(parent).__name__, ()):
         why = f"{type(parent).__name__} reads its weight instead of calling it, so that an adapter would be ignored"
@@ -129,6 +168,8 @@ def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
         if type(base).forward is nn.Linear.forward:
             return LoraLinear, ""
         return None, f"{kind} is a Linear with a forward of its own"
+    if isinstance(base, QuantisedLinear):
+        return LoraQuantised, ""
     if isinstance(base, Conv1D):
         if type(base).forward is Conv1D.forward:
             return LoraConv1D, ""

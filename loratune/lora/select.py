@@ -20,6 +20,7 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.base.quantised import QuantisedLinear
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
 from loratune.lora.layers import Unadaptable, layer_class
@@ -159,7 +160,8 @@ def _chosen(model: nn.Module, places: list[Place], config: LoraConfig, strict: b
         found = [
             (place, place.paths[0])
             for place in places
-            if isinstance(place.module, nn.Linear | Conv1D) and not any(place.module is h for h in head)
+            if isinstance(place.module, nn.Linear | Conv1D | QuantisedLinear)
+            and not any(place.module is h for h in head)
         ]
     else:
         matches = _matcher("target_modules", wanted, model, places, strict)
@@ -205,7 +207,7 @@ def _layers_here(places: list[Place]) -> str:
     leaves = {
         place.paths[0].rpartition(".")[2]: None
         for place in places
-        if isinstance(place.module, nn.Linear | Conv1D | nn.Embedding)
+        if isinstance(place.module, nn.Linear | Conv1D | QuantisedLinear | nn.Embedding)
     }
     listed = ", ".join(list(leaves)[:_MAX_LISTED])
     return f" Layers here: {listed}{', …' if len(leaves) > _MAX_LISTED else ''}." if leaves else ""

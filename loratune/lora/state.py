@@ -12,8 +12,9 @@ An adapter's name is a key of `Adapters.adapters` and occurs nowhere else: in no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
 from loratune.lora.linear import LoraLayer
+from loratune.ops.frozen import Frozen
 
 _ATTRIBUTE = "loratune_adapters"
 
@@ -36,7 +38,11 @@ class LayerWeights:
     """(d_out, r)"""
     scaling: float
 
-    def follow(self, weight: Tensor) -> None:
+    def fits(self, weight: Tensor | Frozen) -> bool:
+        """Whether A and B are where the layer's weight is, in the masters' dtype for it."""
+        return self.lora_A.device == weight.device and self.lora_A.dtype == master_dtype(weight)
+
+    def follow(self, weight: Tensor | Frozen) -> None:
         """Moves A and B to the device of the layer's weight and to the masters' dtype for it."""
         for parameter in (self.lora_A, self.lora_B):
             parameter.data = parameter.data.to(weight.device, master_dtype(weight))
@@ -51,6 +57,8 @@ class Adapter:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameter path -> copy. Paths of tied biases share one Parameter."""
+    stored: bool = False
+    """True if a `Store` says where A and B are, in the dtype they compute in; such an adapter cannot train."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every Parameter that trains, each once, by its name in the model while this adapter is in use."""
@@ -62,6 +70,20 @@ class Adapter:
         named |= self.biases
         first = {id(parameter): name for name, parameter in reversed(named.items())}
         return {name: parameter for name, parameter in named.items() if first[id(parameter)] == name}
+
+
+class Residence(Protocol):
+    """What switching asks of a store of adapters in host memory (`lora.store`)."""
+
+    def bring(self, names: Collection[str]) -> None:
+        """Has those of the named adapters that it keeps on the device when the work issued from now on runs."""
+
+    def forget(self, name: str) -> None:
+        """Lets go of an adapter, if it keeps it."""
+
+
+Plan = list[tuple[LoraLayer, dict[str, "Tensor | None"], dict[str, Any], LayerWeights | None]]
+"""For each layer that stands in: its Parameters and attributes, to write to, and what an adapter has for it."""
 
 
 @dataclass
@@ -80,6 +102,9 @@ class Adapters:
     """Parameter path -> bias of the base that stands aside for the active adapter's copy."""
     merged: str | None = None
     active_before_merge: dict[str, float] = field(default_factory=dict)
+    plans: dict[str | None, Plan] = field(default_factory=dict)
+    """Name -> how to switch to it, until adapters or layers come or go; None is the bare base."""
+    store: Residence | None = None
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters of the base that required a gradient before the first adapter came."""
 
@@ -121,7 +146,7 @@ def uninstall(model: nn.Module) -> None:
     delattr(model, _ATTRIBUTE)
 
 
-def master_dtype(weight: Tensor) -> torch.dtype:
+def master_dtype(weight: Tensor | Frozen) -> torch.dtype:
     """dtype in which an adapter of a layer with this weight is kept and trained."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 

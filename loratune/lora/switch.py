@@ -12,27 +12,69 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loratune.lora.state import Adapter, Adapters, LayerWeights
+from loratune.base.quantised import frozen_of
+from loratune.lora.state import Adapter, Adapters, LayerWeights, Plan
 
 
 def switch(model: nn.Module, state: Adapters, weights: dict[str, float]) -> None:
     """Makes the model compute with the weighted sum of the named adapters; no checks."""
+    if state.store is not None:
+        state.store.bring(weights)
     _restore_base(model, state)
+    if is_plain(weights):
+        name = next(iter(weights), None)
+        _point(state, name)
+        if name is not None:
+            _bring_in(model, state, state.adapters[name])
+    else:
+        _point_to_sum(state, weights)
+    state.active = dict(weights)
+
+
+def _point(state: Adapters, name: str | None) -> None:
+    """Hands every layer the A and B of one adapter, or none.
+
+    There are hundreds of layers and one switch may come before every token, so this writes to the layers' dicts as
+    planned: `nn.Module.__setattr__` would take ten times as long to find out that a Parameter is a Parameter.
+    """
+    adapter = None if name is None else state.adapters[name]
+    follows = adapter is not None and not adapter.stored
+    dropout = 0.0 if adapter is None else adapter.config.lora_dropout
+    plan = state.plans.get(name) or _plan(state, name)
+    for layer, parameters, attributes, part in plan:
+        if part is None:
+            parameters["lora_A"] = parameters["lora_B"] = None
+            attributes["scaling"] = attributes["lora_dropout"] = 0.0
+            continue
+        if follows:
+            weight = parameters.get("weight")
+            leader = frozen_of(layer) if weight is None else weight
+            if not part.fits(leader):
+                part.follow(leader)
+        parameters["lora_A"], parameters["lora_B"] = part.lora_A, part.lora_B
+        attributes["scaling"], attributes["lora_dropout"] = part.scaling, dropout
+
+
+def _plan(state: Adapters, name: str | None) -> Plan:
+    """Looks up once what `_point` writes to for adapter `name`."""
+    parts = {} if name is None else state.adapters[name].layers
+    plan = [(layer, layer._parameters, layer.__dict__, parts.get(path)) for path, layer in state.layers.items()]
+    state.plans[name] = plan
+    return plan
+
+
+def _point_to_sum(state: Adapters, weights: Mapping[str, float]) -> None:
+    """Hands every layer the rank-concatenated A and B of several adapters."""
     chosen = [(state.adapters[name], weight) for name, weight in weights.items()]
     for path, layer in state.layers.items():
-        parts = [(a.layers[path], a.config, weight) for a, weight in chosen if path in a.layers]
-        for part, _, _ in parts:
-            part.follow(layer.weight)
-        if not parts:
-            layer.release()
-        elif is_plain(weights):
-            part, config, _ = parts[0]
-            layer.hold(part.lora_A, part.lora_B, part.scaling, config.lora_dropout)
+        parts = [(a.layers[path], weight) for a, weight in chosen if path in a.layers]
+        for (adapter, _), (part, _) in zip([c for c in chosen if path in c[0].layers], parts, strict=True):
+            if not adapter.stored:
+                part.follow(frozen_of(layer))
+        if parts:
+            layer.hold(*_summed(parts), 1.0, 0.0)
         else:
-            layer.hold(*_summed([(part, weight) for part, _, weight in parts]), 1.0, 0.0)
-    if chosen and is_plain(weights):
-        _bring_in(model, state, chosen[0][0])
-    state.active = dict(weights)
+            layer.release()
 
 
 def _summed(parts: list[tuple[LayerWeights, float]]) -> tuple[nn.Parameter, nn.Parameter]:

@@ -8,10 +8,11 @@ floating-point numbers: it may be 4-bit codes that become a matrix for the lengt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
@@ -73,3 +74,27 @@ class Dense:
     def dense(self) -> Tensor:
         """The matrix."""
         return self.weight
+
+
+def frozen_linear(x: Tensor, frozen: Frozen, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b as one autograd node; (..., d_in) -> (..., d_out). Keeps nothing of x or W for the backward."""
+    x = x.to(frozen.dtype)
+    bias = None if bias is None else bias.to(frozen.dtype)
+    if torch.is_grad_enabled():
+        out: Tensor = _FrozenLinear.apply(x, frozen, bias)  # type: ignore[no-untyped-call]
+        return out
+    return frozen.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], frozen.shape[0])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor:
+        ctx.frozen, ctx.x_shape = frozen, x.shape
+        return frozen.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], frozen.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = ctx.frozen.d_input(rows).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        return dx, None, rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from loratune.errors import AdapterError
+from loratune.ops.frozen import Dense, Frozen
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Frozen,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -35,7 +35,8 @@ def lora_linear(
 
     Args:
         x: (..., d_in), any float dtype; under autocast it is cast to autocast's dtype first.
-        weight: frozen W (d_out, d_in), dtype of x; never receives a gradient. A transposed view is fine.
+        weight: frozen W (d_out, d_in), dtype of x; never receives a gradient. A transposed view is fine. In another
+            form than a matrix (`ops.frozen`), x is cast to its dtype, whatever autocast says.
         bias: (d_out,) or None; receives a gradient if it requires one.
         lora_A, lora_B: (r, d_in) and (d_out, r), any float dtype (masters are float32). Products run in x's dtype,
             gradients come back in the masters' own.
@@ -55,7 +56,10 @@ def lora_linear(
             f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight of shape "
             f"{(d_out, d_in)}; they must be (r, {d_in}) and ({d_out}, r)"
         )
-    if torch.is_autocast_enabled(x.device.type):
+    if not isinstance(weight, Tensor):
+        x = x.to(weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
+    elif torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -68,7 +72,7 @@ def lora_linear(
 
 def _forward(
     rows: Tensor,  # (N, d_in)
-    weight: Tensor,
+    weight: Tensor | Frozen,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -78,7 +82,8 @@ def _forward(
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
     kept, mask = torch.native_dropout(rows, dropout, True) if dropout > 0.0 else (rows, None)
     inner = kept @ lora_A.to(rows.dtype).T
-    out = linear(rows, weight, bias)
+    frozen = Dense(weight) if isinstance(weight, Tensor) else weight
+    out = frozen.forward(rows, bias)
     out.addmm_(inner, lora_B.to(rows.dtype).T, alpha=scaling)
     return out, inner, mask
 
@@ -88,7 +93,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Frozen,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -101,11 +106,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(
             rows if needs_A else None,
             inner if needs_B else None,
-            weight if needs_x else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,  # so that a change in place is noticed
             lora_A if needs_x else None,
             lora_B if needs_x or needs_A else None,
             mask,
         )
+        ctx.frozen = None if isinstance(weight, Tensor) else weight
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, 1.0 / (1.0 - dropout), x.shape
         ctx.master_dtypes = lora_A.dtype, lora_B.dtype
         return out.view(*x.shape[:-1], weight.shape[0])
@@ -126,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
         if needs_B:
             dB = (dy.T @ inner).to(dtype_B).mul_(ctx.scaling)
         if needs_x:
-            dx = dy @ weight
+            dx = dy @ weight if ctx.frozen is None else ctx.frozen.d_input(dy)
             if mask is None:
                 dx.addmm_(d_inner, lora_A.to(dy.dtype))
             else:

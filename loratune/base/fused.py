@@ -7,8 +7,7 @@ takes the fused layers only if they reproduce the model's own hidden states.
 
 While rows run, each such layer is stood in for by a `FusedLayer` that shares all of its children, so parameter paths
 stay what they are. The adapters' float32 masters are cast once a forward into working copies.
-The frozen weights of projections that read the same input are laid side by side in memory, once; the Parameters
-become views of that, with the values that they had.
+The frozen weights of projections that read the same input are laid side by side in memory (`base.border`).
 """
 
 from __future__ import annotations
@@ -22,8 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from loratune.base.border import bordered, separate
+from loratune.base.quantised import QuantisedLinear, stackable, stacked
 from loratune.ops import attention, block
-from loratune.ops.frozen import Dense
+from loratune.ops.bank import BankProjection, Lane, Pool
+from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.host import Host
 from loratune.ops.policy import Level, Plan
 from loratune.ops.projection import Projection
@@ -44,11 +46,17 @@ class Copies:
     copies: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     """Factor of each copy: 1 for A, the scaling for B."""
+    pool: Pool | None = None
+    """Of the bank, if the layers hold one; it has working copies of its own."""
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    """The weights that lie in one matrix with the copies."""
     _cast_all: Callable[[], None] | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the values that the masters have now: one launch on a GPU."""
+        if self.pool is not None:
+            self.pool.refresh()
         if not self.masters:
             return
         if self._cast_all is None and self.copies[0].is_cuda and self.copies[0].dtype != self.masters[0].dtype:
@@ -61,6 +69,14 @@ class Copies:
         torch._foreach_copy_(self.copies, self.masters)
         torch._foreach_mul_(self.copies, self.scales)
 
+    def end(self) -> None:
+        """Lets go of the copies, and gives the frozen weights memory of their own."""
+        for held in (self.masters, self.copies, self.scales):
+            held.clear()
+        self._cast_all = None
+        separate(self.frozen)
+        self.frozen.clear()
+
 
 class FusedLayer(nn.Module):
     """Stands in for a decoder layer, with the same children; runs packed rows only, without a cache."""
@@ -70,8 +86,16 @@ class FusedLayer(nn.Module):
     keep: block.Keep
 
     @classmethod
-    def from_base(cls, base: nn.Module, copies: Copies, options: Options, keep: block.Keep) -> FusedLayer:
-        """The stand-in for `base`, which must pass `fusible`; `options` as in `attention_options`."""
+    def from_base(
+        cls, base: nn.Module, copies: Copies, options: Options, keep: block.Keep, below: block.Passage
+    ) -> FusedLayer:
+        """The stand-in for `base`, which must pass `fusible`.
+
+        Args:
+            copies: takes up the working copies of the adapters.
+            options: see `attention_options`.
+            below: the way to the layer below.
+        """
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
         attn, mlp = _child(base, "self_attn"), _child(base, "mlp")
@@ -81,18 +105,22 @@ class FusedLayer(nn.Module):
         heads = block.Heads(
             into[0].out_features // dim, into[1].out_features // dim, dim, *_head_norm(attn, dim, into)
         )
-        layer.before = block.Before(_projection(into, copies), _weight(first), _eps(first), heads)
+        layer.before = block.Before(_projection(into, copies), _weight(first), _eps(first), heads, below)
+        down = _projection([_linear(mlp, "down_proj")], copies)
         layer.behind = block.Behind(
             _projection([_linear(attn, "o_proj")], copies),
             _projection([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], copies),
-            _projection([_linear(mlp, "down_proj")], copies),
+            down,
             _weight(second),
             _eps(second),
+            block.Passage(down.room),
         )
         layer._options, layer.keep = options[attn], keep
         layer._masters = (
             _masters(into),
-            _masters([_linear(attn, "o_proj"), *(_linear(mlp, n) for n in ("gate_proj", "up_proj", "down_proj"))]),
+            _masters([_linear(attn, "o_proj")])
+            + _masters([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")])
+            + _masters([_linear(mlp, "down_proj")]),
         )
         return layer
 
@@ -179,8 +207,10 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
     copies, host = Copies(), Host()
     before = list(layers)
     plan = plan or Plan.uniform(Level.NONE, len(before))
+    below = block.Passage(0)
     for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
-        layers[index] = FusedLayer.from_base(base, copies, options, block.Keep(level, plan.tile, index, host))
+        layers[index] = FusedLayer.from_base(base, copies, options, block.Keep(level, plan.tile, index, host), below)
+        below = layers[index].behind.up  # type: ignore[union-attr, assignment]
     decoder = model.get_decoder()
     norm = getattr(decoder, "norm", None)
     if norm is not None and type(norm) is type(getattr(before[0], "input_layernorm", None)):
@@ -192,6 +222,7 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
             decoder.norm = norm
         for index, base in enumerate(before):
             layers[index] = base
+        copies.end()
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -218,6 +249,7 @@ def _fusible(layer: nn.Module) -> bool:
     ]
     return (
         all(_plain(module) for module in linears)
+        and len({isinstance(module, QuantisedLinear) for module in linears}) == 1
         and all(n is None or (isinstance(getattr(n, "weight", None), Tensor) and _eps(n) > 0) for n in norms)
         and isinstance(getattr(attn, "head_dim", None), int)
         and not any(p.requires_grad for n, p in layer.named_parameters() if not n.endswith(("lora_A", "lora_B")))
@@ -225,8 +257,11 @@ def _fusible(layer: nn.Module) -> bool:
 
 
 def _plain(module: object) -> bool:
-    """A linear layer in floating point; a plain adapter (`lora.linear`) or none; no dropout."""
-    if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and hasattr(module, "lora_A")):
+    """A linear layer in floating point or quantised; a plain adapter (`lora.linear`) or none; no dropout."""
+    if isinstance(module, QuantisedLinear):
+        return stackable(module.frozen) and getattr(module, "lora_dropout", 0.0) == 0.0
+    known = hasattr(module, "lora_A") or hasattr(module, "lane")
+    if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and known):
         return False
     return module.weight.is_floating_point() and getattr(module, "lora_dropout", 0.0) == 0.0
 
@@ -237,16 +272,21 @@ def _adapter(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
     return None if lora_A is None else (lora_A, member.lora_B, member.scaling)  # type: ignore[return-value]
 
 
-def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection:
-    weight = _side_by_side([cast(nn.Parameter, member.weight) for member in members])
-    bias = None
-    if any(member.bias is not None for member in members):
-        bias = torch.cat([weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members])
+def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection | BankProjection:
+    if any(map(_lane, members)):
+        return _bank_projection(members, copies)
     adapters = [_adapter(member) for member in members]
     total = sum(adapter[0].shape[0] for adapter in adapters if adapter is not None)
+    frozen, matrix = _frozen(members, total, copies)
+    like: dict[str, Any] = {"dtype": frozen.dtype, "device": frozen.device}
+    bias = _bias(members, frozen)
     if not total:
-        return Projection(Dense(weight), bias, None, None, (), (), ())
-    lora_A, lora_B = weight.new_zeros(total, weight.shape[1]), weight.new_zeros(weight.shape[0], total)
+        return Projection(frozen, bias, None, None, (), (), ())
+    d_out, d_in = frozen.shape
+    if matrix is None:
+        lora_A, lora_B = torch.zeros(total, d_in, **like), torch.zeros(d_out, total, **like)
+    else:
+        lora_A, lora_B = matrix[d_out : d_out + total, :d_in], matrix[:d_out, d_in : d_in + total]
     rows, ranks, scalings = [], [], []
     row = rank = 0
     for member, adapter in zip(members, adapters, strict=True):
@@ -262,29 +302,52 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection:
         copies.masters += adapter[:2]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
         copies.scales += [1.0, adapter[2]]
-    return Projection(Dense(weight), bias, lora_A, lora_B, rows, ranks, scalings)
+    return Projection(frozen, bias, lora_A, lora_B, rows, ranks, scalings, matrix)
 
 
-def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
-    """One matrix of all rows; afterwards the Parameters are views of it."""
-    first = weights[0].detach()
-    step, adjacent = first.data_ptr(), all(w.is_contiguous() for w in weights)
-    for weight in weights:
-        adjacent &= (
-            weight.data_ptr() == step and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        )
-        step += weight.numel() * weight.element_size()
-    if adjacent:
-        return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())
-    stacked = torch.cat([weight.detach() for weight in weights])
-    row = 0
-    for weight in weights:
-        weight.data = stacked[row : row + weight.shape[0]]
-        row += weight.shape[0]
-    return stacked
+def _frozen(members: Sequence[nn.Linear], ranks: int, copies: Copies) -> tuple[Frozen, Tensor | None]:
+    """The weights of all members, side by side, and the matrix with their border, if they are matrices."""
+    quantised = [member for member in members if isinstance(member, QuantisedLinear)]
+    if quantised:
+        return stacked(quantised), None
+    weights = [cast(nn.Parameter, member.weight) for member in members]
+    matrix = bordered(weights, ranks)
+    copies.frozen += weights
+    return Dense(matrix[: sum(w.shape[0] for w in weights), : weights[0].shape[1]]), matrix if ranks else None
+
+
+def _bias(members: Sequence[nn.Linear], frozen: Frozen) -> Tensor | None:
+    if all(member.bias is None for member in members):
+        return None
+    like: dict[str, Any] = {"dtype": frozen.dtype, "device": frozen.device}
+    return torch.cat([torch.zeros(m.out_features, **like) if m.bias is None else m.bias.detach() for m in members])
+
+
+def _lane(member: nn.Linear) -> Lane | None:
+    """The member's place in a bank, if it is a stand-in of `lora.bank`. Known by its attributes, as an adapter is."""
+    return getattr(member, "lane", None)
+
+
+def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjection:
+    """The same for layers of a bank; it has no border, since each token has low-rank columns of its own."""
+    frozen, _ = _frozen(members, 0)
+    lanes, rows, row = [], [], 0
+    for member in members:
+        lane = _lane(member)
+        if lane is not None:
+            lanes.append(lane)
+            rows.append(slice(row, row + member.out_features))
+            copies.pool = cast(Pool, member.pool)
+        row += member.out_features
+    assert copies.pool is not None
+    return BankProjection(frozen, _bias(members, frozen), copies.pool, lanes, rows)
 
 
 def _masters(members: Sequence[nn.Linear]) -> list[Tensor]:
+    """What receives the gradients that the projection of these members returns."""
+    pools = [cast(Pool, member.pool) for member in members if _lane(member) is not None]
+    if pools:
+        return [pools[0].entry]
     return [tensor for adapter in map(_adapter, members) if adapter is not None for tensor in adapter[:2]]
 
 

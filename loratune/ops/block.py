@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
 from loratune.ops.attended import Attend, Attended
+from loratune.ops.bank import BankProjection
 from loratune.ops.host import Host
 from loratune.ops.policy import TILE, Level, tiles
 from loratune.ops.projection import Projection
@@ -42,25 +43,53 @@ class Heads:
     norm_eps: float
 
 
+@dataclass
+class Passage:
+    """The gradient of the residual stream, from one layer down to the next, with room for what the lower one adds.
+
+    Autograd hands a gradient on in the shape of its tensor, so the buffer around it takes this way beside it.
+    """
+
+    room: int
+    """Columns that the lower layer's down projection wants, see `ops.projection`."""
+    _buffer: Tensor | None = None
+
+    def enter(self, gradient: Tensor) -> Tensor:
+        """(T, d + room) -> its first d columns, to be returned to autograd."""
+        self._buffer = gradient
+        return gradient[:, : gradient.shape[1] - self.room]
+
+    def leave(self, gradient: Tensor) -> Tensor:
+        """What autograd handed over, (T, d), with its room if it is what entered."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or buffer.data_ptr() != gradient.data_ptr() or buffer.stride() != gradient.stride():
+            return gradient
+        return buffer
+
+
 @dataclass(frozen=True)
 class Before:
     """What is fixed about the part before attention."""
 
-    projection: Projection
+    projection: Projection | BankProjection
     norm: Tensor
     eps: float
     heads: Heads
+    down: Passage
+    """To the layer below."""
 
 
 @dataclass(frozen=True)
 class Behind:
     """What is fixed about the part behind attention."""
 
-    output: Projection
-    gate_up: Projection
-    down: Projection
+    output: Projection | BankProjection
+    gate_up: Projection | BankProjection
+    down: Projection | BankProjection
     norm: Tensor
     eps: float
+    up: Passage
+    """From the layer above."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +218,7 @@ class _Layer(torch.autograd.Function):
             heads = _turned(x, cos, sin, before)
             attended = Attended(attend, heads.turned, _split(before.heads))
         kept.heads = kept.attended = None
-        d_stream, of_mlp = _mlp_backward(dy, attended.out, kept, behind, keep)
+        d_stream, of_mlp = _mlp_backward(behind.up.leave(dy), attended.out, kept, behind, keep)
         del dy
         (h, inner), kept.stream = kept.stream, None
         del h
@@ -218,7 +247,7 @@ def _forward(
         attended.forget_heads()
         heads = None
     y, inner_output = behind.output.forward(attended.out)
-    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps)
+    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, behind.gate_up.room)
     del y
     kept = _Kept(None)
     if level.keeps_attended:
@@ -227,7 +256,7 @@ def _forward(
     outs, inners = [], []
     for part in tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile):
         gate_up, inner_gate_up = behind.gate_up.forward(normed[part])
-        y, inner_down = behind.down.forward(layer.swiglu(gate_up))
+        y, inner_down = behind.down.forward(layer.swiglu(gate_up, behind.down.room))
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
@@ -245,7 +274,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
     """Residual stream to stacked query, key and value."""
     heads = before.heads
-    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps))
+    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps, before.projection.room))
     y = y.view(x.shape[0], -1, heads.dim)
     turned = layer.rotate(y, cos, sin, heads.query + heads.key_value, heads.norm, heads.norm_eps)
     return _Turned(turned, y if heads.norm is not None else None, inner)
@@ -263,7 +292,7 @@ def _mlp_backward(
     if kept.stream is None:
         assert kept.x is not None
         y, inner_output = behind.output.forward(attended)
-        h, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps)
+        h, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, behind.gate_up.room)
         kept.stream = h, inner_output
         del y
     h = kept.stream[0]
@@ -279,7 +308,7 @@ def _mlp_backward(
         d_part, gradients = _tile_backward(dy[part], h[part], held, inner_down, behind)
         if len(parts) == 1:
             return d_part, gradients
-        d_stream = torch.empty_like(h) if d_stream is None else d_stream
+        d_stream = h.new_empty(h.shape[0], d_part.shape[1]) if d_stream is None else d_stream
         d_stream[part] = d_part
         if sums:
             torch._foreach_add_(sums, gradients)
@@ -291,7 +320,8 @@ def _mlp_backward(
 
 def _gate_up(h: Tensor, normed: Tensor | None, part: slice, behind: Behind) -> tuple[Tensor, Tensor | None]:
     """Gate and up of one tile, and their inner activation."""
-    rows = layer.rms_norm(h, behind.norm, behind.eps) if normed is None else normed[part]
+    room = behind.gate_up.room
+    rows = layer.rms_norm(h, behind.norm, behind.eps, room) if normed is None else normed[part]
     return behind.gate_up.forward(rows)
 
 
@@ -305,13 +335,14 @@ def _tile_backward(
     """Gradient of the stream and of the adapters of the MLP, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
     d_inner = behind.down.d_inner(dy)
-    d_gate_up, active = layer.swiglu_backward(gate_up, behind.down.d_input(dy, d_inner))
+    d_gate_up, active = layer.swiglu_backward(gate_up, behind.down.d_input(dy, d_inner), behind.gate_up.room)
     del gate_up
     of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
     del active
     d_inner = behind.gate_up.d_inner(d_gate_up)
     d_normed = behind.gate_up.d_input(d_gate_up, d_inner)
-    d_h, normed = layer.rms_norm_backward(d_normed, dy, h, behind.norm, behind.eps)
+    d_past = dy[:, : h.shape[1]]
+    d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, behind.output.room)
     return d_h, [*behind.gate_up.d_adapters(d_gate_up, d_inner, normed, inner_gate_up), *of_down]
 
 
@@ -328,12 +359,14 @@ def _heads_backward(
     """Gradient of the layer's input (None if nobody asks), and of the adapters of query, key and value."""
     d_query, d_key, d_value = d_heads
     norm, eps = before.heads.norm, before.heads.norm_eps
-    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps).flatten(1)
+    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, before.projection.room)
     d_inner = before.projection.d_inner(dy)
     below: Tensor | None = None
     if needs_below:
         d_normed = before.projection.d_input(dy, d_inner)
-        below, normed = layer.rms_norm_backward(d_normed, d_stream, x, before.norm, before.eps)
+        d_past = d_stream[:, : x.shape[1]]
+        d_x, normed = layer.rms_norm_backward(d_normed, d_past, x, before.norm, before.eps, before.down.room)
+        below = before.down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)
     return below, before.projection.d_adapters(dy, d_inner, normed, heads.inner)

@@ -24,8 +24,9 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * d
+def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, room, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = row * d
     column = tl.arange(0, BLOCK)
     inside = column < d
     x = tl.load(x_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
@@ -37,69 +38,75 @@ def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, eps, ADD: tl.cons
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     unit = (x * inverse).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + at + column, unit * weight, mask=inside)
+    tl.store(out_ptr + row * (d + room) + column, unit * weight, mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> Tensor:
     """As `ops.layer.rms_norm`."""
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(x.shape[0],)](x, x, weight, out, out, x.shape[1], eps, ADD=False, BLOCK=block, num_warps=_warps(block))
+    rows, d = x.shape
+    x, out = x.contiguous(), x.new_empty(rows, d + room)
+    block = triton.next_power_of_2(d)
+    _rms_norm[(rows,)](x, x, weight, out, out, d, room, eps, ADD=False, BLOCK=block, num_warps=_warps(block))
     return out
 
 
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
     """As `ops.layer.add_rms_norm`."""
+    rows, d = x.shape
     x, y = x.contiguous(), y.contiguous()
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(x.shape[0],)](
-        x, y, weight, total, out, x.shape[1], eps, ADD=True, BLOCK=block, num_warps=_warps(block)
-    )
+    total, out = torch.empty_like(x), x.new_empty(rows, d + room)
+    block = triton.next_power_of_2(d)
+    _rms_norm[(rows,)](x, y, weight, total, out, d, room, eps, ADD=True, BLOCK=block, num_warps=_warps(block))
     return total, out
 
 
 @triton.jit
-def _rms_norm_backward(d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, eps, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * d
+def _rms_norm_backward(
+    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, residual_row, room, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = row * d
     column = tl.arange(0, BLOCK)
     inside = column < d
     x = tl.load(x_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     d_unit = tl.load(d_out_ptr + at + column, mask=inside, other=0.0).to(tl.float32) * weight
-    d_residual = tl.load(d_residual_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+    d_residual = tl.load(d_residual_ptr + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     unit = x * inverse
     d_x = inverse * (d_unit - unit * (tl.sum(d_unit * unit) / d)) + d_residual
-    tl.store(d_x_ptr + at + column, d_x, mask=inside)
+    tl.store(d_x_ptr + row * (d + room) + column, d_x, mask=inside)
     tl.store(out_ptr + at + column, unit.to(out_ptr.dtype.element_ty).to(tl.float32) * weight, mask=inside)
 
 
 def rms_norm_backward(
-    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float
+    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float, room: int = 0
 ) -> tuple[Tensor, Tensor]:
     """As `ops.layer.rms_norm_backward`."""
-    d_out, d_residual, x = d_out.contiguous(), d_residual.contiguous(), x.contiguous()
-    d_x, out = torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    _rms_norm_backward[(x.shape[0],)](
-        d_out, d_residual, x, weight, d_x, out, x.shape[1], eps, BLOCK=block, num_warps=_warps(block)
-    )
+    rows, d = x.shape
+    d_out, x = d_out.contiguous(), x.contiguous()
+    d_residual = d_residual if d_residual.stride(1) == 1 else d_residual.contiguous()
+    d_x, out = x.new_empty(rows, d + room), torch.empty_like(x)
+    block = triton.next_power_of_2(d)
+    _rms_norm_backward[(rows,)](
+        d_out, d_residual, x, weight, d_x, out, d, d_residual.stride(0), room, eps, BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
     return d_x, out
 
 
 @triton.jit
-def _swiglu(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _swiglu(gate_up_ptr, out_ptr, width, room, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * width + column, silu * up, mask=inside)
+    tl.store(out_ptr + row * (width + room) + column, silu * up, mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, room, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = row * 2 * width + column
@@ -108,6 +115,7 @@ def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, BLOC
     d_out = tl.load(d_out_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
+    at += row * room
     tl.store(d_gate_up_ptr + at, d_out * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
     tl.store(d_gate_up_ptr + at + width, d_out * silu, mask=inside)
     tl.store(out_ptr + row * width + column, silu.to(out_ptr.dtype.element_ty).to(tl.float32) * up, mask=inside)
@@ -116,21 +124,21 @@ def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, BLOC
 _SWIGLU_BLOCK = 2048
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, room: int = 0) -> Tensor:
     """As `ops.layer.swiglu`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width)
-    _swiglu[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](gate_up, out, width, BLOCK=_SWIGLU_BLOCK)
+    gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width + room)
+    _swiglu[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](gate_up, out, width, room, BLOCK=_SWIGLU_BLOCK)
     return out
 
 
-def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(gate_up: Tensor, d_out: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
     """As `ops.layer.swiglu_backward`."""
-    gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
-    d_gate_up, out = torch.empty_like(gate_up), torch.empty_like(d_out)
     rows, width = d_out.shape
+    gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
+    d_gate_up, out = gate_up.new_empty(rows, 2 * width + room), torch.empty_like(d_out)
     _swiglu_backward[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](
-        gate_up, d_out, d_gate_up, out, width, BLOCK=_SWIGLU_BLOCK
+        gate_up, d_out, d_gate_up, out, width, room, BLOCK=_SWIGLU_BLOCK
     )
     return d_gate_up, out
 
@@ -163,11 +171,11 @@ def _rotate(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float) -> Tensor:
-    """As `ops.layer.rotate`, for halves of a power of two."""
+    """As `ops.layer.rotate`, for halves of a power of two; without a norm in place, where only what turns is read."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    out, (tokens, heads, dim) = torch.empty_like(x), x.shape
+    out, (tokens, heads, dim) = x if weight is None else torch.empty_like(x), x.shape
     block = max(1, 1024 // dim)
-    _rotate[(tokens, triton.cdiv(heads, block))](
+    _rotate[(tokens, triton.cdiv(rotated if weight is None else heads, block))](
         x, cos, sin, x if weight is None else weight, out, heads, rotated, eps,
         NORM=weight is not None, HEADS=block, HALF=dim // 2,
     )  # fmt: skip
@@ -177,7 +185,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | N
 @triton.jit
 def _rotate_backward(
     d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr,
-    queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, eps,
+    queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, room, eps,
     NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -211,6 +219,7 @@ def _rotate_backward(
         x_a, x_b, a, b = x_a * inverse, x_b * inverse, a * weight_a, b * weight_b
         mean = ((tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)) / (2 * HALF))[:, None]
         a, b = inverse * (a - x_a * mean), inverse * (b - x_b * mean)
+    at += token * room
     tl.store(out_ptr + at, tl.where(head < rotated, a, a0), mask=inside)
     tl.store(out_ptr + at + HALF, tl.where(head < rotated, b, b0), mask=inside)
 
@@ -224,16 +233,17 @@ def rotate_backward(
     x: Tensor | None,
     weight: Tensor | None,
     eps: float,
+    room: int = 0,
 ) -> Tensor:
     """As `ops.layer.rotate_backward`, for halves of a power of two."""
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (d_query, d_key, d_value)]
     strides = [stride for part in parts for stride in part.stride()[:2]]
     (tokens, queries, dim), keys = parts[0].shape, parts[1].shape[1]
-    out = d_query.new_empty(tokens, queries + 2 * keys, dim)
+    out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + room)
     block = max(1, 1024 // dim)
     _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
         *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
-        queries, keys, *strides, eps, NORM=weight is not None, HEADS=block, HALF=dim // 2,
+        queries, keys, *strides, room, eps, NORM=weight is not None, HEADS=block, HALF=dim // 2,
     )  # fmt: skip
     return out
 

@@ -5,6 +5,9 @@ Each function here is one pass over them, forward or backward, written in plain 
 what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` runs instead. Sums are taken in float32
 (float64 for float64), outputs have the inputs' dtype.
 
+What goes on into a projection can be written with `room`: so many columns more than it has, whose values mean
+nothing yet and which `ops.projection` fills. The pass has to write its rows anyhow, and so they need no copy.
+
 Source of the formulas: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; rotary positions in halves as in
 GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.05202.
 """
@@ -40,11 +43,11 @@ def with_kernel(usable: Callable[..., bool]) -> Callable[[Callable[P, R]], Calla
     return mark
 
 
-def _half_on_gpu(x: Tensor, *_: object) -> bool:
+def _half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= 1 << 16
 
 
-def _whole_heads(x: Tensor, *_: object) -> bool:
+def _whole_heads(x: Tensor, *_: object, **__: object) -> bool:
     half = x.shape[-1] // 2
     return _half_on_gpu(x) and half & (half - 1) == 0
 
@@ -55,66 +58,68 @@ def wide(x: Tensor) -> Tensor:
 
 
 @with_kernel(_half_on_gpu)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + room)."""
     x32 = wide(x)
-    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return _with_room(weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype), room)
 
 
 @with_kernel(_half_on_gpu)
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, and its norm; both (N, d)."""
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
+    """x + y, (N, d), and its norm, (N, d + room)."""
     total = x + y
     x32 = wide(total)
-    return total, weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    unit = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return total, _with_room(weight * unit, room)
 
 
 @with_kernel(_half_on_gpu)
 def rms_norm_backward(
-    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float
+    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float, room: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x through its norm and past it, and the norm once more (cheaper than to keep it).
 
     Args:
         d_out: (N, d), gradient of `rms_norm(x)`.
         d_residual: (N, d), gradient of x itself, along the residual stream.
-    Returns: gradient of x, and rms_norm(x); both (N, d).
+    Returns: gradient of x, (N, d + room), and rms_norm(x), (N, d).
     """
     x32 = wide(x)
     inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     unit = x32 * inverse
     d_unit = wide(d_out) * wide(weight)
     d_x = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return (d_x + wide(d_residual)).to(x.dtype), weight * unit.to(x.dtype)
+    return _with_room((d_x + wide(d_residual)).to(x.dtype), room), weight * unit.to(x.dtype)
 
 
 @with_kernel(_half_on_gpu)
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up; (N, 2 m) with the gate first -> (N, m)."""
+def swiglu(gate_up: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + room)."""
     gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up
+    return _with_room(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, room)
 
 
 @with_kernel(_half_on_gpu)
-def swiglu_backward(gate_up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `gate_up`, (N, 2 m), and `swiglu(gate_up)` once more, (N, m)."""
+def swiglu_backward(gate_up: Tensor, d_out: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
+    """Gradient of `gate_up`, (N, 2 m + room), and `swiglu(gate_up)` once more, (N, m)."""
     gate, up = gate_up.chunk(2, -1)
     gate32, up32, d32 = wide(gate), wide(up), wide(d_out)
     sigmoid = torch.sigmoid(gate32)
     silu = gate32 * sigmoid
     d_gate = d32 * up32 * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([d_gate, d32 * silu], -1).to(gate.dtype), silu.to(gate.dtype) * up
+    d_gate_up = torch.cat([d_gate, d32 * silu], -1).to(gate.dtype)
+    return _with_room(d_gate_up, room), silu.to(gate.dtype) * up
 
 
 @with_kernel(_whole_heads)
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float) -> Tensor:
-    """Turns the first `rotated` heads by their positions; the others, the values, are copied.
+    """Turns the first `rotated` heads by their positions; the others, the values, stay as they are.
 
     Args:
         x: (T, heads, head_dim).
         cos, sin: (T, head_dim).
         weight: (rotated, head_dim) of a norm over each head before it is turned, or None for no norm.
-    Returns: (T, heads, head_dim).
+    Returns: (T, heads, head_dim); without a norm it may take the place of x.
     """
     head = wide(x[:, :rotated])
     if weight is not None:
@@ -134,13 +139,14 @@ def rotate_backward(
     x: Tensor | None,
     weight: Tensor | None,
     eps: float,
+    room: int = 0,
 ) -> Tensor:
     """Gradient of the argument of `rotate` from those of its three parts.
 
     Args:
         d_query, d_key, d_value: (T, heads of each, head_dim).
         x: (T, heads, head_dim), the argument, needed only where there is a norm.
-    Returns: (T, heads, head_dim).
+    Returns: (T, heads * head_dim + room).
     """
     d_turned = wide(torch.cat([d_query, d_key], 1))
     d_head = d_turned * wide(cos)[:, None] - _quarter_turn(d_turned * wide(sin)[:, None])
@@ -150,10 +156,14 @@ def rotate_backward(
         inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         unit, d_unit = x32 * inverse, d_head * wide(weight)
         d_head = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return torch.cat([d_head.to(d_value.dtype), d_value], 1)
+    return _with_room(torch.cat([d_head.to(d_value.dtype), d_value], 1).flatten(1), room)
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a) for the two halves of each head; its transpose is its negative."""
     a, b = x.chunk(2, -1)
     return torch.cat([-b, a], -1)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, room)) if room else x

@@ -171,22 +171,23 @@ def test_elementwise_passes():
     split = y.view(777, 16, 64).split([8, 4, 4], 1)
     for function, arguments in (
         (layer.rms_norm, (x, weight, 1e-6)),
-        (layer.add_rms_norm, (x, y, weight, 1e-6)),
-        (layer.rms_norm_backward, (y, z, x, weight, 1e-6)),
-        (layer.swiglu, (x,)),
-        (layer.swiglu_backward, (x, y[:, :512].contiguous())),
+        (layer.rms_norm, (x, weight, 1e-6, 64)),
+        (layer.add_rms_norm, (x, y, weight, 1e-6, 64)),
+        (layer.rms_norm_backward, (y, z, x, weight, 1e-6, 64)),
+        (layer.swiglu, (x, 64)),
+        (layer.swiglu_backward, (x, y[:, :512].contiguous(), 64)),
         (layer.rotate, (heads, cos, sin, 12, None, 0.0)),
         (layer.rotate, (heads, cos, sin, 12, table, 1e-6)),
-        (layer.rotate_backward, (*split, cos, sin, None, None, 0.0)),
+        (layer.rotate_backward, (*split, cos, sin, None, None, 0.0, 64)),
         (layer.rotate_backward, (*split, cos, sin, heads, table, 1e-6)),
     ):
         reference = function.__wrapped__
         exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
-        for got, plain, true in zip(
-            *(r if isinstance(r, tuple) else (r,) for r in (function(*arguments), reference(*arguments), exact)),
-            strict=True,
-        ):
-            assert_as_good(got, plain, true, function.__name__)
+        slow = reference(*arguments)
+        fast = function(*arguments)  # last: it may work in place
+        for got, plain, true in zip(*(r if isinstance(r, tuple) else (r,) for r in (fast, slow, exact)), strict=True):
+            meant = true != 0  # where a row has room the reference has zeros, and the kernel what it found there
+            assert_as_good(got[meant], plain[meant], true[meant], function.__name__)
 
 
 ROWS = [

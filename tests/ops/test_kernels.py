@@ -24,24 +24,28 @@ def half(*shape):
 def check(name, got, reference):
     got, reference = (x if isinstance(x, tuple) else (x,) for x in (got, reference))
     for a, b in zip(got, reference, strict=True):
-        error = float((a.double() - b.double()).norm() / b.double().norm())
+        assert a.shape == b.shape, name
+        meant = b != 0  # the reference has zeros where a row has room, and what the kernel leaves there means nothing
+        error = float((a[meant].double() - b[meant].double()).norm() / b.double().norm())
         assert error < 2e-3, (name, error)  # a few roundings of float16, 4.9e-4 each
 
 def both(name, *arguments, module=layer):
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    check(name, getattr(kernels, name)(*copies), getattr(module, name)(*arguments))
+    reference = getattr(module, name)(*arguments)
+    check(name, getattr(kernels, name)(*arguments), reference)  # in this order: the kernel may work in place
 
-x, y, z, weight = half(5, 96), half(5, 96), half(5, 96), half(96)
-both("rms_norm", x, weight, 1e-6)
-both("add_rms_norm", x, y, weight, 1e-6)
-both("rms_norm_backward", y, z, x, weight, 1e-6)
-both("swiglu", half(5, 2 * 70))
-both("swiglu_backward", half(5, 2 * 70), half(5, 70))
+x, y, weight = half(5, 96), half(5, 96), half(96)
+for room in (0, 8):
+    both("rms_norm", x, weight, 1e-6, room)
+    both("add_rms_norm", x, y, weight, 1e-6, room)
+    both("rms_norm_backward", y, half(5, 100)[:, :96], x, weight, 1e-6, room)
+    both("swiglu", half(5, 2 * 70), room)
+    both("swiglu_backward", half(5, 2 * 70), half(5, 70), room)
 heads, cos, sin, table = half(5, 7, 16), half(5, 16), half(5, 16), half(5, 16)
 for norm in (None, table):
     both("rotate", heads, cos, sin, 5, norm, 1e-6)
     d_key = half(5, 9, 16)[:, 3:5]  # strided, as a slice is
-    both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6)
+    for room in (0, 8):
+        both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6, room)
 for softcap in (None, 3.0):
     both("logprobs_of", 4 * half(6, 5003), torch.randint(5003, (6,)), 0.5, softcap, module=logprobs)
 

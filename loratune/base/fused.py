@@ -330,7 +330,7 @@ def _lane(member: nn.Linear) -> Lane | None:
 
 def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjection:
     """The same for layers of a bank; it has no border, since each token has low-rank columns of its own."""
-    frozen, _ = _frozen(members, 0)
+    frozen, _ = _frozen(members, 0, copies)
     lanes, rows, row = [], [], 0
     for member in members:
         lane = _lane(member)

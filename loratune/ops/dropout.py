@@ -1,0 +1,83 @@
+"""Dropout whose every decision is a function of what it is for, and of nothing else.
+
+A generator hands out its numbers in the order in which it is asked, so what one adapter's dropout draws depends on
+who drew before it. Here the decision about one element is a hash of (seed, step), the layer, the token's position in
+the adapter's own step, and the feature. Whoever else is in the row, wherever in the row the token lies, whether it
+is computed now or once more in a backward, on a CPU or a GPU: the same bits, and nothing to keep.
+
+Source: counter-based generators, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixing
+functions are the finalisers of splitmix64 (Steele et al. 2014) for the key and of MurmurHash3 for the elements.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B9 - (1 << 32)
+"""2^32 / golden ratio, as int32: spreads neighbouring features over all 32 bits."""
+FIRST, SECOND = 0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32)
+"""Multipliers of MurmurHash3's finaliser, as int32."""
+LEVELS = 1 << 24
+"""Probabilities are multiples of 2^-24."""
+
+
+def dropout_key(seed: int, step: int) -> int:
+    """The key of one optimizer step, 64 bits; unrelated for neighbouring seeds and steps."""
+    return _splitmix(_splitmix(seed & _MASK64) ^ (step & _MASK64))
+
+
+def layer_salt(path: str) -> int:
+    """What sets one layer's masks apart from another's, int32: a checksum of its path, the same in every run."""
+    return _int32(zlib.crc32(path.encode()))
+
+
+def halves(key: int) -> tuple[int, int]:
+    """A key as two int32, low and high, as tensors and kernels take it."""
+    return _int32(key), _int32(key >> 32)
+
+
+def threshold(probability: float) -> int:
+    """Of `LEVELS` hashes, how many are dropped."""
+    return round(probability * LEVELS)
+
+
+def keep_mask(
+    key: int, salt: int, position: int, shape: tuple[int, int], probability: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Which elements stay: (tokens, features) bool, each True with 1 - probability.
+
+    Args:
+        key: of the step, `dropout_key`.
+        salt: of the layer, `layer_salt`.
+        position: of the first token in the adapter's own step; the others follow.
+        shape: tokens, features.
+    """
+    low, high = halves(key)
+    tokens = torch.arange(position, position + shape[0], dtype=torch.int32, device=device)
+    features = torch.arange(shape[1], dtype=torch.int32, device=device).mul_(GOLDEN)
+    rows = _finalise(_finalise(tokens ^ low) ^ (high ^ salt))
+    hashed = _finalise(rows[:, None] ^ features)
+    return ((hashed >> 8) & (LEVELS - 1)) >= threshold(probability)
+
+
+def _finalise(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int32: products wrap, shifts are logical."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * SECOND
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _splitmix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _int32(x: int) -> int:
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >= 1 << 31 else x

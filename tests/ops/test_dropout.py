@@ -1,0 +1,46 @@
+"""Keyed dropout: the share that it should keep, and decisions that depend on nothing but what they are for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.ops.dropout import dropout_key, keep_mask, layer_salt
+
+SHAPE = (400, 256)
+
+
+def mask(seed=0, step=0, path="layers.0.q_proj", position=0, shape=SHAPE, probability=0.5):
+    return keep_mask(dropout_key(seed, step), layer_salt(path), position, shape, probability)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+def test_keeps_the_share_that_it_should(probability):
+    kept = mask(probability=probability).float()
+    # Five standard deviations of a mean of n independent decisions; for rows and columns as well.
+    spread = 5 * (probability * (1 - probability)) ** 0.5
+    assert abs(kept.mean() - (1 - probability)) < spread / kept.numel() ** 0.5
+    assert (kept.mean(0) - (1 - probability)).abs().max() < spread / SHAPE[0] ** 0.5
+    assert (kept.mean(1) - (1 - probability)).abs().max() < spread / SHAPE[1] ** 0.5
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"path": "layers.0.k_proj"}, {"position": 1}])
+def test_whatever_it_is_keyed_by_changes_half_of_it(other):
+    differing = (mask() != mask(**other)).float().mean()
+    assert abs(differing - 0.5) < 5 * 0.5 / (SHAPE[0] * SHAPE[1]) ** 0.5
+
+
+def test_a_token_is_treated_alike_wherever_it_is_computed():
+    whole = mask(position=1000)
+    assert torch.equal(whole[37:90], mask(position=1037, shape=(53, SHAPE[1])))
+    assert torch.equal(whole, mask(position=1000))
+
+
+def test_the_same_numbers_in_every_version():
+    """A resumed run must drop what the first one would have dropped, so these may never change."""
+    assert dropout_key(0, 0) == 0xA706DD2F4D197E6F
+    assert dropout_key(1, 7) == 0x7716DA39CBA275B2
+    assert mask(shape=(2, 16)).int().tolist() == [
+        [0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1],
+        [0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
+    ]

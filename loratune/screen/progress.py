@@ -68,6 +68,7 @@ def summary(result: RunResult, console: Console) -> None:
         "early stop": ("stopped early: the held-out loss no longer falls", "bold green"),
         "interrupted": ("interrupted; everything is saved", "bold yellow"),
         "diverged": ("stopped: the loss is not finite", "bold red"),
+        "dropped": ("left to better ones of its sweep", "bold yellow"),
     }[result.reason]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")

@@ -21,7 +21,8 @@ from loratune.training.step import StepResult
 MAX_SKIPPED_IN_A_ROW = 3
 """Steps with a non-finite loss or gradient, one after the other, before a run gives up."""
 
-Reason = Literal["done", "early stop", "interrupted", "diverged"]
+Reason = Literal["done", "early stop", "interrupted", "diverged", "dropped"]
+"""Why a run ended; "dropped" is a job of a sweep that others left behind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Halving:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """One run of a sweep."""
 
     name: str
@@ -73,7 +73,7 @@ class Job:
 class Plan:
     """All runs of a sweep."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[PlannedJob, ...]
     halving: Halving | None = None
 
 
@@ -99,7 +99,7 @@ def read_plan(
         if not isinstance(values["halving"], dict):
             raise ConfigError(f"{source.at('', 'halving')}: halving is a section: [halving]")
         halving = from_dict(Halving, values["halving"], source.at("halving"))
-    jobs: list[Job] = []
+    jobs: list[PlannedJob] = []
     for own, varied in itertools.product(_own_settings(source, values.get("job", [{}])), grid):
         name, settings, where = own
         job = _merged(shared, settings, _nested(varied), {"": given})
@@ -107,7 +107,7 @@ def read_plan(
         config = _build(job, str(Path(out) / name), f'{where} (job "{name}")')
         _check(config, f'{where} (job "{name}")')
         tells = {k: v for section in settings.values() for k, v in section.items()} | varied
-        jobs.append(Job(name, config, {k: v for k, v in tells.items() if k != "data"} or {"data": config.data}))
+        jobs.append(PlannedJob(name, config, tells))
     _check_names(file, jobs)
     if halving and any(not j.config.dataset.eval_data and not j.config.dataset.eval_fraction for j in jobs):
         raise ConfigError(f"{source.at('halving')}: halving compares held-out losses; eval_fraction must not be 0")
@@ -253,7 +253,7 @@ def _check(config: RunConfig, where: str) -> None:
         raise ConfigError(f"{where}: log_to {alone[0]} takes one run a process; a sweep reports to tensorboard")
 
 
-def _check_names(file: str, jobs: list[Job]) -> None:
+def _check_names(file: str, jobs: list[PlannedJob]) -> None:
     seen: set[str] = set()
     for job in jobs:
         if not re.fullmatch(r"[\w+=,@-][\w.+=,@-]*", job.name):
@@ -272,7 +272,7 @@ def _label(key: str, value: Any) -> str:
     return _SHORT.get(key, key) + re.sub(r"[^\w.+=,@-]+", "_", text)
 
 
-def _only_what_differs(jobs: list[Job]) -> Iterator[Job]:
+def _only_what_differs(jobs: list[PlannedJob]) -> Iterator[PlannedJob]:
     """Leaves out of `varied` what is the same in all jobs."""
     for job in jobs:
         differs = {k: v for k, v in job.varied.items() if any(other.varied.get(k) != v for other in jobs)}

@@ -97,7 +97,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         attached = None
         load_adapter(model, resume_from, name=ADAPTER)
     activate(model, ADAPTER)
-    dataset = _dataset(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
+    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
     yield from _train(model, tokenizer, dataset, config, attached, out, resume_from, stop)
 
 
@@ -140,7 +140,7 @@ def train(
     where = Path(out) if out is not None else None
     if where is not None:
         atomic.check_new(where, overwrite=False)
-    prepared = _dataset(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
+    prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
     result: RunResult | None = None
     for event in _train(model, tokenizer, prepared, config, None, where, None, lambda: False):
         if isinstance(event, RunResult):
@@ -171,7 +171,7 @@ def _train(
     for text in forward.notes:
         yield Note(text)
     parameters = trainable_parameters(model)
-    rows = _rows(tokenizer, dataset, config)
+    rows = rows_of(tokenizer, dataset, config)
     lengths = [len(example) for example in dataset.train]
     loop = Loop(forward, name, parameters, rows, config.training, out and out / "checkpoints", stop)
     if resume_from is not None:
@@ -215,7 +215,7 @@ def _train(
         )
 
 
-def _dataset(
+def dataset_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     paths: Sequence[str],
@@ -223,6 +223,7 @@ def _dataset(
     seed: int,
     cache_dir: str | None,
 ) -> Dataset:
+    """Reads and renders the files of a run as its model and tokenizer want it."""
     return prepare(
         paths,
         tokenizer,
@@ -234,7 +235,8 @@ def _dataset(
     )
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
+def rows_of(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
+    """The packed rows of a run."""
     pad = pad_id(tokenizer)
     tokens_per_row, seed = config.dataset.tokens_per_row, config.training.seed
 

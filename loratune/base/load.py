@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import hub
+from loratune.base.quantising import FORMS, form_of_files, load_quantised
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
@@ -75,36 +77,33 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
 
     Args:
         model: a local folder, a hub id, or `POCKET`.
-        precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU.
+        precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU. "nf4"
+            quantises linear layers to 4 bits as they are read; everything else is then bfloat16 on a GPU (float16
+            if the files are) and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so.
         device: by default the first GPU, else the CPU.
 
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
-        are missing from the checkpoint.
+        are missing from the checkpoint or in a form that is not read.
     """
     where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
     source = resolve(model)
-    dtype: torch.dtype | str = DTYPES.get(precision, "auto")
-    if precision == "auto" and where.type == "cpu":
-        dtype = torch.float32
     config = load_config(model)
     _check_causal(model, config)
+    files = form_of_files(model, config, precision)
     try:
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            device_map=None if where.type == "cpu" else {"": where},
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, with a name
-            output_loading_info=True,
-        )
+        if precision in FORMS or files == "4-bit":
+            dtype = _compute_dtype(precision, where, config)
+            loaded, missing = load_quantised(_local(source), config, dtype, where, FORMS.get(precision))
+        else:
+            loaded, missing = _load_dense(source, config, precision, where)
+            if files == "dequantised" and where.type == "cpu" and precision == "auto":
+                loaded = loaded.float()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError | torch.OutOfMemoryError):
+            raise
         raise ModelError(f"{model}: the weights cannot be loaded: {_first_line(error)}") from error
-    loaded, report = loading
-    missing = sorted(report["missing_keys"])
-    missing += sorted(str(key[0]) for key in report.get("mismatched_keys", ()) if key[0] not in missing)
     if missing:
         raise ModelError(
             f"{model}: tensors are missing from the checkpoint or of the wrong shape, {len(missing)} in all, first "
@@ -115,6 +114,42 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     loaded.requires_grad_(False)
     result: PreTrainedModel = loaded.eval()
     return result
+
+
+def _load_dense(
+    source: str, config: Any, precision: Precision, where: torch.device
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model as transformers loads it, and the names of what its files lack."""
+    dtype: torch.dtype | str = DTYPES.get(precision, "auto")
+    if precision == "auto" and where.type == "cpu":
+        dtype = torch.float32
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        device_map=None if where.type == "cpu" else {"": where},
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported by the caller, with a name
+        output_loading_info=True,
+    )
+    loaded, report = loading
+    missing = sorted(report["missing_keys"])
+    missing += sorted(str(key[0]) for key in report.get("mismatched_keys", ()) if key[0] not in missing)
+    return loaded, missing
+
+
+def _compute_dtype(precision: Precision, where: torch.device, config: Any) -> torch.dtype:
+    """That of the products with quantised weights and of everything that is not quantised."""
+    if precision in DTYPES:
+        return DTYPES[precision]
+    if where.type == "cpu":
+        return torch.float32
+    return torch.float16 if getattr(config, "dtype", None) == torch.float16 else torch.bfloat16
+
+
+def _local(source: str) -> str:
+    """The folder that holds the files of `source`, downloaded if it is a hub id."""
+    return source if Path(source).is_dir() else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
 
 
 def load_config(model: str) -> Any:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.base import nf4_files
 from loratune.ops import nf4
+from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Dense, Frozen, frozen_linear
 from loratune.ops.nf4 import Nf4Weight
 
@@ -29,7 +30,7 @@ class Held:
 
     def __init__(self, frozen: Frozen) -> None:
         self.frozen = frozen
-        self.stack: tuple[Nf4Weight, list[Frozen]] | None = None
+        self.stack: tuple[Nf4Weight | Fp8Weight, list[Frozen]] | None = None
         """All rows of a stack that this weight is the first of, and the weights that it consists of."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Held:
@@ -121,21 +122,29 @@ def frozen_of(module: nn.Module) -> Frozen:
 
 def stackable(frozen: Frozen) -> bool:
     """Whether `stacked` can lay a weight beside others."""
+    if isinstance(frozen, Fp8Weight):
+        return True
     return isinstance(frozen, Nf4Weight) and frozen.shape[0] * frozen.shape[1] % frozen.block == 0
 
 
-def stacked(members: Sequence[QuantisedLinear]) -> Frozen:
-    """The weights of layers that read the same input as one; they are all `stackable`.
+def stacked(members: Sequence[QuantisedLinear], ranks: int = 0) -> Frozen:
+    """The weights of layers that read the same input as one; they are all `stackable`, and of one kind.
 
-    Afterwards the members share its memory, so that nothing is held twice.
+    Afterwards the members share its memory, so that nothing is held twice. `ranks`: those of their adapters, for
+    which weights in 8 bits leave room.
     """
-    weights = [cast(Nf4Weight, member.frozen) for member in members]
-    if len(weights) == 1:
-        return weights[0]
+    weights = [member.frozen for member in members]
     before = members[0].held.stack
-    if before is not None and len(before[1]) == len(weights) and all(map(operator.is_, before[1], weights)):
+    same = before is not None and len(before[1]) == len(weights) and all(map(operator.is_, before[1], weights))
+    if before is not None and same and (isinstance(before[0], Nf4Weight) or before[0].has_room(ranks)):
         return before[0]
-    together = nf4.stack(weights)
+    together: Nf4Weight | Fp8Weight
+    if isinstance(weights[0], Fp8Weight):
+        together = Fp8Weight.stacked(cast("list[Fp8Weight]", weights), ranks)
+    elif len(weights) == 1:
+        return weights[0]
+    else:
+        together = nf4.stack(cast("list[Nf4Weight]", weights))
     row = 0
     for member in members:
         member.frozen = together.rows(slice(row, row + member.out_features))

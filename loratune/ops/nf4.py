@@ -145,9 +145,9 @@ class Nf4Weight:
             return self._rectangle(slice(0, self.shape[0]), slice(0, self.shape[1]))
         return dequantise(self)
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Nf4Weight:
+    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Nf4Weight:
         """The same codes elsewhere, or for products in another dtype; not rounded again."""
-        device = device or self.device
+        device = self.device if device is None else torch.device(device)
         nested = self.nested and Nested(
             self.nested.scale.to(device),
             self.nested.offset.to(device),

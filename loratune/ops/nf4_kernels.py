@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCKS = 64
-_WARPS = 4
+_BLOCKS = 32
+_WARPS = 1
 
 
 @triton.jit

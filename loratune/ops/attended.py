@@ -81,7 +81,7 @@ class _Heads:
     def pack(self, tensor: Tensor) -> Tensor | _View:
         assert self.heads is not None
         if tensor.untyped_storage().data_ptr() != self.heads.untyped_storage().data_ptr():
-            return tensor
+            return tensor.detach()  # an output that its own node held would never be let go of
         offset = int(tensor.storage_offset()) - int(self.heads.storage_offset())
         return _View(tensor.shape, tensor.stride(), offset)
 

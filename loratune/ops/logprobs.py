@@ -102,6 +102,7 @@ def _on_gpu(
         logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
         if gradient is not None:
             torch.mm(slope, weight, out=gradient[rows])
+        del logits, slope  # or the next chunk would be made beside them
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:

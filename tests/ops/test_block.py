@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
+from loratune.ops.attended import Attended
 from loratune.ops.policy import Level, Plan
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
@@ -113,3 +117,35 @@ def test_heads_are_let_go_of_where_attention_keeps_views_of_them():
     heads = 2 * TOKENS * 3 * config.hidden_size * 4
     assert wide[2] - selective[2] >= heads
     assert all(torch.equal(wide[1][path], selective[1][path]) for path in wide[1])
+
+
+class _Keeping(torch.autograd.Function):
+    """Like an attention kernel: keeps its output for its backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, token):
+        out = query * 2.0
+        ctx.save_for_backward(out)
+        ctx.token = token
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        (out,) = ctx.saved_tensors
+        return d_out * out, None, None, None
+
+
+def test_attention_that_is_dropped_is_gone():
+    """Its small graph holds its own output; were that a cycle, each recomputed layer would leave a row in memory."""
+
+    class Token:
+        pass
+
+    token = Token()
+    gone = weakref.ref(token)
+    attended = Attended(lambda q, k, v: _Keeping.apply(q, k, v, token).flatten(1), torch.randn(5, 6, 4), (2, 2, 2))
+    assert attended.out.shape == (5, 8)
+    attended.forget_heads()
+    del token, attended
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,123 @@
+"""The Triton kernels of a bank against their references, in Triton's interpreter, so that it needs no GPU.
+
+The interpreter is chosen when kernels are defined, so the comparison runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPARE = """
+import torch
+from triton.runtime import interpreter
+
+patch = interpreter._patch_lang_tensor
+
+def patch_with_bounds(tensor, scope):  # Triton 3.6's interpreter and NumPy 2.4 disagree about int() of one element
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+interpreter._patch_lang_tensor = patch_with_bounds
+from loratune.ops import bank
+from loratune.ops.bank import BankProjection, Lane, Part, Pool, Segment
+from loratune.ops.bank_kernels import Tables
+from loratune.ops.dropout import dropout_key, layer_salt
+from loratune.ops.frozen import Dense
+
+torch.manual_seed(0)
+half = torch.float16
+D_IN, OUTS, SLOTS, TOKENS = 96, (64, 32, 48), 4, 334
+RANKS = {0: (4, 4, 0), 1: (1, 40, 17), 3: (16, 16, 16)}  # a slot without adapter, a member without, unequal ranks
+
+def a_pool():
+    frozen = Dense(torch.zeros(sum(OUTS), D_IN, dtype=half))
+    room = 64 * 200
+    pool = Pool([slot * room for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
+    rows, lanes, at = [], [], 0
+    for index, width in enumerate(OUTS):
+        lanes.append(Lane(index, layer_salt(f"layer.{index}"), D_IN, width))
+        rows.append(slice(at, at + width))
+        at += width
+    pool.dropout = [0.0, 0.3, 0.0, 0.0]
+    for slot, ranks in RANKS.items():
+        end = 0
+        def take(r, width):
+            nonlocal end
+            begin, end = end, end + -(-r * width // 64) * 64
+            flats = [pool.slot(flat, slot) for flat in (pool.master, pool.gradient)]
+            return [flat[begin:begin + r * width].view(r, width) for flat in flats]
+        for lane, r in zip(lanes, ranks):
+            if r:
+                (A, dA), (B, dB) = take(r, lane.d_in), take(r, lane.d_out)
+                A.copy_(torch.randn(A.shape).to(half))
+                B.copy_(torch.randn(B.shape).to(half))
+                lane.parts[slot] = Part(A, B, dA, dB, 0.5 + slot)
+    return pool, BankProjection(frozen, None, pool, lanes, rows), lanes
+
+DROPPED = Segment(1, 64, 150, dropout_key(1, 2), 1000)
+SEGMENTS = (Segment(3, 0, 64), DROPPED, Segment(3, 192, 220), Segment(0, 320, 334))
+
+def run(p, x, dy):
+    y, dx = torch.zeros(TOKENS, sum(OUTS), dtype=half), torch.zeros(TOKENS, D_IN, dtype=half)
+    inner = bank.thin_forward(p, x)
+    bank.wide_forward(p, inner, y)
+    d_inner = bank.thin_backward(p, dy)
+    bank.wide_backward(p, d_inner, dx)
+    for _ in range(2):  # gradients are added to
+        bank.outer(p, dy, d_inner, x, inner)
+    return y, dx, p.pool.gradient.clone()
+
+pool, p, lanes = a_pool()
+pool.tables = None
+pool.segments = SEGMENTS
+room = torch.randn(TOKENS, D_IN + 16).to(half)
+x, dy = room[:, :D_IN], torch.randn(TOKENS, sum(OUTS)).to(half)
+for a, b in ((150, 192), (220, 320)):  # what lies between segments reaches no loss
+    dy[a:b] = 0
+expected = run(p, x, dy)
+
+pool.gradient.zero_()
+tables = pool.tables = Tables(pool, 3, half)
+for slot in range(SLOTS):
+    tables.set_slot(pool, slot, lanes)
+pool.segments = tuple(Segment(0, start, start + 64) for start in range(0, 1280, 64))
+tables.set_row(pool)  # a longer row before leaves nothing behind
+pool.segments = SEGMENTS
+tables.set_row(pool)
+pool.refresh()
+got = run(p, x, dy)
+
+written = torch.zeros(TOKENS, dtype=torch.bool)
+for s in SEGMENTS:
+    written[s.start:s.stop] = True
+for name, a, b in zip(("y", "dx", "gradient"), got, expected):
+    a, b = (a, b) if name == "gradient" else (a[written], b[written])
+    error = float((a.double() - b.double()).norm() / b.double().norm())
+    assert error < 2e-3, (name, error)  # a few roundings of float16, 4.9e-4 each
+assert not got[0][256:320].any(), "a block that is nobody's is written to"
+assert not got[1][256:320].any()
+
+sound = got
+pool.slot(pool.master, 1).fill_(float("nan"))
+pool.gradient.zero_()
+pool.refresh()
+sick = run(p, x, dy)
+others = torch.ones(TOKENS, dtype=torch.bool)
+others[64:192] = False
+assert torch.equal(sick[0][others], sound[0][others]) and torch.equal(sick[1][others], sound[1][others])
+assert sick[0][64:150].isnan().any()
+for slot in (0, 2, 3):
+    assert torch.equal(pool.slot(sick[2], slot), pool.slot(sound[2], slot))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+def test_kernels_equal_their_references_and_keep_slots_apart():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

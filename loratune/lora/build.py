@@ -25,11 +25,18 @@ from loratune.lora.select import Place, Selection, Target
 from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
 
 
-def build(model: nn.Module, config: LoraConfig, selection: Selection, seed: int | None) -> Adapter:
+def build(
+    model: nn.Module,
+    config: LoraConfig,
+    selection: Selection,
+    seed: int | None,
+    device: torch.device | None = None,
+) -> Adapter:
     """An adapter for `model`, whose base must be at rest (no adapter in use). Changes nothing.
 
     Args:
         seed: of the initial values; None leaves A and B uninitialised, for a reader that fills them.
+        device: of A and B; by default that of each layer.
 
     Raises: AdapterError: a module of modules_to_save is tied to one that is not; there is no bias to train.
     """
@@ -42,11 +49,13 @@ def build(model: nn.Module, config: LoraConfig, selection: Selection, seed: int 
         )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for target in selection.targets:
-        adapter.layers[target.path] = _weights(target, config.init_lora_weights, generator)
+        adapter.layers[target.path] = _weights(target, config.init_lora_weights, generator, device)
     return adapter
 
 
-def _weights(target: Target, init: bool | str, generator: torch.Generator | None) -> LayerWeights:
+def _weights(
+    target: Target, init: bool | str, generator: torch.Generator | None, device: torch.device | None
+) -> LayerWeights:
     d_in, d_out = target.layer_class.features(target.base)
     weight = frozen_of(target.base)
     lora_A = torch.empty(target.r, d_in, dtype=master_dtype(weight))
@@ -55,7 +64,7 @@ def _weights(target: Target, init: bool | str, generator: torch.Generator | None
         _fill_embedding(lora_A, lora_B, init, generator)
     elif generator is not None:
         _fill_linear(lora_A, lora_B, init, generator)
-    A, B = (nn.Parameter(t.to(weight.device)) for t in (lora_A, lora_B))
+    A, B = (nn.Parameter(t.to(device or weight.device)) for t in (lora_A, lora_B))
     return LayerWeights(target.layer_class, A, B, target.scaling)
 
 

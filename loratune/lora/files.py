@@ -132,6 +132,18 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     return add(model, name, lambda: _fitted(model, folder, read, tensors))
 
 
+def read_adapter(
+    model: nn.Module, directory: str | Path, name: str, device: torch.device | None = None
+) -> tuple[Selection, Adapter]:
+    """The adapter in `directory`, fitted to `model` and filled, with A and B on `device`; changes nothing.
+
+    The bare base, or an adapter without modules and biases of its own, must be in use.
+    Raises: AdapterError: as `load_adapter`.
+    """
+    folder = find_folder(directory, name)
+    return _fitted(model, folder, peft_config.read(folder), read_tensors(folder), device)
+
+
 def read_config(directory: str | Path) -> LoraConfig:
     """The configuration of a saved adapter. Raises AdapterError."""
     return peft_config.read(find_folder(directory)).lora
@@ -238,12 +250,16 @@ def _layer_keys(path: str, *, embedding: bool) -> tuple[str, str]:
 
 
 def _fitted(
-    model: nn.Module, folder: Path, read: AdapterConfig, tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    folder: Path,
+    read: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | None = None,
 ) -> tuple[Selection, Adapter]:
     """The adapter of the file, built for the resting `model` and filled; changes nothing."""
     config = replace(read.lora, modules_to_save=_saved_paths(model, read.lora.modules_to_save or [], tensors))
     selection = select(model, config, strict=False)
-    adapter = build(model, config, selection, seed=None)
+    adapter = build(model, config, selection, seed=None, device=device)
     slots = _slots(adapter)
     given = _given(model, folder, slots, tensors)
     _check_keys(folder, slots, given)

@@ -112,15 +112,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         state.get(name)
     before = {} if name is None or name in state.active else dict(state.active)
-    with _resting(model, state):
+    with resting(model, state):
         for gone in [name] if name is not None else list(state.adapters):
             del state.adapters[gone]
             if state.store is not None:
                 state.store.forget(gone)
-        still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
-        for path in [path for path in state.layers if path not in still_used]:
-            place_module(model, state.places[path], state.layers.pop(path).to_base())
-        state.plans.clear()
+        drop_unused(model, state)
     if state.adapters:
         switch(model, state, before)
         return
@@ -149,7 +146,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
         raise AdapterError(f'an irreversible merge would leave "{others[0]}" without its base; detach it first')
     _check_finite(name, adapter)
     before = dict(state.active)
-    with _resting(model, state):
+    with resting(model, state):
         _check_ties(model, state, adapter)
         switch(model, state, {name: 1.0})
         _fold([state.layers[path] for path in adapter.layers], reversible)
@@ -204,13 +201,17 @@ def config_of(model: nn.Module, name: str) -> LoraConfig:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The Parameters of the one active adapter by name, each once, in a fixed order: what an optimizer should get.
 
-    Raises: AdapterError: an adapter is merged, or not exactly one adapter is active.
+    Raises: AdapterError: an adapter is merged, not exactly one adapter is active, or it rests in a store.
     """
     state = require(model)
     state.require_unmerged("train")
     if not is_plain(state.active) or not state.active:
         raise AdapterError(f"exactly one adapter must be active to train; active now: {state.active or 'none'}")
-    return state.get(next(iter(state.active))).parameters()
+    name = next(iter(state.active))
+    adapter = state.get(name)
+    if adapter.stored:
+        raise AdapterError(f'adapter "{name}" rests in a store, rounded for inference; load it without to train it')
+    return adapter.parameters()
 
 
 def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter]]) -> Attached:
@@ -220,9 +221,11 @@ def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter
     check_name(name)
     if name in state.adapters:
         raise AdapterError(f'an adapter "{name}" is already attached; detach it first or choose another name')
-    with _resting(model, state):
+    with resting(model, state):
         selection, adapter = make()
-    return _join(model, state, name, selection, adapter)
+    added = join(model, state, name, selection, adapter)
+    switch(model, state, {name: 1.0})
+    return added
 
 
 def check_name(name: str) -> None:
@@ -232,7 +235,7 @@ def check_name(name: str) -> None:
 
 
 @contextmanager
-def _resting(model: nn.Module, state: Adapters) -> Iterator[None]:
+def resting(model: nn.Module, state: Adapters) -> Iterator[None]:
     """The bare base is in use when the block begins; if it raises, the adapters of before are in use again."""
     before = dict(state.active)
     finished = False
@@ -245,14 +248,20 @@ def _resting(model: nn.Module, state: Adapters) -> Iterator[None]:
             switch(model, state, before)
 
 
-def _join(model: nn.Module, state: Adapters, name: str, selection: Selection, adapter: Adapter) -> Attached:
-    """The only part of attaching that changes the model; nothing in it can fail for a reason of the user's."""
+def join(model: nn.Module, state: Adapters, name: str, selection: Selection, adapter: Adapter) -> Attached:
+    """The only part of attaching that changes the model; nothing in it can fail for a reason of the user's.
+
+    What the model computes stays the same: the adapter is there, and not yet in use.
+    """
     total = count_parameters(model) + sum(p.numel() for p in adapter.parameters().values())
     fresh = [target for target in selection.targets if target.path not in state.layers]
-    stand_ins = {target.path: target.layer_class.from_base(target.base) for target in fresh}
+    # The layer as it stands now: since it was selected, other adapters may have come or gone.
+    bases = {target.path: model.get_submodule(target.path) for target in fresh}
+    stand_ins = {target.path: target.layer_class.from_base(bases[target.path]) for target in fresh}
     if not state.adapters:
         state.unfrozen = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
+    if not state.active:
+        model.requires_grad_(False)
     for target in fresh:
         state.places[target.path] = target.places
         state.layers[target.path] = stand_ins[target.path]
@@ -260,8 +269,8 @@ def _join(model: nn.Module, state: Adapters, name: str, selection: Selection, ad
     for place in selection.saved:
         state.places[place.paths[0]] = place.paths
     state.adapters[name] = adapter
+    state.plans.clear()
     install(model, state)
-    switch(model, state, {name: 1.0})
     return Attached(
         name=name,
         ranks={path: weights.lora_A.shape[0] for path, weights in adapter.layers.items()},
@@ -271,6 +280,14 @@ def _join(model: nn.Module, state: Adapters, name: str, selection: Selection, ad
         total_parameters=total,
         left_out=selection.left_out,
     )
+
+
+def drop_unused(model: nn.Module, state: Adapters) -> None:
+    """Puts the original layers back where no adapter has weights any more."""
+    still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
+    for path in [path for path in state.layers if path not in still_used]:
+        place_module(model, state.places[path], state.layers.pop(path).to_base())
+    state.plans.clear()
 
 
 def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:

@@ -12,7 +12,7 @@ An adapter's name is a key of `Adapters.adapters` and occurs nowhere else: in no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,9 +81,12 @@ class Residence(Protocol):
     def forget(self, name: str) -> None:
         """Lets go of an adapter, if it keeps it."""
 
+    def prepare(self, name: str, selection: Any, adapter: Adapter) -> Callable[[], None]:
+        """Takes in the tensors of a new adapter; what is returned puts them in the place of the old ones."""
 
-Plan = list[tuple[LoraLayer, dict[str, "Tensor | None"], dict[str, Any], LayerWeights | None]]
-"""For each layer that stands in: its Parameters and attributes, to write to, and what an adapter has for it."""
+
+Plan = list[tuple[LoraLayer, LayerWeights | None]]
+"""Each layer that stands in, and what an adapter has for it."""
 
 
 @dataclass

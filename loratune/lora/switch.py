@@ -34,14 +34,15 @@ def switch(model: nn.Module, state: Adapters, weights: dict[str, float]) -> None
 def _point(state: Adapters, name: str | None) -> None:
     """Hands every layer the A and B of one adapter, or none.
 
-    There are hundreds of layers and one switch may come before every token, so this writes to the layers' dicts as
-    planned: `nn.Module.__setattr__` would take ten times as long to find out that a Parameter is a Parameter.
+    There are hundreds of layers, and a switch may come before every answer, so this writes to the layers' dicts:
+    `nn.Module.__setattr__` would take ten times as long to find out that a Parameter is a Parameter.
     """
     adapter = None if name is None else state.adapters[name]
     follows = adapter is not None and not adapter.stored
     dropout = 0.0 if adapter is None else adapter.config.lora_dropout
     plan = state.plans.get(name) or _plan(state, name)
-    for layer, parameters, attributes, part in plan:
+    for layer, part in plan:
+        parameters, attributes = layer._parameters, layer.__dict__
         if part is None:
             parameters["lora_A"] = parameters["lora_B"] = None
             attributes["scaling"] = attributes["lora_dropout"] = 0.0
@@ -56,10 +57,9 @@ def _point(state: Adapters, name: str | None) -> None:
 
 
 def _plan(state: Adapters, name: str | None) -> Plan:
-    """Looks up once what `_point` writes to for adapter `name`."""
+    """Looks up once what each layer gets from adapter `name`."""
     parts = {} if name is None else state.adapters[name].layers
-    plan = [(layer, layer._parameters, layer.__dict__, parts.get(path)) for path, layer in state.layers.items()]
-    state.plans[name] = plan
+    plan = state.plans[name] = [(layer, parts.get(path)) for path, layer in state.layers.items()]
     return plan
 
 

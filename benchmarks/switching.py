@@ -1,0 +1,234 @@
+"""Switching: activate among 200 resident adapters, swap-ins from host memory beside work, hot replacement.
+
+    python -m benchmarks.switching [--shape l7b] [--out RESULTS.jsonl]      one GPU
+    python -m benchmarks.switching --cpu                                    the host's part beside PEFT's
+
+A JSON object a line. What `activate` costs is the host's time, since it launches nothing; what a swap-in costs is the
+bus's, so it is given as GB/s beside a bare copy of as many bytes. Work is a forward of 2,048 tokens, and a forward of
+one token, as in generating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+from loratune.config import LoraConfig
+from loratune.lora.files import save
+from loratune.lora.inject import activate, attach, detach, join
+from loratune.lora.replace import replace
+from loratune.lora.select import select
+from loratune.lora.state import Adapter, LayerWeights, require
+from loratune.lora.store import Store
+from loratune.ops.host import pinned
+
+RANK, RESIDENT, SWITCHES = 16, 200, 1000
+CONFIG = LoraConfig(r=RANK, lora_alpha=RANK)
+
+
+def fill_device(model: nn.Module, count: int) -> None:
+    """`count` resident adapters in float32, the values of all but the first unset: nobody reads them."""
+    attach(model, CONFIG, name="0")
+    state = require(model)
+    first, selection = state.adapters["0"], select(model, CONFIG)
+    for index in range(1, count):
+        layers = {
+            path: LayerWeights(
+                part.kind,
+                nn.Parameter(torch.empty_like(part.lora_A)),
+                nn.Parameter(torch.empty_like(part.lora_B)),
+                part.scaling,
+            )
+            for path, part in first.layers.items()
+        }
+        join(model, state, str(index), selection, Adapter(CONFIG, layers))
+
+
+def switches(model: nn.Module, count: int) -> dict[str, Any]:
+    """Random switches among `count` resident adapters, in ms of the host."""
+    generator = random.Random(0)
+    order = [str(generator.randrange(count)) for _ in range(SWITCHES)]
+    for name in range(count):  # each once: plans are made at the first switch
+        activate(model, str(name))
+    gc.collect()
+    before = _allocations()
+    taken = [_ms(lambda name=name: activate(model, name)) for name in order]  # type: ignore[misc]
+    after = _allocations()
+    return {
+        "what": "activate, resident", "adapters": count, "layers": len(require(model).layers), "switches": SWITCHES,
+        "median_ms": _round(statistics.median(taken)), "p99_ms": _round(sorted(taken)[-SWITCHES // 100]),
+        "worst_ms": _round(max(taken)), "allocated_bytes": after[0] - before[0], "allocations": after[1] - before[1],
+    }  # fmt: skip
+
+
+def _allocations() -> tuple[int, int]:
+    """Bytes in use on the GPU, and how many allocations were ever made there."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.memory_allocated(), int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+
+def swaps(model: Any, folder: Path, stored: int = 6, slots: int = 3) -> list[dict[str, Any]]:
+    """Swap-ins from pinned memory: alone, beside work, and without looking ahead."""
+    store = Store(model, slots)
+    loaded = [_ms(lambda index=index: store.load(folder, str(index))) for index in range(stored)]  # type: ignore[misc]
+    rows = [{"what": "store", "load_ms": _round(statistics.median(loaded)), "stored": stored, "slots": slots}]
+    size = store.slot_bytes
+    owner = type("Owner", (), {})()
+    host = pinned(owner, torch.Size([size]), torch.uint8)
+    device = torch.empty(size, dtype=torch.uint8, device="cuda")
+    bare = statistics.median(_gpu_ms(lambda: device.copy_(host, non_blocking=True)) for _ in range(10))
+    names = [str(i % stored) for i in range(60)]
+    for name in names[:stored]:  # each in each slot once
+        activate(model, name)
+    swapped = statistics.median(_gpu_ms(lambda name=name: activate(model, name)) for name in names)  # type: ignore[misc]
+    host_ms = statistics.median(_ms(lambda name=name: activate(model, name)) for name in names)  # type: ignore[misc]
+    rows.append({
+        "what": "swap-in alone", "bytes": size, "bare_copy_ms": _round(bare), "bare_gb_s": _round(size / bare / 1e6),
+        "swap_ms": _round(swapped), "swap_gb_s": _round(size / swapped / 1e6), "host_ms": _round(host_ms),
+    })  # fmt: skip
+    rows += [_beside_work(model, store, names[:n], tokens) for tokens, n in ((2048, 24), (1, 60))]
+    return rows
+
+
+def _beside_work(model: Any, store: Store, names: list[str], tokens: int) -> dict[str, Any]:
+    """Forwards of `tokens` tokens, each with an adapter that is not on the device when its predecessor begins."""
+    ids = torch.randint(0, 1000, (1, tokens), device="cuda")
+
+    def work() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    def resident() -> None:
+        for index in range(len(names)):
+            activate(model, names[index % 2])
+            work()
+
+    def on_demand() -> None:
+        for name in names:
+            activate(model, name)
+            work()
+
+    def ahead() -> None:
+        for name, following in zip(names, [*names[1:], names[0]], strict=True):
+            activate(model, name)
+            store.prefetch(following)
+            work()
+
+    ahead()
+    before = _allocations()[0]
+    result = {"what": "a swap-in before every forward", "tokens": tokens, "forwards": len(names)}
+    for kind, run in (("resident", resident), ("ahead", ahead), ("on_demand", on_demand)):
+        result[f"{kind}_ms"] = _round(min(_gpu_ms(run) for _ in range(3)) / len(names))  # type: ignore[assignment]
+    result["allocated_bytes"] = _allocations()[0] - before
+    return result
+
+
+def replacements(model: Any, folder: Path) -> dict[str, Any]:
+    """Hot replacement: what happens beside the work, and the exchange before the next forward."""
+    ids = torch.randint(0, 1000, (1, 1), device="cuda")
+    with torch.no_grad():
+        model(input_ids=ids)
+        beside, plain, exchanged = [], [], []
+        for _ in range(6):
+            beside.append(_ms(lambda: replace(model, folder, "0", at_next_forward=True)))
+            exchanged.append(_ms(lambda: model(input_ids=ids)))
+            plain.append(_ms(lambda: model(input_ids=ids)))
+    return {
+        "what": "replace", "prepared_ms": _round(statistics.median(beside)),
+        "forward_ms": _round(statistics.median(plain)),
+        "forward_with_exchange_ms": _round(statistics.median(exchanged)),
+    }  # fmt: skip
+
+
+def beside_peft(adapters: int = 20) -> list[dict[str, Any]]:
+    """32 layers of 7 projections, narrow, so that only the host's work counts; the same in PEFT, alternating."""
+    import peft
+
+    settings: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 32, "num_attention_heads": 4,
+        "vocab_size": 300,
+    }  # fmt: skip
+    ours, theirs = (tf.LlamaForCausalLM(tf.LlamaConfig(**settings)).requires_grad_(False) for _ in range(2))
+    asked = peft.LoraConfig(r=2, target_modules="all-linear")
+    wrapped = peft.get_peft_model(theirs, asked, adapter_name="0")
+    attach(ours, LoraConfig(r=2), name="0")
+    for index in range(1, adapters):
+        attach(ours, LoraConfig(r=2), name=str(index))
+        wrapped.add_adapter(str(index), asked)
+    generator = random.Random(0)
+    taken: dict[str, list[float]] = {"loratune": [], "peft": []}
+    for _ in range(200):
+        name = str(generator.randrange(adapters))
+        taken["loratune"].append(_ms(lambda name=name: activate(ours, name)))  # type: ignore[misc]
+        taken["peft"].append(_ms(lambda name=name: wrapped.set_adapter(name)))  # type: ignore[misc]
+    return [
+        {"what": "activate on a CPU", "system": system, "adapters": adapters, "layers": 224,
+         "median_ms": _round(statistics.median(times)), "worst_ms": _round(max(times))}
+        for system, times in taken.items()
+    ]  # fmt: skip
+
+
+def _ms(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _gpu_ms(action: Callable[[], object]) -> float:
+    """Until the device has done all of it."""
+    torch.cuda.synchronize()
+    return _ms(lambda: (action(), torch.cuda.synchronize()))
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def on_gpu(shape: str, resident: int) -> list[dict[str, Any]]:
+    """All measurements on one GPU."""
+    from benchmarks.shapes import model_of
+
+    model = model_of(shape)
+    fill_device(model, resident)
+    rows: list[dict[str, Any]] = [switches(model, resident)]
+    print(json.dumps(rows[0]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder) / "adapter", name="0")
+        detach(model)
+        rows += swaps(model, Path(folder) / "adapter")
+        rows.append(replacements(model, Path(folder) / "adapter"))
+    return [row | {"shape": shape, "r": RANK} for row in rows]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--shape", default="l7b")
+    arguments.add_argument("--resident", type=int, default=RESIDENT)
+    arguments.add_argument("--cpu", action="store_true")
+    arguments.add_argument("--out", type=Path)
+    given = arguments.parse_args()
+    rows = beside_peft() if given.cpu else on_gpu(given.shape, given.resident)
+    machine = "CPU" if given.cpu else torch.cuda.get_device_name()
+    for row in rows:
+        line = json.dumps(row | {"machine": machine, "torch": torch.__version__, "transformers": tf.__version__})
+        print(line, flush=True)
+        if given.out:
+            with given.out.open("a") as out:
+                out.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loratune.config import RunConfig as RunConfig
     from loratune.config import TrainConfig as TrainConfig
     from loratune.errors import LoratuneError as LoratuneError
+    from loratune.export.quantised import save_quantised as save_quantised
     from loratune.infer.engine import generate as generate
     from loratune.lora.combine import combine as combine
     from loratune.lora.combine import resize as resize
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from loratune.lora.inject import detach as detach
     from loratune.lora.inject import merge as merge
     from loratune.lora.inject import unmerge as unmerge
+    from loratune.lora.replace import replace as replace
+    from loratune.lora.store import Store as Store
     from loratune.training.run import train as train
 
 __version__ = "0.1.0"
@@ -45,12 +48,15 @@ _HOME = {
     "RunConfig": "loratune.config",
     "TrainConfig": "loratune.config",
     "LoratuneError": "loratune.errors",
+    "save_quantised": "loratune.export.quantised",
     "generate": "loratune.infer.engine",
     "combine": "loratune.lora.combine",
     "resize": "loratune.lora.combine",
     "extract": "loratune.lora.extract",
     "load_adapter": "loratune.lora.files",
     "save": "loratune.lora.files",
+    "replace": "loratune.lora.replace",
+    "Store": "loratune.lora.store",
     "activate": "loratune.lora.inject",
     "attach": "loratune.lora.inject",
     "detach": "loratune.lora.inject",

@@ -15,9 +15,11 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from loratune.config import (
+    Activations,
     CombineMethod,
     DataConfig,
     DataFormat,
+    DensePrecision,
     LoraConfig,
     MajoritySign,
     Precision,
@@ -147,8 +149,22 @@ class Merge:
     """Base model, if it is not where the adapter says."""
     data: list[str] = field(default_factory=list)
     """Files whose prompts the comparison runs on; by default those of the run, if they are still there."""
-    precision: Precision = "auto"
+    precision: DensePrecision = "auto"
     """Number format of the merged weights; auto is that of the base's files."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
+class Quantise:
+    """Write a model with its linear layers in 4 bits (NF4, as bitsandbytes does), with its tokenizer."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Base model: a local folder or a hub id."""
+    out: Folder
+    """Folder for the 4-bit checkpoint."""
+    device: str | None = None
+    """Torch device to quantise on; by default the GPU if there is one."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -212,6 +228,35 @@ class Extract:
     """Torch device to compute on; by default the GPU if there is one."""
     overwrite: bool = False
     """Replace an existing folder."""
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """Say what a run would need before anything is downloaded: bytes by cause, speed, and what would make it fit."""
+
+    model: ModelName
+    """Base model: a local folder (config.json is enough), a hub id, or "loratune/pocket"."""
+    gpu: str | None = None
+    """A memory size such as 24GiB, or a device such as "H100" or "RTX 4090"; by default the one here, else the CPU."""
+    precision: Precision = "auto"
+    """Number format of the base, as in train."""
+    activations: Activations = "auto"
+    """What layers keep for the backward, as in train."""
+    memory: str | None = None
+    """The most memory that the run may take; by default all of the device."""
+    tokens_per_row: int = 2048
+    """Tokens in one packed row, as in train."""
+    gradient_accumulation_steps: int = 1
+    """Rows in one optimizer step, as in train."""
+    data: list[str] = field(default_factory=list)
+    """Training files, to say how long one pass over them takes; needs the model's tokenizer."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        TrainConfig(memory=self.memory, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        DataConfig(tokens_per_row=self.tokens_per_row)  # each says what is wrong with its values
 
 
 @dataclass(kw_only=True)

@@ -263,6 +263,69 @@ def _extract(words: list[str]) -> None:
     _console().print(str(made), markup=False, soft_wrap=True)
 
 
+def _quantise(words: list[str]) -> None:
+    from loratune.arguments import Quantise, parse
+
+    given = parse(Quantise, words, "quantise")
+    _quiet_libraries()
+    from loratune.base.load import load, load_tokenizer
+    from loratune.export.quantised import save_quantised
+
+    tokenizer = load_tokenizer(given.model)
+    model = load(given.model, "nf4", given.device)
+    console = _console()
+    done = save_quantised(model, given.out, tokenizer, overwrite=given.overwrite)
+    console.print(str(done), markup=False, soft_wrap=True)
+
+
+def _estimate(words: list[str]) -> None:
+    from loratune.arguments import Estimate, parse
+
+    given = parse(Estimate, words, "estimate")
+    _quiet_libraries()
+    from loratune import estimate
+    from loratune.screen.estimate import as_json, draw
+    from loratune.training.budget import Setting
+    from loratune.training.devices import at_hand, named
+    from loratune.units import bytes_of
+
+    device = named(given.gpu) if given.gpu else at_hand()
+    wish = estimate.Wish(
+        given.precision,
+        given.lora,
+        Setting(given.tokens_per_row, given.gradient_accumulation_steps),
+        given.activations,
+        device.memory_bytes > 0,
+    )
+    limit = bytes_of(given.memory) if given.memory else device.memory_bytes
+    found = estimate.estimate(estimate.imagined(given.model, given.precision), wish, device, limit)
+    if given.json:
+        print(json.dumps(as_json(found)))
+    else:
+        draw(found, _console(), _tokens_in(given.model, given.data, given.tokens_per_row))
+
+
+def _tokens_in(model: str, data: list[str], tokens_per_row: int) -> int:
+    """Tokens of all rows of one pass over the data, padding included; 0 for no data."""
+    if not data:
+        return 0
+    from loratune.base import load as base
+    from loratune.config import DataConfig
+    from loratune.data.feed import prepare, rows_of_epoch
+
+    tokenizer = base.load_tokenizer(model)
+    dataset = prepare(
+        data,
+        tokenizer,
+        DataConfig(tokens_per_row=tokens_per_row),
+        stop_ids=base.stop_ids(model, tokenizer),
+        max_tokens=base.max_document_tokens(base.load_config(model)),
+        seed=0,
+        cache_dir=_cache_dir(None),
+    )
+    return len(rows_of_epoch(dataset.train, tokens_per_row, 0, seed=0, epoch=0)) * tokens_per_row
+
+
 def _inspect(words: list[str]) -> None:
     from loratune.arguments import Inspect, parse
 
@@ -342,12 +405,14 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("the whole journey on the model in the box; no network, no GPU needed", _demo),
     "preview": Verb("what the model will really see of your data", _preview),
     "train": Verb("one adapter from a model and your data", _train),
+    "estimate": Verb("the memory and speed of a run, from the model's configuration alone", _estimate),
     "eval": Verb("loss, perplexity and exact match on held-out data", _eval),
     "chat": Verb("talk to adapters, switch between them, compare", _chat),
     "merge": Verb("a merged checkpoint, verified against the adapter", _merge),
     "combine": Verb("one adapter of several: sums, TIES, DARE, pruning", _combine),
     "resize": Verb("an adapter with another rank", _resize),
     "extract": Verb("an adapter from the difference of two checkpoints", _extract),
+    "quantise": Verb("a 4-bit checkpoint of a model, in bitsandbytes' format", _quantise),
     "inspect": Verb("what an adapter is and what it was trained on", _inspect),
 }
 

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from loratune.errors import ConfigError, nearest
+from loratune.units import bytes_of
 
 DataFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
 TrainOn = Literal["assistant", "last", "all"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+DensePrecision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 Schedule = Literal["cosine", "linear", "constant"]
 Bias = Literal["none", "all", "lora_only"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Activations = Literal["auto", "none", "selective", "full", "offload"]
 CombineMethod = Literal[
     "cat",
     "svd",
@@ -152,6 +155,11 @@ class TrainConfig:
     """Stop after this many evaluations without a better held-out loss."""
     save_every_steps: int | None = None
     """Optimizer steps between checkpoints; by default at every evaluation."""
+    activations: Activations = "auto"
+    """What layers keep for the backward: everything is fastest (none: nothing is recomputed), then with ever less
+    memory selective, full (a layer's input only) and offload (inputs wait on the host). auto: the fastest that fits."""
+    memory: str | None = None
+    """The most GPU memory that the run may take, such as 24GiB; by default all that is free."""
     seed: int = 0
     """Seeds A's initial values, the order of the data, the held-out split and dropout."""
     log_to: list[Tracker] = field(default_factory=list)
@@ -168,6 +176,11 @@ class TrainConfig:
             _require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
         epsilon = self.adam_epsilon
         _require(0 < epsilon < math.inf, f"adam_epsilon is {epsilon}; it must be positive and finite")
+        if self.memory is not None:
+            try:
+                bytes_of(self.memory)
+            except ValueError as error:
+                raise ConfigError(f"memory: {error}") from None
         counts = ("epochs", "max_steps", "gradient_accumulation_steps", "eval_every_steps")
         for name in (*counts, "early_stopping_patience", "save_every_steps"):
             value = getattr(self, name)
@@ -185,7 +198,7 @@ class RunConfig:
     out: str
     """Folder for the adapter and everything about the run."""
     precision: Precision = "auto"
-    """Number format of the frozen base; auto is the format of its files on a GPU and float32 on a CPU."""
+    """Number format of the frozen base; auto is the format of its files on a GPU and float32 on a CPU, nf4 4 bits."""
     device: str | None = None
     """Torch device such as cpu, cuda or cuda:1; by default the GPU if there is one."""
     overwrite: bool = False

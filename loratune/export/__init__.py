@@ -1,1 +1,1 @@
-"""What leaves the house: merged checkpoints."""
+"""What leaves the house: merged and quantised checkpoints."""

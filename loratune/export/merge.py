@@ -1,5 +1,8 @@
 """A merged checkpoint that provably is base + adapter: written, loaded again, compared, and only then given its name.
 
+A base that is quantised in memory is written dense, each weight as the value that its codes stand for: that is what
+the adapter was trained on. Added to the weights from before the quantisation it would meet another base.
+
 Merging is one addition, but a checkpoint can still be wrong: a tied weight saved twice, a key renamed on the way, a
 module forgotten, an update lost below the resolution of bfloat16. So the folder is loaded again as any user would
 load it, and its logits on real prompts are compared with those of base + adapter from before the merge.
@@ -35,6 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.base.load import load_config
+from loratune.base.quantised import count_parameters, dense_state_dict, quantised_layers
 from loratune.errors import DataError, ModelError, OutputError
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
@@ -99,6 +103,8 @@ class Merged:
     dtype: str
     file_bytes: int
     verification: Verification
+    dequantised: int = 0
+    """Layers of the base that were quantised in memory, and dense with the same values in the checkpoint."""
 
     def __str__(self) -> str:
         v = self.verification
@@ -113,6 +119,10 @@ class Merged:
             *(f"  {name:<22}{row.largest:>9.2g}{row.rms:>10.2g}" for name, row in rows.items()),
             f"  same most likely token at {v.top1_agreement:.2%} of {v.positions:,} positions",
         ]
+        if self.dequantised:
+            lines.append(
+                f"  {self.dequantised} quantised layers, which the adapter was made for, are dense in the checkpoint"
+            )
         if not v.adapter_survives:
             lines.append(f"  note: rounding to {self.dtype} changes more than the adapter does; merge in float32")
         return "\n".join(lines)
@@ -153,6 +163,7 @@ def merge_checkpoint(
     _check_destination(model, folder, overwrite, sources)
     adapter = require(model).get(name)
     written_dtype = dtype or _dtype_of_files(model)
+    dequantised = len(list(quantised_layers(model)))
     _check_space(model, folder, written_dtype)
     reference, adapter_effect = _reference(model, name, prompts)
     rounded = {f"{path}.weight" for path in adapter.layers}
@@ -169,7 +180,7 @@ def merge_checkpoint(
         if card is not None:
             (temporary / "README.md").write_text(card(verification), encoding="utf-8")
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-    return Merged(folder, _name(written_dtype), file_bytes, verification)
+    return Merged(folder, _name(written_dtype), file_bytes, verification, dequantised)
 
 
 def _reference(
@@ -214,7 +225,7 @@ def _verify(
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> set[str]:
     """Writes checkpoint and tokenizer; returns the names of tensors that did not fit `dtype` exactly."""
-    tensors, inexact = _cast(model.state_dict(), model.dtype, dtype)
+    tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtype)
     try:
         model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
@@ -337,7 +348,7 @@ def _check_destination(model: PreTrainedModel, folder: Path, overwrite: bool, so
 
 
 def _check_space(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    needed = count_parameters(model) * dtype.itemsize
     parent = next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -6,17 +6,22 @@ folder names its base in `adapter_config.json`. Several folders share one base, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.load import load, load_tokenizer, resolve, stop_ids
+from loratune.base.quantising import FORMS
 from loratune.config import Precision, RunConfig, from_dict, read_toml
 from loratune.errors import AdapterError, ModelError
-from loratune.lora.files import load_adapter, read_info
+from loratune.lora.files import load_adapter, read_config, read_info
 from loratune.lora.inject import activate
+from loratune.lora.store import Store
+
+RESIDENT = 8
+"""Adapters that are on the device at a time; if there are more, they rest in host memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def open_folders(
     Args:
         folders: folders of adapters over one base, or a single base model.
         model: base model to use instead of the recorded one.
+        precision: of the base; "auto" is quantised if the first adapter's run was.
 
     Raises: AdapterError: a folder holds no adapter, or the adapters belong to different bases. ModelError: the base
         is not to be found.
@@ -62,13 +68,31 @@ def open_folders(
                 "one base. --model NAME uses one base for all"
             )
     names = _names(folders)
-    loaded = load(base, precision, device)
     run = runs[folders[0]]
+    if precision == "auto" and run is not None and run.precision in FORMS:
+        precision = run.precision
+    loaded = load(base, precision, device)
     tokenizer = load_tokenizer(base, run.dataset.chat_template if run else None)
-    for name, folder in names.items():
-        load_adapter(loaded, folder, name=name)
+    _load_all(loaded, names)
     activate(loaded, next(iter(names)))
     return Opened(loaded, tokenizer, base, {n: Path(f) for n, f in names.items()}, stop_ids(loaded, tokenizer), run)
+
+
+def _load_all(model: PreTrainedModel, names: Mapping[str, str]) -> None:
+    """Loads adapters: a few beside the model, many into host memory, from where the ones in use are brought in."""
+    stored = _storable(names) if len(names) > RESIDENT else []
+    if stored:
+        store = Store(model, RESIDENT)
+        for name in stored:
+            store.load(names[name], name)
+    for name, folder in names.items():
+        if name not in stored:
+            load_adapter(model, folder, name=name)
+
+
+def _storable(names: Mapping[str, str]) -> list[str]:
+    configs = {name: read_config(folder) for name, folder in names.items()}
+    return [name for name, config in configs.items() if not config.modules_to_save and config.bias == "none"]
 
 
 def read_run(folder: str | Path) -> RunConfig | None:

@@ -1,0 +1,74 @@
+"""A 4-bit checkpoint on disk, in the format of bitsandbytes: a quarter of the bytes, and nothing to quantise later.
+
+transformers loads such a folder where bitsandbytes is installed; `loratune` loads it without. The tokenizer and the
+generation settings go with it, so that the folder can be used like the model that it was made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune import atomic
+from loratune.base import nf4_files
+from loratune.base.quantised import count_parameters, quantised_layers
+from loratune.errors import AdapterError, ModelError, OutputError
+from loratune.lora.state import find
+from loratune.ops.nf4 import Nf4Weight
+from loratune.units import size
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A 4-bit checkpoint that was written; `print` it."""
+
+    path: Path
+    file_bytes: int
+    layers: int
+    parameters: int
+
+    def __str__(self) -> str:
+        per = self.file_bytes * 8 / self.parameters
+        return f"{self.path}: {self.layers} layers in 4 bits, {size(self.file_bytes)}, {per:.2f} bits a parameter"
+
+
+def save_quantised(
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> Quantised:
+    """Writes a model that was loaded with precision "nf4" as bitsandbytes' 4-bit checkpoint.
+
+    Args:
+        model: without adapters; those are saved by themselves.
+        out: folder for the checkpoint.
+        tokenizer: written beside it if given.
+
+    Memory: the quantised model once more, on the host.
+    Raises: ModelError: nothing in the model is in 4 bits. AdapterError: it has adapters. OutputError: `out` exists,
+        or cannot hold the files.
+    """
+    folder = Path(out)
+    layers = [layer for _, layer in quantised_layers(model)]
+    nested = {layer.frozen.nested is not None for layer in layers if isinstance(layer.frozen, Nf4Weight)}
+    if not nested:
+        raise ModelError(f'{model.name_or_path}: nothing in this model is in 4 bits; load it with precision="nf4"')
+    if find(model) is not None:
+        raise AdapterError("the model has adapters; detach them, and save each by itself")
+    with atomic.new_directory(folder, overwrite=overwrite) as temporary:
+        model.config.quantization_config = nf4_files.quantization_config(model.dtype, nested=True in nested)
+        try:
+            model.save_pretrained(temporary, state_dict={n: t.cpu() for n, t in model.state_dict().items()})
+        except SafetensorError as error:  # how its Rust code reports a full disk
+            raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
+        finally:
+            del model.config.quantization_config
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+    return Quantised(folder, file_bytes, len(layers), count_parameters(model))

@@ -1,0 +1,94 @@
+"""4-bit checkpoints on disk: bitsandbytes' format, read back to the bit, used like the model they were made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import loratune as lt
+from loratune.base.load import POCKET, load, load_tokenizer
+from loratune.base.quantised import quantised_layers
+from loratune.cli import main
+from loratune.errors import AdapterError, ModelError
+from loratune.export.merge import merge_checkpoint
+from loratune.export.quantised import save_quantised
+from loratune.lora.inject import attach
+from tests.conftest import CAUSAL, build
+from tests.export.test_merge import PROMPTS, logits, tokenizer  # noqa: F401
+
+# Names and settings of a layer as bitsandbytes 0.50.2 writes them through transformers 5.23 (save_pretrained of a
+# model that was loaded with load_in_4bit, bnb_4bit_quant_type "nf4" and bnb_4bit_use_double_quant).
+SUFFIXES = {
+    "weight": torch.uint8,
+    "weight.absmax": torch.uint8,
+    "weight.nested_absmax": torch.float32,
+    "weight.nested_quant_map": torch.float32,
+    "weight.quant_map": torch.float32,
+    "weight.quant_state.bitsandbytes__nf4": torch.uint8,
+}
+STATE = ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
+
+
+def test_the_files_are_those_of_bitsandbytes(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    save_quantised(load(str(tmp_path / "dense"), "nf4", "cpu"), tmp_path / "out")
+    prefix = "model.layers.0.mlp.up_proj."
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    assert {name: tensor.dtype for name, tensor in found.items()} == SUFFIXES
+    assert found["weight"].shape == (96 * 64 // 2, 1)
+    state = json.loads(bytes(found["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert list(state) == STATE
+    assert (state["blocksize"], state["nested_blocksize"], state["shape"]) == (64, 256, [96, 64])
+    how = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert how["quant_method"] == "bitsandbytes"
+    assert how["load_in_4bit"] is True
+    assert how["bnb_4bit_quant_type"] == "nf4"
+    assert how["bnb_4bit_use_double_quant"] is True
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_is_read_back_is_what_was_written(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "dense")
+    model = load(str(tmp_path / "dense"), "nf4", "cpu")
+    done = save_quantised(model, tmp_path / "out")
+    assert done.layers == len(list(quantised_layers(model)))
+    assert torch.equal(logits(load(str(tmp_path / "out"), device="cpu")), logits(model))
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_what_cannot_be_saved_so_is_said(tmp_path):
+    with pytest.raises(ModelError, match='precision="nf4"'):
+        save_quantised(build("llama"), tmp_path / "out")
+    model = load(POCKET, "nf4", "cpu")
+    attach(model, lt.LoraConfig(r=2), name="a")
+    with pytest.raises(AdapterError, match="detach"):
+        save_quantised(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_writes_a_folder_that_works_like_the_model(tmp_path, capsys):
+    assert main(["quantise", POCKET, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "42 layers in 4 bits" in capsys.readouterr().out
+    model = load(str(tmp_path / "out"), device="cpu")
+    assert load_tokenizer(str(tmp_path / "out")).get_vocab() == load_tokenizer(POCKET).get_vocab()
+    assert torch.equal(logits(model), logits(load(POCKET, "nf4", "cpu")))
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama", "q_proj"), ("gpt2", "c_attn")])
+def test_a_merged_checkpoint_is_dense_and_equals_what_was_trained(name, target, tokenizer, tmp_path):  # noqa: F811
+    build(name).save_pretrained(tmp_path / "dense")
+    model = load(str(tmp_path / "dense"), "nf4", "cpu")
+    attach(model, lt.LoraConfig(r=4, init_lora_weights=False, target_modules=[target]))
+    expected = logits(model)
+    merged = merge_checkpoint(model, tokenizer, "default", tmp_path / "out", prompts=PROMPTS)
+    assert "quantised layers" in str(merged)
+    loaded = load(str(tmp_path / "out"), device="cpu")
+    assert not list(quantised_layers(loaded))
+    assert float((logits(loaded) - expected).abs().max()) <= 1e-4  # logits of order one, in float32
+    assert torch.equal(logits(model), expected)
+    assert "quantization_config" not in json.loads(Path(tmp_path / "out" / "config.json").read_text())

@@ -46,6 +46,23 @@ class Layout(NamedTuple):
     """Positions that reach the head; those of a row that are fewer are filled up with blanks."""
 
 
+def layout_for(row: Row, layouts: dict[bool, Layout]) -> Layout:
+    """The layout that a row runs under, grown from the one that the last of its kind (even or not) had."""
+    tokens = len(row.tokens)
+    documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())
+    share = -(-tokens // _SHARES)
+    trained = min(tokens, -(-int((row.weights != 0).sum()) // share) * share)
+    even = documents * longest == tokens
+    last = layouts.get(even)
+    if even:
+        layout = Layout(documents, longest, max(trained, last.trained if last else 0))
+    else:
+        needed = Layout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
+        layout = Layout(*map(max, needed, last)) if last else needed
+    layouts[even] = layout
+    return layout
+
+
 class Inputs:
     """The numbers of one row in one buffer on the device, filled by one copy from pinned memory."""
 
@@ -101,11 +118,55 @@ class Inputs:
         self._device.copy_(self._hosts[nth], non_blocking=True)
 
 
-class GraphStep:
-    """Optimizer steps on one device, recorded and replayed; called as `train_step` is."""
+class Recordings:
+    """Pieces of work on the device, by what they are bound to: run as they are, then recorded, then replayed."""
 
     why_not: str | None = None
-    """One line for the user once recording has failed; the instance must then not be called again."""
+    """One line for the user once recording has failed."""
+
+    def __init__(self, record: bool = True) -> None:
+        self.graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph | None] = {}
+        self._record = record
+        self._pool: Any = None
+
+    def run(self, part: str, layout: Layout, work: Callable[[], object]) -> None:
+        """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
+        key = part, layout
+        if not self._record or self.why_not is not None or key not in self.graphs:
+            work()
+            if self._record:
+                self._make_room()
+                self.graphs[key] = None
+            return
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self._recorded(work)
+            if graph is None:
+                work()
+                return
+            self.graphs[key] = graph
+        graph.replay()
+
+    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            reason = str(error).strip().splitlines()[0]
+            self.why_not = f"steps run kernel by kernel, not as one CUDA graph: {reason}"
+            return None
+        return graph
+
+    def _make_room(self) -> None:
+        while len(self.graphs) >= _MAX_RECORDINGS:
+            del self.graphs[next(iter(self.graphs))]
+
+
+class GraphStep:
+    """Optimizer steps on one device, recorded and replayed; called as `train_step` is."""
 
     def __init__(
         self,
@@ -118,12 +179,20 @@ class GraphStep:
         record: bool = True,
     ) -> None:
         self._forward, self._parameters, self._optimizer = forward, parameters, optimizer
-        self._max_grad_norm, self._objective, self._record = max_grad_norm or math.inf, objective, record
+        self._max_grad_norm, self._objective = max_grad_norm or math.inf, objective
+        self._recordings = Recordings(record)
         self._inputs: Inputs | None = None
         self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
         self._layouts: dict[bool, Layout] = {}
-        self._graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph | None] = {}
-        self._pool: Any = None
+
+    @property
+    def why_not(self) -> str | None:
+        """One line for the user once recording has failed; the instance must then not be called again."""
+        return self._recordings.why_not
+
+    @property
+    def _graphs(self) -> dict[tuple[str, Layout], torch.cuda.CUDAGraph | None]:
+        return self._recordings.graphs
 
     @classmethod
     def for_device(
@@ -145,7 +214,7 @@ class GraphStep:
         self._outcome.zero_()
         if len(rows) == 1:
             layout = self._place(rows[0], normaliser, 0)
-            self._run("whole", layout, lambda: self._whole(layout))
+            self._recordings.run("whole", layout, lambda: self._whole(layout))
             self._forget_gradients()
         else:
             self._several(rows, normaliser)
@@ -177,8 +246,8 @@ class GraphStep:
                 for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                     parameter.grad = gradient
             else:
-                self._run("row", layout, lambda layout=layout: self._add_row(layout))  # type: ignore[misc]
-        self._run("update", Layout(0, 0, 0), self._update)
+                self._recordings.run("row", layout, lambda layout=layout: self._add_row(layout))  # type: ignore[misc]
+        self._recordings.run("update", Layout(0, 0, 0), self._update)
         self._forget_gradients()
 
     def _place(self, row: Row, normaliser: float, nth: int) -> Layout:
@@ -187,23 +256,8 @@ class GraphStep:
             self._inputs = Inputs(len(row.tokens), self._outcome.device)
             self._graphs.clear()
             self._layouts.clear()
-        layout = self._layout(row)
+        layout = layout_for(row, self._layouts)
         self._inputs.fill(row, layout, normaliser, nth)
-        return layout
-
-    def _layout(self, row: Row) -> Layout:
-        tokens = len(row.tokens)
-        documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())
-        share = -(-tokens // _SHARES)
-        trained = min(tokens, -(-int((row.weights != 0).sum()) // share) * share)
-        even = documents * longest == tokens
-        last = self._layouts.get(even)
-        if even:
-            layout = Layout(documents, longest, max(trained, last.trained if last else 0))
-        else:
-            needed = Layout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
-            layout = Layout(*map(max, needed, last)) if last else needed
-        self._layouts[even] = layout
         return layout
 
     def _add_row(self, layout: Layout) -> None:
@@ -237,41 +291,6 @@ class GraphStep:
         finally:
             del self._optimizer.grad_scale, self._optimizer.found_inf  # type: ignore[attr-defined]
         self._outcome[1], self._outcome[2] = norm, skipped
-
-    def _run(self, part: str, layout: Layout, work: Callable[[], object]) -> None:
-        """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
-        key = part, layout
-        if not self._record or self.why_not is not None or key not in self._graphs:
-            work()
-            if self._record:
-                self._make_room()
-                self._graphs[key] = None
-            return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._recorded(work)
-            if graph is None:
-                work()
-                return
-            self._graphs[key] = graph
-        graph.replay()
-
-    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            reason = str(error).strip().splitlines()[0]
-            self.why_not = f"steps run kernel by kernel, not as one CUDA graph: {reason}"
-            return None
-        return graph
-
-    def _make_room(self) -> None:
-        while len(self._graphs) >= _MAX_RECORDINGS:
-            del self._graphs[next(iter(self._graphs))]
 
 
 def _power_of_two(n: int) -> int:

@@ -1,6 +1,7 @@
 """Tokens a second against peak memory, one JSON object a row.
 
-    python -m benchmarks.memory plans SHAPE BATCH TOKENS PRECISION PLAN [PLAN ...]
+    python -m benchmarks.memory plans SHAPE BATCH TOKENS PRECISION PLAN [PLAN ...]     the frontier, plan by plan
+    python -m benchmarks.memory estimate                      what is estimated beside what is measured, 29 settings
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained, as in `benchmarks.ladder`. A PLAN is LEVEL, LEVEL/TILE, or LEVELxN+LEVEL[/TILE]: the first for the
@@ -20,12 +21,14 @@ import time
 import torch
 import transformers
 
-from benchmarks.shapes import model_of, row_of
+from benchmarks.shapes import SHAPES, model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
+from loratune.estimate import Wish, survey_of
 from loratune.lora.inject import attach
 from loratune.ops import nf4
 from loratune.ops.policy import TILE, Level, Plan
+from loratune.training.budget import Setting, peak
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
 
@@ -43,15 +46,17 @@ def plan_of(text: str, layers: int) -> Plan:
     return Plan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
 
 
-def prepared(shape: str, precision: str = "bf16") -> PackedForward:
+def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
     """The model on the GPU with an adapter."""
     forms = {"bf16": None, "nf4": nf4.quantise}
     model = model_of(shape, form=forms[precision])
-    attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS), name="default", seed=0)
+    attach(model, LoraConfig(r=r, lora_alpha=16, target_modules=TARGETS), name="default", seed=0)
     return prepare(model)
 
 
-def measure(forward: PackedForward, batch: int, tokens: int, plan: Plan | None, steps: int = 5) -> dict[str, object]:
+def measure(
+    forward: PackedForward, batch: int, tokens: int, plan: Plan | None, steps: int = 5, uneven: bool = False
+) -> dict[str, object]:
     """Speed and memory of one plan; leaves the device as it was."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -61,7 +66,8 @@ def measure(forward: PackedForward, batch: int, tokens: int, plan: Plan | None, 
     parameters = [p for p in forward.model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig())
     step = GraphStep(forward, parameters, optimizer, 1.0)
-    row = [row_of([tokens] * batch, batch * tokens, 0)]
+    lengths = [batch * tokens // 4 - 1, batch * tokens // 8, batch * tokens // 2] if uneven else [tokens] * batch
+    row = [row_of(lengths, batch * tokens, 0)]
     seconds, losses = [], []
     with forward.installed():
         for _ in range(steps + 3):
@@ -82,9 +88,59 @@ def measure(forward: PackedForward, batch: int, tokens: int, plan: Plan | None, 
     }  # fmt: skip
 
 
+# shape, layers (0 for all), precision, rank, batch, tokens, plan, "uneven" for documents of different lengths
+ESTIMATED = [
+    ("l7b", 4, "bf16", 16, 4, 2048, "none", ""), ("l7b", 4, "bf16", 16, 4, 2048, "wide/2048", ""),
+    ("l7b", 4, "bf16", 16, 4, 2048, "selective", ""), ("l7b", 4, "bf16", 16, 4, 2048, "full", ""),
+    ("l7b", 4, "bf16", 16, 4, 2048, "full/1024", ""), ("l7b", 4, "bf16", 16, 4, 2048, "offload/2048", ""),
+    ("l7b", 4, "bf16", 16, 4, 2048, "fullx2+none", ""), ("l7b", 4, "bf16", 16, 4, 2048, "none", "uneven"),
+    ("l7b", 4, "bf16", 64, 1, 2048, "none", ""), ("l7b", 4, "bf16", 64, 4, 2048, "full", "uneven"),
+    ("l7b", 4, "nf4", 16, 4, 2048, "none", ""), ("l7b", 4, "nf4", 16, 4, 2048, "full/2048", ""),
+    ("l7b", 4, "nf4", 8, 1, 2048, "offload/1024", ""), ("l7b", 4, "nf4", 128, 1, 4096, "selective", "uneven"),
+    ("q8b", 4, "bf16", 16, 2, 2048, "none", ""), ("q8b", 4, "bf16", 16, 2, 2048, "full/1024", "uneven"),
+    ("q8b", 4, "nf4", 16, 2, 2048, "offload/2048", ""), ("q8b", 4, "nf4", 32, 1, 8192, "wide", ""),
+    ("l1b", 0, "bf16", 16, 1, 512, "none", ""), ("l1b", 0, "bf16", 16, 4, 2048, "none", ""),
+    ("l1b", 0, "bf16", 16, 4, 2048, "full/2048", "uneven"), ("l1b", 0, "nf4", 16, 4, 2048, "offload", ""),
+    ("q0_6b", 0, "bf16", 16, 2, 2048, "none", ""), ("q0_6b", 0, "bf16", 8, 2, 2048, "selective", "uneven"),
+    ("q0_6b", 0, "nf4", 64, 1, 16384, "full", ""), ("l7b", 0, "bf16", 16, 4, 2048, "none", ""),
+    ("l7b", 0, "bf16", 16, 4, 2048, "offload/2048", ""), ("l7b", 0, "nf4", 16, 4, 2048, "fullx16+none", ""),
+    ("l7b", 0, "nf4", 16, 1, 2048, "offload/1024", "uneven"),
+]  # fmt: skip
+
+
+def estimates() -> None:
+    """Prints one row for each of `ESTIMATED`."""
+    model: tuple[object, ...] = ()
+    for shape, layers, precision, r, batch, tokens, text, uneven in ESTIMATED:
+        name = f"{shape}-{layers}" if layers else shape
+        SHAPES[name] = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+        if model[:3] != (name, precision, r):
+            model = ()
+            gc.collect()
+            torch.cuda.empty_cache()
+            model = (name, precision, r, prepared(name, precision, r))
+        forward = model[3]
+        assert isinstance(forward, PackedForward)
+        wish = Wish("nf4" if precision == "nf4" else "auto", LoraConfig(r=r, target_modules=TARGETS), Setting(0))
+        what = survey_of(model_of(name, "meta"), wish)
+        plan = plan_of(text, what.layers)
+        expected = peak(what, Setting(batch * tokens, even=not uneven), plan)
+        found = measure(forward, batch, tokens, plan, 1, bool(uneven))
+        allocated = float(str(found["peak_gib"]))
+        print(json.dumps({
+            "shape": shape, "layers": what.layers, "precision": precision, "r": r, "batch": batch, "tokens": tokens,
+            "documents": uneven or "even", "plan": str(plan), "tile": plan.tile, "measured_gib": allocated,
+            "estimated_gib": round(expected.allocated / GIB, 3),
+            "over": round(expected.allocated / GIB / allocated - 1, 4), "reserved_gib": found["reserved_gib"],
+            "estimated_reserved_gib": round((expected.total - expected.context) / GIB, 3),
+        }), flush=True)  # fmt: skip
+
+
 def main() -> None:
-    verb, shape, batch, tokens, precision, *plans = sys.argv[1:]
-    assert verb == "plans"
+    if sys.argv[1] == "estimate":
+        estimates()
+        return
+    _, shape, batch, tokens, precision, *plans = sys.argv[1:]
     forward = prepared(shape, precision)
     machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
     machine["transformers"] = transformers.__version__

@@ -156,8 +156,8 @@ class TrainConfig:
     save_every_steps: int | None = None
     """Optimizer steps between checkpoints; by default at every evaluation."""
     activations: Activations = "auto"
-    """What layers keep for the backward: everything is fastest (none: nothing is recomputed), then with ever less
-    memory selective, full (a layer's input only) and offload (inputs wait on the host). auto: the fastest that fits."""
+    """What is recomputed to save memory: none, selective, full (layers keep their inputs only), or offload (and these
+    wait on the host); each takes less memory and more time than the one before. auto: the fastest that fits."""
     memory: str | None = None
     """The most GPU memory that the run may take, such as 24GiB; by default all that is free."""
     seed: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def size(count: float) -> str:
     """Bytes in binary units: 512 B, 14.7 MiB, 5.21 GiB."""
@@ -20,3 +22,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_UNITS = {"b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def bytes_of(text: str) -> int:
+    """Bytes from a size as a person writes it: 24GiB, 500 MB, 1.5GiB; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f'"{text}" is not a size; write a number and a unit, such as 24GiB')
+    return int(float(match[1]) * _UNITS[match[2].lower()])

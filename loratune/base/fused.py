@@ -213,7 +213,7 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
         below = layers[index].behind.up  # type: ignore[union-attr, assignment]
     decoder = model.get_decoder()
     norm = getattr(decoder, "norm", None)
-    if norm is not None and type(norm) is type(getattr(before[0], "input_layernorm", None)):
+    if isinstance(norm, nn.Module) and type(norm) is type(getattr(before[0], "input_layernorm", None)):
         decoder.norm = FusedNorm.from_base(norm)
     try:
         yield copies
@@ -309,7 +309,7 @@ def _frozen(members: Sequence[nn.Linear], ranks: int, copies: Copies) -> tuple[F
     """The weights of all members, side by side, and the matrix with their border, if they are matrices."""
     quantised = [member for member in members if isinstance(member, QuantisedLinear)]
     if quantised:
-        return stacked(quantised), None
+        return stacked(quantised, ranks), None
     weights = [cast(nn.Parameter, member.weight) for member in members]
     matrix = bordered(weights, ranks)
     copies.frozen += weights

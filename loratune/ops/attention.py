@@ -80,7 +80,7 @@ def document_attention(
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
         if softcap is not None or s_aux is not None:
-            out = _explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
+            out = explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
         elif sliding_window is not None and sliding_window < length:
             visible = _visible(length, sliding_window, q.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
@@ -122,7 +122,7 @@ def _on_gpu(
     return attended[None]
 
 
-def _explicit(
+def explicit(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -132,7 +132,7 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for what no fused kernel offers; (1, heads, n, head_dim)."""
+    """Attention of one document written out, for what no fused kernel offers; (1, heads, n, head_dim)."""
     scores = (q @ k.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

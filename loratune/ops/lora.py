@@ -59,7 +59,7 @@ def lora_linear(
     if not isinstance(weight, Tensor):
         x = x.to(weight.dtype)
         bias = None if bias is None else bias.to(weight.dtype)
-    elif torch.is_autocast_enabled(x.device.type):
+    elif not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

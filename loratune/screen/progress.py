@@ -18,6 +18,7 @@ from rich.text import Text
 
 from loratune.screen.text import curve
 from loratune.training.course import Evaluated, StepDone
+from loratune.training.fit import Fit
 from loratune.training.folder import RunResult
 from loratune.training.loop import Saved, Unreached
 from loratune.training.run import Note, Prepared, RunEvent
@@ -93,6 +94,13 @@ def summary(result: RunResult, console: Console) -> None:
             console.print(f"  loratune {verb} {result.out}{rest}", style="cyan", highlight=False)
 
 
+def _memory(fit: Fit) -> str:
+    """What is expected and what may be taken; where it cannot be computed, what a row took when it was tried."""
+    if fit.expected is None:
+        return f"{size(fit.tried)} tried, {size(fit.limit)} may be taken"
+    return f"{size(fit.expected.total)} expected, {size(fit.limit)} may be taken"
+
+
 class _View:
     """The live line and its history."""
 
@@ -127,6 +135,9 @@ class _View:
         resumed = f", going on after step {event.resumed_at:,}" if event.resumed_at else ""
         table.add_row("steps", f"{event.total_steps:,}{resumed}")
         table.add_row("device", f"{event.device}, base in {event.dtype}")
+        if event.fit.limit:
+            table.add_row("memory", _memory(event.fit))
+            table.add_row("activations", str(event.fit.plan))
         self.console.print(table)
         self.console.print()
         self._first_step = event.resumed_at

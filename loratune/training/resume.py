@@ -31,6 +31,8 @@ _FREE = frozenset(
         "resume",
         "dataset.num_proc",
         "dataset.cache_dir",
+        "training.activations",
+        "training.memory",
         "training.save_every_steps",
         "training.log_to",
     }

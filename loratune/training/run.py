@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.base import load as base
+from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
 from loratune.config import DataConfig, RunConfig, TrainConfig
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
@@ -25,6 +26,7 @@ from loratune.lora.inject import Attached, activate, active, attach, config_of, 
 from loratune.training import checkpoint, folder, resume, trackers
 from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
 from loratune.training.evaluation import pad_id
+from loratune.training.fit import Fit, fit
 from loratune.training.folder import Recorder, RunResult
 from loratune.training.loop import Event, Loop, RunsSlower
 
@@ -53,6 +55,8 @@ class Prepared:
     resumed_at: int
     device: str
     dtype: str
+    fit: Fit
+    """What layers keep for the backward, and the memory that takes."""
 
 
 RunEvent = Event | Note | Prepared | RunResult
@@ -97,8 +101,9 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         attached = None
         load_adapter(model, resume_from, name=ADAPTER)
     activate(model, ADAPTER)
+    forward, fitted = _fitted(model, config)
     dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
-    yield from _train(model, tokenizer, dataset, config, attached, out, resume_from, stop)
+    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop)
 
 
 def train(
@@ -140,9 +145,10 @@ def train(
     where = Path(out) if out is not None else None
     if where is not None:
         atomic.check_new(where, overwrite=False)
+    forward, fitted = _fitted(model, config)
     prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
     result: RunResult | None = None
-    for event in _train(model, tokenizer, prepared, config, None, where, None, lambda: False):
+    for event in _train(forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False):
         if isinstance(event, RunResult):
             result = event
         if on_event is not None:
@@ -151,8 +157,15 @@ def train(
     return result
 
 
+def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, Fit]:
+    """How rows run through the model, with one of full size tried."""
+    forward = prepare_forward(model)
+    return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
+
+
 def _train(
-    model: PreTrainedModel,
+    forward: PackedForward,
+    fitted: Fit,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     config: RunConfig,
@@ -162,12 +175,12 @@ def _train(
     stop: Callable[[], bool],
 ) -> Iterator[RunEvent]:
     """Everything after loading: the loop between preparation and what is left behind."""
+    model = forward.model
     (name,) = active(model)
     if attached is not None and attached.left_out:
         yield Note(f"{len(attached.left_out)} layers are not adapted: {attached.left_out[0]}")
     for text in dataset.notes:
         yield Note(text)
-    forward = prepare_forward(model)
     for text in forward.notes:
         yield Note(text)
     parameters = trainable_parameters(model)
@@ -192,6 +205,7 @@ def _train(
         loop.progress.step,
         str(model.device),
         str(model.dtype).removeprefix("torch."),
+        fitted,
     )
     recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
     if model.device.type == "cuda":

@@ -1,0 +1,291 @@
+"""Bytes that one fused decoder layer holds and needs, by level: `ops.block` told as a ledger of its tensors.
+
+An estimate that leaves out what is short-lived is wrong by gigabytes, since the widest tensors of a layer live for
+one product. So this module walks through forward and backward of `ops.block` in their order, writes down each tensor
+when it is made and strikes it when it is let go of, rounded as PyTorch's allocator rounds, and reads off the highest
+sum. It must be changed with `ops.block`; the tests of the estimate measure whether it has been.
+
+No torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loratune.ops.policy import Level, tiles
+
+ROUND = 512
+"""PyTorch's allocator hands out multiples of this."""
+
+TILE_OF_RANKS = 64
+"""Ranks of a projection are padded to a multiple of this in a border (`base.border`)."""
+
+_PADDING = 128
+"""Tokens that FlashAttention's backward adds to each document."""
+
+_QKV, _OUTPUT, _GATE_UP, _DOWN = range(4)
+
+
+def rounded(size: float) -> int:
+    """Bytes as they are allocated."""
+    return -(-int(size) // ROUND) * ROUND
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer of Llama's kind, as far as its memory goes."""
+
+    width: int
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+    mlp: int
+    head_norm: bool
+    ranks: tuple[int, int, int, int]
+    """Ranks of all adapters of query, key and value together; of output; of gate and up; of down."""
+    element_bytes: int = 2
+    bordered: bool = True
+    """Whether weights have a border for the adapters (`ops.projection`), and operands room for the inner columns."""
+    dense_bytes: int = 0
+    """What the widest quantised weight takes while it is dense; 0 where weights are held dense."""
+
+    def room(self, projection: int) -> int:
+        """Columns by which the operands of the nth projection are wider than it."""
+        return -(-self.ranks[projection] // TILE_OF_RANKS) * TILE_OF_RANKS if self.bordered else 0
+
+    def inner(self, projection: int) -> int:
+        """Columns of the nth projection's inner activation."""
+        return self.room(projection) or self.ranks[projection]
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The working copies of all adapters of the layer: in the borders, or stacked beside the weights."""
+        e, total = self.element_bytes, 0
+        outs, ins = (self.heads, self.width, 2 * self.mlp, self.width), (self.width, self.query, self.width, self.mlp)
+        for nth, (d_in, d_out) in enumerate(zip(ins, outs, strict=True)):
+            room, rank = self.room(nth), self.ranks[nth]
+            whole = rounded((d_out + room) * (d_in + room) * e) - d_out * d_in * e
+            total += whole if self.bordered else rounded(rank * d_in * e) + rounded(rank * d_out * e)
+        return total
+
+    @property
+    def query(self) -> int:
+        """Columns of all queries."""
+        return self.query_heads * self.head_dim
+
+    @property
+    def heads(self) -> int:
+        """Columns of queries, keys and values."""
+        return (self.query_heads + 2 * self.key_value_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one layer."""
+
+    kept: int
+    """From its forward to its backward, the input counted in, the output not."""
+    forward: int
+    """Most at a time while it runs forward, beside its input and all that layers below keep."""
+    backward: int
+    """Most at a time while it runs backward, with what it keeps, the gradient it is given and that it makes."""
+
+
+@dataclass
+class Ledger:
+    """What is alive, by name."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+
+    def take(self, **sizes: float) -> None:
+        """Tensors of so many bytes are made."""
+        self.sizes.update({name: rounded(size) for name, size in sizes.items()})
+        self.peak = max(self.peak, sum(self.sizes.values()))
+
+    def free(self, *names: str) -> None:
+        """These are let go of; a name that is not alive is passed over."""
+        for name in names:
+            self.sizes.pop(name, None)
+
+    def brief(self, **sizes: float) -> None:
+        """Tensors that are made and let go of."""
+        self.take(**sizes)
+        self.free(*sizes)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a layer's tensors on `tokens` tokens."""
+
+    shape: LayerShape
+    tokens: int
+    documents: int
+
+    def columns(self, count: int, tokens: int | None = None) -> int:
+        """(tokens, count) in the compute dtype."""
+        return (self.tokens if tokens is None else tokens) * count * self.shape.element_bytes
+
+    @property
+    def stream(self) -> int:
+        """(T, d)."""
+        return self.columns(self.shape.width)
+
+    def operand(self, projection: int) -> int:
+        """(T, d) and the room beside it that the nth projection wants."""
+        return self.columns(self.shape.width + self.shape.room(projection))
+
+    def inner(self, projection: int, tokens: int | None = None) -> int:
+        """The inner activation of the nth projection."""
+        return self.columns(self.shape.inner(projection), tokens)
+
+    @property
+    def heads(self) -> int:
+        """Stacked query, key and value."""
+        return self.columns(self.shape.heads)
+
+    @property
+    def query(self) -> int:
+        """Attention's output, or the queries."""
+        return self.columns(self.shape.query)
+
+    @property
+    def logsumexp(self) -> int:
+        """(T, query heads) float32."""
+        return self.tokens * self.shape.query_heads * 4
+
+
+def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents: int = 0) -> Footprint:
+    """What one layer takes on a row of `tokens` tokens.
+
+    Args:
+        tile: as in `ops.policy.Plan`.
+        documents: how many of different lengths a row may hold; 0 if all are of one length.
+    """
+    sizes, ledger = _Sizes(shape, tokens, documents), Ledger()
+    _forward(ledger, sizes, level, tile)
+    forward = ledger.peak
+    ledger.free("out")
+    if level is not Level.OFFLOAD:
+        ledger.take(x=sizes.stream)
+    kept = sum(ledger.sizes.values())
+    ledger.peak = 0
+    _backward(ledger, sizes, level, tile)
+    return Footprint(kept, forward, ledger.peak)
+
+
+def _dense(ledger: Ledger, shape: LayerShape) -> None:
+    if shape.dense_bytes:
+        ledger.brief(dense=shape.dense_bytes)
+
+
+def _heads(ledger: Ledger, sizes: _Sizes) -> None:
+    """`block._turned`."""
+    shape = sizes.shape
+    ledger.take(normed=sizes.operand(_QKV), unturned=sizes.heads, inner_qkv=sizes.inner(_QKV))
+    _dense(ledger, shape)
+    ledger.free("normed")
+    if shape.head_norm:
+        ledger.take(heads=sizes.heads)
+    else:  # turned in place
+        ledger.sizes["heads"] = ledger.sizes.pop("unturned")
+
+
+def _attend(ledger: Ledger, sizes: _Sizes) -> None:
+    ledger.take(attended=sizes.query, logsumexp=sizes.logsumexp)
+
+
+def _forward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
+    shape, tokens = sizes.shape, sizes.tokens
+    _heads(ledger, sizes)
+    _attend(ledger, sizes)
+    if not level.keeps_heads:
+        ledger.free("heads", "unturned", "inner_qkv")
+    ledger.take(y=sizes.stream, inner_output=sizes.inner(_OUTPUT))
+    _dense(ledger, shape)
+    ledger.take(stream=sizes.stream, normed=sizes.operand(_GATE_UP))
+    ledger.free("y")
+    if not level.keeps_attended:
+        ledger.free("heads", "unturned", "inner_qkv", "attended", "logsumexp", "inner_output")
+    parts = tiles(tokens, tokens if level.keeps_gate_up else tile)
+    for part in parts:
+        count = part.stop - part.start
+        ledger.take(gate_up=sizes.columns(2 * shape.mlp, count), inner_gate_up=sizes.inner(_GATE_UP, count))
+        _dense(ledger, shape)
+        ledger.take(active=sizes.columns(shape.mlp + shape.room(_DOWN), count))
+        ledger.take(**{f"out{part.start}": sizes.columns(shape.width, count)})
+        ledger.take(**{f"inner_down{part.start}": sizes.inner(_DOWN, count)})
+        _dense(ledger, shape)
+        ledger.free("active")
+        if not level.keeps_gate_up:
+            ledger.free("gate_up", "inner_gate_up")
+    ledger.free("normed", *([] if level.keeps_attended else ["stream"]))
+    if len(parts) > 1:
+        ledger.take(out=sizes.stream)
+    for part in parts:
+        ledger.free(f"out{part.start}")
+    ledger.take(out=sizes.stream)
+
+
+def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
+    shape, tokens = sizes.shape, sizes.tokens
+    ledger.take(dy=sizes.operand(_DOWN), x=sizes.stream)
+    if not level.keeps_attended:
+        _heads(ledger, sizes)
+        _attend(ledger, sizes)
+        ledger.take(y=sizes.stream, inner_output=sizes.inner(_OUTPUT))
+        _dense(ledger, shape)
+        ledger.take(stream=sizes.stream, normed=sizes.operand(_GATE_UP))
+        ledger.free("y")
+    _mlp_backward(ledger, sizes, tiles(tokens, tokens if level.keeps_gate_up else tile))
+    ledger.free("stream", "normed")
+    ledger.take(d_attended=sizes.query)
+    _dense(ledger, shape)
+    if "heads" not in ledger.sizes:
+        _heads(ledger, sizes)
+    _attention_backward(ledger, sizes)
+    ledger.free("attended", "logsumexp", "d_attended")
+    ledger.take(d_qkv=sizes.columns(shape.heads + shape.room(_QKV)))
+    ledger.free("d_heads")
+    ledger.take(d_normed=sizes.stream)
+    _dense(ledger, shape)
+    ledger.take(below=sizes.operand(_DOWN), normed=sizes.stream)
+
+
+def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
+    shape = sizes.shape
+    assert isinstance(parts, list)
+    for part in parts:
+        count = part.stop - part.start
+        if "gate_up" not in ledger.sizes:
+            if "normed" not in ledger.sizes:
+                ledger.take(normed_part=sizes.columns(shape.width + shape.room(_GATE_UP), count))
+            ledger.take(gate_up=sizes.columns(2 * shape.mlp, count))
+            ledger.take(inner_gate_up=sizes.inner(_GATE_UP, count))
+            _dense(ledger, shape)
+            ledger.free("normed_part", *(["normed"] if part is parts[-1] else []))
+        ledger.take(d_active=sizes.columns(shape.mlp, count))
+        _dense(ledger, shape)
+        ledger.take(d_gate_up=sizes.columns(2 * shape.mlp + shape.room(_GATE_UP), count))
+        ledger.take(active=sizes.columns(shape.mlp, count))
+        ledger.free("gate_up", "d_active", "active")
+        ledger.take(d_normed=sizes.columns(shape.width, count))
+        _dense(ledger, shape)
+        ledger.take(d_part=sizes.columns(shape.width + shape.room(_OUTPUT), count))
+        ledger.take(normed_again=sizes.columns(shape.width, count))
+        ledger.free("normed_again", "d_gate_up", "d_normed", "inner_gate_up")
+        if len(parts) > 1:
+            ledger.take(d_stream=sizes.operand(_OUTPUT))
+            ledger.free("d_part")
+    if len(parts) == 1:
+        ledger.sizes["d_stream"] = ledger.sizes.pop("d_part")
+
+
+def _attention_backward(ledger: Ledger, sizes: _Sizes) -> None:
+    shape = sizes.shape
+    # Gradients of key and value are made for each query head, then summed; the gradient of query gathers in float32,
+    # and the kernel for documents of different lengths pads each of them for that.
+    expanded = 2 * sizes.query if shape.key_value_heads != shape.query_heads else 0
+    float32 = (sizes.tokens + _PADDING * sizes.documents) * shape.query * 4
+    ledger.take(d_heads=sizes.heads, expanded=expanded, gathering=float32, row_sums=sizes.logsumexp)
+    ledger.free("expanded", "gathering", "row_sums")

@@ -1,0 +1,69 @@
+"""What a run would need, as a table: bytes by cause, speed, and what would make it fit."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loratune.estimate import Estimate
+from loratune.units import duration, size
+
+_CAUSES = (
+    ("base", "base model"),
+    ("adapters", "adapters, masters and copies"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("kept", "activations kept for the backward"),
+    ("temporary", "largest temporary"),
+    ("slack", "allocator and what is not known"),
+    ("context", "CUDA context, or the process"),
+)
+_SHOWN = 5
+
+
+def as_json(found: Estimate) -> dict[str, object]:
+    """The estimate as plain values; bytes and seconds."""
+    return {
+        "bytes": {name: getattr(found.choice.bytes, name) for name, _ in _CAUSES},
+        "total_bytes": found.choice.bytes.total,
+        "allocated_bytes": found.choice.bytes.allocated,
+        "limit_bytes": found.limit,
+        "fits": found.fits,
+        "activations": str(found.choice.plan),
+        "tokens_per_second": round(found.tokens_per_second),
+        "changes": [
+            {"what": c.what, "total_bytes": c.choice.bytes.total, "activations": str(c.choice.plan)}
+            for c in found.changes
+        ],
+    }
+
+
+def draw(found: Estimate, console: Console, tokens_in_all: int = 0) -> None:
+    """Prints the table. `tokens_in_all`: of the whole run's rows, for its hours; 0 if no data are given."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for name, text in _CAUSES:
+        table.add_row(text, size(getattr(found.choice.bytes, name)))
+    table.add_row("in all", Text(size(found.choice.bytes.total), style="bold"))
+    if found.limit:
+        table.add_row(f"of {found.device.name}", size(found.limit))
+    console.print(table)
+    console.print()
+    fits = ("it fits", "bold green") if found.limit else ("on the CPU", "bold")
+    verdict = fits if found.fits else (f"{size(_missing(found))} are missing", "bold red")
+    console.print(Text.assemble(verdict, ("   activations: ", "dim"), str(found.choice.plan)))
+    if found.tokens_per_second:
+        hours = f", {duration(tokens_in_all / found.tokens_per_second)} for these data" if tokens_in_all else ""
+        console.print(f"about {found.tokens_per_second:,.0f} tokens/s{hours}")
+    if found.changes:
+        console.print("\nIt would fit with, fastest first:", style="bold")
+    for change in found.changes[:_SHOWN]:
+        console.print(f"  {change.what}   {size(change.choice.bytes.total)}, {change.choice.plan}", highlight=False)
+    if not found.fits and not found.changes:
+        console.print("No change of these settings makes it fit: a smaller model, or a larger device, would.")
+
+
+def _missing(found: Estimate) -> int:
+    return found.choice.bytes.total - found.limit

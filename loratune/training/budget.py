@@ -1,0 +1,242 @@
+"""How much memory a run will take at its highest, by cause, how fast it will be, and what to keep so that it fits.
+
+Everything in a run is of one shape, so its memory is arithmetic: weights, adapters, optimizer state and a row's
+buffers are there all the time; activations grow layer by layer to the head and shrink on the way back, while the
+gradients of the adapters grow. `peak` walks along that line with the ledger of one layer (`ops.footprint`) and takes
+the highest sum. It is never to be below what is measured: `_SLACK` covers what the ledger leaves out.
+
+Speed is less exact: the arithmetic of the frozen products at the rate that they reach on the device, attention, and
+passes over memory. It is there to rank plans, and to say whether a run takes an hour or a day.
+
+`choose` takes the fastest plan that fits. Plans differ in what they compute twice, so of two that fit the one that
+keeps more is the faster; between policies the frontier is filled by giving the first layers the frugal one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loratune.ops.footprint import Footprint, footprint, rounded
+from loratune.ops.logprobs import chunk_rows
+from loratune.ops.policy import TILE, Level, Plan
+from loratune.training.devices import Device
+from loratune.training.imagine import Imagined
+from loratune.training.survey import Survey
+
+_MIB = 1 << 20
+CONTEXT = 520 * _MIB
+"""CUDA's context, kernels and libraries, outside of PyTorch's allocator."""
+_WORKSPACES = 4 * 32 * _MIB
+"""cuBLAS: a workspace for each pair of a thread (forward, backward) and a stream (eager, recording)."""
+_SLACK = 0.01
+"""Share of the peak that is added for what the ledger does not know."""
+_FRAGMENTS = 0.03
+"""Share of the activations that the allocator holds and cannot use."""
+_LOOSE = 0.08
+"""The same where activations are counted and not told by a ledger: kernels may take memory of their own."""
+_TILES = (TILE, 4096, 2048, 1024)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run sees at a time, apart from its plan."""
+
+    tokens: int
+    """In a row."""
+    rows: int = 1
+    """In a step, one after the other."""
+    optimizer_bytes: float = 8.0
+    """State for each trained parameter."""
+    even: bool = False
+    """All documents of a row are of one length. Otherwise a row is taken to hold one for each 128 tokens."""
+
+    @property
+    def documents(self) -> int:
+        """As in `ops.footprint.footprint`."""
+        return 0 if self.even else max(2, self.tokens // 128)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Memory of the device at its highest, by cause."""
+
+    base: int
+    adapters: int
+    """Masters in float32 and working copies."""
+    gradients: int
+    optimizer: int
+    kept: int
+    """Activations from the forward to the backward, at the highest moment."""
+    temporary: int
+    """What lives for a moment then: the widest products and their gradients, the head, a row's buffers."""
+    slack: int
+    """What the allocator holds and nobody uses, and what is not known."""
+    context: int
+
+    @property
+    def allocated(self) -> int:
+        """As `torch.cuda.max_memory_allocated` counts."""
+        return self.total - self.slack - self.context + int(_SLACK * (self.total - self.context - self.slack))
+
+    @property
+    def total(self) -> int:
+        """Of the device, as other programs see it."""
+        named = self.base + self.adapters + self.gradients + self.optimizer + self.kept + self.temporary
+        return named + self.slack + self.context
+
+
+def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
+    """The highest moment of a run on a GPU with fused layers."""
+    moments = list(_moments(survey, setting, plan))
+    gradients, kept, temporary = max(moments, key=sum)
+    masters = 4 * survey.trainable
+    if setting.rows > 1:
+        gradients = masters
+    buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
+    temporary += buffers + _WORKSPACES
+    fixed = survey.base_bytes + masters + survey.copies_bytes + int(setting.optimizer_bytes * survey.trainable)
+    slack = int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
+    return Bytes(
+        base=survey.base_bytes,
+        adapters=masters + survey.copies_bytes,
+        gradients=gradients,
+        optimizer=int(setting.optimizer_bytes * survey.trainable),
+        kept=kept,
+        temporary=temporary,
+        slack=slack,
+        context=CONTEXT,
+    )
+
+
+def peak_of_modules(survey: Survey, setting: Setting, activations: Imagined, baseline: int | None) -> Bytes:
+    """The highest moment where layers run as modules.
+
+    Args:
+        activations: of one row, with the gradients of the adapters.
+        baseline: resident bytes of the process without the model, for a CPU; None for a GPU.
+    """
+    masters, optimizer = 4 * survey.trainable, int(setting.optimizer_bytes * survey.trainable)
+    gradients = masters
+    kept, temporary = activations.kept, activations.peak - activations.kept
+    temporary = max(0, temporary - gradients) + (_WORKSPACES if baseline is None else 0)
+    slack = int(_SLACK * (survey.base_bytes + masters + optimizer) + _LOOSE * (kept + temporary))
+    return Bytes(
+        base=survey.base_bytes,
+        adapters=masters,
+        gradients=gradients,
+        optimizer=optimizer,
+        kept=kept,
+        temporary=temporary,
+        slack=slack,
+        context=CONTEXT if baseline is None else baseline,
+    )
+
+
+def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """(gradients, kept, temporary) along one row, wherever the sum may be highest."""
+    assert survey.shape is not None
+    stream = rounded(setting.tokens * survey.width * survey.element_bytes)
+    layers = [_layer(survey, setting, level, plan.tile) for level in plan.levels]
+    on_host = [level is Level.OFFLOAD for level in plan.levels]
+    below = 0
+    for layer, away in zip(layers, on_host, strict=True):
+        leaving = 3 if away else 1  # the input, and two before it that are on their way
+        yield 0, below, layer.forward + leaving * stream
+        below += layer.kept
+    leaving = 2 * sum(on_host[-2:]) // 2
+    chunk = chunk_rows(setting.tokens, survey.vocabulary) * survey.vocabulary * survey.element_bytes
+    yield 0, below, (4 + leaving) * stream + rounded(chunk)
+    yield 0, below, (6 + leaving) * stream
+    gradients = 0
+    for layer, away in zip(reversed(layers), reversed(on_host), strict=True):
+        below -= layer.kept
+        yield gradients, below + layer.kept, layer.backward - layer.kept + (stream if away else 0)
+        gradients += 4 * survey.layer_trainable
+        yield gradients, below, 2 * stream
+
+
+@functools.lru_cache(maxsize=256)
+def _layer(survey: Survey, setting: Setting, level: Level, tile: int) -> Footprint:
+    assert survey.shape is not None
+    return footprint(survey.shape, setting.tokens, level, tile, setting.documents)
+
+
+def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> float:
+    """One optimizer step; 0 where the device's rates are not known. `setting.tokens` are taken as one document."""
+    if device.flops == 0 or survey.shape is None:
+        return 0.0
+    shape, tokens = survey.shape, setting.tokens
+    forward = 2.0 * tokens * survey.layer_elements
+    attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
+    passes = tokens * survey.element_bytes * (24 * shape.width + 8 * shape.heads + 14 * shape.mlp)
+    unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
+    once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
+    total = 0.0
+    for level in plan.levels:
+        again = _again(survey, level)
+        total += once + tokens * again / device.flops + 1.05 * unpacking * again / (2.0 * survey.layer_elements)
+        if level >= Level.FULL:
+            total += 2 * attention / device.flops
+        if level is Level.OFFLOAD:
+            crossing = tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
+            total += max(0.0, crossing - once / 3) + 0.05 * crossing
+    head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
+    update = 30 * survey.trainable / device.bytes_per_second
+    return setting.rows * (total + head) + update + 1e-3
+
+
+def _again(survey: Survey, level: Level) -> float:
+    """Multiplications and additions a token that a layer does once more."""
+    shape = survey.shape
+    assert shape is not None
+    products = 0
+    if not level.keeps_gate_up:
+        products += 2 * shape.mlp * shape.width
+    if not level.keeps_heads:
+        products += shape.heads * shape.width
+    if not level.keeps_attended:
+        products += shape.query * shape.width
+    return 2.0 * products
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, what it takes and how long."""
+
+    plan: Plan
+    bytes: Bytes
+    seconds: float
+    """Of a step; 0 if unknown."""
+
+
+def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choice | None:
+    """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not."""
+    best: Choice | None = None
+    for plan in _candidates(survey.layers):
+        needed = peak(survey, setting, plan)
+        if needed.total > limit:
+            continue
+        found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
+        if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
+            best = found
+    return best
+
+
+def _recomputed(survey: Survey, plan: Plan) -> float:
+    """A stand-in for time where rates are unknown: only the order matters."""
+    return sum(_again(survey, level) + (level is Level.OFFLOAD) for level in plan.levels) * (
+        1 + 1e-3 * TILE / plan.tile
+    )
+
+
+def _candidates(layers: int) -> Iterator[Plan]:
+    """Every level for the first so many layers over every more generous one for the rest, in tiles of some sizes."""
+    for tile in _TILES:
+        for level in Level:
+            yield Plan.uniform(level, layers, tile)
+        for frugal in Level:
+            for other in Level:
+                if other < frugal:
+                    yield from (Plan.mixed(frugal, first, other, layers, tile) for first in range(1, layers))

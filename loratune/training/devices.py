@@ -1,0 +1,91 @@
+"""What a device can do, for estimates of speed: rates that products, memory and the host link reach in practice.
+
+A step of LoRA is mostly frozen products, so its time is their arithmetic over a rate, plus traffic over a bandwidth.
+The rates here are those *reached* by large products and copies, not those of data sheets: measured for the H200
+(benchmarks/NOTES.md), for other devices the data sheet's figure times the share that the H200 reaches of its own.
+Estimates of memory do not depend on this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loratune.errors import ConfigError, nearest
+from loratune.units import bytes_of
+
+_REACHED = 0.66
+"""Share of the data sheet's dense bf16 rate that frozen products reach, as measured on an H200."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or a CPU."""
+
+    name: str
+    memory_bytes: int
+    """What programs can allocate in all."""
+    flops: float
+    """Multiplications and additions a second in bf16 products; 0 if unknown."""
+    bytes_per_second: float
+    """Read and written, by passes over memory."""
+    host_bytes_per_second: float
+    """Copied to or from pinned host memory, each way."""
+
+
+def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> Device:
+    memory = int(gib * _GIB)
+    return Device(name, memory, sheet_tflops * _REACHED * 1e12, terabytes * 0.85e12, host_gigabytes * 1e9)
+
+
+_KNOWN = (
+    _known("NVIDIA H200", 139.8, 989, 4.8, 50),
+    _known("NVIDIA H100 80GB", 79.1, 989, 3.35, 50),
+    _known("NVIDIA A100 80GB", 79.2, 312, 2.0, 22),
+    _known("NVIDIA A100 40GB", 39.4, 312, 1.55, 22),
+    _known("NVIDIA L40S", 44.4, 362, 0.86, 22),
+    _known("NVIDIA L4", 22.5, 121, 0.3, 22),
+    _known("NVIDIA A10G", 22.2, 70, 0.6, 22),
+    _known("NVIDIA RTX 5090", 31.3, 209, 1.79, 45),
+    _known("NVIDIA RTX 4090", 23.6, 165, 1.01, 22),
+    _known("NVIDIA RTX 3090", 23.6, 71, 0.94, 22),
+    _known("NVIDIA T4", 14.6, 65, 0.32, 11),
+)
+
+
+def named(text: str) -> Device:
+    """A device by a part of its name ("H100", "rtx 4090"), or of nothing but a size ("24GiB").
+
+    Raises: ConfigError: neither a size nor a name that is known.
+    """
+    words = text.lower().split()
+    found = [device for device in _KNOWN if all(word in device.name.lower() for word in words)]
+    if found:
+        return found[0]
+    try:
+        memory = bytes_of(text)
+    except ValueError:
+        names = [device.name.removeprefix("NVIDIA ") for device in _KNOWN]
+        hint = nearest(text, names) or f" Known are {', '.join(names)}"
+        raise ConfigError(f'--gpu "{text}" is neither a size such as 24GiB nor a known device.{hint}') from None
+    return Device(text, memory, 0.0, 0.0, 0.0)
+
+
+def present(device: torch.device) -> Device:
+    """The device at hand, with its free and our own memory; rates as of the known device of that name."""
+    if device.type != "cuda":
+        return Device("CPU", 0, 0.0, 0.0, 0.0)
+    name = torch.cuda.get_device_name(device)
+    known = next((other for other in _KNOWN if other.name.lower() in name.lower()), None)
+    free, _ = torch.cuda.mem_get_info(device)
+    memory = free + torch.cuda.memory_reserved(device)
+    if known is None:
+        return Device(name, memory, 0.0, 0.0, 0.0)
+    return Device(name, memory, known.flops, known.bytes_per_second, known.host_bytes_per_second)
+
+
+def at_hand() -> Device:
+    """The first GPU, or the CPU."""
+    return present(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,114 @@
+"""The estimate's arithmetic: what it must satisfy whatever the numbers are. Against measurements: tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from loratune.config import LoraConfig
+from loratune.estimate import Wish, estimate, imagined, survey_of
+from loratune.lora.inject import attach
+from loratune.ops.policy import Level, Plan
+from loratune.training.budget import Setting, choose, peak, seconds
+from loratune.training.devices import named
+from loratune.training.imagine import imagine, without_data
+from tests.conftest import CAUSAL, build
+
+GIB = 1 << 30
+H200 = named("H200")
+
+
+@pytest.fixture(scope="module")
+def seven_billion() -> tf.PreTrainedModel:
+    """Llama-2-7B without data."""
+    return without_data(
+        tf.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000),
+        torch.bfloat16,
+    )
+
+
+@pytest.fixture(scope="module")
+def surveyed(seven_billion):
+    return survey_of(seven_billion, Wish("auto", LoraConfig(), Setting(8192)))
+
+
+def test_what_is_there_all_the_time_is_counted_to_the_parameter(seven_billion, surveyed):
+    parameters = sum(p.numel() for p in seven_billion.parameters())
+    assert parameters == 6_738_415_616
+    assert surveyed.base_bytes == pytest.approx(2 * parameters, rel=1e-4)  # and rotary frequencies, rounded to 512
+    per_layer = 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert surveyed.trainable == 32 * per_layer
+    needed = peak(surveyed, Setting(8192), Plan.uniform(Level.NONE, 32))
+    assert needed.optimizer == 8 * surveyed.trainable
+    quarter = survey_of(seven_billion, Wish("nf4", LoraConfig(), Setting(8192)))
+    in_layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert quarter.base_bytes == pytest.approx(2 * (parameters - in_layers) + 4.127 / 8 * in_layers, rel=1e-3)
+
+
+def test_a_frugal_level_takes_less_memory_and_more_time(surveyed):
+    setting = Setting(8192, even=True)
+    for frugal, generous in ((Level.WIDE, Level.NONE), (Level.SELECTIVE, Level.WIDE), (Level.FULL, Level.SELECTIVE)):
+        a, b = (Plan.uniform(level, 32) for level in (frugal, generous))
+        assert peak(surveyed, setting, a).total < peak(surveyed, setting, b).total
+        assert seconds(surveyed, setting, a, H200) > seconds(surveyed, setting, b, H200)
+    totals = [peak(surveyed, setting, Plan.mixed(Level.FULL, n, Level.NONE, 32)).total for n in range(33)]
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("gib", [16, 18, 24, 32, 60])
+def test_the_choice_fits_and_is_faster_than_any_uniform_plan_that_fits(surveyed, gib):
+    setting = Setting(8192)
+    choice = choose(surveyed, setting, H200, gib * GIB)
+    assert choice is not None
+    assert choice.bytes.total <= gib * GIB
+    for level in Level:
+        plan = Plan.uniform(level, 32)
+        if peak(surveyed, setting, plan).total <= gib * GIB:
+            assert choice.seconds <= seconds(surveyed, setting, plan, H200)
+
+
+def test_nothing_is_chosen_where_even_the_weights_do_not_fit(surveyed):
+    assert choose(surveyed, Setting(8192), H200, 12 * GIB) is None
+
+
+def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):
+    wish = Wish("auto", LoraConfig(), Setting(8192), "none")
+    found = estimate(seven_billion, wish, named("24GiB"), 24 * GIB)
+    assert not found.fits
+    assert "--activations auto" in {change.what for change in found.changes}
+    assert all(change.choice.bytes.total <= 24 * GIB for change in found.changes)
+    tight = estimate(seven_billion, wish, named("12GiB"), 12 * GIB)
+    assert all("nf4" in change.what for change in tight.changes)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_an_imagined_row_holds_what_a_real_one_holds(name):
+    """The bytes that autograd saves for the backward on a CPU, within 15 percent."""
+    config = build(name).config
+    copy, real = without_data(config, torch.float32), build(name)
+    for model in (copy, real):
+        attach(model, LoraConfig(r=4), name="default", seed=0)
+    expected = imagine(copy, 256, Plan.uniform(Level.NONE, 2)).kept
+    held: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, 256, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = real.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.sum()
+    assert sum(held.values()) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_folder_with_a_configuration_alone_is_enough(tmp_path):
+    CAUSAL["qwen3"]().config.save_pretrained(tmp_path)
+    model = imagined(str(tmp_path), "auto")
+    assert all(p.is_meta for p in model.parameters())
+    found = estimate(model, Wish("auto", LoraConfig(), Setting(512), on_gpu=False), named("1GiB"), GIB)
+    assert found.fits

@@ -22,8 +22,9 @@ from loratune.units import bytes_of
 DataFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
 TrainOn = Literal["assistant", "last", "all"]
 DensePrecision = Literal["auto", "float32", "bfloat16", "float16"]
-Precision = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "nf4", "fp8"]
 Schedule = Literal["cosine", "linear", "constant"]
+Optim = Literal["adamw", "adamw_8bit", "adamw_offload"]
 Bias = Literal["none", "all", "lora_only"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Activations = Literal["auto", "none", "selective", "full", "offload"]
@@ -139,6 +140,9 @@ class TrainConfig:
     """Optimizer steps; overrides epochs."""
     gradient_accumulation_steps: int = 1
     """Rows (micro-steps) in one optimizer step."""
+    optim: Optim = "adamw"
+    """Form of AdamW's moments: float32; 8 bits each, in blocks (adamw_8bit); or float32 in host memory
+    (adamw_offload), which leaves the GPU's to the model and takes longer."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: float = 0.9

@@ -31,6 +31,7 @@ from loratune.base.quantising import FORMS, form_of_files, load_quantised
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
+from loratune.ops import fp8
 
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""
@@ -78,8 +79,9 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     Args:
         model: a local folder, a hub id, or `POCKET`.
         precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU. "nf4"
-            quantises linear layers to 4 bits as they are read; everything else is then bfloat16 on a GPU (float16
-            if the files are) and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so.
+            quantises linear layers to 4 bits as they are read, "fp8" to 8 bits, which a GPU of compute capability
+            8.9 or newer multiplies as they are; everything else is then bfloat16 on a GPU (float16 if the files are)
+            and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so.
         device: by default the first GPU, else the CPU.
 
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
@@ -88,6 +90,9 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
+    if precision == "fp8" and not fp8.supported(where):
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+        raise ModelError(f"--precision fp8: {name} multiplies no 8-bit numbers (compute capability 8.9); try nf4")
     source = resolve(model)
     config = load_config(model)
     _check_causal(model, config)

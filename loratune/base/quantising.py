@@ -31,7 +31,7 @@ from loratune.base import nf4_files
 from loratune.base.quantised import QuantisedLinear
 from loratune.base.tensors import Checkpoint, Stored
 from loratune.errors import ModelError
-from loratune.ops import nf4
+from loratune.ops import fp8, nf4
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
 
@@ -42,7 +42,7 @@ Form = Callable[[Tensor], Frozen]
 """Makes a frozen weight of a dense one, (d_out, d_in)."""
 
 
-FORMS: dict[str, Form] = {"nf4": nf4.quantise}
+FORMS: dict[str, Form] = {"nf4": nf4.quantise, "fp8": fp8.quantise}
 """What a linear layer's weight becomes, by the name that a precision has."""
 
 

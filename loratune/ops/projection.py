@@ -12,6 +12,7 @@ product costs. So where W is a matrix it lies in memory with a border,
 and the low-rank part rides in the wide product: R more terms in each sum, padded to a whole tile of the product. The
 passes that write x and dy leave `room` for the inner columns in each row (`ops.layer`), which are filled in here.
 Whether a row has room is told by its length; what comes without, such as attention's output, is added to as above.
+An 8-bit weight has a border of its own (`ops.fp8`), one in 4 bits has none.
 
 The forward and the gradients are plain functions without autograd: `ops.block` puts them into its nodes.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Frozen
 
 
@@ -62,11 +64,12 @@ class Projection:
             inner = x[:, :d_in] @ self.bordered[d_out:, :d_in].T
             x[:, d_in:] = inner  # a copy, so that who keeps `inner` does not keep x
             return linear(x, self.bordered[:d_out], self.bias), inner
-        y = self.frozen.forward(x, self.bias)
         if self.lora_A is None or self.lora_B is None:
-            return y, None
+            return self.frozen.forward(x, self.bias), None
         inner = x @ self.lora_A.T
-        return y.addmm_(inner, self.lora_B.T), inner
+        if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
+            return self.frozen.forward_carrying(x, self.bias, inner, self.lora_B), inner
+        return self.frozen.forward(x, self.bias).addmm_(inner, self.lora_B.T), inner
 
     def d_inner(self, dy: Tensor) -> Tensor | None:
         """(N, D) or (N, D + room), which is filled in -> gradient of x Aᵀ, (N, R)."""
@@ -83,10 +86,11 @@ class Projection:
         d_out, d_in = self.frozen.shape
         if self.bordered is not None and dy.shape[1] > d_out:
             return dy @ self.bordered[:, :d_in]
-        dx = self.frozen.d_input(dy)
-        if d_inner is not None and self.lora_A is not None:
-            dx.addmm_(d_inner, self.lora_A)
-        return dx
+        if d_inner is None or self.lora_A is None:
+            return self.frozen.d_input(dy)
+        if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
+            return self.frozen.d_input_carrying(dy, d_inner, self.lora_A)
+        return self.frozen.d_input(dy).addmm_(d_inner, self.lora_A)
 
     def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
         """Gradients of the masters: A, B of the first member with an adapter, then of the next. x may have room."""

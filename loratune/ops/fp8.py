@@ -1,0 +1,282 @@
+"""A frozen weight in 8-bit floating point, and products that run in it, forward and backward.
+
+    W ≈ diag(s) Q      Q: (d_out, d_in) e4m3    s: (d_out,) float32, the largest magnitude of each row over 448
+    x ≈ diag(t) X      t: (N,), found anew for every x
+
+    forward    x Wᵀ ≈ diag(t) (X Qᵀ) diag(s)            s scales the columns of the output
+    backward   dy W ≈ diag(u) (D Q),  D = quantised rows of dy diag(s)
+
+In the backward s stands along the contraction, where no product can apply it. So dy takes it up before its own rows
+are quantised, and the one stored Q serves both directions. Tensor cores want both operands contiguous along the
+contraction; Q is so in the forward, and is transposed for the length of one product in the backward, which costs two
+passes over a byte a weight (about 1 % of a step; a second copy would cost as much memory as the first).
+
+The low-rank part stays in bfloat16 and still rides in the wide product, as it does in `ops.projection`. A number v is
+written as hi + lo, both e4m3, hi the nearest to v and lo the nearest to what is left: 8 bits of mantissa together,
+those of bfloat16. With borders [hi, lo, hi] behind X and [hi, hi, lo] behind Q, the wide sum has
+hi hi + lo hi + hi lo more: (x Aᵀ) Bᵀ but for a 2^-8th. t covers the border too, so nothing saturates on that side; on
+the other, B may outgrow its row of W, and one factor for all of B, known to both sides, keeps it below 448.
+
+Everything trained stays in bfloat16 and float32: 8 bits are only in what multiplies W. Three bits of mantissa give a
+relative error of at most 2^-4 an element, and about 4 % of the norm of a product of random operands.
+
+Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433. Row-wise products are
+`torch._scaled_mm`; the CPU multiplies the numbers that the 8 bits stand for, which is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from loratune.ops.frozen import Dense, Frozen
+
+E4M3 = torch.float8_e4m3fn
+MOST = 448.0
+"""The largest number of e4m3."""
+LEAST = 1e-12
+"""The smallest scale, for rows of zeros."""
+_MULTIPLE = 16  # of both dimensions of a product, asked by the hardware
+_WIDEST_BORDER = 8  # a border is at most this part of the weight's smaller side; beyond, adding afterwards is cheaper
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The low-rank part of one operand of a product, to be laid behind its rows."""
+
+    values: Tensor
+    """(N, R)"""
+    factor: Tensor
+    """(1,) float32; the values are multiplied by it, and those of the other operand divided."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix whose rows are held in 8 bits with a scale each."""
+
+    values: Tensor
+    """(N, K) e4m3"""
+    scale: Tensor
+    """(N, 1) float32"""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(N, K)."""
+        return (self.values.float() * self.scale).to(dtype)
+
+
+def quantise_rows(x: Tensor, columns: Tensor | None = None, inner: Inner | None = None) -> Scaled:
+    """Each row of x, times `columns` where given, in e4m3 with the largest magnitude at 448.
+
+    Args:
+        x: (N, K).
+        columns: (K,) float32, a factor for each column.
+        inner: (N, R), laid behind the rows as [hi, lo, hi] and zeros up to `border_of(R)`.
+    Returns: (N, K) or (N, K + border).
+    """
+    if x.is_cuda:
+        return Scaled(*_kernels().quantise_rows(x, columns, inner))
+    wide = x.float() if columns is None else x.float() * columns
+    more = None if inner is None else inner.values.float() * inner.factor
+    whole = wide if more is None else torch.cat([wide, more], 1)
+    scale = (whole.abs().amax(-1, keepdim=True) / MOST).clamp_min(LEAST)
+    values = (wide / scale).to(E4M3)
+    if more is None:
+        return Scaled(values, scale)
+    hi, lo = _split(more / scale)
+    return Scaled(_joined(values, hi, lo, hi), scale)
+
+
+def border_of(ranks: int) -> int:
+    """Columns that a low-rank part of so many ranks takes behind the rows of an operand."""
+    return -(-3 * ranks // _MULTIPLE) * _MULTIPLE
+
+
+def factor_of(matrix: Tensor, divisor: Tensor | None, least: float) -> Tensor:
+    """The factor that brings (n, R) `matrix`, its rows over `divisor`, (n,), to at most 448; not below `least`.
+
+    Returns: (1,) float32.
+    """
+    if matrix.is_cuda:
+        factor: Tensor = _kernels().factor_of(matrix, divisor, least)
+        return factor
+    wide = matrix.float() if divisor is None else matrix.float() / divisor[:, None]
+    return (wide.abs().amax() / MOST).clamp_min(least)[None]
+
+
+def lay_border(matrix: Tensor, divisor: Tensor | None, factor: Tensor, out: Tensor) -> None:
+    """Writes `matrix`, (n, R), its rows over `divisor` and all over `factor`, into `out`, (n, border) e4m3."""
+    if matrix.is_cuda:
+        _kernels().lay_border(matrix, divisor, factor, out)
+        return
+    wide = matrix.float() if divisor is None else matrix.float() / divisor[:, None]
+    hi, lo = _split(wide / factor)
+    out.view(torch.uint8).copy_(_joined(hi[:, :0], hi, hi, lo).view(torch.uint8))
+
+
+def transposed(values: Tensor, border: int = 0) -> Tensor:
+    """(N, K) of one byte each -> (K, N + border), contiguous; the border is not written."""
+    if values.is_cuda:
+        turned: Tensor = _kernels().transposed(values, border)
+        return turned
+    out = values.new_empty(values.shape[1], values.shape[0] + border)
+    out[:, : values.shape[0]] = values.T
+    return out
+
+
+def product(a: Scaled, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ with the columns of the result scaled, plus a bias; summed in float32.
+
+    Args:
+        a: (N, K).
+        b: (M, K) e4m3.
+        scale_b: (M,) float32.
+        bias: (M,) or None.
+    Returns: (N, M) in `dtype`.
+    """
+    if b.is_cuda:
+        return torch._scaled_mm(
+            a.values, b.T, scale_a=a.scale, scale_b=scale_b[None], bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    out = linear(a.values.float(), b.float()) * a.scale * scale_b
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def supported(device: torch.device) -> bool:
+    """True where products in 8 bits run: compute capability 8.9 and newer, and the CPU, which emulates them."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def fits(shape: Sequence[int]) -> bool:
+    """True if a weight of this shape can be an `Fp8Weight`."""
+    return len(shape) == 2 and all(size % _MULTIPLE == 0 for size in shape)
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """W held in 8 bits; implements `ops.frozen.Frozen`, and `ops.frozen.Carrier` where it has a border."""
+
+    values: Tensor
+    """(d_out, d_in) e4m3; with a border, the first columns of `bordered`."""
+    scale: Tensor
+    """(d_out, 1) float32"""
+    dtype: torch.dtype
+    """Of what goes into the products and comes out of them."""
+    bordered: Tensor | None = None
+    """(d_out, d_in + border) e4m3, or None."""
+    _ones: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def quantised(cls, weight: Tensor) -> Fp8Weight:
+        """From a matrix, (d_out, d_in), whose dimensions `fits` accepts."""
+        scaled = quantise_rows(weight)
+        return cls(scaled.values, scaled.scale, weight.dtype)
+
+    @classmethod
+    def stacked(cls, weights: Sequence[Fp8Weight], ranks: int) -> Fp8Weight:
+        """Weights of one input, one below the other, with a border for so many ranks if that pays."""
+        d_in = weights[0].shape[1]
+        d_out = sum(weight.shape[0] for weight in weights)
+        border = _border_that_pays(ranks, (d_out, d_in))
+        whole = torch.zeros(d_out, d_in + border, dtype=torch.uint8, device=weights[0].device)
+        torch.cat([weight.values.view(torch.uint8) for weight in weights], out=whole[:, :d_in])
+        bordered, scale = whole.view(E4M3), torch.cat([weight.scale for weight in weights])
+        ones = scale.new_ones(d_in)
+        return cls(bordered[:, :d_in], scale, weights[0].dtype, bordered if border else None, ones)
+
+    def rows(self, which: slice) -> Fp8Weight:
+        """Some of the rows, in the same memory, without the border."""
+        return replace(self, values=self.values[which], scale=self.scale[which], bordered=None)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Fp8Weight:
+        """The same weight elsewhere, or for products in another dtype."""
+        return Fp8Weight(self.values.to(device), self.scale.to(device), dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        d_out, d_in = self.values.shape
+        return d_out, d_in
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is held."""
+        return self.values.device
+
+    def has_room(self, ranks: int) -> bool:
+        """True if `stacked` would give it no wider border for so many ranks."""
+        width = 0 if self.bordered is None else self.bordered.shape[1] - self.shape[1]
+        return width >= _border_that_pays(ranks, self.shape)
+
+    @property
+    def carries(self) -> bool:
+        """True if a low-rank part can ride in the products."""
+        return self.bordered is not None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
+        return product(quantise_rows(x), self.values, self.scale[:, 0], x.dtype, bias)
+
+    def d_input(self, dy: Tensor) -> Tensor:
+        """dy W; (N, d_out) -> (N, d_in)."""
+        return product(quantise_rows(dy, self.scale[:, 0]), transposed(self.values), self._columns(), dy.dtype)
+
+    def forward_carrying(self, x: Tensor, bias: Tensor | None, inner: Tensor, lora_B: Tensor) -> Tensor:
+        """x Wᵀ + b + inner Bᵀ; inner: (N, R), lora_B: (d_out, R)."""
+        assert self.bordered is not None
+        factor = factor_of(lora_B, self.scale[:, 0], 1.0)
+        border = border_of(lora_B.shape[1])
+        d_in = self.shape[1]
+        lay_border(lora_B, self.scale[:, 0], factor, self.bordered[:, d_in : d_in + border])
+        rows = quantise_rows(x, None, Inner(inner, factor))
+        return product(rows, self.bordered[:, : d_in + border], self.scale[:, 0], x.dtype, bias)
+
+    def d_input_carrying(self, dy: Tensor, d_inner: Tensor, lora_A: Tensor) -> Tensor:
+        """dy W + d_inner A; d_inner: (N, R), lora_A: (R, d_in)."""
+        factor = factor_of(lora_A.T, None, LEAST)
+        d_out = self.shape[0]
+        turned = transposed(self.values, border_of(lora_A.shape[0]))
+        lay_border(lora_A.T, None, factor, turned[:, d_out:])
+        rows = quantise_rows(dy, self.scale[:, 0], Inner(d_inner, factor))
+        return product(rows, turned, self._columns(), dy.dtype)
+
+    def dense(self) -> Tensor:
+        """The numbers that the 8 bits stand for, in `dtype`."""
+        return Scaled(self.values, self.scale).dense(self.dtype)
+
+    def _columns(self) -> Tensor:
+        """(d_in,) ones, the scale of the backward's columns."""
+        return self.scale.new_ones(self.shape[1]) if self._ones is None else self._ones
+
+
+def quantise(weight: Tensor) -> Frozen:
+    """A matrix, (d_out, d_in), in 8 bits; as it is, if no product in 8 bits has its shape."""
+    return Fp8Weight.quantised(weight) if fits(weight.shape) else Dense(weight)
+
+
+def _border_that_pays(ranks: int, shape: tuple[int, int]) -> int:
+    border = border_of(ranks)
+    return border if border * _WIDEST_BORDER <= min(shape) else 0
+
+
+def _split(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v as the sum of two numbers of 8 bits, to 8 bits of mantissa."""
+    hi = v.to(E4M3)
+    return hi, (v - hi.float()).to(E4M3)
+
+
+def _joined(first: Tensor, *groups: Tensor) -> Tensor:
+    """Side by side, and zeros up to the border's width behind `first`."""
+    ranks = groups[0].shape[1]
+    joined = torch.cat([part.view(torch.uint8) for part in (first, *groups)], 1)
+    return pad(joined, (0, border_of(ranks) - 3 * ranks)).view(E4M3)
+
+
+def _kernels() -> ModuleType:
+    from loratune.ops import fp8_kernels  # imports Triton, which is installed with PyTorch for CUDA only
+
+    return fp8_kernels

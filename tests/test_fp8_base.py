@@ -1,0 +1,85 @@
+"""Training on a base in 8 bits, as a user meets it: loaded, fused or not, merged, refused where it cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+import loratune as lt
+from loratune.base import load as loading
+from loratune.base.forward import fuse, prepare
+from loratune.base.quantised import quantised_layers
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.examples import Example
+from loratune.data.pack import make_row
+from loratune.errors import ModelError
+from loratune.lora.inject import attach
+from loratune.ops.fp8 import Fp8Weight
+from loratune.training.optim import adamw
+from loratune.training.step import train_step
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama wide enough that the adapters ride in the products."""
+    shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 300}
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def a_row(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    documents = []
+    for length in (30, 25):
+        ids = torch.randint(300, (length,), generator=generator, dtype=torch.int32).numpy()
+        documents.append(Example(ids, (torch.arange(length) >= 5).float().numpy(), "random"))
+    return make_row(documents, 64, 0)
+
+
+def losses(model, *, fused, steps=4):
+    attach(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"), name="default", seed=0)
+    forward = prepare(model)
+    assert fuse(forward) or not fused
+    if not fused:
+        forward.fused = None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, TrainConfig(learning_rate=1e-2))
+    with forward.installed():
+        return [train_step(forward, [a_row()], parameters, optimizer, max_grad_norm=1.0).loss for _ in range(steps)]
+
+
+def test_everything_but_embeddings_and_head_is_in_8_bits(folder):
+    model = lt.load(folder, "fp8", "cpu")
+    assert len(list(quantised_layers(model))) == 2 * 7
+    assert all(isinstance(layer.frozen, Fp8Weight) for _, layer in quantised_layers(model))
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_fused_layers_train_as_the_modules_do_and_near_the_dense_model(folder):
+    """Fused and not differ in how the adapter's part is rounded, 2^-8 of it; 8 bits and dense in 4 % of a product."""
+    fused = losses(lt.load(folder, "fp8", "cpu"), fused=True)
+    modules = losses(lt.load(folder, "fp8", "cpu"), fused=False)
+    dense = losses(lt.load(folder, device="cpu"), fused=False)
+    assert fused[-1] < fused[0] - 0.1
+    assert fused == pytest.approx(modules, rel=2e-3)
+    assert fused == pytest.approx(dense, rel=2e-2)
+
+
+def test_an_adapter_is_switched_on_and_off_without_a_trace(folder):
+    model = lt.load(folder, "fp8", "cpu")
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+    losses(model, fused=True, steps=2)
+    lt.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_gpu_without_8_bit_products_is_named_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(loading.fp8, "supported", lambda device: False)
+    with pytest.raises(ModelError, match=r"fp8.*8\.9"):
+        lt.load("no/such-model", "fp8", "cpu")

@@ -200,6 +200,66 @@ def _outer(
         tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
 
 
+@triton.jit
+def _square_sums(gradient_ptr, starts_ptr, settings_ptr, sums_ptr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    slot, chunk = tl.program_id(1), tl.program_id(0)
+    total = 0.0
+    if tl.load(settings_ptr + slot * COLUMNS) > 0:
+        at = tl.load(starts_ptr + slot) + chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+        g = tl.load(gradient_ptr + at, mask=at < tl.load(starts_ptr + slot + 1), other=0.0)
+        total = tl.sum(g * g)
+    tl.store(sums_ptr + slot * tl.num_programs(0) + chunk, total)
+
+
+@triton.jit
+def _adamw(
+    master_ptr, gradient_ptr, first_ptr, second_ptr, starts_ptr, settings_ptr, losses_ptr, norms_ptr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(1)
+    settings_ptr += slot * COLUMNS
+    at = tl.load(starts_ptr + slot) + tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < tl.load(starts_ptr + slot + 1)
+    if tl.load(settings_ptr) > 0:
+        norm, loss = tl.load(norms_ptr + slot), tl.load(losses_ptr + slot)
+        if (norm < float("inf")) & (tl.abs(loss) < float("inf")):  # neither holds for NaN
+            rate, beta1, beta2 = tl.load(settings_ptr + 1), tl.load(settings_ptr + 2), tl.load(settings_ptr + 3)
+            eps, decay, most = tl.load(settings_ptr + 4), tl.load(settings_ptr + 5), tl.load(settings_ptr + 6)
+            correction1, correction2 = tl.load(settings_ptr + 7), tl.load(settings_ptr + 8)
+            g = tl.load(gradient_ptr + at, mask=inside) / tl.maximum((norm + 1e-6) / most, 1.0)
+            m = tl.load(first_ptr + at, mask=inside)
+            m += (1 - beta1) * (g - m)
+            v = tl.load(second_ptr + at, mask=inside) * beta2 + (1 - beta2) * g * g
+            p = tl.load(master_ptr + at, mask=inside) * (1 - rate * decay)
+            p -= rate / correction1 * m / (tl.sqrt(v) / correction2 + eps)
+            tl.store(master_ptr + at, p, mask=inside)
+            tl.store(first_ptr + at, m, mask=inside)
+            tl.store(second_ptr + at, v, mask=inside)
+        tl.store(gradient_ptr + at, tl.zeros((CHUNK,), tl.float32), mask=inside)
+
+
+_CHUNK = 4096
+
+
+def bank_adamw(
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    starts: Tensor,
+    room: int,
+    settings: Tensor,
+    losses: Tensor,
+) -> Tensor:
+    """As `ops.bank_adamw.bank_adamw`, in two passes over the slots that are due."""
+    slots, columns = settings.shape
+    grid = (triton.cdiv(room, _CHUNK), slots)
+    sums = master.new_empty(slots, grid[0])
+    _square_sums[grid](gradient, starts, settings, sums, COLUMNS=columns, CHUNK=_CHUNK)
+    norms = sums.sum(1).sqrt_()
+    _adamw[grid](master, gradient, *moments, starts, settings, losses, norms, COLUMNS=columns, CHUNK=_CHUNK)
+    return norms
+
+
 class Tables:
     """What the kernels read, at addresses that stay, and the kernels."""
 

@@ -113,6 +113,26 @@ assert torch.equal(sick[0][others], sound[0][others]) and torch.equal(sick[1][ot
 assert sick[0][64:150].isnan().any()
 for slot in (0, 2, 3):
     assert torch.equal(pool.slot(sick[2], slot), pool.slot(sound[2], slot))
+
+from loratune.ops import bank_kernels
+from loratune.ops.bank_adamw import IDLE, Settings, bank_adamw
+starts = torch.tensor([0, 5000, 5064, 12000, 12800])
+flats = [torch.randn(12800) for _ in range(3)] + [torch.rand(12800)]
+flats[1][5063] = float("nan")  # a gradient that is not finite
+due = Settings(1.0, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1.0, 1 - 0.9**3, (1 - 0.99**3) ** 0.5)
+settings = torch.tensor([due, due, IDLE, due._replace(max_norm=float("inf"))])
+losses = torch.zeros(4)
+copies = [flat.clone() for flat in flats]
+twins = [flat.clone() for flat in flats]
+expected = bank_adamw(copies[0], copies[1], (copies[2], copies[3]), starts, 6936, settings, losses)
+got = bank_kernels.bank_adamw(twins[0], twins[1], (twins[2], twins[3]), starts, 6936, settings, losses)
+torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, equal_nan=True)
+for a, b in zip(twins, copies, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+for untouched in (slice(5000, 5064), slice(5064, 12000)):
+    for flat in (0, 2, 3):
+        assert torch.equal(twins[flat][untouched], flats[flat][untouched])
+assert not twins[1][:5064].any() and torch.equal(twins[1][5064:12000], flats[1][5064:12000])
 """
 
 

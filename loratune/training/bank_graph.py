@@ -1,0 +1,201 @@
+"""Rows of many jobs as one CUDA graph, whatever the mixture: forward, backward, losses, clipping and updates.
+
+What differs from row to row is written to fixed addresses before the replay: the row itself, whose each token is
+(`lora.bank`), the owner of each trained position, which slots update now, and each slot's rate, betas, decay,
+clipping norm and bias corrections. So jobs may join, leave, end a step or be swapped for others between two replays
+of the same recording.
+
+A loss is summed for each slot apart by selecting, not by multiplying with zero, and one slot's update looks at its
+own loss and norm alone. What is not finite in one slot stays there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loratune.base.forward import PackedForward
+from loratune.config import TrainConfig
+from loratune.data.pack import Row
+from loratune.lora.bank import Bank
+from loratune.ops.bank import Segment
+from loratune.ops.bank_adamw import IDLE, Settings, bank_adamw
+from loratune.training.bank_step import BankStep, Part, join_parts
+from loratune.training.checkpoint import MOMENTS
+from loratune.training.graph import Inputs, Layout, Recordings, layout_for
+from loratune.training.step import StepResult
+
+
+class _Joined(NamedTuple):
+    """A job in a slot."""
+
+    config: TrainConfig
+    steps: int
+    """Updates that its optimizer has made."""
+    trained: int
+    """Trained tokens of the step that is under way."""
+
+
+class BankGraph:
+    """Steps of the jobs in a bank, recorded and replayed; called as `BankStep` is, inside `forward.installed()`."""
+
+    def __init__(self, forward: PackedForward, bank: Bank, tokens: int, *, record: bool = True) -> None:
+        """Args:
+        tokens: of every row; shorter ones are filled up.
+        record: False runs the same work launch by launch.
+        """
+        self._plain = BankStep(forward, bank)
+        self._forward, self._bank = forward, bank
+        self._tokens = -(-tokens // bank.block) * bank.block
+        self._recordings = Recordings(record)
+        self._layouts: dict[bool, Layout] = {}
+        self._jobs: dict[int, _Joined] = {}
+        pool, slots = bank.pool, bank.slots
+        self._moments = torch.zeros_like(pool.master), torch.zeros_like(pool.master)
+        self._starts = torch.tensor(pool.starts, device=pool.device)
+        self._room = int(self._starts.diff().max())
+        self._inputs = Inputs(self._tokens, pool.device)
+        self._owners = torch.zeros(self._tokens, dtype=torch.int32, device=pool.device)
+        self._slots = torch.arange(slots, dtype=torch.int32, device=pool.device)[:, None]
+        self._settings = torch.zeros(slots, len(IDLE) + 1, device=pool.device)
+        """One row of `Settings` for each slot, and whether its loss starts anew."""
+        self._losses = torch.zeros(slots, device=pool.device)
+        self._outcome = torch.zeros(2, slots, device=pool.device)  # losses, norms
+
+    @property
+    def why_not(self) -> str | None:
+        """One line for the user once recording has failed; rows then run launch by launch."""
+        return self._recordings.why_not
+
+    def join(self, slot: int, config: TrainConfig) -> None:
+        """Prepares the optimizer of the job that has been placed in `slot`."""
+        self._jobs[slot] = _Joined(config, 0, 0)
+        for flat in self._moments:
+            self._bank.pool.slot(flat, slot).zero_()
+
+    def leave(self, slot: int) -> None:
+        """Forgets the job in `slot` and frees its place."""
+        self._jobs.pop(slot, None)
+        self._bank.clear(slot)
+
+    def run(self, parts: Sequence[Part], rates: Mapping[int, float]) -> dict[int, StepResult]:
+        """As `BankStep.run`."""
+        row, segments = join_parts(parts, self._bank.block)
+        self._bank.set_row(segments)
+        layout = self._place(_filled_up(row, self._tokens), parts, segments, rates)
+        self._recordings.run("row", layout, lambda: self._work(layout))
+        self._bank.pool.segments = ()
+        losses, norms = self._outcome.tolist()
+        for part in parts:
+            job, trained = self._jobs[part.slot], int((part.row.weights != 0).sum())
+            self._jobs[part.slot] = job._replace(trained=job.trained + trained)
+        results = {}
+        for slot in rates:
+            job = self._jobs[slot]
+            skipped = not (math.isfinite(losses[slot]) and math.isfinite(norms[slot]))
+            results[slot] = StepResult(losses[slot], norms[slot], job.trained, skipped)
+            self._jobs[slot] = job._replace(steps=job.steps + (not skipped), trained=0)
+        return results
+
+    def evaluate(self, parts: Sequence[Part]) -> float:
+        """The objective of `parts`, of one row, summed."""
+        return self._plain.evaluate(parts)
+
+    def moments(self, slot: int) -> dict[str, Tensor]:
+        """AdamW's moments of the job in `slot`, as `checkpoint` keeps them; empty before the first update."""
+        if not self._jobs[slot].steps:
+            return {}
+        flats = [self._bank.pool.slot(flat, slot) for flat in self._moments]
+        named = {moment: self._bank.named(slot, flat) for moment, flat in zip(MOMENTS, flats, strict=True)}
+        return {f"{path}.{moment}": view for moment, views in named.items() for path, view in views.items()}
+
+    def restore(self, slot: int, moments: Mapping[str, Tensor], optimizer_steps: int) -> None:
+        """Puts moments back, after `join`."""
+        self._jobs[slot] = self._jobs[slot]._replace(steps=optimizer_steps if moments else 0)
+        for moment, flat in zip(MOMENTS, self._moments, strict=True):
+            for path, view in self._bank.named(slot, self._bank.pool.slot(flat, slot)).items():
+                if (key := f"{path}.{moment}") in moments:
+                    view.copy_(moments[key])
+
+    def _place(
+        self, row: Row, parts: Sequence[Part], segments: Sequence[Segment], rates: Mapping[int, float]
+    ) -> Layout:
+        """Writes what is special about this row to where the recording looks."""
+        weights, owners = row.weights.clone(), torch.full((self._tokens,), -1, dtype=torch.int32)
+        for part, segment in zip(parts, segments, strict=True):
+            tokens = slice(segment.start, segment.stop)
+            weights[tokens] /= part.normaliser
+            owners[tokens] = part.slot
+        row = replace(row, weights=weights)
+        layout = layout_for(row, self._layouts)
+        self._inputs.fill(row, layout, 1.0, 0)
+        if layout.trained != self._tokens:
+            own = owners[weights.nonzero().squeeze(1)]
+            owners = torch.full((self._tokens,), -1, dtype=torch.int32)
+            owners[: len(own)] = own
+        fresh = {part.slot for part in parts if not self._jobs[part.slot].trained}
+        table = [(*self._settings_of(slot, rates), float(slot in fresh)) for slot in range(self._bank.slots)]
+        for host, target in ((owners, self._owners), (torch.tensor(table), self._settings)):
+            target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+        return layout
+
+    def _settings_of(self, slot: int, rates: Mapping[int, float]) -> Settings:
+        if slot not in rates:
+            return IDLE
+        config, step = self._jobs[slot].config, self._jobs[slot].steps + 1
+        return Settings(
+            due=1.0,
+            rate=rates[slot],
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_norm=config.max_grad_norm or math.inf,
+            correction1=1 - config.adam_beta1**step,
+            correction2=math.sqrt(1 - config.adam_beta2**step),
+        )
+
+    def _work(self, layout: Layout) -> None:
+        """Everything on the device: what is recorded."""
+        values, pool = self._inputs.device, self._bank.pool
+        everywhere = layout.trained == self._tokens
+        logprobs = self._forward.logprobs(
+            values["tokens"],
+            values["position_ids"],
+            values["borders"][: layout.documents + 1],
+            None if everywhere else values["predicting"][: layout.trained],
+            values["targets"][: layout.trained],
+            longest=layout.longest,
+        )
+        weighted = -(values["weights"][: layout.trained] * logprobs)
+        weighted.sum().backward()  # the gradient of each summand is 1, whatever the others are
+        with torch.no_grad():
+            own = torch.where(self._owners[: layout.trained] == self._slots, weighted.detach(), 0.0).sum(1)
+            started = torch.where(self._settings[:, -1] > 0, 0.0, self._losses)
+            self._losses.copy_(started + own)
+            norms = bank_adamw(
+                pool.master, pool.gradient, self._moments, self._starts, self._room,
+                self._settings[:, :-1].contiguous(), self._losses,
+            )  # fmt: skip
+            self._outcome[0].copy_(self._losses)
+            self._outcome[1].copy_(norms)
+
+
+def _filled_up(row: Row, tokens: int) -> Row:
+    """The row with padding up to `tokens`, in documents no longer than the longest that is there."""
+    gap = tokens - len(row.tokens)
+    assert gap >= 0, "the parts of a row are longer than it"
+    if gap == 0:
+        return row
+    step = max(1, int(row.cu_seqlens.diff().max()))
+    ends = torch.arange(len(row.tokens) + step, tokens + step, step, dtype=torch.int32).clamp(max=tokens)
+    fields = {
+        name: torch.cat([getattr(row, name), getattr(row, name).new_zeros(gap)])
+        for name in ("tokens", "position_ids", "targets", "weights")
+    }
+    return Row(cu_seqlens=torch.cat([row.cu_seqlens, ends]), **fields)

@@ -15,6 +15,7 @@ GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.052
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -25,15 +26,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_kernel(usable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Marks a reference that has a Triton twin of the same name in `ops.kernels`, and what that twin can do."""
+def with_kernel(usable: Callable[..., bool], module: str = "kernels") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Marks a reference that has a Triton twin of the same name in that module of `ops`, and what the twin can do."""
 
     def mark(reference: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(reference)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if usable(*args, **kwargs):
-                from loratune.ops import kernels  # imports Triton, which is installed with PyTorch for CUDA only
-
+                # Imported here because Triton is installed with PyTorch for CUDA only.
+                kernels = importlib.import_module(f"loratune.ops.{module}")
                 twin: Callable[P, R] = getattr(kernels, reference.__name__)
                 return twin(*args, **kwargs)
             return reference(*args, **kwargs)

@@ -75,6 +75,7 @@ class Course:
 
     def __post_init__(self) -> None:
         self._epoch, self._epoch_rows = 0, self.rows.of_epoch(0)
+        self._looked_at: tuple[int, list[Row]] = -1, []
         self.rows_per_epoch = len(self._epoch_rows)
         accumulation = self.config.gradient_accumulation_steps
         by_epochs = math.ceil(self.rows_per_epoch * self.config.epochs / accumulation)
@@ -121,15 +122,18 @@ class Course:
         """Learning rate of the next step."""
         return learning_rate(self.progress.step, self.total_steps, self.config)
 
-    def next_rows(self) -> list[Row]:
-        """The rows of the next step; together they are its batch."""
-        accumulation, step = self.config.gradient_accumulation_steps, self.progress.step
-        rows = []
+    def next_rows(self, ahead: int = 0) -> list[Row]:
+        """The rows of the next step, or of one `ahead` of it; together they are its batch. None after the last."""
+        accumulation, step = self.config.gradient_accumulation_steps, self.progress.step + ahead
+        if self._looked_at[0] == step:
+            return self._looked_at[1]
+        rows: list[Row] = []
         for n in range(step * accumulation, min((step + 1) * accumulation, self.total_rows)):
             epoch, index = divmod(n, self.rows_per_epoch)
             if epoch != self._epoch:
                 self._epoch, self._epoch_rows = epoch, self.rows.of_epoch(epoch)
             rows.append(self._epoch_rows[index])
+        self._looked_at = step, rows
         return rows
 
     def stepped(self, result: StepResult, tokens: int, seconds: float, memory_bytes: int) -> StepDone:

@@ -9,6 +9,7 @@ tokens, positions, borders, which positions are trained, their targets and weigh
              never shrink, so a run records two or three times at its start and then replays.
     whole    a step of one row: forward, loss, backward, clipping and update are one graph.
     parts    a step of several rows: one graph per row that adds to the gradients, and one for the update.
+    ahead    the host lays out the rows of the next step while the device works on this one.
     skip     a loss or gradient that is not finite must change nothing. The host does not know before the update
              is launched, so the update itself asks: AdamW's fused kernel takes `found_inf` and does nothing.
 
@@ -20,6 +21,7 @@ on with `training.step.train_step`, which computes the same.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -96,10 +98,19 @@ class Inputs:
 
         The nth row of a step has a host buffer of its own: an earlier one may not have left yet.
         """
-        if nth == len(self._hosts):
+        self.lay(row, layout, normaliser, nth)
+        self.send(nth)
+
+    def send(self, buffer: int) -> None:
+        """What lies in that host buffer goes to the device; returns before it has arrived."""
+        self._device.copy_(self._hosts[buffer], non_blocking=True)
+
+    def lay(self, row: Row, layout: Layout, normaliser: float, buffer: int) -> None:
+        """Lays a row out as `layout` wants it in a host buffer, the first, second, ..."""
+        while buffer >= len(self._hosts):
             pinned = self._device.is_cuda
             self._hosts.append(torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned))
-        host, tokens = self._views(self._hosts[nth], self._fields), len(row.tokens)
+        host, tokens = self._views(self._hosts[buffer], self._fields), len(row.tokens)
         host["tokens"].copy_(row.tokens)
         host["position_ids"].copy_(row.position_ids)
         host["borders"].fill_(tokens)
@@ -115,7 +126,16 @@ class Inputs:
                 host[name].zero_()
                 host[name][: len(trained)] = values[trained]
         host["normaliser"].fill_(normaliser)
-        self._device.copy_(self._hosts[nth], non_blocking=True)
+
+
+class Laid(NamedTuple):
+    """The rows of a step, laid out on the host."""
+
+    rows: Sequence[Row]
+    layouts: Sequence[Layout]
+    buffers: Sequence[int]
+    trained: int
+    """Tokens of all rows."""
 
 
 class Recordings:
@@ -184,6 +204,8 @@ class GraphStep:
         self._inputs: Inputs | None = None
         self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
         self._layouts: dict[bool, Layout] = {}
+        self._ahead: Laid | None = None
+        self._turn = 0
 
     @property
     def why_not(self) -> str | None:
@@ -208,20 +230,30 @@ class GraphStep:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm)
 
-    def __call__(self, rows: Sequence[Row]) -> StepResult:
-        """One update from `rows`; must run inside `forward.installed()`."""
-        normaliser = sum(float(row.weights.sum()) for row in rows)
-        self._outcome.zero_()
+    def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = ()) -> StepResult:
+        """One update from `rows`; must run inside `forward.installed()`.
+
+        Args:
+            upcoming: the rows of the next step, if they are known; they are laid out while the device works.
+        """
+        ahead, self._ahead = self._ahead, None
+        same = ahead is not None and len(rows) == len(ahead.rows) and all(map(operator.is_, rows, ahead.rows))
+        laid = ahead if ahead is not None and same else self._lay(rows)
+        assert self._inputs is not None
         if len(rows) == 1:
-            layout = self._place(rows[0], normaliser, 0)
+            self._inputs.send(laid.buffers[0])
+            layout = laid.layouts[0]
             self._recordings.run("whole", layout, lambda: self._whole(layout))
             self._forget_gradients()
         else:
-            self._several(rows, normaliser)
+            self._several(laid, self._inputs)
+        if upcoming and len(upcoming[0].tokens) == len(rows[0].tokens):
+            self._ahead = self._lay(upcoming)
         loss, grad_norm, skipped = self._outcome.tolist()
-        return StepResult(loss, grad_norm, sum(int((row.weights != 0).sum()) for row in rows), bool(skipped))
+        return StepResult(loss, grad_norm, laid.trained, bool(skipped))
 
     def _whole(self, layout: Layout) -> None:
+        self._outcome.zero_()
         self._forget_gradients()
         self._add_row(layout)
         self._update()
@@ -232,14 +264,15 @@ class GraphStep:
 
     _gradients: list[Tensor | None] | None = None
 
-    def _several(self, rows: Sequence[Row], normaliser: float) -> None:
+    def _several(self, laid: Laid, inputs: Inputs) -> None:
         """Gradients live at fixed addresses, where the graphs of the rows add and that of the update reads."""
+        self._outcome.zero_()
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None if self._gradients is None else self._gradients[index]
         if self._gradients is not None:
             torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
-        for nth, row in enumerate(rows):
-            layout = self._place(row, normaliser, nth)
+        for layout, buffer in zip(laid.layouts, laid.buffers, strict=True):
+            inputs.send(buffer)
             if self._gradients is None:
                 self._add_row(layout)
                 self._gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
@@ -250,15 +283,19 @@ class GraphStep:
         self._recordings.run("update", Layout(0, 0, 0), self._update)
         self._forget_gradients()
 
-    def _place(self, row: Row, normaliser: float, nth: int) -> Layout:
-        """Puts the row into the buffers, under a layout that holds it."""
-        if self._inputs is None or len(self._inputs.device["tokens"]) != len(row.tokens):
-            self._inputs = Inputs(len(row.tokens), self._outcome.device)
+    def _lay(self, rows: Sequence[Row]) -> Laid:
+        """Lays rows out in host buffers, those of the step before last, which have left by now."""
+        if self._inputs is None or len(self._inputs.device["tokens"]) != len(rows[0].tokens):
+            self._inputs = Inputs(len(rows[0].tokens), self._outcome.device)
             self._graphs.clear()
             self._layouts.clear()
-        layout = layout_for(row, self._layouts)
-        self._inputs.fill(row, layout, normaliser, nth)
-        return layout
+        self._turn = 1 - self._turn
+        normaliser = sum(float(row.weights.sum()) for row in rows)
+        layouts = [layout_for(row, self._layouts) for row in rows]
+        buffers = [2 * nth + self._turn for nth in range(len(rows))]
+        for row, layout, buffer in zip(rows, layouts, buffers, strict=True):
+            self._inputs.lay(row, layout, normaliser, buffer)
+        return Laid(rows, layouts, buffers, sum(int((row.weights != 0).sum()) for row in rows))
 
     def _add_row(self, layout: Layout) -> None:
         """Forward and backward of the row in the buffers; adds its loss to the outcome."""

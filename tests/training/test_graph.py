@@ -69,3 +69,22 @@ def test_a_non_finite_gradient_changes_nothing():
         assert torch.equal(parameter, old)
         assert parameter.grad is None
         assert all(torch.equal(optimizer.state[parameter][k], v) for k, v in state[parameter].items())
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_rows_laid_out_ahead_change_nothing(micro_steps):
+    """Announced and taken, announced and not taken, of another length: each step computes the rows it is given."""
+    rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(5)]
+    rows.append([make_row(examples(4, seed=m), 200, 0) for m in range(micro_steps)])
+    announced = [rows[1], rows[4], (), rows[4], rows[5], ()]
+
+    def run_announcing(ahead):
+        model = model_with_adapter("llama", dtype=torch.float64)
+        parameters = list(trainable(model).values())
+        step = GraphStep(prepare(model), parameters, adamw(parameters, config()), 0.05, record=False)
+        with step._forward.installed():
+            return [step(now, later) for now, later in zip(rows, ahead, strict=True)], parameters
+
+    plain, told = run_announcing([()] * 6), run_announcing(announced)
+    assert plain[0] == told[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], told[1], strict=True))

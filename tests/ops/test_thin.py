@@ -1,0 +1,94 @@
+"""Products with a thin operand: their references against the formulas, their Triton twins in the interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from loratune.ops.thin import Members, gradients, narrow
+
+MEMBERS = Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 21)], [1.0, 0.5])
+
+COMPARE = """
+import torch
+from loratune.ops import thin, thin_kernels
+from tests.ops.test_thin import MEMBERS
+
+torch.manual_seed(0)
+
+def half(*shape):
+    return torch.randn(*shape).to(torch.float16)
+
+def close(got, exact, what):
+    error = float((got.double() - exact.double()).norm() / exact.double().norm())
+    assert error < 1e-3, (what, error)  # a rounding of float16 or none: products are summed in float32
+
+for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
+    wide, thin_factor = half(rows, terms + 9)[:, :terms], half(ranks, terms).T
+    for factor in (thin_factor, half(terms, ranks + 5)[:, :ranks]):
+        tail = half(rows, ranks + 7)
+        behind = tail[:, ranks:].clone()
+        exact = wide.double() @ factor.double()
+        for keep in (True, False):
+            kept = thin_kernels.narrow(wide, factor, tail[:, :ranks], keep)
+            close(tail[:, :ranks], exact, "tail")
+            close(kept, exact, "kept")
+            assert (kept.data_ptr() == tail.data_ptr()) != keep
+        assert torch.equal(tail[:, ranks:], behind)
+        close(thin_kernels.narrow(wide, factor), exact, "alone")
+assert not thin_kernels._counters(torch.device("cpu")).any()
+
+for rows in (1, 130, 1100):
+    x, dy = half(rows, 170 + 3)[:, :170], half(rows, 170)
+    d_inner, inner = half(rows, 64), half(rows, 64)
+    exact = thin.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), MEMBERS)
+    got = thin_kernels.gradients(x, d_inner, dy, inner, MEMBERS)
+    for a, b in zip(got, exact, strict=True):
+        assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
+        close(a, b, "gradient")
+assert not thin_kernels._counters(torch.device("cpu")).any()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+def test_every_kernel_equals_its_reference():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_narrow_fills_the_room_it_is_given():
+    wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.zeros(6, 8)
+    kept = narrow(wide, thin, room[:, 5:])
+    assert torch.equal(kept, wide @ thin)
+    assert torch.equal(room[:, 5:], kept)
+    assert not room[:, :5].any()
+    assert narrow(wide, thin, room[:, 5:], keep=False).data_ptr() == room[:, 5:].data_ptr()
+
+
+def test_gradients_are_those_of_autograd():
+    torch.manual_seed(0)
+    x, dy = torch.randn(30, 50).double(), torch.randn(30, 170).double()
+    lora_A = torch.randn(21, 50).double().requires_grad_()
+    lora_B = [
+        torch.randn(r.stop - r.start, k.stop - k.start).double()
+        for r, k in zip(MEMBERS.rows, MEMBERS.ranks, strict=True)
+    ]
+    lora_B = [B.requires_grad_() for B in lora_B]
+    scaled = [s * B for s, B in zip(MEMBERS.scalings, lora_B, strict=True)]
+    y = torch.zeros(30, 170).double()
+    for rows, ranks, B in zip(MEMBERS.rows, MEMBERS.ranks, scaled, strict=True):
+        y = y + torch.nn.functional.pad((x @ lora_A[ranks].T) @ B.T, (rows.start, 170 - rows.stop))
+    d_A, *d_B = torch.autograd.grad(y, [lora_A, *lora_B], dy)
+    stacked = torch.zeros(170, 21).double()
+    for rows, ranks, B in zip(MEMBERS.rows, MEMBERS.ranks, scaled, strict=True):
+        stacked[rows, ranks] = B.detach()
+    got = gradients(x, dy @ stacked, dy, x @ lora_A.detach().T, MEMBERS)
+    for index, (ranks, B) in enumerate(zip(MEMBERS.ranks, d_B, strict=True)):
+        torch.testing.assert_close(got[2 * index], d_A[ranks])
+        torch.testing.assert_close(got[2 * index + 1], B)

@@ -12,9 +12,10 @@ The frozen weights of projections that read the same input are laid side by side
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -116,6 +117,8 @@ class FusedLayer(nn.Module):
             block.Passage(down.room),
         )
         layer._options, layer.keep = options[attn], keep
+        if copies.pool is not None:  # the segments of a bank count from the start of the row
+            layer.keep = replace(keep, tile=sys.maxsize)
         layer._masters = (
             _masters(into),
             _masters([_linear(attn, "o_proj")])

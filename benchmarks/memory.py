@@ -5,8 +5,9 @@
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained, as in `benchmarks.ladder`. A PLAN is LEVEL, LEVEL/TILE, or LEVELxN+LEVEL[/TILE]: the first for the
-first N layers, the second for the rest. Peaks are those of PyTorch's allocator, allocated and reserved, over all
-steps from the first on, recording included.
+first N layers, the second for the rest; @e behind it puts the embeddings on the host, @o the optimizer, @eo both;
+1x2048: before it is a size of its own. Peaks are those of PyTorch's allocator, allocated and reserved, over all steps
+from the first on, recording included.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import torch
 import transformers
@@ -30,7 +32,7 @@ from loratune.ops import nf4
 from loratune.ops.policy import TILE, Level, Plan
 from loratune.training.budget import Setting, peak
 from loratune.training.graph import GraphStep
-from loratune.training.optim import adamw, set_rate
+from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 1 << 30
@@ -38,12 +40,13 @@ GIB = 1 << 30
 
 def plan_of(text: str, layers: int) -> Plan:
     """`full`, `full/2048`, `offloadx20+none`, ..."""
-    match = re.fullmatch(r"(\w+?)(?:x(\d+)\+(\w+))?(?:/(\d+))?", text)
+    match = re.fullmatch(r"([a-z]+)(?:x(\d+)\+([a-z]+))?(?:/(\d+))?(@e?o?)?", text)
     assert match, text
-    first, count, other, tile = match.groups()
+    first, count, other, tile, host = match.groups()
     level = Level[first.upper()]
     rest = Level[other.upper()] if other else level
-    return Plan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
+    plan = Plan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
+    return replace(plan, embeddings_on_host="e" in (host or ""), optimizer_on_host="o" in (host or ""))
 
 
 def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
@@ -64,7 +67,11 @@ def measure(
     base = torch.cuda.memory_allocated()
     forward.plan = plan
     parameters = [p for p in forward.model.parameters() if p.requires_grad]
+    if plan is not None and plan.optimizer_on_host:
+        masters_on_host(parameters)
     optimizer = adamw(parameters, TrainConfig())
+    if plan is not None and plan.optimizer_on_host:
+        moments_on_host(optimizer)
     step = GraphStep(forward, parameters, optimizer, 1.0)
     lengths = [batch * tokens // 4 - 1, batch * tokens // 8, batch * tokens // 2] if uneven else [tokens] * batch
     row = [row_of(lengths, batch * tokens, 0)]
@@ -147,8 +154,10 @@ def main() -> None:
     layers = forward.model.config.num_hidden_layers
     for text in plans:
         found: dict[str, object] = {"shape": shape, "precision": precision}
+        size, _, own = text.rpartition(":")
+        rows = [int(n) for n in (size or f"{batch}x{tokens}").split("x")]
         try:
-            found |= measure(forward, int(batch), int(tokens), plan_of(text, layers))
+            found |= measure(forward, *rows, plan_of(own, layers))
         except torch.OutOfMemoryError as error:
             found |= {"plan": text, "error": str(error).splitlines()[0]}
         print(json.dumps(found | machine), flush=True)

@@ -129,7 +129,9 @@ def _choice(what: Survey, wish: Wish, device: Device, limit: int, model: PreTrai
         if best is not None:
             return best
     level = _POLICIES.get(wish.activations, Level.OFFLOAD)
-    plan = Plan.uniform(level, what.layers, TILE if wish.activations != "auto" else 1024)
+    plan = Plan.uniform(level, what.layers, TILE)
+    if wish.activations == "auto":
+        plan = Plan((level,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
     return Choice(plan, peak(what, wish.setting, plan), seconds(what, wish.setting, plan, device))
 
 

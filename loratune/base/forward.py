@@ -29,7 +29,7 @@ from loratune.base import fused as fusing
 from loratune.base import recompute
 from loratune.errors import ModelError
 from loratune.ops import attention
-from loratune.ops.host import Host
+from loratune.ops.host import Host, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.policy import Plan
 
@@ -67,6 +67,8 @@ class PackedForward:
         """Switches the model's attention implementation to the packed one, and back on exit."""
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
+            if self.plan is not None and self.plan.embeddings_on_host:
+                stack.enter_context(_embeddings_on_host(self.model))
             if self.fused is not None and fusing.fusible(self.model):
                 self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
             elif self.plan is not None:
@@ -239,6 +241,21 @@ def _attention_of(model: PreTrainedModel, road: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _embeddings_on_host(model: PreTrainedModel) -> Iterator[None]:
+    """The table of a GPU's input embeddings in host memory, where the head does not need it."""
+    weight = cast(nn.Parameter, model.get_input_embeddings().weight)
+    head = model.get_output_embeddings()
+    if not weight.is_cuda or (isinstance(head, nn.Module) and head.weight is weight):
+        yield
+        return
+    weight.data = mapped(weight.data)
+    try:
+        yield
+    finally:
+        weight.data = weight.data.clone()
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:

@@ -67,6 +67,10 @@ class Plan:
     levels: tuple[Level, ...]
     tile: int = TILE
     """Tokens; at most this many run through the MLP at once."""
+    embeddings_on_host: bool = False
+    """The table of input embeddings lies in host memory, of which a row's own are read; not if the head shares it."""
+    optimizer_on_host: bool = False
+    """Masters and moments of the adapters lie in host memory, read and written once a step."""
 
     @classmethod
     def uniform(cls, level: Level, layers: int, tile: int = TILE) -> Plan:
@@ -85,7 +89,11 @@ class Plan:
                 runs[-1] = level, runs[-1][1] + 1
             else:
                 runs.append((level, 1))
-        return ", ".join(f"{level.name.lower()} x {count}" for level, count in runs)
+        words = [f"{level.name.lower()} x {count}" for level, count in runs]
+        words += ["embeddings on the host"] * self.embeddings_on_host + [
+            "optimizer on the host"
+        ] * self.optimizer_on_host
+        return ", ".join(words)
 
 
 def tiles(tokens: int, tile: int) -> Sequence[slice]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratune.ops.footprint import Footprint, footprint, rounded
 from loratune.ops.logprobs import chunk_rows
@@ -91,18 +91,20 @@ def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
     """The highest moment of a run on a GPU with fused layers."""
     moments = list(_moments(survey, setting, plan))
     gradients, kept, temporary = max(moments, key=sum)
-    masters = 4 * survey.trainable
     if setting.rows > 1:
-        gradients = masters
+        gradients = 4 * survey.trainable
+    masters = 0 if plan.optimizer_on_host else 4 * survey.trainable
+    optimizer = 0 if plan.optimizer_on_host else int(setting.optimizer_bytes * survey.trainable)
+    base = survey.base_bytes - (survey.embedding_bytes if plan.embeddings_on_host else 0)
     buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
     temporary += buffers + _WORKSPACES
-    fixed = survey.base_bytes + masters + survey.copies_bytes + int(setting.optimizer_bytes * survey.trainable)
+    fixed = base + masters + survey.copies_bytes + optimizer
     slack = int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
     return Bytes(
-        base=survey.base_bytes,
+        base=base,
         adapters=masters + survey.copies_bytes,
         gradients=gradients,
-        optimizer=int(setting.optimizer_bytes * survey.trainable),
+        optimizer=optimizer,
         kept=kept,
         temporary=temporary,
         slack=slack,
@@ -184,6 +186,10 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
             total += max(0.0, crossing - once / 3) + 0.05 * crossing
     head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
     update = 30 * survey.trainable / device.bytes_per_second
+    if plan.optimizer_on_host:
+        update = (24 + 4 * setting.rows) * survey.trainable / device.host_bytes_per_second
+    if plan.embeddings_on_host:
+        head += tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
     return setting.rows * (total + head) + update + 1e-3
 
 
@@ -214,13 +220,17 @@ class Choice:
 def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choice | None:
     """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not."""
     best: Choice | None = None
-    for plan in _candidates(survey.layers):
-        needed = peak(survey, setting, plan)
-        if needed.total > limit:
-            continue
-        found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
-        if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
-            best = found
+    for embeddings, optimizer in ((False, False), (True, False), (True, True)):
+        for among in _candidates(survey.layers):
+            plan = replace(among, embeddings_on_host=embeddings, optimizer_on_host=optimizer)
+            needed = peak(survey, setting, plan)
+            if needed.total > limit:
+                continue
+            found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
+            if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
+                best = found
+        if best is not None and best.plan.levels[0] < Level.OFFLOAD:
+            break
     return best
 
 

@@ -26,6 +26,7 @@ from loratune.ops.policy import TILE, Level, Plan
 from loratune.training import budget, devices
 from loratune.training.budget import Bytes, Setting
 from loratune.training.objectives import sft
+from loratune.training.optim import masters_on_host
 from loratune.training.step import _row_objective
 from loratune.training.survey import Survey, ranks_of, survey
 from loratune.units import bytes_of, size
@@ -68,8 +69,11 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     what = _survey(forward, trainable)
     for plan in _plans(what, setting, config, device, limit, layers):
         forward.plan = plan
-        tried = _dry_step(forward, parameters, tokens, int(setting.optimizer_bytes * trainable))
+        ballast = 0 if plan.optimizer_on_host else int(setting.optimizer_bytes * trainable)
+        tried = _dry_step(forward, parameters, tokens, ballast)
         if tried is not None:
+            if plan.optimizer_on_host:
+                masters_on_host(parameters.values())
             expected = None if what.shape is None else budget.peak(what, setting, plan)
             return Fit(plan, expected, limit, tried)
     raise TrainingError(_too_small(what, setting, config, device, limit))
@@ -109,7 +113,7 @@ def _plans(
             choice = budget.choose(what, setting, at_hand, int(share * limit))
             if choice is not None:
                 yield choice.plan
-        yield Plan.uniform(Level.OFFLOAD, layers, 1024)
+        yield Plan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
 
 
 def _dry_step(

@@ -25,7 +25,7 @@ from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.graph import GraphStep
-from loratune.training.optim import adamw, set_rate
+from loratune.training.optim import moments_on_host, never_updated, optimizer_of, set_rate
 from loratune.training.step import StepResult, evaluate_loss, train_step
 
 
@@ -78,7 +78,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._course = Course(self.rows, self.config)
-        self._optimizer = adamw(self.parameters.values(), self.config)
+        self._optimizer = optimizer_of(self.parameters.values(), self.config)
         self._graph = GraphStep.for_device(
             self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm
         )
@@ -123,6 +123,8 @@ class Loop:
         """
         course = self._course
         reason: Reason = "early stop" if course.out_of_patience else "done"
+        if self.forward.plan is not None and self.forward.plan.optimizer_on_host:
+            moments_on_host(self._optimizer)
         with self.forward.installed():
             while not course.finished:
                 yield self._step()
@@ -160,14 +162,15 @@ class Loop:
             torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout follows from (seed, step) alone
             result = self._take_step(rows)
             if step == 0 and not result.skipped:
-                self._unreached = tuple(path for path, p in self.parameters.items() if p not in self._optimizer.state)
+                optimizer = self._optimizer
+                self._unreached = tuple(path for path, p in self.parameters.items() if never_updated(optimizer, p))
         seconds = time.perf_counter() - started
         tokens = sum(len(row.tokens) for row in rows)
         return self._course.stepped(result, tokens, seconds, peak_memory_bytes(self.forward.model.device))
 
     def _take_step(self, rows: Sequence[Row]) -> StepResult:
         if self._graph is not None and self._graph.why_not is None:
-            return self._graph(rows)
+            return self._graph(rows, self._course.next_rows(ahead=1))
         return train_step(
             self.forward,
             rows,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loratune.config import TrainConfig
+from loratune.ops.host import mapped_zeros
+from loratune.training.compact import CompactAdamW
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -27,6 +29,64 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def optimizer_of(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW as `config.optim` has it; where its moments lie is chosen by `moments_on_host`."""
+    parameters = list(parameters)
+    if config.optim != "adamw_8bit":
+        return adamw(parameters, config)
+    on_gpu = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
+    rate = torch.tensor(config.learning_rate, device=parameters[0].device) if on_gpu else config.learning_rate
+    return CompactAdamW(
+        parameters,
+        rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def masters_on_host(parameters: Iterable[nn.Parameter]) -> None:
+    """Moves float32 masters on a GPU to host memory that the GPU reads and writes where it is."""
+    parameters = list(parameters)
+    if parameters and all(parameter.is_cuda for parameter in parameters):
+        for parameter, there in zip(parameters, _mapped(parameters, copy=True), strict=True):
+            parameter.data = there
+
+
+def moments_on_host(optimizer: torch.optim.Optimizer) -> None:
+    """The same for AdamW's moments: those that it has, and zeros for those that it would make at the first step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, CompactAdamW):  # a quarter of the bytes, which stay where they are
+        return
+    if not parameters or not all(parameter.is_cuda for parameter in parameters):
+        return
+    for moment in ("exp_avg", "exp_avg_sq"):
+        fresh = _mapped(parameters, copy=False)
+        for parameter, there in zip(parameters, fresh, strict=True):
+            state = optimizer.state[parameter]
+            if moment in state:
+                there.copy_(state[moment])
+            state.setdefault("step", torch.zeros((), device=parameter.device))
+            state[moment] = there
+
+
+def never_updated(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """True if no step has reached the parameter; waits for the device where moments were made in advance."""
+    state = optimizer.state.get(parameter)
+    return not state or not float(state["step"])
+
+
+def _mapped(parameters: list[nn.Parameter], *, copy: bool) -> list[Tensor]:
+    """One tensor in host memory for each parameter, with its values or zeros, all in one piece."""
+    flat = mapped_zeros(sum(p.numel() for p in parameters), parameters[0].device)
+    parts = [
+        part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
+    ]
+    if copy:
+        torch._foreach_copy_(parts, [parameter.detach() for parameter in parameters])
+    return parts
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -49,6 +49,8 @@ class Survey:
     element_bytes: int
     quantised: str
     """"", "nf4" or "fp8"."""
+    embedding_bytes: int = 0
+    """The table of input embeddings, if the head does not share it."""
 
 
 def survey(
@@ -91,7 +93,14 @@ def survey(
         rotary_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         element_bytes=dtype.itemsize,
         quantised=quantised,
+        embedding_bytes=_own_table(model, head),
     )
+
+
+def _own_table(model: PreTrainedModel, head: nn.Module | None) -> int:
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    shared = head is None or cast(Tensor, head.weight) is table
+    return 0 if shared else rounded(table.numel() * table.element_size())
 
 
 def ranks_of(model: nn.Module) -> dict[nn.Module, int]:

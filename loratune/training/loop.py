@@ -123,7 +123,8 @@ class Loop:
         """
         course = self._course
         reason: Reason = "early stop" if course.out_of_patience else "done"
-        if self.forward.plan is not None and self.forward.plan.optimizer_on_host:
+        planned = self.forward.plan is not None and self.forward.plan.optimizer_on_host
+        if planned or self.config.optim == "adamw_offload":
             moments_on_host(self._optimizer)
         with self.forward.installed():
             while not course.finished:

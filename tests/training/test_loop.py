@@ -44,10 +44,13 @@ def test_it_learns():
     assert sum(losses[-10:]) / 10 < 0.85 * losses[0]
 
 
-@pytest.mark.parametrize("killed_at", [4, 7, 11])
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at):
+@pytest.mark.parametrize(
+    ("killed_at", "optim"), [(4, "adamw"), (7, "adamw"), (11, "adamw"), (7, "adamw_8bit"), (7, "adamw_offload")]
+)
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim):
     """The process dies without warning after some step; the run goes on from the last checkpoint."""
-    settings = config(max_steps=14, save_every_steps=3, eval_every_steps=5, gradient_accumulation_steps=2)
+    every = {"save_every_steps": 3, "eval_every_steps": 5}
+    settings = config(max_steps=14, gradient_accumulation_steps=2, optim=optim, **every)
     whole = make_loop(settings, tmp_path / "whole")
     whole_losses = losses_of(list(whole.run()))
 

@@ -48,7 +48,7 @@ class Copies:
     scales: list[float] = field(default_factory=list)
     """Factor of each copy: 1 for A, the scaling for B."""
     pool: Pool | None = None
-    """Of the bank, if the layers hold one; it has working copies of its own."""
+    """Of the bank, if the layers hold one; it has working copies of its own, made when a row is set."""
     frozen: list[nn.Parameter] = field(default_factory=list)
     """The weights that lie in one matrix with the copies."""
     _cast_all: Callable[[], None] | None = None
@@ -56,8 +56,6 @@ class Copies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the values that the masters have now: one launch on a GPU."""
-        if self.pool is not None:
-            self.pool.refresh()
         if not self.masters:
             return
         if self._cast_all is None and self.copies[0].is_cuda and self.copies[0].dtype != self.masters[0].dtype:

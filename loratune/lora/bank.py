@@ -266,7 +266,8 @@ class Bank:
         """Says whose the tokens of the next row are; without segments the model computes the base.
 
         Segments are in order and disjoint, begin at multiples of `block`, and no document crosses their borders. What
-        lies between them belongs to nobody. On a GPU this is one copy to where recorded graphs look.
+        lies between them belongs to nobody. On a GPU this is one copy to where recorded graphs look, and one that
+        brings the working copies up to the masters.
         """
         last = 0
         for segment in segments:
@@ -277,6 +278,7 @@ class Bank:
         self.pool.segments = tuple(segments)
         if self.pool.tables is not None:
             self.pool.tables.set_row(self.pool)
+            self.pool.refresh()
 
     @contextmanager
     def row(self, segments: Sequence[Segment]) -> Iterator[None]:

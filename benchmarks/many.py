@@ -1,0 +1,152 @@
+"""Many adapters in one row beside the same adapters one after the other: tokens of all jobs a second, on one GPU.
+
+    python -m benchmarks.many OUT.jsonl CASE...       CASE is SHAPE:JOBS:TOKENS[:RANK], for example l1b:8:512
+    python -m benchmarks.many OUT.jsonl --all         the table of issue 5
+
+Random weights, all seven projections adapted, AdamW, a document of TOKENS tokens for each job and step, all trained.
+`alone` is what `loratune train` runs for one job (`GraphStep`); jobs one after the other have its speed. `bank` is a
+row of all jobs' documents with an update of each job in every row (`BankGraph`). Both in one process on one model,
+median of the steps; a step counts from handing over the row to having the losses on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.shapes import model_of, row_of
+from loratune.base.forward import prepare
+from loratune.config import LoraConfig, TrainConfig
+from loratune.lora.bank import Bank
+from loratune.lora.inject import attach, detach
+from loratune.training.bank_graph import BankGraph
+from loratune.training.bank_step import Part
+from loratune.training.graph import GraphStep
+from loratune.training.optim import adamw, set_rate
+
+CASES = [
+    "l1b:8:512", "l1b:8:256", "l1b:8:2048", "l1b:64:64:8", "l1b:64:256:8", "l8b:8:512", "l8b:8:2048", "l7b:8:512",
+]  # fmt: skip
+PEFT_TOK_S = 4169
+"""PEFT on the Llama-3.2-1B shape, 512 tokens a step, one adapter: the figure of issue 5, from an earlier run."""
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_WARM, _STEPS = 4, 12
+
+
+def alone(model: transformers.PreTrainedModel, tokens: int, config: LoraConfig) -> dict[str, object]:
+    """One job by itself."""
+    attach(model, config, name="default", seed=0)
+    forward = prepare(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, TrainConfig())
+    step = GraphStep(forward, parameters, optimizer, 1.0)
+    rows = [row_of([tokens], tokens, seed) for seed in range(4)]
+    set_rate(optimizer, 1e-4)
+    with forward.installed():
+        seconds, losses = timed(lambda index: step([rows[index % 4]]).loss)
+    detach(model)
+    assert step.why_not is None, step.why_not
+    return {"tok_s": round(tokens / seconds), "step_ms": round(seconds * 1e3, 2), "loss": losses}
+
+
+def bank(model: transformers.PreTrainedModel, jobs: int, tokens: int, config: LoraConfig) -> dict[str, object]:
+    """All jobs in one row."""
+    torch.cuda.synchronize()
+    base = torch.cuda.memory_allocated()
+    held = Bank.attach(model, [config], jobs)
+    forward = prepare(model)
+    step = BankGraph(forward, held, jobs * tokens)
+    for slot in range(jobs):
+        held.place(slot, config, seed=slot)
+        step.join(slot, TrainConfig())
+    states = torch.cuda.memory_allocated() - base
+    torch.cuda.reset_peak_memory_stats()
+    rows = [[row_of([tokens], tokens, 4 * slot + nth) for nth in range(4)] for slot in range(jobs)]
+    rates = dict.fromkeys(range(jobs), 1e-4)
+
+    def one(index: int) -> float:
+        parts = [Part(slot, rows[slot][index % 4], float(tokens - 1), None, 0) for slot in range(jobs)]
+        return step.run(parts, rates)[0].loss
+
+    with forward.installed():
+        seconds, losses = timed(one)
+    replay = replay_ms(step)
+    peak = torch.cuda.max_memory_allocated()
+    note = step.why_not
+    held.detach()
+    return {
+        "tok_s": round(jobs * tokens / seconds), "step_ms": round(seconds * 1e3, 2), "replay_ms": replay,
+        "base_gib": gib(base), "states_gib": gib(states), "peak_gib": gib(peak), "loss_of_first": losses,
+        "fused": forward.fused is not None, "note": note,
+    }  # fmt: skip
+
+
+def timed(step: Callable[[int], float]) -> tuple[float, list[float]]:
+    """Median seconds of a step, and the first losses."""
+    seconds, losses = [], []
+    for index in range(_WARM + _STEPS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses.append(round(step(index), 5))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[_WARM:]), losses[:5]
+
+
+def replay_ms(step: BankGraph) -> float | None:
+    """The recording alone, back to back."""
+    graph = next((graph for graph in step._recordings.graphs.values() if graph is not None), None)
+    if graph is None:
+        return None
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    return round((time.perf_counter() - start) * 200, 2)
+
+
+def gib(size: int) -> float:
+    return round(size / 2**30, 2)
+
+
+def measure(case: str, model: transformers.PreTrainedModel) -> dict[str, object]:
+    """One case, both ways."""
+    shape, jobs, tokens, rank = [*case.split(":"), "16"][:4]
+    config = LoraConfig(r=int(rank), lora_alpha=16, target_modules=TARGETS)
+    single = alone(model, int(tokens), config)
+    together = bank(model, int(jobs), int(tokens), config)
+    ratio = float(str(together["tok_s"])) / float(str(single["tok_s"]))
+    return {
+        "shape": shape, "jobs": int(jobs), "tokens": int(tokens), "r": int(rank), "precision": "bf16",
+        "ratio": round(ratio, 3), "alone": single, "bank": together,
+        "times_peft": round(float(str(together["tok_s"])) / PEFT_TOK_S, 1) if shape == "l1b" else None,
+        "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), sys.argv[2:]
+    cases = CASES if cases == ["--all"] else cases
+    model, shape = None, None
+    with out.open("a") as file:
+        for case in sorted(cases, key=lambda case: case.split(":")[0]):
+            if case.split(":")[0] != shape:
+                del model
+                torch.cuda.empty_cache()
+                shape = case.split(":")[0]
+                model = model_of(shape)
+            row = json.dumps(measure(case, model))
+            print(row, flush=True)
+            file.write(row + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

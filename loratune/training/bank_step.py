@@ -22,6 +22,7 @@ from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import ModelError
+from loratune.errors import ConfigError
 from loratune.lora.bank import Bank
 from loratune.ops.bank import Segment
 from loratune.training.checkpoint import MOMENTS
@@ -129,6 +130,8 @@ class _Update:
     """AdamW over the flat master of one slot, with the job's own clipping."""
 
     def __init__(self, bank: Bank, slot: int, config: TrainConfig) -> None:
+        if config.optim != "adamw":
+            raise ConfigError(f"optim {config.optim}: a bank of adapters keeps float32 moments; train it by itself")
         self._bank, self._slot = bank, slot
         self._master = nn.Parameter(bank.master(slot))  # shares the memory
         self._master.grad = bank.gradient(slot)

@@ -1,0 +1,94 @@
+"""4-bit weights on a GPU: the kernel's bits, pieces, the recorded step, and loading to the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.base.forward import prepare
+from loratune.base.load import POCKET, load
+from loratune.base.quantised import quantise_linears, quantised_layers
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.pack import make_row
+from loratune.lora.inject import attach
+from loratune.ops import nf4
+from loratune.training.graph import GraphStep
+from loratune.training.optim import optimizer_of, set_rate
+from tests.conftest import build
+from tests.training.helpers import examples, trainable
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_kernel_gives_the_bits_of_the_reference(dtype, nested):
+    weight = nf4.quantise((torch.randn(1000, 1088, device="cuda") * 0.02).to(dtype), nested=nested)
+    expected = nf4.dequantise(weight)
+    assert torch.equal(weight.dense(), expected)
+    assert torch.equal(weight._rectangle(slice(13, 700), slice(64, 640)), expected[13:700, 64:640])
+    assert torch.equal(weight.to("cpu").dense(), expected.cpu())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_pieces_are_products(monkeypatch, bias):
+    """Each piece is rows of the output or columns of the gradient, so no sum is split: equal but for tiling."""
+    weight = nf4.quantise((torch.randn(1024, 2048, device="cuda") * 0.02).bfloat16())
+    x, dy = (torch.randn(300, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
+    b = torch.randn(1024, device="cuda", dtype=torch.bfloat16) if bias else None
+    whole = weight.forward(x, b), weight.d_input(dy)
+    monkeypatch.setattr(nf4, "PIECE_ELEMENTS", 1 << 18)
+    for got, expected in zip((weight.forward(x, b), weight.d_input(dy)), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+
+
+def steps(name: str, quantised: bool, record: bool, optim: str = "adamw") -> tuple[list[float], dict]:
+    model = build(name)
+    if quantised:
+        quantise_linears(model, skip=[model.get_output_embeddings()])
+    model = model.to("cuda", torch.bfloat16)
+    attach(model, LoraConfig(r=4), name="default", seed=0)
+    forward = prepare(model)
+    assert forward.fused is not None
+    parameters = list(trainable(model).values())
+    optimizer = optimizer_of(parameters, TrainConfig(learning_rate=1e-2, optim=optim))
+    step = GraphStep(forward, parameters, optimizer, 1.0, record=record)
+    losses = []
+    with forward.installed():
+        for index in range(8):
+            set_rate(optimizer, 1e-2)
+            losses.append(step([make_row(examples(5, seed=index % 3), 256, 0)]).loss)
+    assert step.why_not is None
+    return losses, {path: p.detach().clone() for path, p in trainable(model).items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_a_recorded_step_over_codes_is_the_step(name, optim):
+    """The pieces of a weight live in the recording's own memory; replayed, they are what they were."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        (recorded, a), (eager, b) = (steps(name, True, record, optim) for record in (True, False))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recorded == eager
+    assert all(torch.equal(a[path], b[path]) for path in a)
+    assert recorded[-1] < recorded[0]
+
+
+def test_loading_never_holds_the_dense_model():
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load(POCKET, "nf4", "cuda")
+    held = torch.cuda.memory_allocated() - before
+    layers = [layer for _, layer in quantised_layers(model)]
+    dense = sum(layer.in_features * layer.out_features for layer in layers) * 2
+    others = sum(p.numel() * p.element_size() for p in model.parameters())
+    codes = sum(layer.frozen.nbytes for layer in layers)
+    assert codes < 0.26 * dense
+    assert held < (codes + others) * 1.1 + (1 << 20)
+    assert {layer.frozen.dtype for layer in layers} == {torch.bfloat16}
+    cpu = load(POCKET, "nf4", "cpu")
+    for (path, layer), (_, other) in zip(quantised_layers(model), quantised_layers(cpu), strict=True):
+        assert torch.equal(layer.frozen.codes.cpu(), other.frozen.codes), path

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
-from loratune.errors import ModelError
-from loratune.errors import ConfigError
+from loratune.errors import ConfigError, ModelError
 from loratune.lora.bank import Bank
 from loratune.ops.bank import Segment
 from loratune.training.checkpoint import MOMENTS

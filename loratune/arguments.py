@@ -7,6 +7,7 @@ section lose their section's name on the command line: `--r 8`, not `--lora.r 8`
 from __future__ import annotations
 
 import re
+import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -40,6 +41,7 @@ AdapterFolder = Annotated[Positional[str], tyro.conf.arg(metavar="ADAPTER")]
 AdapterFolders = Annotated[
     Positional[list[str]], tyro.conf.arg(metavar="ADAPTER [ADAPTER ...]", help_behavior_hint="(required)")
 ]
+JobsFile = Annotated[Positional[str], tyro.conf.arg(metavar="JOBS.toml")]
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
@@ -53,6 +55,32 @@ class Train(RunConfig):
     lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
     dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """Train many adapters at once over one base, compare them, and keep each as a run of its own."""
+
+    model: ModelName
+    """Base model: a local folder, a hub id, or "loratune/pocket"."""
+    jobs: JobsFile
+    """TOML file with what the jobs share, a [grid] to vary, or [[job]] tables; README.md has an example."""
+    out: Folder
+    """Folder for the ranking and one folder per job."""
+    at_once: int | None = None
+    """Jobs that train at the same time; by default as many as fit into the free memory."""
+    precision: Precision | None = None
+    """Number format of the base, as in train; by default what the jobs file says."""
+    device: str | None = None
+    """Torch device; by default what the jobs file says, else the GPU if there is one."""
+    overwrite: bool = False
+    """Replace an existing sweep."""
+    resume: bool = False
+    """Go on with the sweep in the output folder; MODEL and JOBS may then be left out."""
+
+    def __post_init__(self) -> None:
+        if self.at_once is not None and self.at_once < 1:
+            raise ConfigError(f"at_once is {self.at_once}; it is at least 1")
 
 
 @dataclass(kw_only=True)
@@ -237,7 +265,7 @@ class Estimate:
     model: ModelName
     """Base model: a local folder (config.json is enough), a hub id, or "loratune/pocket"."""
     gpu: str | None = None
-    """A memory size such as 24GiB, or a device such as "H100" or "RTX 4090"; by default the one here, else the CPU."""
+    """A memory size such as 24GiB, or a device such as "RTX 4090"; by default the one here, else the CPU."""
     precision: Precision = "auto"
     """Number format of the base, as in train."""
     activations: Activations = "auto"
@@ -309,6 +337,26 @@ def parse_train(words: list[str]) -> RunConfig:
 def names(modules: str | list[str] | None) -> str | list[str] | None:
     """A single word of the command line is a name, as each of several is, unless it looks like an expression."""
     return [modules] if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules) else modules
+
+
+def parse_sweep(words: list[str]) -> Sweep:
+    """The settings of `sweep`; with --resume alone, model and jobs are those of the sweep in the output folder."""
+    _, out = _take_option(words, "--out")
+    alone = "--resume" in words and out is not None and words[0].startswith("-")
+    return parse(Sweep, words, "sweep", _begun(out) if alone and out else None)
+
+
+def _begun(out: str) -> Sweep:
+    """What the sweep in `out` was begun with. Raises ConfigError: there is none."""
+    from loratune.training.sweep_folder import JOBS_FILE, STATE_FILE, read_state
+
+    folder = Path(out)
+    if not (folder / STATE_FILE).is_file():
+        near = [file.parent.name for file in folder.parent.glob(f"*/{STATE_FILE}")]
+        raise ConfigError(f"{out}: no sweep to resume: there is no {STATE_FILE}.{nearest(folder.name, near)}")
+    state = read_state(folder)
+    begun = Sweep(model=state.model, jobs=str(folder / JOBS_FILE), out=out, device=state.device, resume=True)
+    return replace(begun, precision=typing.cast(Precision, state.precision))
 
 
 def _run_file(out: str) -> str:

@@ -93,6 +93,32 @@ def _train(words: list[str]) -> None:
         progress.summary(progress.watch(events, console), console)
 
 
+def _sweep(words: list[str]) -> None:
+    from loratune.arguments import parse_sweep
+
+    given = parse_sweep(words)
+    _quiet_libraries()
+    from loratune.training.plan import read_plan
+
+    plan = read_plan(given.jobs, model=given.model, out=given.out, precision=given.precision, device=given.device)
+    from loratune.screen import sweep as screen
+    from loratune.training.sweep import sweep
+
+    console = _console()
+    with _stop_on_signals(console) as stop:
+        events = sweep(
+            plan,
+            Path(given.jobs).read_text(encoding="utf-8"),
+            given.out,
+            at_once=given.at_once,
+            overwrite=given.overwrite,
+            resumed=given.resume,
+            stop=stop,
+            cache_dir=_cache_dir(plan.jobs[0].config.dataset.cache_dir),
+        )
+        screen.summary(screen.watch(events, console), console)
+
+
 def _preview(words: list[str]) -> None:
     from loratune.arguments import Preview, parse
 
@@ -406,6 +432,7 @@ VERBS: dict[str, Verb] = {
     "preview": Verb("what the model will really see of your data", _preview),
     "train": Verb("one adapter from a model and your data", _train),
     "estimate": Verb("the memory and speed of a run, from the model's configuration alone", _estimate),
+    "sweep": Verb("many adapters at once: a grid of rates and ranks, compared", _sweep),
     "eval": Verb("loss, perplexity and exact match on held-out data", _eval),
     "chat": Verb("talk to adapters, switch between them, compare", _chat),
     "merge": Verb("a merged checkpoint, verified against the adapter", _merge),

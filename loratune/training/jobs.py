@@ -29,7 +29,8 @@ from loratune.lora.bank import Bank
 from loratune.lora.files import PREFIX, read_tensors
 from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
-from loratune.training.bank_step import BankStep, Part, trim
+from loratune.training.bank_graph import step_of
+from loratune.training.bank_step import Part, trim
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.loop import Ended, Saved, peak_memory_bytes
 from loratune.training.step import StepResult
@@ -118,9 +119,10 @@ class Jobs:
         Raises: ModelError: the model cannot run documents together.
         """
         self._forward, self._bank, self._tokens, self._stop = forward, bank, tokens, stop
-        self._step = BankStep(forward, bank)
+        self._step = step_of(forward, bank, tokens)
         self._queue: deque[Job] = deque()
         self._running: list[_Running] = []
+        self._unwanted: set[str] = set()
 
     @property
     def running(self) -> list[str]:
@@ -131,6 +133,10 @@ class Jobs:
         """Puts a job at the end of the queue; it starts as soon as a slot is free. May be called while others run."""
         self._queue.append(job)
 
+    def remove(self, name: str) -> None:
+        """Takes a running job out before the next row, without a word. May be called while others run."""
+        self._unwanted.add(name)
+
     def run(self) -> Iterator[tuple[str, JobEvent]]:
         """Trains until no job is left, yielding each one's name with what happened to it.
 
@@ -139,6 +145,9 @@ class Jobs:
         with self._forward.installed():
             while self._running or self._queue:
                 yield from self._fill_slots()
+                for one in [one for one in self._running if one.job.name in self._unwanted]:
+                    self._leave(one)
+                self._unwanted.clear()
                 if not self._running:
                     continue
                 for one, event in self._train_row():

@@ -184,7 +184,11 @@ class _Sweep:
                 pool.add(job)
         yield from self._meet(pool)  # all may have been waiting when the sweep was killed
         for name, event in pool.run():
+            if name in self._state.ended:  # it failed here, and the pool has not yet let it go
+                continue
             seen = self._take(name, event)
+            if isinstance(seen, Failed):
+                pool.remove(name)
             yield name, seen
             if isinstance(seen, Paused | Ended | Failed):
                 yield from self._meet(pool)
@@ -227,7 +231,7 @@ class _Sweep:
         """Records what happened to a job; what goes wrong in its folder is its own failure."""
         try:
             self._record(name, event)
-        except LoratuneError as error:
+        except (LoratuneError, OSError) as error:
             event = Failed(str(error))
         if isinstance(event, Failed):
             self._ended(name, f"failed: {event.why}")
@@ -324,8 +328,8 @@ class _Sweep:
 def slots_that_fit(model: PreTrainedModel, jobs: Sequence[PlannedJob]) -> int:
     """How many of the jobs train at once in the memory that is free now; at least one.
 
-    A slot takes 16 bytes for each parameter of the largest adapter (master, gradient and two moments, float32) and, on
-    a GPU, a working copy of 2. Kept free are the activations of one row without recomputation, about 17 values of
+    A slot takes 16 bytes for each parameter of the largest adapter (master, gradient and two moments, float32) and,
+    on a GPU, a working copy of 2. Kept free are the activations of one row without recomputation, about 17 values of
     the hidden size a token and layer (Korthikanti et al. 2022, arXiv:2205.05198), and a tenth of the rest.
     """
     largest = 0
@@ -362,15 +366,15 @@ def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:
         sweep_folder.check_output(out, overwrite=overwrite)
         return State(first.model, first.precision, first.device)
     state = sweep_folder.read_state(out)
-    if (out / sweep_folder.CARD_FILE).exists() and all(job.name in state.ended for job in plan.jobs):
-        raise ConfigError(
-            f"{out}: this sweep is complete; add jobs to the file to go on, or start anew with --overwrite"
-        )
     for what, before, now in (("model", state.model, first.model), ("precision", state.precision, first.precision)):
         if before != now and not (what == "model" and Path(before).resolve() == Path(now).resolve()):
             raise ConfigError(
                 f"{out}: {what} is {before!r} in this sweep and {now!r} now; leave it, or use --overwrite"
             )
+    if (out / sweep_folder.CARD_FILE).exists() and all(job.name in state.ended for job in plan.jobs):
+        raise ConfigError(
+            f"{out}: this sweep is complete; add jobs to the file to go on, or start anew with --overwrite"
+        )
     state.ended = {name: why for name, why in state.ended.items() if not why.startswith("failed")}  # try them again
     return state
 

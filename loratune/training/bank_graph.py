@@ -31,6 +31,16 @@ from loratune.training.graph import Inputs, Layout, Recordings, layout_for
 from loratune.training.step import StepResult
 
 
+def step_of(forward: PackedForward, bank: Bank, tokens: int) -> BankStep | BankGraph:
+    """The step of rows of at most `tokens` tokens: one recording where there are CUDA graphs, else the plain step.
+
+    Raises: ModelError: the model cannot run documents together.
+    """
+    if bank.pool.device.type != "cuda":
+        return BankStep(forward, bank)
+    return BankGraph(forward, bank, tokens)
+
+
 class _Joined(NamedTuple):
     """A job in a slot."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError, OutputError
 from loratune.lora import lowrank
-from loratune.lora.extract import extract
+from loratune.lora.extract import Checkpoint, extract
 from loratune.lora.files import load_adapter
 from loratune.lora.inject import attach, merge, trainable_parameters
 from tests.conftest import build
@@ -102,6 +103,25 @@ def test_half_precision_differences_are_exact(tmp_path: Path) -> None:
     found = extract(tuned, base, tmp_path / "out", rank=1, target_modules=["q_proj"])
     before = float(build("llama", dtype=torch.bfloat16).model.layers[0].self_attn.q_proj.weight[3, 5].float())
     assert found.layers["model.layers.0.self_attn.q_proj"].norm == pytest.approx(abs(moved - before), rel=1e-6)
+
+
+def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = _saved(build("llama"), tmp_path / "base"), _saved(_tuned(), tmp_path / "tuned")
+    read = Checkpoint.read
+    living: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(self: Checkpoint, key: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, key)
+        living.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in living))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    extract(tuned, base, tmp_path / "out", rank=2)
+    assert len(living) > 28
+    assert most <= 4  # both of this layer, and those of the one before it until they are replaced
 
 
 def test_mistakes(tmp_path: Path) -> None:

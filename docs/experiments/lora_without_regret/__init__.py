@@ -1,0 +1,1 @@
+"""Scripts of the experiment in ../lora-without-regret.md."""

@@ -2,7 +2,7 @@
 
     python -m docs.experiments.lora_without_regret.run OUT.jsonl [--seconds 95] [--small]
 
-Parts in the order of their importance; when the time is up, the rest is left out, and the file says so by what it holds.
+Parts come in the order of their importance; when the time is up, the rest is left out, which the file shows.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def plan(small: bool) -> Iterator[tuple[str, str, Kind, list[float], int, int, i
 
 
 def main() -> None:
+    """Trains the stacks of `plan` one after another."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("out", type=Path)
     arguments.add_argument("--seconds", type=float, default=95.0)

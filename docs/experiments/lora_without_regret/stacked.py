@@ -1,10 +1,10 @@
 """The model in the box, N times side by side: one run a rate, all on the same batches, as one computation.
 
-A run of a 5 M parameter model keeps a GPU busy for microseconds at a time, so the runs of a sweep are stacked: a product
-with a weight that is trained becomes a batched product, one that is frozen is shared. Runs never meet: each has its own
-parameters, loss, Adam state and rate. Full tuning stacks every weight, LoRA only A and B, both through the same code, so
-that a comparison of the two compares nothing else. With LoRA the stack computes what `loratune.attach` does; `check.py`
-measures that.
+A run of a 5 M parameter model keeps a GPU busy for microseconds at a time, so the runs of a sweep are stacked: a
+product with a weight that is trained becomes a batched product, one that is frozen is shared. Runs never meet: each
+has its own parameters, loss, Adam state and rate. Full tuning stacks every weight, LoRA only A and B, both through
+the same code, so that a comparison of the two compares nothing else. With LoRA the stack computes what
+`loratune.attach` does; `check.py` measures that.
 """
 
 from __future__ import annotations

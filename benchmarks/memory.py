@@ -1,6 +1,9 @@
 """Tokens a second against peak memory, one JSON object a row.
 
     python -m benchmarks.memory plans SHAPE BATCH TOKENS PRECISION PLAN [PLAN ...]     the frontier, plan by plan
+    python -m benchmarks.memory frontier SHAPE BATCH TOKENS PRECISION CAP [CAP ...]   what auto takes, by cap in GiB
+    python -m benchmarks.memory long SHAPE PRECISION LAYERS CAP:TOKENS:PLAN [...]     one document, one step
+    python -m benchmarks.memory steps                         10,000 steps of the model in the box on its own data
     python -m benchmarks.memory estimate                      what is estimated beside what is measured, 29 settings
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
@@ -17,7 +20,9 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,14 +30,20 @@ import transformers
 
 from benchmarks.shapes import SHAPES, model_of, row_of
 from loratune.base.forward import PackedForward, prepare
-from loratune.config import LoraConfig, TrainConfig
+from loratune.base.load import POCKET
+from loratune.box import TASKS, data_file
+from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from loratune.estimate import Wish, survey_of
 from loratune.lora.inject import attach
 from loratune.ops import nf4
 from loratune.ops.policy import TILE, Level, Plan
-from loratune.training.budget import Setting, peak
+from loratune.training.budget import CONTEXT, Setting, choose, peak
+from loratune.training.course import StepDone
+from loratune.training.devices import named
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
+from loratune.training.run import run
+from loratune.training.survey import ranks_of, survey
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 1 << 30
@@ -143,24 +154,131 @@ def estimates() -> None:
         }), flush=True)  # fmt: skip
 
 
-def main() -> None:
-    if sys.argv[1] == "estimate":
-        estimates()
-        return
-    _, shape, batch, tokens, precision, *plans = sys.argv[1:]
+def cap_at(gib: float) -> None:
+    """Lets PyTorch allocate what a device of so many GiB would leave it beside CUDA's context; 0 for no cap."""
+    whole = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - CONTEXT) / whole if gib else 1.0)
+
+
+def frontier(shape: str, batch: int, tokens: int, precision: str, caps: list[float]) -> Iterator[dict[str, object]]:
+    """What `auto` chooses under each cap, and how fast that is."""
     forward = prepared(shape, precision)
-    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    machine["transformers"] = transformers.__version__
+    model = forward.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True, dropout=0.0)
+    setting = Setting(batch * tokens, even=True)
+    for cap in caps:
+        found: dict[str, object] = {"cap_gib": cap}
+        choice = choose(what, setting, named("H200"), int(cap * GIB))
+        if choice is None:
+            yield found | {"error": "no plan fits"}
+            continue
+        cap_at(cap)
+        found |= {"estimated_gib": round(choice.bytes.allocated / GIB, 3)}
+        found |= {"estimated_tok_s": round(batch * tokens / choice.seconds)}
+        try:
+            found |= measure(forward, batch, tokens, choice.plan)
+        except torch.OutOfMemoryError as error:
+            found |= {"plan": str(choice.plan), "error": str(error).splitlines()[0]}
+        yield found
+        cap_at(0)
+
+
+def long_document(shape: str, precision: str, layers: int, cases: list[str]) -> Iterator[dict[str, object]]:
+    """One document as long as the row: one step, launched kernel by kernel."""
+    name = f"{shape}-{layers}" if layers else shape
+    SHAPES[name] = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    forward = prepared(name, precision)
+    parameters = [p for p in forward.model.parameters() if p.requires_grad]
+    for case in cases:
+        cap, tokens, text = case.split(":")
+        gc.collect()
+        torch.cuda.empty_cache()
+        cap_at(float(cap))
+        torch.cuda.reset_peak_memory_stats()
+        plan = forward.plan = plan_of(text, forward.model.config.num_hidden_layers)
+        if plan.optimizer_on_host:
+            masters_on_host(parameters)
+        optimizer = adamw(parameters, TrainConfig())
+        if plan.optimizer_on_host:
+            moments_on_host(optimizer)
+        step = GraphStep(forward, parameters, optimizer, 1.0, record=False)
+        found: dict[str, object] = {
+            "cap_gib": float(cap),
+            "tokens": int(tokens),
+            "plan": str(plan),
+            "tile": plan.tile,
+        }
+        start = time.perf_counter()
+        try:
+            with forward.installed():
+                found |= {"loss": round(step([row_of([int(tokens)], int(tokens), 0)]).loss, 4)}
+        except torch.OutOfMemoryError as error:
+            found |= {"error": str(error).splitlines()[0]}
+        found |= {
+            "seconds": round(time.perf_counter() - start, 1), "layers": forward.model.config.num_hidden_layers,
+            "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        }  # fmt: skip
+        del step, optimizer
+        yield found
+        cap_at(0)
+
+
+def many_steps() -> None:
+    """Prints what is allocated and reserved behind some of 10,000 steps over real, uneven data."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(
+            model=POCKET,
+            data=[str(data_file(TASKS[0], "train"))],
+            out=folder + "/out",
+            dataset=DataConfig(tokens_per_row=512, eval_fraction=0.0),
+            training=TrainConfig(max_steps=10_000, save_every_steps=10_000),
+        )
+        seen: list[tuple[int, int]] = []
+        for event in run(config):
+            if isinstance(event, StepDone):
+                seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+                if event.step in (1, 2, 3, 10, 100, 1000, 2500, 5000, 7500, 9999, 10_000):
+                    print(json.dumps({"step": event.step, "allocated": seen[-1][0], "reserved": seen[-1][1]}))
+        behind = {allocated for allocated, _ in seen[1:]}
+        print(json.dumps({"different_counts_behind_step_2": len(behind), "spread_bytes": max(behind) - min(behind)}))
+
+
+def plans(shape: str, batch: str, tokens: str, precision: str, texts: list[str]) -> Iterator[dict[str, object]]:
+    """Each plan measured."""
+    forward = prepared(shape, precision)
     layers = forward.model.config.num_hidden_layers
-    for text in plans:
-        found: dict[str, object] = {"shape": shape, "precision": precision}
+    for text in texts:
         size, _, own = text.rpartition(":")
         rows = [int(n) for n in (size or f"{batch}x{tokens}").split("x")]
         try:
-            found |= measure(forward, *rows, plan_of(own, layers))
+            yield measure(forward, *rows, plan_of(own, layers))
         except torch.OutOfMemoryError as error:
-            found |= {"plan": text, "error": str(error).splitlines()[0]}
-        print(json.dumps(found | machine), flush=True)
+            yield {"plan": text, "error": str(error).splitlines()[0]}
+
+
+def main() -> None:
+    verb, *words = sys.argv[1:]
+    if verb == "estimate":
+        estimates()
+        return
+    if verb == "steps":
+        many_steps()
+        return
+    if verb == "long":
+        shape, precision, layers, *cases = words
+        rows = long_document(shape, precision, int(layers), cases)
+    elif verb == "frontier":
+        shape, batch, tokens, precision, *caps = words
+        rows = frontier(shape, int(batch), int(tokens), precision, [float(cap) for cap in caps])
+    else:
+        shape, batch, tokens, precision, *texts = words
+        rows = plans(shape, batch, tokens, precision, texts)
+    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+    machine["transformers"] = transformers.__version__
+    for row in rows:
+        print(json.dumps({"shape": shape, "precision": precision} | row | machine), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from loratune.ops.footprint import Footprint, footprint, rounded
 from loratune.ops.logprobs import chunk_rows
-from loratune.ops.policy import TILE, Level, Plan
+from loratune.ops.policy import TILE, Level, Plan, tiles
 from loratune.training.devices import Device
 from loratune.training.imagine import Imagined
 from loratune.training.survey import Survey
@@ -172,13 +172,18 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
     shape, tokens = survey.shape, setting.tokens
     forward = 2.0 * tokens * survey.layer_elements
     attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
-    passes = tokens * survey.element_bytes * (24 * shape.width + 8 * shape.heads + 14 * shape.mlp)
+    passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
     unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
+    # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
+    mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + (2.5 if survey.quantised == "nf4" else 0.0))
+    tiling = (len(tiles(tokens, plan.tile)) - 1) * mlp / device.bytes_per_second
     total = 0.0
     for level in plan.levels:
         again = _again(survey, level)
         total += once + tokens * again / device.flops + 1.05 * unpacking * again / (2.0 * survey.layer_elements)
+        if not level.keeps_gate_up:
+            total += tiling
         if level >= Level.FULL:
             total += 2 * attention / device.flops
         if level is Level.OFFLOAD:

@@ -25,6 +25,7 @@ from loratune.errors import TrainingError
 from loratune.ops.policy import TILE, Level, Plan
 from loratune.training import budget, devices
 from loratune.training.budget import Bytes, Setting
+from loratune.training.devices import Device
 from loratune.training.objectives import sft
 from loratune.training.optim import masters_on_host
 from loratune.training.step import _row_objective
@@ -76,7 +77,7 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
                 masters_on_host(parameters.values())
             expected = None if what.shape is None else budget.peak(what, setting, plan)
             return Fit(plan, expected, limit, tried)
-    raise TrainingError(_too_small(what, setting, config, device, limit))
+    raise TrainingError(too_small(what, setting, config, devices.present(device), limit))
 
 
 def _limit(config: TrainConfig, device: torch.device) -> int:
@@ -171,24 +172,28 @@ def _any_row(tokens: int) -> Row:
     return Row(tokens=ids, position_ids=positions, cu_seqlens=borders, targets=ids, weights=weights)
 
 
-def _too_small(what: Survey, setting: Setting, config: TrainConfig, device: torch.device, limit: int) -> str:
-    """By how much, and what to set."""
+def too_small(what: Survey, setting: Setting, config: TrainConfig, device: Device, limit: int) -> str:
+    """The message for a run that does not fit into `limit` bytes: by how much, and what to set."""
     shorter = f"--tokens-per-row {max(2, setting.tokens // 2)} --gradient-accumulation-steps {2 * setting.rows}"
     if what.shape is None:
         return f"out of GPU memory: {size(limit)} are free and a row of {setting.tokens} does not fit; try {shorter}"
-    level = LEVELS.get(config.activations, Level.OFFLOAD)
-    needed = budget.peak(what, setting, Plan.uniform(level, what.layers, 1024)).total
+    plan = Plan((Level.OFFLOAD,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+    if config.activations != "auto":
+        plan = Plan.uniform(LEVELS[config.activations], what.layers)
+    needed = budget.peak(what, setting, plan).total
     fixes = [] if config.activations in ("auto", "offload") else ["--activations auto"]
     for factor in (2, 4, 8):
         tokens = setting.tokens // factor
         less = Setting(tokens, setting.rows * factor, setting.optimizer_bytes)
-        if tokens and budget.choose(what, less, devices.present(device), limit) is not None:
+        if tokens and budget.choose(what, less, device, limit) is not None:
             fixes.append(f"--tokens-per-row {tokens} --gradient-accumulation-steps {less.rows}")
             break
     if not what.quantised:
         fixes.append("--precision nf4")
+    if not fixes:
+        fixes.append("a larger device, or a smaller model")
     return (
         f"out of GPU memory: a row of {setting.tokens} tokens takes {size(needed)}, of which {size(what.base_bytes)} "
         f"are the base model, and {size(limit)} may be taken: {size(max(0, needed - limit))} are missing. "
-        f"Set {' or '.join(fixes) or shorter}"
+        f"Set {' or '.join(fixes)}"
     )

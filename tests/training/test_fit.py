@@ -1,0 +1,62 @@
+"""What a run keeps on a CPU, and what a user reads if a GPU is too small; the dry step is tested in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from loratune.base.forward import prepare
+from loratune.config import LoraConfig
+from loratune.errors import ConfigError
+from loratune.estimate import Wish, survey_of
+from loratune.ops.policy import Level, tiles
+from loratune.training.budget import Setting
+from loratune.training.devices import named
+from loratune.training.fit import fit, too_small
+from loratune.training.imagine import without_data
+from tests.training.helpers import config, model_with_adapter, trainable
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(("activations", "level"), [("auto", Level.NONE), ("full", Level.FULL)])
+def test_on_a_cpu_the_setting_is_the_plan(activations, level):
+    model = model_with_adapter("llama")
+    forward = prepare(model)
+    found = fit(forward, trainable(model), config(activations=activations), 64)
+    assert forward.plan == found.plan
+    assert set(found.plan.levels) == {level}
+
+
+def test_the_error_says_by_how_much_and_what_to_set():
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    what = survey_of(without_data(tf.LlamaConfig(**shape), torch.bfloat16), Wish("auto", LoraConfig(), Setting(1)))
+    text = too_small(what, Setting(32768), config(activations="none"), named("H200"), 24 * GIB)
+    assert "a row of 32768 tokens takes 1" in text  # more than 100 GiB
+    assert "24.00 GiB may be taken" in text
+    assert "--activations auto" in text
+    assert "--precision nf4" in text
+    hopeless = too_small(what, Setting(32768), config(), named("H200"), 4 * GIB)
+    assert "--tokens-per-row" not in hopeless
+    assert "Set --precision nf4" in hopeless
+
+
+def test_a_device_is_found_by_a_part_of_its_name_or_made_of_a_size():
+    assert named("rtx 4090").name == "NVIDIA RTX 4090"
+    assert named("24GiB").memory_bytes == 24 * GIB
+    with pytest.raises(ConfigError, match="H100"):
+        named("H10O")
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "a lot"])
+def test_a_size_that_is_none_is_refused_with_the_setting(text):
+    with pytest.raises(ConfigError, match=r"memory: .*24GiB"):
+        config(memory=text)
+
+
+@pytest.mark.parametrize(("tokens", "tile"), [(8192, 2048), (1000, 300), (5, 8192), (4097, 4096), (640, 640)])
+def test_tiles_cover_a_row_and_are_no_wider_than_asked(tokens, tile):
+    parts = tiles(tokens, tile)
+    assert [t for part in parts for t in range(part.start, part.stop)] == list(range(tokens))
+    assert all(part.stop - part.start <= -(-tile // 64) * 64 for part in parts)

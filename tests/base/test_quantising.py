@@ -149,6 +149,30 @@ def test_fp8_files_become_dense(tmp_path):
         load(str(folder), "nf4", "cpu")
 
 
+def test_mxfp4_files_become_dense(tmp_path):
+    """Experts in 4-bit floating point with a power of two for every 32, as gpt-oss has them: exact in bfloat16."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    expected = build("gptoss")
+    expected.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, d_in, d_out = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, d_out, d_in // 32, 16), generator=generator).byte()
+        scales = torch.randint(118, 123, (experts, d_out, d_in // 32), generator=generator).byte()
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1).flatten(-2)
+        dense = (pairs * torch.exp2(scales.float() - 127)[..., None]).reshape(experts, d_out, d_in)
+        expected.get_parameter(name).copy_(dense.transpose(1, 2))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    model = load(str(tmp_path), "bfloat16", "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(load(str(tmp_path), device="cpu")), logits(expected))
+
+
 def test_what_is_asked_of_the_files_does_not_reach_the_configuration_on_disk(folder):
     before = (folder / "config.json").read_text()
     load(str(folder), "nf4", "cpu")

@@ -15,21 +15,29 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-N_HEADS, N_KEY_VALUE_HEADS, HEAD_WIDTH = 4, 2, 64
+HEAD_WIDTH = 64
 ROTARY_BASE = 10_000.0
 
 Mask = BlockMask | Tensor  # block mask on a GPU, dense boolean (B, 1, T, T) elsewhere
 
 
-def config() -> LlamaConfig:
-    """5.2 million parameters: narrow enough for two CPU cores, deep enough to find, copy and rewrite spans."""
+def config(size: str = "pocket") -> LlamaConfig:
+    """"pocket", 5.2 million parameters: narrow enough for two CPU cores, deep enough to find, copy and rewrite spans.
+
+    "larger", 79 million, is not shipped: measurements on quantised bases and fast paths want a trained model whose
+    products are of a width that GPUs are made for.
+    """
+    width, mlp, layers, heads, key_value_heads = {
+        "pocket": (256, 640, 6, 4, 2),
+        "larger": (768, 2048, 12, 12, 4),
+    }[size]
     return LlamaConfig(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
-        num_attention_heads=N_HEADS,
-        num_key_value_heads=N_KEY_VALUE_HEADS,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         head_dim=HEAD_WIDTH,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
@@ -61,7 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv, self.d = N_HEADS, N_KEY_VALUE_HEADS, HEAD_WIDTH
+        self.n_heads, self.n_kv, self.d = c.num_attention_heads, c.num_key_value_heads, HEAD_WIDTH
         self.q_proj = nn.Linear(c.hidden_size, self.n_heads * self.d, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.n_kv * self.d, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.n_kv * self.d, bias=False)
@@ -129,6 +137,7 @@ class Pocket(nn.Module):
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
+        self.config = c
         self.model = Backbone(c)
         cos, sin = rotary(c.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)
@@ -180,7 +189,7 @@ def document_mask(documents: Tensor, make_block_mask: Callable[..., BlockMask] |
 
 def to_transformers(model: Pocket) -> LlamaForCausalLM:
     """The same weights as a bfloat16 transformers model with its generation settings."""
-    exported: LlamaForCausalLM = LlamaForCausalLM(config())
+    exported: LlamaForCausalLM = LlamaForCausalLM(model.config)
     state = {name: value.detach().cpu().float() for name, value in model.state_dict().items()}
     exported.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     exported.tie_weights()

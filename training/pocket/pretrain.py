@@ -142,7 +142,7 @@ def train(arguments: argparse.Namespace, stream: Iterator[Tensor]) -> Pocket:
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = Pocket(config()).to(device)
+    model = Pocket(config(arguments.size)).to(device)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     muon, adam = (
@@ -194,7 +194,7 @@ def train(arguments: argparse.Namespace, stream: Iterator[Tensor]) -> Pocket:
 def same_logits(model: Pocket) -> float:
     """Largest difference between this model's logits and those of the exported one in float32."""
     tokens = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
-    ours = Pocket(config())
+    ours = Pocket(model.config)
     ours.load_state_dict({k: v.detach().cpu().bfloat16().float() for k, v in model.state_dict().items()})
     theirs = to_transformers(model).float()  # parameters are bfloat16 values in both
     with torch.no_grad():
@@ -207,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by training.pocket.tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--size", choices=("pocket", "larger"), default="pocket")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--rows", type=int, default=128, help="rows of 1,024 tokens a step")
     parser.add_argument("--device", default="cuda")

@@ -37,9 +37,12 @@ def test_the_run_says_how_its_base_was_held(here):
     losses = [
         json.loads(line)["loss"]
         for line in (here / "run" / "metrics.jsonl").read_text().splitlines()
-        if "loss" in line
+        if '"loss"' in line
     ]
     assert losses[-1] < losses[0]
+    card = (here / "run" / "README.md").read_text()
+    assert 'precision="nf4"' in card
+    assert "4 bits (NF4)" in card
 
 
 def test_resuming_goes_on_to_the_bit_and_only_on_the_same_base(here):
@@ -67,6 +70,7 @@ def test_merging_gives_the_model_that_was_trained(here):
     done = loratune("merge", "run", "--out", "merged", "--data", "chat.jsonl")
     assert done.status == 0, done.err
     assert "14 quantised layers" in done.out
+    assert "over weights in 4 bits (NF4)" in Path("merged/README.md").read_text()
     tokens = torch.arange(5, 40)[None]
     with torch.no_grad():
         expected = open_folders(["run"]).model(tokens).logits

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from loratune.base.load import POCKET
-from loratune.config import LoraConfig, RunConfig
+from loratune.config import LoraConfig, Precision, RunConfig
 from loratune.units import duration, size
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank accepts
+_FORMS = {"nf4": "4 bits (NF4)", "fp8": "8 bits (FP8)"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -41,6 +42,8 @@ class CardFacts:
     name: str
     """What the adapter is called: its folder's name."""
     base_model: str
+    precision: Precision = "auto"
+    """Of the base while it trained; said where the base was quantised."""
     lora: LoraConfig
     train_data: tuple[DataFacts, ...]
     """Empty for an adapter that was made elsewhere."""
@@ -90,7 +93,14 @@ def render_merged_card(
     """
     data = tuple(DataFacts(Path(path).name, None, None) for path in (run.data if run else ()))
     return render_card(
-        CardFacts(name=name, base_model=base_model, lora=lora, train_data=data, merged_difference=largest_difference)
+        CardFacts(
+            name=name,
+            base_model=base_model,
+            precision=run.precision if run else "auto",
+            lora=lora,
+            train_data=data,
+            merged_difference=largest_difference,
+        )
     )
 
 
@@ -110,13 +120,18 @@ def _front_matter(facts: CardFacts) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _dequantised(facts: CardFacts) -> str:
+    form = _FORMS.get(facts.precision)
+    return f" The adapter was trained over weights in {form}; it is added here to those, made dense." if form else ""
+
+
 def _what_it_is(facts: CardFacts) -> str:
     learned = ", ".join(f"`{data.name}`" for data in facts.train_data) or "data that its folder does not name"
     if facts.merged_difference is not None:
         return (
             f"`{facts.base_model}` with a LoRA adapter trained on {learned} merged into its weights by loratune. "
             "Before this folder got its name it was loaded again and compared with base + adapter: the largest "
-            f"difference in any logit is {facts.merged_difference:.2g}."
+            f"difference in any logit is {facts.merged_difference:.2g}.{_dequantised(facts)}"
         )
     rank = _ranks(facts.lora)
     return (
@@ -142,7 +157,7 @@ loratune merge {name} --out {name}-merged    # one checkpoint, verified
 ```python
 import loratune as lt
 
-model = lt.load("{facts.base_model}")
+model = lt.load("{facts.base_model}"{_load_words(facts)})
 lt.load_adapter(model, "{name}", name="{name}")
 lt.activate(model, "{name}")    # None switches back to the base
 ```
@@ -196,6 +211,10 @@ def _data(facts: CardFacts) -> str:
     return "\n".join(rows)
 
 
+def _load_words(facts: CardFacts) -> str:
+    return f', precision="{facts.precision}"' if facts.precision in _FORMS else ""
+
+
 def _training_rows(facts: CardFacts) -> dict[str, str]:
     lora = facts.lora
     targets = lora.target_modules
@@ -207,6 +226,7 @@ def _training_rows(facts: CardFacts) -> dict[str, str]:
         "`target_modules`": targets if isinstance(targets, str) else ", ".join(targets),
         "`modules_to_save`": ", ".join(lora.modules_to_save or []),
         "`bias`": "" if lora.bias == "none" else lora.bias,
+        "base weights": _FORMS.get(facts.precision, ""),
         **facts.settings,
     }
     rows |= dict(_run_rows(facts))

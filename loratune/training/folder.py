@@ -158,6 +158,7 @@ def _card_facts(
     return CardFacts(
         name=result.out.name,
         base_model=config.model,
+        precision=config.precision,
         lora=lora,
         trainable_parameters=parameters,
         file_bytes=(result.out / "adapter_model.safetensors").stat().st_size,

@@ -66,7 +66,7 @@ class Recomputed(nn.Module):
         first, needs_gradient = [hidden_states], hidden_states.requires_grad
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            x = first.pop() if first else host.fetch(self._index).requires_grad_(needs_gradient)
+            x = first.pop() if first else host.fetch(self._index)[0].requires_grad_(needs_gradient)
             return base(x, *args, **kwargs)
 
         out = checkpoint(run, *args, **settings, **kwargs)

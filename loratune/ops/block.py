@@ -102,7 +102,7 @@ class Keep:
     index: int = 0
     """Number of the layer, for the host."""
     host: Host | None = None
-    """Where inputs wait at `Level.OFFLOAD`."""
+    """Where what is kept waits at levels that put it there."""
 
 
 def decoder_layer(
@@ -161,8 +161,8 @@ class _Kept:
     x: Tensor | None = None
     heads: _Turned | None = None
     attended: Attended | None = None
-    stream: tuple[Tensor, Tensor | None] | None = None
-    """h, (T, d), and the inner activation of the output projection."""
+    stream: tuple[Tensor | None, Tensor | None] | None = None
+    """h, (T, d), None while it is on the host, and the inner activation of the output projection."""
     gate_up: tuple[Tensor, Tensor | None] | None = None
     """Gate and up, (T, 2 m), and their inner activation."""
 
@@ -193,11 +193,9 @@ class _Layer(torch.autograd.Function):
         *adapters: Tensor,
     ) -> Tensor:
         out, ctx.kept = _forward(x, cos, sin, before, behind, attend, keep)
-        if keep.level is Level.OFFLOAD:
-            assert keep.host is not None
-            keep.host.leave(keep.index, x)
-        else:
-            ctx.kept.x = x
+        ctx.kept.x = x
+        if keep.level.on_host:
+            _leave(ctx.kept, keep)
         ctx.save_for_backward(cos, sin)
         ctx.fixed = before, behind, attend, keep
         ctx.needs_heads = ctx.needs_input_grad[0] or adapters_before > 0
@@ -210,8 +208,8 @@ class _Layer(torch.autograd.Function):
         assert kept is not None, "a fused layer runs its backward once"
         cos, sin = ctx.saved_tensors
         before, behind, attend, keep = ctx.fixed
-        if keep.level is Level.OFFLOAD:
-            kept.x = keep.host.fetch(keep.index)
+        if keep.level.on_host:
+            _return(kept, keep)
         x: Tensor = kept.x
         heads, attended = kept.heads, kept.attended
         if attended is None:
@@ -233,6 +231,32 @@ class _Layer(torch.autograd.Function):
             del d_attended, attended
             below, of_heads = _heads_backward(d_stream, d_heads, x, cos, sin, heads, before, ctx.needs_input_grad[0])
         return below, None, None, None, None, None, None, None, *of_heads, *of_output, *of_mlp
+
+
+def _leave(kept: _Kept, keep: Keep) -> None:
+    """What is kept sets out for the host: the input and, if they are kept, attention's output and the stream."""
+    assert keep.host is not None
+    assert kept.x is not None
+    tensors = [kept.x]
+    if kept.attended is not None and kept.stream is not None:
+        h, inner = kept.stream
+        assert h is not None
+        tensors += [kept.attended.out, h]
+        kept.attended.forget_out()
+        kept.stream = None, inner
+    kept.x = None
+    keep.host.leave(keep.index, *tensors)
+
+
+def _return(kept: _Kept, keep: Keep) -> None:
+    """What left is back."""
+    assert keep.host is not None
+    kept.x, *others = keep.host.fetch(keep.index)
+    if others:
+        assert kept.attended is not None
+        assert kept.stream is not None
+        kept.attended.restore_out(others[0])
+        kept.stream = others[1], kept.stream[1]
 
 
 def _forward(
@@ -296,6 +320,7 @@ def _mlp_backward(
         kept.stream = h, inner_output
         del y
     h = kept.stream[0]
+    assert h is not None
     parts = tiles(h.shape[0], h.shape[0] if kept.gate_up is not None else keep.tile)
     d_stream: Tensor | None = None
     sums: list[Tensor] = []
@@ -339,11 +364,11 @@ def _tile_backward(
     del gate_up
     of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
     del active
-    d_inner = behind.gate_up.d_inner(d_gate_up)
-    d_normed = behind.gate_up.d_input(d_gate_up, d_inner)
+    d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)
     d_past = dy[:, : h.shape[1]]
     d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, behind.output.room)
-    return d_h, [*behind.gate_up.d_adapters(d_gate_up, d_inner, normed, inner_gate_up), *of_down]
+    of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
+    return d_h, [*of_gate_up, *of_down]
 
 
 def _heads_backward(

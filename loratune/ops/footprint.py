@@ -87,6 +87,8 @@ class Footprint:
     """From its forward to its backward, the input counted in, the output not."""
     forward: int
     """Most at a time while it runs forward, beside its input and all that layers below keep."""
+    away: int
+    """Of the tensors that wait on the host in between."""
     backward: int
     """Most at a time while it runs backward, with what it keeps, the gradient it is given and that it makes."""
 
@@ -166,12 +168,16 @@ def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents
     _forward(ledger, sizes, level, tile)
     forward = ledger.peak
     ledger.free("out")
-    if level is not Level.OFFLOAD:
-        ledger.take(x=sizes.stream)
+    ledger.take(x=sizes.stream)
+    away = {
+        name: ledger.sizes[name] for name in ("x", "attended", "stream") if level.on_host and name in ledger.sizes
+    }
+    ledger.free(*away)
     kept = sum(ledger.sizes.values())
     ledger.peak = 0
+    ledger.take(**away)
     _backward(ledger, sizes, level, tile)
-    return Footprint(kept, forward, ledger.peak)
+    return Footprint(kept, forward, sum(away.values()), ledger.peak)
 
 
 def _dense(ledger: Ledger, shape: LayerShape) -> None:

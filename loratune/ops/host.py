@@ -1,13 +1,13 @@
-"""Layer inputs in host memory while they wait for their backward, copied both ways while the neighbours compute.
+"""Activations in host memory while they wait for their backward, copied both ways while the neighbours compute.
 
 A layer of 7B computes for about six milliseconds forward and twelve backward on 8,192 tokens; its input, 64 MiB,
 crosses PCIe in little more than one. So each copy runs on a stream of its own beside the next layer, and the device
 holds two or three inputs where it would hold one for each layer.
 
-    forward    layer i ends -> its input leaves; released when layer i + 2 ends, by when it has left
-    backward   layer i begins -> the input of layer i - 1 sets out for the device
+    forward    layer i ends -> what it keeps leaves; released when layer i + 2 ends, by when it has left
+    backward   layer i begins -> what layer i - 1 keeps sets out for the device
 
-Addresses are fixed (one pinned buffer a layer), and streams fork and join by events, so a CUDA graph can record it.
+Addresses are fixed (pinned buffers for each layer), and streams fork and join by events, so a CUDA graph can record it.
 `Tensor.record_stream` is not used: inside a recording it would keep every block until the recording ends. A tensor
 that another stream reads is held until the main stream has waited for that stream instead.
 On a CPU the host is the device, and nothing moves.
@@ -26,64 +26,66 @@ import torch
 from torch import Tensor
 
 _LEAVING = 2
-"""Inputs on their way out that the device still holds."""
+"""Layers whose tensors are on their way out and still held by the device."""
 _OWN_PAGES = 1 << 20
 """Bytes from which memory surely lies on pages of its own, as registering wants it."""
 
 
 class Host:
-    """The inputs of some layers, by the number of the layer. One forward and its backward at a time."""
+    """Tensors of some layers, by the number of the layer. One forward and its backward at a time."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, Tensor] = {}
-        self._leaving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
-        self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._rooms: dict[int, list[Tensor]] = {}
+        self._leaving: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
+        self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
-    def leave(self, layer: int, x: Tensor) -> None:
-        """The input of `layer` sets out for the host; the caller lets go of it."""
-        if not x.is_cuda:
-            self._rooms[layer] = x.detach()
+    def leave(self, layer: int, *tensors: Tensor) -> None:
+        """Tensors of `layer` set out for the host; the caller lets go of them."""
+        if not tensors[0].is_cuda:
+            self._rooms[layer] = [tensor.detach() for tensor in tensors]
             return
         self._coming.clear()
-        room = self._rooms.get(layer)
-        if room is None or room.shape != x.shape or room.dtype != x.dtype:
-            room = self._rooms[layer] = pinned(self, x.shape, x.dtype)
+        rooms = self._rooms.get(layer, [])
+        if [(room.shape, room.dtype) for room in rooms] != [(tensor.shape, tensor.dtype) for tensor in tensors]:
+            rooms = self._rooms[layer] = [pinned(self, tensor.shape, tensor.dtype) for tensor in tensors]
         stream = self._side(0)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            room.copy_(x, non_blocking=True)
-        self._leaving[layer] = x, stream.record_event()
+            for room, tensor in zip(rooms, tensors, strict=True):
+                room.copy_(tensor, non_blocking=True)
+        self._leaving[layer] = [tensor.detach() for tensor in tensors], stream.record_event()
         while len(self._leaving) > _LEAVING:
             self._land(next(iter(self._leaving)))
 
-    def fetch(self, layer: int) -> Tensor:
-        """The input of `layer`, on the device; that of the layer below it sets out."""
+    def fetch(self, layer: int) -> list[Tensor]:
+        """The tensors of `layer`, on the device; those of the layer below it set out."""
         if self._streams is None:
             return self._rooms.pop(layer)
-        if layer in self._leaving:  # has not left yet: the last layers of a forward are the first of its backward
-            x = self._land(layer)
+        if layer in self._leaving:  # not left yet: the last layers of a forward are the first of its backward
+            tensors = self._land(layer)
         else:
-            x, arrived = self._coming.pop(layer) if layer in self._coming else self._send(layer)
+            tensors, arrived = self._coming.pop(layer) if layer in self._coming else self._send(layer)
             torch.cuda.current_stream().wait_event(arrived)
         below = max((other for other in self._rooms if other < layer), default=None)
         if below is not None and below not in self._leaving:
             self._coming[below] = self._send(below)
-        return x
+        return tensors
 
-    def _land(self, layer: int) -> Tensor:
+    def _land(self, layer: int) -> list[Tensor]:
         """Makes the main stream wait for the copy, after which the memory may be used again."""
-        x, left = self._leaving.pop(layer)
+        tensors, left = self._leaving.pop(layer)
         torch.cuda.current_stream().wait_event(left)
-        return x
+        return tensors
 
-    def _send(self, layer: int) -> tuple[Tensor, torch.cuda.Event]:
-        room = self._rooms[layer]
-        x, stream = torch.empty(room.shape, dtype=room.dtype, device="cuda"), self._side(1)
+    def _send(self, layer: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        rooms, stream = self._rooms[layer], self._side(1)
+        tensors = [torch.empty(room.shape, dtype=room.dtype, device="cuda") for room in rooms]
         stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            x.copy_(room, non_blocking=True)
-        return x, stream.record_event()
+            for tensor, room in zip(tensors, rooms, strict=True):
+                tensor.copy_(room, non_blocking=True)
+        return tensors, stream.record_event()
 
     def _side(self, which: int) -> torch.cuda.Stream:
         if self._streams is None:

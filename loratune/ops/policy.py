@@ -17,8 +17,9 @@ filled by layers: the first n layers run under the frugal one, the others under 
     none         everything is kept
     wide         gate_up is dropped, and with it the need to hold it whole: the MLP runs in tiles of tokens
     selective    gate_up and heads are dropped
+    staged       as selective, and all that is kept waits on the host, copied while the neighbours compute
     full         only the input is kept; the layer runs again but for the down projection
-    offload      as full, and the input waits on the host, copied while the neighbours compute
+    offload      as full, and the input waits on the host
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174; the selection follows
 Korthikanti et al. 2022, arXiv:2205.05198. This module imports no torch: the estimate reads it.
@@ -37,8 +38,9 @@ class Level(IntEnum):
     NONE = 0
     WIDE = 1
     SELECTIVE = 2
-    FULL = 3
-    OFFLOAD = 4
+    STAGED = 3
+    FULL = 4
+    OFFLOAD = 5
 
     @property
     def keeps_gate_up(self) -> bool:
@@ -54,6 +56,11 @@ class Level(IntEnum):
     def keeps_attended(self) -> bool:
         """Attention's output with its logsumexp, and its sum with the residual stream."""
         return self < Level.FULL
+
+    @property
+    def on_host(self) -> bool:
+        """What is kept waits on the host."""
+        return self in (Level.STAGED, Level.OFFLOAD)
 
 
 TILE = 8192

@@ -141,20 +141,18 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
     assert survey.shape is not None
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
     layers = [_layer(survey, setting, level, plan.tile) for level in plan.levels]
-    on_host = [level is Level.OFFLOAD for level in plan.levels]
-    below = 0
-    for layer, away in zip(layers, on_host, strict=True):
-        leaving = 3 if away else 1  # the input, and two before it that are on their way
-        yield 0, below, layer.forward + leaving * stream
+    below, leaving = 0, [0, 0]  # of the two layers before
+    for layer in layers:
+        yield 0, below, layer.forward + stream + sum(leaving)
         below += layer.kept
-    leaving = 2 * sum(on_host[-2:]) // 2
+        leaving = [leaving[1], layer.away]
     chunk = chunk_rows(setting.tokens, survey.vocabulary) * survey.vocabulary * survey.element_bytes
-    yield 0, below, (4 + leaving) * stream + rounded(chunk)
-    yield 0, below, (6 + leaving) * stream
+    yield 0, below, 4 * stream + sum(leaving) + rounded(chunk)
+    yield 0, below, 6 * stream + sum(leaving)
     gradients = 0
-    for layer, away in zip(reversed(layers), reversed(on_host), strict=True):
+    for layer, next_one in zip(reversed(layers), [*reversed(layers[:-1]), layers[0]], strict=True):
         below -= layer.kept
-        yield gradients, below + layer.kept, layer.backward - layer.kept + (stream if away else 0)
+        yield gradients, below + layer.kept, layer.backward - layer.kept + next_one.away
         gradients += 4 * survey.layer_trainable
         yield gradients, below, 2 * stream
 
@@ -186,8 +184,8 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
             total += tiling
         if level >= Level.FULL:
             total += 2 * attention / device.flops
-        if level is Level.OFFLOAD:
-            crossing = tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
+        if level.on_host:
+            crossing = _layer(survey, setting, level, plan.tile).away / device.host_bytes_per_second
             total += max(0.0, crossing - once / 3) + 0.05 * crossing
     head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
     update = 30 * survey.trainable / device.bytes_per_second
@@ -234,16 +232,14 @@ def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choi
             found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
             if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
                 best = found
-        if best is not None and best.plan.levels[0] < Level.OFFLOAD:
+        if best is not None and not best.plan.levels[0].on_host:
             break
     return best
 
 
 def _recomputed(survey: Survey, plan: Plan) -> float:
     """A stand-in for time where rates are unknown: only the order matters."""
-    return sum(_again(survey, level) + (level is Level.OFFLOAD) for level in plan.levels) * (
-        1 + 1e-3 * TILE / plan.tile
-    )
+    return sum(_again(survey, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
 
 
 def _candidates(layers: int) -> Iterator[Plan]:

@@ -77,7 +77,15 @@ def test_every_policy_gives_the_same_bits_and_holds_less(fused):
         last = kept
 
 
-@pytest.mark.parametrize("plan", [Plan((Level.OFFLOAD, Level.OFFLOAD)), Plan((Level.FULL, Level.NONE))])
+MIXED = [
+    (Level.OFFLOAD, Level.OFFLOAD),
+    (Level.STAGED, Level.STAGED),
+    (Level.STAGED, Level.FULL),
+    (Level.FULL, Level.NONE),
+]
+
+
+@pytest.mark.parametrize("plan", [Plan(levels) for levels in MIXED], ids=str)
 def test_a_plan_may_differ_from_layer_to_layer(fused, plan):
     model, forward = fused
     everything = loss_and_gradients(model, forward, None)

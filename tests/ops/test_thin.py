@@ -35,7 +35,9 @@ for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
         behind = tail[:, ranks:].clone()
         exact = wide.double() @ factor.double()
         for keep in (True, False):
-            kept = thin_kernels.narrow(wide, factor, tail[:, :ranks], keep)
+            copy = torch.zeros(rows, terms + 3, dtype=torch.float16)
+            kept = thin_kernels.narrow(wide, factor, tail[:, :ranks], keep, copy[:, :terms])
+            assert torch.equal(copy[:, :terms], wide) and not copy[:, terms:].any()
             close(tail[:, :ranks], exact, "tail")
             close(kept, exact, "kept")
             assert (kept.data_ptr() == tail.data_ptr()) != keep
@@ -64,7 +66,9 @@ def test_every_kernel_equals_its_reference():
 
 def test_narrow_fills_the_room_it_is_given():
     wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.zeros(6, 8)
-    kept = narrow(wide, thin, room[:, 5:])
+    copy = torch.zeros(6, 40)
+    kept = narrow(wide, thin, room[:, 5:], copy=copy)
+    assert torch.equal(copy, wide)
     assert torch.equal(kept, wide @ thin)
     assert torch.equal(room[:, 5:], kept)
     assert not room[:, :5].any()

@@ -43,18 +43,6 @@ _Layout = tuple[tuple[int, torch.Size, torch.dtype], ...]
 
 
 @dataclass(eq=False)
-class _Entry:
-    """One adapter at rest."""
-
-    host: Tensor
-    """(bytes,) uint8"""
-    layout: _Layout
-    parameters: list[nn.Parameter]
-    resting: list[Tensor]
-    """Views of `host`, one for each Parameter."""
-
-
-@dataclass(eq=False)
 class _Slot:
     """A place for one adapter on the device."""
 
@@ -65,6 +53,35 @@ class _Slot:
     """The copy that filled it is done."""
     left: torch.cuda.Event | None = None
     """The work that used what it held is done."""
+
+    def view(self, layout: _Layout) -> list[Tensor]:
+        """The tensors of an adapter here, made once for each layout: most adapters of a model share one."""
+        if layout not in self.views:
+            self.views[layout] = _views(self.room, layout)
+        return self.views[layout]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One adapter at rest."""
+
+    host: Tensor
+    """(bytes,) uint8"""
+    layout: _Layout
+    parameters: list[nn.Parameter]
+    resting: list[Tensor]
+    """Views of `host`, one for each Parameter."""
+    slot: _Slot | None = None
+    """Where the Parameters point to; None is `host`. A slot only once the work that follows waits for its bytes."""
+
+    def point(self, slot: _Slot | None) -> None:
+        """Points the Parameters to the bytes in `slot`, or to those on the host."""
+        if slot is self.slot:
+            return
+        views = self.resting if slot is None else slot.view(self.layout)
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
+        self.slot = slot
 
 
 class Store:
@@ -173,6 +190,7 @@ class Store:
             slot = self._bring(name, keep=kept)
             if slot.arrived is not None:
                 torch.cuda.current_stream(slot.room.device).wait_event(slot.arrived)
+            self._entries[name].point(slot)
         self._used.update(kept)
 
     def forget(self, name: str) -> None:
@@ -213,13 +231,11 @@ class Store:
         slot = self._resident.pop(name)
         if name in self._used:
             slot.left = _now(slot.room)
-        entry = self._entries[name]
-        for parameter, view in zip(entry.parameters, entry.resting, strict=True):
-            parameter.data = view
+        self._entries[name].point(None)
         return slot
 
     def _copy(self, entry: _Entry, slot: _Slot) -> None:
-        """Starts one copy of all bytes, and points the adapter's Parameters to where they arrive."""
+        """Starts one copy of all bytes."""
         device = slot.room.device
         if device.type == "cuda":
             self._copies = self._copies or torch.cuda.Stream(device)
@@ -228,10 +244,6 @@ class Store:
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             slot.room[: entry.host.numel()].copy_(entry.host, non_blocking=True)
             slot.arrived = _now(slot.room)
-        if entry.layout not in slot.views:
-            slot.views[entry.layout] = _views(slot.room, entry.layout)
-        for parameter, view in zip(entry.parameters, slot.views[entry.layout], strict=True):
-            parameter.data = view
 
     def _make_slots(self, device: torch.device) -> None:
         """Makes the slots, anew if an adapter came that is larger than they are."""

@@ -223,3 +223,13 @@ def test_on_a_gpu_the_copies_overlap_and_nothing_is_allocated(folders: dict[str,
         got.append((name, logits().cpu()))
     assert torch.cuda.memory_allocated() == allocated
     assert all(torch.equal(out, expected[name].cpu()) for name, out in got)
+
+
+def test_what_was_fetched_ahead_is_read_from_the_host_until_it_is_used(folders: dict[str, Path]) -> None:
+    """Its bytes may still be on their way, and only switching to it waits for them."""
+    model, store = _stored(folders, slots=2)
+    rooms = [slot.room for slot in store._slots]
+    store.prefetch("a")
+    for room in rooms:
+        room.fill_(0)  # as if nothing had arrived
+    assert all(float(tensor.abs().max()) > 0 for tensor in adapter_tensors(model, "a").values())

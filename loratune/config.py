@@ -128,8 +128,8 @@ class DataConfig:
 class TrainConfig:
     """The optimisation: AdamW on the adapter, warm-up and schedule, evaluation, checkpoints."""
 
-    learning_rate: float = 2e-4
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 2e-4
+    """Peak learning rate; "auto" tries some on the first part of the data and keeps the best."""
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup_ratio: float = 0.03
@@ -171,7 +171,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        _require(0 < rate < math.inf, f"learning_rate is {rate}; it must be positive and finite")
+        _require(rate == "auto" or 0 < rate < math.inf, f"learning_rate is {rate}; it must be positive and finite")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it lies in 0 <= beta < 1")
@@ -189,6 +189,12 @@ class TrainConfig:
         for name in (*counts, "early_stopping_patience", "save_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it is at least 1")
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate as a number; "auto" has become one before anything trains."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
 
 
 @dataclass(kw_only=True)

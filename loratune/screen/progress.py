@@ -6,6 +6,7 @@ evaluations scroll by above it. Without one, as in a log file, a plain line is p
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -21,6 +22,7 @@ from loratune.training.course import Evaluated, StepDone
 from loratune.training.fit import Fit
 from loratune.training.folder import RunResult
 from loratune.training.loop import Saved, Unreached
+from loratune.training.rate import RateChoice, Trial
 from loratune.training.run import Note, Prepared, RunEvent
 from loratune.units import duration, size
 
@@ -39,6 +41,11 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
             match event:
                 case Note(text):
                     view.note(text)
+                case Trial():
+                    waiting = console.status(f"trying {len(event.rates)} learning rates for {event.steps} steps each")
+                    waiting.start()
+                case RateChoice():
+                    view.chose(event)
                 case Prepared():
                     view.prepare(event)
                 case StepDone():
@@ -116,6 +123,19 @@ class _View:
     def note(self, text: str) -> None:
         """Prints something a person should know."""
         self.console.print(Text.assemble(("note  ", "yellow"), text))
+
+    def chose(self, event: RateChoice) -> None:
+        """Shows what was tried to find the learning rate, and what became of it."""
+        table = Table(box=None, padding=(0, 1), header_style="dim")
+        table.add_column("rate", justify="right")
+        table.add_column(f"{'held-out' if event.held_out else 'training'} loss", justify="right")
+        table.add_row("base", f"{event.base_loss:.4f}", style="dim")
+        for rate, loss in event.losses.items():
+            chosen = rate == event.rate
+            shown = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+            table.add_row(f"{rate:g}", shown, style="bold green" if chosen else "")
+        self.console.print(table)
+        self.console.print(Text.assemble((f"learning rate {event.rate:g}", "bold green"), f": {event.why}\n"))
 
     def prepare(self, event: Prepared) -> None:
         """Says in a few lines what will be trained on what."""

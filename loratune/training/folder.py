@@ -3,6 +3,7 @@
     adapter_config.json, adapter_model.safetensors    the best adapter, in PEFT format
     run.toml                                          every setting, to run it again
     metrics.jsonl, loss.png                           the curves
+    rates.json                                        what `--learning-rate auto` tried, if it did
     README.md                                         the model card; comes last, so a folder that has it is complete
     checkpoints/                                      the newest and the best, and what the data were
 
@@ -11,6 +12,7 @@ A folder describes itself; later commands need nothing else. Runs alone and jobs
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +33,9 @@ from loratune.training.card import CardFacts, DataFacts, render_card
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Evaluated, Reason, StepDone
 from loratune.training.loop import Ended, Event, peak_memory_bytes
+from loratune.training.rate import RateChoice
 
+RATES_FILE = "rates.json"
 _OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md")
 
 
@@ -121,7 +125,7 @@ def check_output(config: RunConfig, out: Path) -> None:
 
 def clear(out: Path) -> None:
     """Removes what an earlier run left in `out`, and nothing else."""
-    for name in _OURS:
+    for name in (*_OURS, RATES_FILE):
         (out / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -166,7 +170,7 @@ def _card_facts(
         eval_data=held_out,
         results=results,
         settings={
-            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+            "learning rate": f"{training.rate:g}, {training.lr_scheduler_type}{_why_this_rate(result.out)}",
             "warm-up": f"{training.warmup_ratio:g} of the steps",
             "tokens per row": f"{config.dataset.tokens_per_row:,}",
             "rows per step": f"{training.gradient_accumulation_steps}",
@@ -191,3 +195,19 @@ def _data_facts(paths: Sequence[str], examples: Sequence[Example], dataset: Data
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def record_rates(out: Path, choice: RateChoice) -> None:
+    """Keeps what was tried to choose the learning rate, for the card."""
+    atomic.write_text(out / RATES_FILE, json.dumps({"why": choice.why, **asdict(choice)}, indent=2) + "\n")
+
+
+def _why_this_rate(out: Path) -> str:
+    """What the card adds to a rate that was chosen by trying."""
+    try:
+        found = json.loads((out / RATES_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    tried = ", ".join(f"{float(rate):g}: {loss:.4g}" for rate, loss in found["losses"].items())
+    measured = "held-out" if found["held_out"] else "training"
+    return f"; {found['why']} ({measured} loss of the base {found['base_loss']:.4g}, then {tried})"

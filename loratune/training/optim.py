@@ -22,7 +22,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     on_gpu = all(parameter.is_cuda for parameter in parameters) and len(parameters) > 0
     return torch.optim.AdamW(
         parameters,
-        lr=torch.tensor(config.learning_rate, device=parameters[0].device) if on_gpu else config.learning_rate,
+        lr=torch.tensor(config.rate, device=parameters[0].device) if on_gpu else config.rate,
         capturable=on_gpu,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -37,7 +37,7 @@ def optimizer_of(parameters: Iterable[nn.Parameter], config: TrainConfig) -> tor
     if config.optim != "adamw_8bit":
         return adamw(parameters, config)
     on_gpu = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
-    rate = torch.tensor(config.learning_rate, device=parameters[0].device) if on_gpu else config.learning_rate
+    rate = torch.tensor(config.rate, device=parameters[0].device) if on_gpu else config.rate
     return CompactAdamW(
         parameters,
         rate,
@@ -106,12 +106,12 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
-        return config.learning_rate * (step + 1) / warmup_steps
+        return config.rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     match config.lr_scheduler_type:
         case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+            return config.rate * 0.5 * (1 + math.cos(math.pi * progress))
         case "linear":
-            return config.learning_rate * (1 - progress)
+            return config.rate * (1 - progress)
         case "constant":
-            return config.learning_rate
+            return config.rate

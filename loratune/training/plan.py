@@ -248,7 +248,13 @@ def _check(config: RunConfig, where: str) -> None:
     if lora.bias != "none" or lora.modules_to_save:
         what = "modules_to_save" if lora.modules_to_save else f'bias = "{lora.bias}"'
         raise ConfigError(f"{where}: {what}: jobs share one base, so only A and B can train; use loratune train")
-    alone = [name for name in config.training.log_to if name != "tensorboard"]
+    training = config.training
+    if training.learning_rate == "auto":
+        raise ConfigError(f'{where}: learning_rate "auto" is a sweep of its own; list rates under [grid]')
+    for name, only in (("optim", "adamw"), ("activations", "auto"), ("memory", None)):
+        if getattr(training, name) != only:
+            raise ConfigError(f"{where}: {name} is for runs alone; rows of several jobs are trained the plain way")
+    alone = [name for name in training.log_to if name != "tensorboard"]
     if alone:
         raise ConfigError(f"{where}: log_to {alone[0]} takes one run a process; a sweep reports to tensorboard")
 

@@ -6,8 +6,8 @@ the folder at the end is `folder`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from loratune import atomic
 from loratune.base import load as base
 from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
-from loratune.config import DataConfig, RunConfig, TrainConfig
+from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.pack import fullness
 from loratune.errors import AdapterError, ConfigError, TrainingError
@@ -29,6 +29,7 @@ from loratune.training.evaluation import pad_id
 from loratune.training.fit import Fit, fit
 from loratune.training.folder import Recorder, RunResult
 from loratune.training.loop import Event, Loop, RunsSlower
+from loratune.training.rate import RateChoice, Trial, choose_rate
 
 ADAPTER = "default"
 """Name of the adapter that `run` trains; PEFT puts one of this name at the top of its folder."""
@@ -59,7 +60,7 @@ class Prepared:
     """What layers keep for the backward, and the memory that takes."""
 
 
-RunEvent = Event | Note | Prepared | RunResult
+RunEvent = Event | Note | Prepared | Trial | RateChoice | RunResult
 
 
 def run(
@@ -88,6 +89,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     out = Path(config.out)
     resume_from: Path | None = None
     if config.resume:
+        config = _with_known_rate(config)
         resume_from, notes = resume.find_checkpoint(config)
         yield from map(Note, notes)
     else:
@@ -95,6 +97,10 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     trackers.require(config.training.log_to)
     tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
     model = base.load(config.model, config.precision, config.device)
+    choice: RateChoice | None = None
+    if config.training.learning_rate == "auto":
+        choice = yield from _choose_rate(model, tokenizer, config, cache_dir)
+        config = replace(config, training=replace(config.training, learning_rate=choice.rate))
     if resume_from is None:
         attached = attach(model, config.lora, name=ADAPTER, seed=config.training.seed)
     else:
@@ -103,7 +109,27 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     activate(model, ADAPTER)
     forward, fitted = _fitted(model, config)
     dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
-    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop)
+    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice)
+
+
+def _choose_rate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, cache_dir: str | None
+) -> Generator[RunEvent, None, RateChoice]:
+    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
+    rows = rows_of(tokenizer, dataset, config)
+    for event in choose_rate(model, config.lora, config.training, rows, config.dataset.tokens_per_row):
+        yield event
+    assert isinstance(event, RateChoice)
+    return event
+
+
+def _with_known_rate(config: RunConfig) -> RunConfig:
+    """A run that chose its rate goes on with that one."""
+    file = Path(config.out) / "run.toml"
+    if config.training.learning_rate != "auto" or not file.is_file():
+        return config
+    known = from_dict(RunConfig, read_toml(str(file)), str(file)).training.learning_rate
+    return replace(config, training=replace(config.training, learning_rate=known))
 
 
 def train(
@@ -129,6 +155,8 @@ def train(
     Returns: how it ended; the model holds the adapter that was best on held-out data, or the last one.
     Raises: AdapterError: not exactly one adapter is active. DataError, OutputError, TrainingError.
     """
+    if training is not None and training.learning_rate == "auto":
+        raise ConfigError('learning_rate "auto" starts from a base without adapters: name a number here')
     names = active(model)
     if len(names) != 1:
         raise AdapterError(f"{len(names)} adapters are active; attach() one, or activate() the one to train")
@@ -173,6 +201,7 @@ def _train(
     out: Path | None,
     resume_from: Path | None,
     stop: Callable[[], bool],
+    choice: RateChoice | None = None,
 ) -> Iterator[RunEvent]:
     """Everything after loading: the loop between preparation and what is left behind."""
     model = forward.model
@@ -208,6 +237,8 @@ def _train(
         fitted,
     )
     recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
+    if choice is not None and out is not None:
+        folder.record_rates(out, choice)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from loratune import atomic
@@ -39,11 +37,9 @@ from loratune.training.course import Course, Rows
 from loratune.training.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
 from loratune.training.loop import Ended, peak_memory_bytes
 from loratune.training.plan import Plan, PlannedJob
+from loratune.training.room import SHORT_ROW, slots_that_fit
 from loratune.training.run import Note, rows_of
 from loratune.training.sweep_folder import Standing, State
-
-SHORT_ROW = 2048
-"""Tokens that a row of all jobs has at least, if the jobs' own rows are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +162,7 @@ class _Sweep:
     def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
         """Runs every job to its end, or until `stop` says so."""
         jobs = [self._job(job) for job in self._going.values()]
-        tokens = max([SHORT_ROW, *(job.config.dataset.tokens_per_row for job in self._going.values())])
+        tokens = _row_tokens(list(self._going.values()))
         pool = Jobs(forward, bank, tokens, self._stop)
         yield Ready(
             self._plan.jobs,
@@ -325,38 +321,21 @@ class _Sweep:
         return next((float(m["eval_loss"]) for m in reversed(lines) if "eval_loss" in m), math.inf)
 
 
-def slots_that_fit(model: PreTrainedModel, jobs: Sequence[PlannedJob]) -> int:
-    """How many of the jobs train at once in the memory that is free now; at least one.
-
-    A slot takes 16 bytes for each parameter of the largest adapter (master, gradient and two moments, float32) and,
-    on a GPU, a working copy of 2. Kept free are the activations of one row without recomputation, about 17 values of
-    the hidden size a token and layer (Korthikanti et al. 2022, arXiv:2205.05198), and a tenth of the rest.
-    """
-    largest = 0
-    for job in jobs:
-        try:
-            largest = max(largest, Bank.size_of(model, job.config.lora))
-        except AdapterError as error:
-            raise AdapterError(f'job "{job.name}": {error}') from error
-    config = model.config.get_text_config()
-    tokens = max([SHORT_ROW, *(job.config.dataset.tokens_per_row for job in jobs)])
-    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
-    activations = 17 * tokens * width * layers * model.dtype.itemsize
-    free = _free_bytes(model.device) - activations
-    return max(1, min(len(jobs), int(0.9 * free) // (18 * max(1, largest))))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | None) -> tuple[Bank, PackedForward]:
     """Slots for the jobs that are left."""
-    fitting = slots_that_fit(model, going)
+    sizes = []
+    for job in going:
+        try:
+            sizes.append(Bank.size_of(model, job.config.lora))
+        except AdapterError as error:
+            raise AdapterError(f'job "{job.name}": {error}') from error
+    fitting = slots_that_fit(model, sizes, _row_tokens(going))
     bank = Bank.attach(model, [job.config.lora for job in going], min(len(going), at_once or fitting))
     return bank, prepare_forward(model)
+
+
+def _row_tokens(jobs: Sequence[PlannedJob]) -> int:
+    return max([SHORT_ROW, *(job.config.dataset.tokens_per_row for job in jobs)])
 
 
 def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:

@@ -1,0 +1,37 @@
+"""How many jobs fit into the memory that is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+SHORT_ROW = 2048
+"""Tokens that a row of all jobs has at least, if the jobs' own rows are shorter."""
+
+
+def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) -> int:
+    """How many of the adapters train at once in the memory that is free now; at least one.
+
+    A slot takes 16 bytes for each parameter of the largest adapter (master, gradient and two moments, float32) and,
+    on a GPU, a working copy of 2. Kept free are the activations of one row without recomputation, about 17 values of
+    the hidden size a token and layer (Korthikanti et al. 2022, arXiv:2205.05198), and a tenth of the rest.
+
+    Args:
+        sizes: parameters of each adapter, see `lora.bank.Bank.size_of`.
+        tokens: in a row of all jobs.
+    """
+    sizes = list(sizes)
+    config = model.config.get_text_config()
+    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+    free = free_bytes(model.device) - 17 * tokens * width * layers * model.dtype.itemsize
+    return max(1, min(len(sizes), int(0.9 * free) // (18 * max(sizes))))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the GPU, or of the machine's main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,6 +25,7 @@ from loratune.lora.linear import LoraLayer
 from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, Adapters, find, identity, install, require, ties, uninstall
 from loratune.lora.switch import is_plain, place_module, switch
+from loratune.ops.dropout import layer_salt
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def join(model: nn.Module, state: Adapters, name: str, selection: Selection, ada
     for target in fresh:
         state.places[target.path] = target.places
         state.layers[target.path] = stand_ins[target.path]
+        stand_ins[target.path].salt = layer_salt(target.path)
         place_module(model, target.places, stand_ins[target.path])
     for place in selection.saved:
         state.places[place.paths[0]] = place.paths

@@ -36,6 +36,8 @@ class LoraLayer(nn.Module):
     """Factor of B A: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
     lora_dropout: float
     """Probability of zeroing an element of the adapter's input while training."""
+    salt: int = 0
+    """What sets this layer's dropout apart from others', see `ops.dropout`."""
     _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
     _unmerged: Tensor | None  # the weight before `merge`, on the CPU
 
@@ -123,7 +125,7 @@ class LoraLinear(LoraLayer, nn.Linear):
         if self.lora_A is None or self.lora_B is None:
             return linear(input, self.weight, self.bias)
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        return lora_linear(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.salt)
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loratune.ops import layer
 from loratune.ops.dropout import keep_mask
 from loratune.ops.frozen import Frozen
-from loratune.ops.layer import wide as widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,15 @@ class BankProjection:
         wide_forward(self, inner, y)
         return y, inner
 
+    def forward_swiglu(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` of swiglu(gate_up), (N, 2 d_in)."""
+        return self.forward(layer.swiglu(gate_up))
+
+    def swiglu_backward(self, gate_up: Tensor, d_active: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradient of the output gate_up, (N, D), through the activation behind it; swiglu(gate_up); `d_inner`."""
+        d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
+        return d_gate_up, active, self.d_inner(d_gate_up)
+
     def d_inner(self, dy: Tensor) -> Tensor | None:
         """(N, D) -> gradient of drop(x) Aᵀ, (N, members * max_rank)."""
         return thin_backward(self, dy) if self.pool.segments else None
@@ -212,8 +221,8 @@ def outer(p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tens
     for segment, member, part, at in _pieces(p):
         tokens = slice(segment.start, segment.stop)
         kept = _dropped(p.pool, segment, p.lanes[member], x[tokens])
-        part.dA.addmm_(widened(d_inner[at]).T, widened(kept))
-        part.dB.addmm_(widened(inner[at]).T, widened(dy[tokens, p.rows[member]]), alpha=part.scaling)
+        part.dA.addmm_(layer.wide(d_inner[at]).T, layer.wide(kept))
+        part.dB.addmm_(layer.wide(inner[at]).T, layer.wide(dy[tokens, p.rows[member]]), alpha=part.scaling)
 
 
 def _pieces(p: BankProjection) -> Iterator[tuple[Segment, int, Part, tuple[slice, slice]]]:

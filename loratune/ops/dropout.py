@@ -12,6 +12,9 @@ functions are the finalisers of splitmix64 (Steele et al. 2014) for the key and 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +46,42 @@ def halves(key: int) -> tuple[int, int]:
 def threshold(probability: float) -> int:
     """Of `LEVELS` hashes, how many are dropped."""
     return round(probability * LEVELS)
+
+
+@dataclass
+class Stream:
+    """What the tokens of the row that is running count as."""
+
+    key: int
+    position: int = 0
+    """Of the row's first token."""
+
+
+_streams: list[Stream] = []
+
+
+@contextmanager
+def keyed(key: int) -> Iterator[Stream]:
+    """Inside, dropout that is drawn one adapter at a time follows `key`; whoever runs rows moves the position on."""
+    _streams.append(Stream(key))
+    try:
+        yield _streams[-1]
+    finally:
+        _streams.pop()
+
+
+def stream() -> Stream | None:
+    """The innermost stream that is open."""
+    return _streams[-1] if _streams else None
+
+
+def drop(x: Tensor, probability: float, salt: int) -> tuple[Tensor, Tensor]:
+    """Dropout of a row, (tokens, features), and which elements are kept: by the open stream or torch's generator."""
+    current = stream()
+    if current is None:
+        return torch.native_dropout(x, probability, True)
+    kept = keep_mask(current.key, salt, current.position, (x.shape[0], x.shape[1]), probability, x.device)
+    return (x * kept).mul_(1 / (1 - probability)), kept
 
 
 def keep_mask(

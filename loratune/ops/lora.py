@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loratune.errors import AdapterError
+from loratune.ops.dropout import drop
 from loratune.ops.frozen import Dense, Frozen
 
 
@@ -30,6 +31,7 @@ def lora_linear(
     lora_B: Tensor,
     scaling: float,
     dropout: float = 0.0,
+    salt: int = 0,
 ) -> Tensor:
     """Frozen linear map plus low-rank update: x Wᵀ + b + scaling · (drop(x) Aᵀ) Bᵀ.
 
@@ -42,7 +44,9 @@ def lora_linear(
             gradients come back in the masters' own.
         scaling: dimensionless; lora_alpha / r, or lora_alpha / √r with rsLoRA.
         dropout: probability in [0, 1) of zeroing an element of the adapter's input; the caller passes 0 outside of
-            training. Draws from torch's global generator, as `torch.nn.functional.dropout` does.
+            training. Drawn from torch's global generator, as `torch.nn.functional.dropout` does, unless a stream of
+            `ops.dropout` is open.
+        salt: what sets this layer's dropout apart in such a stream.
 
     Returns: (..., d_out), dtype of x.
     Raises: AdapterError: A and B disagree on r, or do not fit W.
@@ -64,10 +68,10 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
-        out: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-untyped-call]
+        out: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, salt)  # type: ignore[no-untyped-call]
         return out
     rows = x.reshape(-1, d_in)
-    return _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout)[0].view(*x.shape[:-1], d_out)
+    return _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt)[0].view(*x.shape[:-1], d_out)
 
 
 def _forward(
@@ -78,9 +82,10 @@ def _forward(
     lora_B: Tensor,
     scaling: float,
     dropout: float,
+    salt: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
-    kept, mask = torch.native_dropout(rows, dropout, True) if dropout > 0.0 else (rows, None)
+    kept, mask = drop(rows, dropout, salt) if dropout > 0.0 else (rows, None)
     inner = kept @ lora_A.to(rows.dtype).T
     frozen = Dense(weight) if isinstance(weight, Tensor) else weight
     out = frozen.forward(rows, bias)
@@ -99,10 +104,11 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         dropout: float,
+        salt: int,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out, inner, mask = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout)
-        needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        out, inner, mask = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt)
+        needs_x, _, _, needs_A, needs_B, _, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             rows if needs_A else None,
             inner if needs_B else None,
@@ -120,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, weight, lora_A, lora_B, mask = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_A, needs_B, _, _, _ = ctx.needs_input_grad
         dtype_A, dtype_B = ctx.master_dtypes
         dy = dy.reshape(-1, dy.shape[-1])
         dx = d_bias = dA = dB = None
@@ -140,4 +146,4 @@ class _LoraLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape)
         if needs_bias:
             d_bias = dy.sum(0)
-        return dx, None, d_bias, dA, dB, None, None
+        return dx, None, d_bias, dA, dB, None, None, None

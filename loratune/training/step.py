@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
+from loratune.ops.dropout import stream
 from loratune.training.objectives import Objective, sft
 
 
@@ -55,6 +56,8 @@ def train_step(
         loss = _row_objective(forward, row, objective) / normaliser
         loss.backward()
         total += float(loss.detach())
+        if (dropout := stream()) is not None:
+            dropout.position += len(row.tokens)
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     finite = math.isfinite(total) and math.isfinite(grad_norm)
     if finite:

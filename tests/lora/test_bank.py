@@ -13,7 +13,7 @@ from loratune.lora.bank import Bank
 from loratune.lora.files import adapter_tensors, load_adapter
 from loratune.lora.inject import attach, detach, trainable_parameters
 from loratune.ops.bank import Segment
-from loratune.ops.dropout import dropout_key
+from loratune.ops.dropout import dropout_key, keyed
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
 from tests.conftest import build
@@ -69,14 +69,18 @@ def run(bank: Bank, forward: PackedForward, order: list[int], parts: list[Row]) 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 def test_each_slot_computes_what_its_adapter_does_alone(fused):
-    """float64, so that nothing but a mistake is left to see; the modules' norms are in float32."""
+    """float64, so that nothing but a mistake is left to see; the modules' norms are in float32, 6e-8 each."""
     model, parts = build("llama", dtype=torch.float64), rows()
     expected = {}
-    for slot, config in enumerate(CONFIGS[:3]):  # the fourth has dropout, which an adapter alone draws differently
+    for slot, config in enumerate(CONFIGS):
         attach(model, config, seed=slot)
-        with (forward := prepare(model)).installed():
+        forward = prepare(model)
+        model.train()
+        with forward.installed(), keyed(dropout_key(slot, 5)) as stream:
+            stream.position = 3
             loss = _row_objective(forward, parts[slot], sft)
             loss.backward()
+        model.eval()
         gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
         expected[slot] = loss.detach(), gradients
         detach(model)
@@ -89,7 +93,7 @@ def test_each_slot_computes_what_its_adapter_does_alone(fused):
         assert got[slot][1].keys() == gradients.keys()
         for name, gradient in gradients.items():
             scale = float(gradient.abs().max())
-            torch.testing.assert_close(got[slot][1][name], gradient, rtol=1e-5, atol=1e-6 * scale, msg=name)
+            torch.testing.assert_close(got[slot][1][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])

@@ -139,6 +139,40 @@ class Nf4Weight:
             del part
         return dx
 
+    def carries(self, ranks: int) -> bool:
+        """Whether the low-rank part of adapters can ride in the products: rows that stay aligned to 16 bytes."""
+        return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
+
+    def forward_carrying(self, x: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+        """[x, x Aᵀ] [W B]ᵀ + b; x (N, d_in + R), lora_B (d_out, R) -> (N, d_out)."""
+        d_out, d_in = self.shape
+        pieces = _pieces(d_out, x.shape[1], _PIECE_STEP) if self._by_kernel else [slice(0, d_out)]
+        y = x.new_empty(x.shape[0], d_out)
+        for rows in pieces:
+            part = x.new_empty(rows.stop - rows.start, x.shape[1])
+            self._rectangle(rows, slice(0, d_in), part[:, :d_in])
+            part[:, d_in:] = lora_B[rows]
+            if bias is None:
+                torch.mm(x, part.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part.T, out=y[:, rows])
+            del part  # so that the next piece takes its place
+        return y
+
+    def d_input_carrying(self, dy: Tensor, lora_A: Tensor) -> Tensor:
+        """[dy, dy B] [W; A]; dy (N, d_out + R), lora_A (R, d_in) -> (N, d_in)."""
+        d_out, d_in = self.shape
+        step = max(_PIECE_STEP, self.block)
+        pieces = _pieces(d_in, dy.shape[1], step) if self._by_kernel else [slice(0, d_in)]
+        dx = dy.new_empty(dy.shape[0], d_in)
+        for columns in pieces:
+            part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
+            self._rectangle(slice(0, d_out), columns, part[:d_out])
+            part[d_out:] = lora_A[:, columns]
+            torch.mm(dy, part, out=dx[:, columns])
+            del part
+        return dx
+
     def dense(self) -> Tensor:
         """W in `dtype`, made now."""
         if self._by_kernel:
@@ -194,7 +228,13 @@ class Nf4Weight:
 
         return nf4_kernels.usable(self.codes, self.dtype, self.shape[1], self.block)
 
-    def _rectangle(self, rows: slice, columns: slice) -> Tensor:
+    def _rectangle(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+        """Part of W, dense, in `out` (whose rows may lie apart) or a new tensor."""
+        if out is None:
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if not self._by_kernel:
+            return out.copy_(dequantise(self)[rows, columns])
         from loratune.ops import nf4_kernels
 
         nested = self.nested
@@ -209,9 +249,7 @@ class Nf4Weight:
             d_in=self.shape[1],
             rows=rows,
             columns=columns,
-            out=torch.empty(
-                rows.stop - rows.start, columns.stop - columns.start, dtype=self.dtype, device=self.device
-            ),
+            out=out,
         )
 
 

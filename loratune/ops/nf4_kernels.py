@@ -21,10 +21,11 @@ _WARPS = 1
 @triton.jit
 def _dequantise(
     codes_ptr, book_ptr, absmax_ptr, scale_ptr, offset_ptr, absmax_book_ptr, out_ptr,
-    first, count, width, stride,
+    first, count, width, stride, pitch,
     NESTED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    # Counted in blocks: `count` of them in rows of `width`, which begin every `stride` blocks from `first` on.
+    # Counted in blocks: `count` of them in rows of `width`, which begin every `stride` blocks from `first` on. Rows of
+    # the output begin every `pitch` elements.
     target = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = target < count
     source = first + target // width * stride + target % width
@@ -40,7 +41,7 @@ def _dequantise(
     pair = tl.load(codes_ptr + source[:, None] * (BLOCK // 2) + half, mask=inside[:, None], other=0).to(tl.int32)
     even = tl.load(book_ptr + (pair >> 4)) * absmax[:, None]
     odd = tl.load(book_ptr + (pair & 15)) * absmax[:, None]
-    at = target[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = (target // width * pitch + target % width * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(out_ptr + at, tl.interleave(even, odd).to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -59,7 +60,7 @@ def dequantise(
     columns: slice,
     out: Tensor,
 ) -> Tensor:
-    """Writes the rectangle `rows` x `columns` of the matrix into `out`, which is contiguous and of its shape.
+    """Writes the rectangle `rows` x `columns` of the matrix into `out`, of its shape, whose rows may lie apart.
 
     `d_in` and the columns' bounds are multiples of `block`; `scale` is None where `absmax` is float32 itself.
     """
@@ -69,7 +70,7 @@ def dequantise(
         codes, book, absmax,
         absmax if scale is None else scale, absmax if offset is None else offset,
         book if absmax_book is None else absmax_book, out,
-        rows.start * stride + columns.start // block, count, width, stride,
+        rows.start * stride + columns.start // block, count, width, stride, out.stride(0),
         NESTED=scale is not None, GROUP=group, BLOCK=block, BLOCKS=_BLOCKS,
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -138,13 +138,15 @@ for dtype in (torch.float32, torch.float16):  # the interpreter cuts off where b
         weight = nf4.quantise(dense, nested=nested)
         inner = weight.nested
         for rows, columns in ((slice(0, 300), slice(0, 256)), (slice(37, 101), slice(64, 192))):
-            out = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+            wider = torch.zeros(rows.stop - rows.start, columns.stop - columns.start + 16, dtype=dtype)
+            out = wider[:, : columns.stop - columns.start]
             nf4_kernels.dequantise(
                 weight.codes, weight.book, weight.absmax,
                 inner and inner.scale, inner and inner.offset, inner and inner.book,
                 group=inner.group if inner else 1, block=weight.block, d_in=256, rows=rows, columns=columns, out=out,
             )
             assert torch.equal(out, weight.dense()[rows, columns]), (dtype, nested, rows)
+            assert not wider[:, out.shape[1] :].any()
 """
 
 
@@ -163,3 +165,17 @@ def test_pieces_cover_everything_once():
         assert [p.start for p in pieces[1:]] == [p.stop for p in pieces[:-1]]
         assert (pieces[0].start, pieces[-1].stop) == (0, length)
         assert all((p.stop - p.start) * other <= nf4.PIECE_ELEMENTS + step * other for p in pieces)
+
+
+def test_low_rank_parts_ride_in_the_products():
+    """Both ways the same as a product and a sum after it, in float64, where only the order of summation differs."""
+    weight = nf4.quantise(random(96, 128)).to(dtype=torch.float64)
+    lora_A, lora_B = random(4, 128, seed=1).double(), random(96, 4, seed=2).double()
+    x, dy, bias = random(7, 128, seed=3).double(), random(7, 96, seed=4).double(), random(96, seed=5).double()
+    assert weight.carries(4)
+    assert not nf4.quantise(random(96, 128).bfloat16()).carries(4)  # rows of 132 bfloat16 are not aligned
+    inner, d_inner = x @ lora_A.T, dy @ lora_B
+    y = weight.forward_carrying(torch.cat([x, inner], 1), bias, lora_B)
+    torch.testing.assert_close(y, weight.forward(x, bias) + inner @ lora_B.T, rtol=1e-12, atol=1e-14)
+    dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
+    torch.testing.assert_close(dx, weight.d_input(dy) + d_inner @ lora_A, rtol=1e-12, atol=1e-14)

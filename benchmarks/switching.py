@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ import transformers as tf
 from torch import nn
 
 from loratune.config import LoraConfig
+from loratune.lora.build import build
 from loratune.lora.files import save
 from loratune.lora.inject import activate, attach, detach, join
 from loratune.lora.replace import replace
 from loratune.lora.select import select
-from loratune.lora.state import Adapter, LayerWeights, require
+from loratune.lora.state import Adapter, Adapters, LayerWeights, require
 from loratune.lora.store import Store
 from loratune.ops.host import pinned
 
@@ -80,27 +81,38 @@ def _allocations() -> tuple[int, int]:
     return torch.cuda.memory_allocated(), int(torch.cuda.memory_stats()["allocation.all.allocated"])
 
 
-def swaps(model: Any, folder: Path, stored: int = 6, slots: int = 3) -> list[dict[str, Any]]:
+def fill_store(model: nn.Module, stored: int, slots: int) -> Store:
+    """A store with adapters whose values are unset."""
+    store, selection, state = Store(model, slots), select(model, CONFIG), Adapters()
+    for index in range(stored):
+        adapter = build(model, CONFIG, selection, seed=None, device=torch.device("cpu"))
+        store.prepare(str(index), selection, adapter)()
+        join(model, state, str(index), selection, adapter)
+        state.store = store
+    return store
+
+
+def swaps(model: Any, stored: int = 4, slots: int = 3) -> Iterator[dict[str, Any]]:
     """Swap-ins from pinned memory: alone, beside work, and without looking ahead."""
-    store = Store(model, slots)
-    loaded = [_ms(lambda index=index: store.load(folder, str(index))) for index in range(stored)]  # type: ignore[misc]
-    rows = [{"what": "store", "load_ms": _round(statistics.median(loaded)), "stored": stored, "slots": slots}]
+    store = fill_store(model, stored, slots)
     size = store.slot_bytes
     owner = type("Owner", (), {})()
     host = pinned(owner, torch.Size([size]), torch.uint8)
     device = torch.empty(size, dtype=torch.uint8, device="cuda")
     bare = statistics.median(_gpu_ms(lambda: device.copy_(host, non_blocking=True)) for _ in range(10))
-    names = [str(i % stored) for i in range(60)]
-    for name in names[:stored]:  # each in each slot once
+    names = [str(i % stored) for i in range(24)]
+    for name in names:  # each in each slot once
         activate(model, name)
     swapped = statistics.median(_gpu_ms(lambda name=name: activate(model, name)) for name in names)  # type: ignore[misc]
+    torch.cuda.synchronize()
     host_ms = statistics.median(_ms(lambda name=name: activate(model, name)) for name in names)  # type: ignore[misc]
-    rows.append({
+    yield {
         "what": "swap-in alone", "bytes": size, "bare_copy_ms": _round(bare), "bare_gb_s": _round(size / bare / 1e6),
         "swap_ms": _round(swapped), "swap_gb_s": _round(size / swapped / 1e6), "host_ms": _round(host_ms),
-    })  # fmt: skip
-    rows += [_beside_work(model, store, names[:n], tokens) for tokens, n in ((2048, 24), (1, 60))]
-    return rows
+        "stored": stored, "slots": slots,
+    }  # fmt: skip
+    for tokens, forwards in ((2048, 8), (1, 20)):
+        yield _beside_work(model, store, names[:forwards], tokens)
 
 
 def _beside_work(model: Any, store: Store, names: list[str], tokens: int) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def _beside_work(model: Any, store: Store, names: list[str], tokens: int) -> dic
     before = _allocations()[0]
     result = {"what": "a swap-in before every forward", "tokens": tokens, "forwards": len(names)}
     for kind, run in (("resident", resident), ("ahead", ahead), ("on_demand", on_demand)):
-        result[f"{kind}_ms"] = _round(min(_gpu_ms(run) for _ in range(3)) / len(names))  # type: ignore[assignment]
+        result[f"{kind}_ms"] = _round(min(_gpu_ms(run) for _ in range(2)) / len(names))  # type: ignore[assignment]
     result["allocated_bytes"] = _allocations()[0] - before
     return result
 
@@ -197,33 +209,39 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def on_gpu(shape: str, resident: int) -> list[dict[str, Any]]:
-    """All measurements on one GPU."""
+def on_gpu(shape: str, parts: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The measurements on one GPU, each when it is done."""
     from benchmarks.shapes import model_of
 
     model = model_of(shape)
-    fill_device(model, resident)
-    rows: list[dict[str, Any]] = [switches(model, resident)]
-    print(json.dumps(rows[0]), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder) / "adapter", name="0")
+    if "swaps" in parts:
+        yield from swaps(model)
         detach(model)
-        rows += swaps(model, Path(folder) / "adapter")
-        rows.append(replacements(model, Path(folder) / "adapter"))
-    return [row | {"shape": shape, "r": RANK} for row in rows]
+    if "resident" in parts:
+        fill_device(model, RESIDENT)
+        yield switches(model, RESIDENT)
+        detach(model)
+    if "replace" in parts:
+        attach(model, CONFIG, name="0")
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / "adapter", name="0")
+            yield replacements(model, Path(folder) / "adapter")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--shape", default="l7b")
-    arguments.add_argument("--resident", type=int, default=RESIDENT)
+    arguments.add_argument("--parts", default="swaps,resident,replace")
     arguments.add_argument("--cpu", action="store_true")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
-    rows = beside_peft() if given.cpu else on_gpu(given.shape, given.resident)
+    rows = beside_peft() if given.cpu else on_gpu(given.shape, given.parts.split(","))
     machine = "CPU" if given.cpu else torch.cuda.get_device_name()
+    about = {} if given.cpu else {"shape": given.shape, "r": RANK}
     for row in rows:
-        line = json.dumps(row | {"machine": machine, "torch": torch.__version__, "transformers": tf.__version__})
+        line = json.dumps(
+            row | about | {"machine": machine, "torch": torch.__version__, "transformers": tf.__version__}
+        )
         print(line, flush=True)
         if given.out:
             with given.out.open("a") as out:

@@ -26,7 +26,9 @@ from loratune.data.feed import prepare
 LORA_RATES = [1.25e-4 * 2**k for k in range(9)]  # to 3.2e-2
 FULL_RATES = [1.25e-5 * 2**k for k in range(9)]  # to 3.2e-3
 RANKS = (1, 4, 16, 64, 128)
-FACTS, FACT_BATCH = 4096, 128
+FACTS, FACT_BATCH = 1024, 128
+FACT_RATES = [2.5e-4 * 2**k for k in range(4)]
+FACT_RANKS = (1, 2, 4, 8, 16, 64)
 
 
 def examples(task: str, folder: Path) -> tuple[list[Example], list[Example]]:
@@ -73,21 +75,20 @@ def order(documents: int, batch: int, steps: int, seed: int) -> torch.Tensor:
 
 
 def plan(small: bool) -> Iterator[tuple[str, str, Kind, list[float], int, int, int]]:
-    """(part, task, kind, rates, batch, steps, seed) of each stack of runs."""
+    """(part, task, kind, rates, batch, steps, seed) of each stack of runs; "capacity" has `FACT_RANKS` of each rate."""
     rounds = 1 if small else 2
-    steps, long = (4, 6) if small else (150, 1200)
+    steps, long = (4, 6) if small else (150, 1000)
     for seed in range(rounds):
         for task in ("orders", "dates"):
             yield "rates", task, Kind(0), FULL_RATES, 32, steps, seed
             for rank in RANKS:
                 yield "rates", task, Kind(rank), LORA_RATES, 32, steps, seed
-    for rank in (1, 2, 4, 16, 64):
-        yield "capacity", "facts", Kind(rank), [1e-3, 2e-3, 4e-3], FACT_BATCH, long, 0
-    yield "capacity", "facts", Kind(0), [1.25e-4, 2.5e-4, 5e-4], FACT_BATCH, long, 0
+    yield "capacity", "facts", Kind(max(FACT_RANKS)), FACT_RATES, FACT_BATCH, long, 0
+    yield "capacity", "facts", Kind(0), [rate / 5 for rate in FACT_RATES], FACT_BATCH, long, 0
     for attention, mlp in ((3, 2), (24, 16)):
         for rank, modules in ((attention, ATTENTION), (mlp, MLP)):
-            yield "modules", "orders", Kind(rank, modules), LORA_RATES[2:], 32, steps, 0
-            yield "modules", "facts", Kind(rank, modules), [1e-3, 2e-3, 4e-3], FACT_BATCH, long, 0
+            yield "modules", "facts", Kind(rank, modules), FACT_RATES, FACT_BATCH, long, 0
+            yield "modules", "orders", Kind(rank, modules), LORA_RATES[1:7], 32, steps, 0
 
 
 def main() -> None:
@@ -95,6 +96,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("out", type=Path)
     arguments.add_argument("--seconds", type=float, default=95.0)
+    arguments.add_argument("--parts", default="rates,capacity,modules")
     arguments.add_argument("--small", action="store_true", help="few steps, to try the script")
     given = arguments.parse_args()
     started = time.perf_counter()
@@ -106,6 +108,8 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("w") as out:
         for part, task, kind, rates, batch, steps, seed in plan(given.small):
+            if part not in given.parts.split(","):
+                continue
             if time.perf_counter() - started > given.seconds:
                 print(f"time is up before {part} {task} {kind}", flush=True)
                 break
@@ -114,17 +118,20 @@ def main() -> None:
                 data[task] = padded(train).to(device), padded(held).to(device) if held else None
             train_batches, held_batches = data[task]
             begun = time.perf_counter()
-            stack = Stack(model, kind, len(rates), seed)
+            ranks = FACT_RANKS if part == "capacity" and kind.rank else (kind.rank,)
+            runs = [(rank, rate) for rank in ranks for rate in rates]
+            stack = Stack(model, kind, len(runs), seed, [rank for rank, _ in runs])
+            rates = [rate for _, rate in runs]
             losses = Training(stack, rates, train_batches, order(len(train_batches.ids), batch, steps, seed)).run()
             tested = held_out(stack, held_batches) if held_batches else losses[-50:].mean(0)
             seconds = time.perf_counter() - begun
             print(f"{part} {task} rank {kind.rank} seed {seed}: {seconds:.2f} s, {tested.tolist()}", flush=True)
             every = max(1, steps // 150)
-            for run, rate in enumerate(rates):
+            for run, (rank, rate) in enumerate(runs):
                 curve = losses[: steps // every * every, run].view(-1, every).mean(1)
                 row = {
-                    "part": part, "task": task, "rank": kind.rank, "modules": [m.split(".")[1] for m in kind.modules],
-                    "parameters": stack.flat.shape[1], "rate": rate, "seed": seed, "batch": batch, "steps": steps,
+                    "part": part, "task": task, "rank": rank, "modules": [m.split(".")[1] for m in kind.modules],
+                    "parameters": stack.flat.shape[1] * rank // kind.rank if rank else stack.flat.shape[1], "rate": rate, "seed": seed, "batch": batch, "steps": steps,
                     "held_out": round(float(tested[run]), 5) if held_batches else None,
                     "last_50": round(float(losses[-50:, run].mean()), 5), "every": every,
                     "curve": [round(float(x), 4) for x in curve],

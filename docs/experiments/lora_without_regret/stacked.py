@@ -10,6 +10,7 @@ the same code, so that a comparison of the two compares nothing else. With LoRA 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,6 @@ class Kind:
     rank: int
     modules: tuple[str, ...] = ATTENTION + MLP
     alpha: float = 32.0
-
-    @property
-    def scaling(self) -> float:
-        """Factor of B A."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -59,17 +55,30 @@ class Batches:
 
 
 class Stack:
-    """N runs of one kind."""
+    """N runs of one kind.
 
-    def __init__(self, model: PreTrainedModel, kind: Kind, runs: int, seed: int) -> None:
+    With `ranks`, one for each run, at most `kind.rank`: what a run has beyond its rank is zero in A and in B, has
+    therefore no gradient, and stays zero.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, kind: Kind, runs: int, seed: int, ranks: Sequence[int] | None = None
+    ) -> None:
         self.kind, self.runs, self.config = kind, runs, model.config
+        self.ranks = list(ranks or [kind.rank] * runs)
         self.base = {name: p.detach().float() for name, p in model.named_parameters()}
         device = next(iter(self.base.values())).device
         generator = torch.Generator().manual_seed(seed)
         started = self._full_start() if kind.rank == 0 else self._lora_start(generator)
         self.names, self.shapes = list(started), [tensor.shape for tensor in started.values()]
         flat = torch.cat([tensor.flatten() for tensor in started.values()]).to(device)
-        self.flat = flat.repeat(runs, 1).requires_grad_(True)  # (N, parameters of one run)
+        self.flat = flat.repeat(runs, 1)  # (N, parameters of one run)
+        for name, tensor in self._tensors().items():
+            for run, rank in enumerate(self.ranks):
+                if name.endswith(".A"):
+                    tensor[run, rank:] = 0
+        self.flat.requires_grad_(True)
+        self.scaling = kind.alpha / torch.tensor([max(1, rank) for rank in self.ranks], device=device)[:, None, None]
         self.positions = torch.arange(4096, device=device)
 
     def _full_start(self) -> dict[str, Tensor]:
@@ -149,7 +158,7 @@ class Stack:
             if path + ".A" in trained:
                 inner = torch.bmm(rows, trained[path + ".A"].transpose(1, 2))
                 B = trained[path + ".B"].transpose(1, 2)
-                out = torch.baddbmm(out, inner, B, alpha=self.kind.scaling)
+                out = torch.baddbmm(out, inner * self.scaling, B)
         return out.view(*x.shape[:-1], -1)
 
 

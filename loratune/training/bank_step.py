@@ -47,6 +47,8 @@ class Part:
 class BankStep:
     """Steps of the jobs in a bank, one row at a time. Must be used inside `forward.installed()`."""
 
+    why_not: str | None = None
+
     def __init__(self, forward: PackedForward, bank: Bank) -> None:
         if forward.road == "one by one" or forward.head is None:
             raise ModelError(

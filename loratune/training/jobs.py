@@ -118,11 +118,17 @@ class Jobs:
 
         Raises: ModelError: the model cannot run documents together.
         """
-        self._forward, self._bank, self._tokens, self._stop = forward, bank, tokens, stop
+        self._forward, self._bank, self._stop = forward, bank, stop
+        self._tokens = -(-tokens // bank.block) * bank.block
         self._step = step_of(forward, bank, tokens)
         self._queue: deque[Job] = deque()
         self._running: list[_Running] = []
         self._unwanted: set[str] = set()
+
+    @property
+    def why_not(self) -> str | None:
+        """One line for the user if rows cannot be recorded as a CUDA graph and run slower for it."""
+        return self._step.why_not
 
     @property
     def running(self) -> list[str]:

@@ -28,7 +28,7 @@ from loratune.errors import AdapterError, ConfigError, ModelError, TrainingError
 from loratune.lora.bank import Bank
 from loratune.training.course import Course, Evaluated, Rows
 from loratune.training.jobs import Job, Jobs
-from loratune.training.room import SHORT_ROW, slots_that_fit
+from loratune.training.room import row_tokens, slots_that_fit
 from loratune.training.step import evaluate_loss
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -83,8 +83,9 @@ def choose_rate(
     short = replace(
         training, max_steps=steps, eval_every_steps=steps, early_stopping_patience=None, optim="adamw", log_to=[]
     )
+    tokens = row_tokens(model.device, [tokens_per_row] * len(RATES))
     try:
-        at_once = slots_that_fit(model, [Bank.size_of(model, lora)] * len(RATES), max(SHORT_ROW, tokens_per_row))
+        at_once = slots_that_fit(model, [Bank.size_of(model, lora)] * len(RATES), tokens)
         bank = Bank.attach(model, [lora], at_once)
     except AdapterError as error:
         raise _not_at_once(error) from error
@@ -93,7 +94,7 @@ def choose_rate(
         forward = prepare(model)
         with forward.installed():  # no row is set: the base alone
             base_loss, _ = evaluate_loss(forward, measured)
-        jobs = Jobs(forward, bank, max(SHORT_ROW, tokens_per_row))
+        jobs = Jobs(forward, bank, tokens)
         for rate in RATES:
             jobs.add(Job(f"{rate:g}", lora, replace(short, learning_rate=rate), Rows(rows.of_epoch, measured)))
         losses = dict.fromkeys(RATES, math.nan)

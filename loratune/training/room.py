@@ -1,4 +1,4 @@
-"""How many jobs fit into the memory that is free."""
+"""How many jobs train at once, and how long a row they share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-SHORT_ROW = 2048
-"""Tokens that a row of all jobs has at least, if the jobs' own rows are shorter."""
+_ENOUGH = {"cpu": 2048, "cuda": 4096}
+"""Tokens in a row beyond which the base's products gain nothing from more."""
+
+
+def row_tokens(device: torch.device, tokens_per_row: Iterable[int]) -> int:
+    """Tokens in a row of all jobs: enough to keep the device busy, and never fewer than a row of any job has.
+
+    Args:
+        tokens_per_row: of each job.
+    """
+    own = list(tokens_per_row)
+    return max(max(own), min(sum(own), _ENOUGH.get(device.type, 2048)))
 
 
 def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) -> int:

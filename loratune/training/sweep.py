@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from loratune.training.course import Course, Rows
 from loratune.training.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
 from loratune.training.loop import Ended, peak_memory_bytes
 from loratune.training.plan import Plan, PlannedJob
-from loratune.training.room import SHORT_ROW, slots_that_fit
+from loratune.training.room import row_tokens, slots_that_fit
 from loratune.training.run import Note, rows_of
 from loratune.training.sweep_folder import Standing, State
 
@@ -162,7 +162,7 @@ class _Sweep:
     def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
         """Runs every job to its end, or until `stop` says so."""
         jobs = [self._job(job) for job in self._going.values()]
-        tokens = _row_tokens(list(self._going.values()))
+        tokens = _row_tokens(self._model, self._going.values())
         pool = Jobs(forward, bank, tokens, self._stop)
         yield Ready(
             self._plan.jobs,
@@ -179,7 +179,11 @@ class _Sweep:
             else:
                 pool.add(job)
         yield from self._meet(pool)  # all may have been waiting when the sweep was killed
+        told = False
         for name, event in pool.run():
+            if pool.why_not is not None and not told:
+                told = True
+                yield Note(pool.why_not)
             if name in self._state.ended:  # it failed here, and the pool has not yet let it go
                 continue
             seen = self._take(name, event)
@@ -329,13 +333,13 @@ def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | No
             sizes.append(Bank.size_of(model, job.config.lora))
         except AdapterError as error:
             raise AdapterError(f'job "{job.name}": {error}') from error
-    fitting = slots_that_fit(model, sizes, _row_tokens(going))
+    fitting = slots_that_fit(model, sizes, _row_tokens(model, going))
     bank = Bank.attach(model, [job.config.lora for job in going], min(len(going), at_once or fitting))
     return bank, prepare_forward(model)
 
 
-def _row_tokens(jobs: Sequence[PlannedJob]) -> int:
-    return max([SHORT_ROW, *(job.config.dataset.tokens_per_row for job in jobs)])
+def _row_tokens(model: PreTrainedModel, jobs: Iterable[PlannedJob]) -> int:
+    return row_tokens(model.device, [job.config.dataset.tokens_per_row for job in jobs])
 
 
 def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:

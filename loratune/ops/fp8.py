@@ -1,6 +1,6 @@
 """A frozen weight in 8-bit floating point, and products that run in it, forward and backward.
 
-    W ≈ diag(s) Q      Q: (d_out, d_in) e4m3    s: (d_out,) float32, the largest magnitude of each row over 448
+    W ≈ diag(s) Q      Q: (d_out, d_in) e4m3    s: (d_out,) float32, powers of two that bring each row under 448
     x ≈ diag(t) X      t: (N,), found anew for every x
 
     forward    x Wᵀ ≈ diag(t) (X Qᵀ) diag(s)            s scales the columns of the output
@@ -27,7 +27,7 @@ Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -42,6 +42,7 @@ MOST = 448.0
 LEAST = 1e-12
 """The smallest scale, for rows of zeros."""
 _MULTIPLE = 16  # of both dimensions of a product, asked by the hardware
+_PART = 1024  # rows that are quantised at once
 _WIDEST_BORDER = 8  # a border is at most this part of the weight's smaller side; beyond, adding afterwards is cheaper
 
 
@@ -74,13 +75,13 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None, inner: Inner | None 
 
     Args:
         x: (N, K).
-        columns: (K,) float32, a factor for each column.
+        columns: (K,) float32 or bfloat16, a factor for each column.
         inner: (N, R), laid behind the rows as [hi, lo, hi] and zeros up to `border_of(R)`.
     Returns: (N, K) or (N, K + border).
     """
     if x.is_cuda:
         return Scaled(*_kernels().quantise_rows(x, columns, inner))
-    wide = x.float() if columns is None else x.float() * columns
+    wide = x.float() if columns is None else x.float() * columns.float()
     more = None if inner is None else inner.values.float() * inner.factor
     whole = wide if more is None else torch.cat([wide, more], 1)
     scale = (whole.abs().amax(-1, keepdim=True) / MOST).clamp_min(LEAST)
@@ -169,12 +170,17 @@ class Fp8Weight:
     bordered: Tensor | None = None
     """(d_out, d_in + border) e4m3, or None."""
     _ones: Tensor | None = field(default=None, repr=False)
+    _factors: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def quantised(cls, weight: Tensor) -> Fp8Weight:
         """From a matrix, (d_out, d_in), whose dimensions `fits` accepts."""
-        scaled = quantise_rows(weight)
-        return cls(scaled.values, scaled.scale, weight.dtype)
+        scale = (weight.abs().amax(1, keepdim=True).float() / MOST).clamp_min(LEAST).log2().ceil().exp2()
+        values = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
+        for part in range(0, weight.shape[0], _PART):  # the float32 copy is of a few rows at a time
+            rows = slice(part, part + _PART)
+            values[rows] = (weight[rows].float() / scale[rows]).to(E4M3)
+        return cls(values, scale, weight.dtype)
 
     @classmethod
     def stacked(cls, weights: Sequence[Fp8Weight], ranks: int) -> Fp8Weight:
@@ -185,12 +191,15 @@ class Fp8Weight:
         whole = torch.zeros(d_out, d_in + border, dtype=torch.uint8, device=weights[0].device)
         torch.cat([weight.values.view(torch.uint8) for weight in weights], out=whole[:, :d_in])
         bordered, scale = whole.view(E4M3), torch.cat([weight.scale for weight in weights])
-        ones = scale.new_ones(d_in)
-        return cls(bordered[:, :d_in], scale, weights[0].dtype, bordered if border else None, ones)
+        short = scale[:, 0].bfloat16()
+        factors = short if torch.equal(short.float(), scale[:, 0]) else scale[:, 0]
+        return cls(
+            bordered[:, :d_in], scale, weights[0].dtype, bordered if border else None, scale.new_ones(d_in), factors
+        )
 
     def rows(self, which: slice) -> Fp8Weight:
         """Some of the rows, in the same memory, without the border."""
-        return replace(self, values=self.values[which], scale=self.scale[which], bordered=None)
+        return Fp8Weight(self.values[which], self.scale[which], self.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Fp8Weight:
         """The same weight elsewhere, or for products in another dtype."""
@@ -223,7 +232,7 @@ class Fp8Weight:
 
     def d_input(self, dy: Tensor) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
-        return product(quantise_rows(dy, self.scale[:, 0]), transposed(self.values), self._columns(), dy.dtype)
+        return product(quantise_rows(dy, self._rows()), transposed(self.values), self._columns(), dy.dtype)
 
     def forward_carrying(self, x: Tensor, bias: Tensor | None, inner: Tensor, lora_B: Tensor) -> Tensor:
         """x Wᵀ + b + inner Bᵀ; inner: (N, R), lora_B: (d_out, R)."""
@@ -241,12 +250,16 @@ class Fp8Weight:
         d_out = self.shape[0]
         turned = transposed(self.values, border_of(lora_A.shape[0]))
         lay_border(lora_A.T, None, factor, turned[:, d_out:])
-        rows = quantise_rows(dy, self.scale[:, 0], Inner(d_inner, factor))
+        rows = quantise_rows(dy, self._rows(), Inner(d_inner, factor))
         return product(rows, turned, self._columns(), dy.dtype)
 
     def dense(self) -> Tensor:
         """The numbers that the 8 bits stand for, in `dtype`."""
         return Scaled(self.values, self.scale).dense(self.dtype)
+
+    def _rows(self) -> Tensor:
+        """(d_out,), the scale as dy takes it up: bfloat16 where that is exact, which halves what is read of it."""
+        return self.scale[:, 0] if self._factors is None else self._factors
 
     def _columns(self) -> Tensor:
         """(d_in,) ones, the scale of the backward's columns."""

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
 """Triton twins of `ops.fp8`: rows to 8 bits in one pass, the transpose of a matrix of bytes, and the small borders.
 
-One program holds a whole row, so that x is read from memory once: to find the largest magnitude first and to scale
-afterwards would be two passes.
+A program goes through its rows twice, for the largest magnitude and to write, the second time out of the cache: x is
+read from memory once.
 """
 
 from __future__ import annotations
@@ -22,36 +22,55 @@ _E4M3 = torch.float8_e4m3fn
 
 
 @triton.jit
+def _split_low(v, place, ranks, kind: tl.constexpr, SECOND: tl.constexpr):
+    """[hi, lo, hi] of v, or [hi, hi, lo]; `place` is the column of each element in the border."""
+    hi = v.to(kind)
+    lo = (v - hi.to(tl.float32)).to(kind)
+    group = place // ranks
+    return tl.where(group == 1 + SECOND, lo.to(tl.float32), hi.to(tl.float32)).to(kind)
+
+
+@triton.jit
 def _quantise(
-    x_ptr, columns_ptr, inner_ptr, factor_ptr, out_ptr, scale_ptr, width, stride, inner_stride, ranks, border,
-    SCALED: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, columns_ptr, inner_ptr, factor_ptr, out_ptr, scale_ptr, rows, stride, inner_stride, ranks, border,
+    width: tl.constexpr, SCALED: tl.constexpr, BORDER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
     kind = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        x *= tl.load(columns_ptr + column, mask=inside, other=0.0)
-    most = tl.max(tl.abs(x))
-    at = row * (width + border)
+    most = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = live & (column < width)
+        x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            x *= tl.load(columns_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(x), 1))
     if BORDER > 1:
-        place = tl.arange(0, BORDER)
-        group = place // ranks
-        taken = place < 3 * ranks
-        v = tl.load(inner_ptr + row * inner_stride + place % ranks, mask=taken, other=0.0).to(tl.float32)
+        place = tl.arange(0, BORDER)[None, :]
+        at = row * inner_stride + place % ranks
+        v = tl.load(inner_ptr + at, mask=live & (place < 3 * ranks), other=0.0).to(tl.float32)
         v *= tl.load(factor_ptr)
-        most = tl.maximum(most, tl.max(tl.abs(v)))
-        scale = tl.maximum(most / 448.0, 1e-12)
-        v = v / scale
-        hi = v.to(kind)
-        lo = (v - hi.to(tl.float32)).to(kind)
-        part = tl.where(group == 1, lo.to(tl.float32), hi.to(tl.float32)).to(kind)
-        tl.store(out_ptr + at + width + place, part, mask=place < border)
+        most = tl.maximum(most, tl.max(tl.abs(v), 1))
+        scale = tl.maximum(most / 448.0, 1e-12)[:, None]
+        low = _split_low(v / scale, place, ranks, kind, False)
+        tl.store(out_ptr + row * (width + border) + width + place, low, mask=live & (place < border))
     else:
-        scale = tl.maximum(most / 448.0, 1e-12)
-    tl.store(out_ptr + at + column, (x / scale).to(kind), mask=inside)
-    tl.store(scale_ptr + row, scale)
+        scale = tl.maximum(most / 448.0, 1e-12)[:, None]
+    for start in range(0, width, BLOCK):  # once more, out of the cache
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = live & (column < width)
+        x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            x *= tl.load(columns_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * (width + border) + column, (x / scale).to(kind), mask=inside)
+    tl.store(scale_ptr + row, scale, mask=live)
+
+
+def tiling(width: int, scaled: bool) -> tuple[int, int, int]:
+    """Rows of a program, columns of a tile, warps: a few rows share the columns' factors, and stay in the cache."""
+    block = min(4096, triton.next_power_of_2(width))
+    return (2 if scaled and width > 4096 else 1), block, 8 if block > 2048 else 4
 
 
 def quantise_rows(x: Tensor, columns: Tensor | None, inner: Inner | None) -> tuple[Tensor, Tensor]:
@@ -66,11 +85,11 @@ def quantise_rows(x: Tensor, columns: Tensor | None, inner: Inner | None) -> tup
         border = -(-3 * ranks // 16) * 16
     out = torch.empty(rows, width + border, dtype=_E4M3, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    _quantise[(rows,)](
-        x, x if columns is None else columns, low, factor, out, scale, width, x.stride(0), low.stride(0), ranks,
-        border, SCALED=columns is not None, BORDER=triton.next_power_of_2(border) if border else 1, BLOCK=block,
-        num_warps=max(4, min(32, block // 1024)),
+    rows_each, block, warps = tiling(width, columns is not None)
+    _quantise[(triton.cdiv(rows, rows_each),)](
+        x, x if columns is None else columns, low, factor, out, scale, rows, x.stride(0), low.stride(0), ranks,
+        border, width=width, SCALED=columns is not None, BORDER=triton.next_power_of_2(border) if border else 1,
+        ROWS=rows_each, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, scale
 

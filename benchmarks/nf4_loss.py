@@ -3,8 +3,8 @@
     python -m benchmarks.nf4_loss OUT.jsonl [--model FOLDER] [--train FILE] [--heldout FILE] [--device cuda]
                                   [--steps 120] [--tokens 1024] [--seeds 3] [--no-peers]
 
-One line for each system and seed: held-out loss (nats a trained token) of the bare base and of the adapter at the
-end. All systems see the same rows in the same order, start from the same A, and use the same AdamW, schedule and
+One line for each system and seed: held-out loss (nats a trained token) of the bare base and after so many steps. All
+systems see the same rows in the same order, start from the same A, and use the same AdamW, schedule and
 clipping; the peer's rows are padded batches of the same documents, its loop is plain PyTorch.
 """
 
@@ -57,7 +57,7 @@ def ours(given: argparse.Namespace, precision: str, seed: int, start: Path) -> d
     """Trained by this package; leaves its first adapter at `start`."""
     rows, heldout = rows_of(given, seed)
     model = load(given.model, precision, given.device)  # type: ignore[arg-type]
-    before, _ = _evaluated(model, heldout)
+    before, after = _evaluated(model, heldout), {}
     attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK), seed=seed)
     save(model, start, overwrite=True)
     parameters = list(trainable_parameters(model).values())
@@ -68,14 +68,15 @@ def ours(given: argparse.Namespace, precision: str, seed: int, start: Path) -> d
         for index, row in enumerate(rows):
             set_rate(optimizer, learning_rate(index, given.steps, config))
             losses.append(train_step(forward, [row], parameters, optimizer, max_grad_norm=1.0).loss)
-        after, tokens = evaluate_loss(forward, heldout)
-    return _line(f"loratune {precision}", seed, before, after, losses, tokens, began)
+            if index + 1 in given.evaluate_at:
+                after[index + 1] = evaluate_loss(forward, heldout)[0]
+    return _line(f"loratune {precision}", seed, before, after, losses, began)
 
 
-def _evaluated(model: Any, heldout: list[Row]) -> tuple[float, int]:
+def _evaluated(model: Any, heldout: list[Row]) -> float:
     forward = prepare(model)
     with forward.installed():
-        return evaluate_loss(forward, heldout)
+        return evaluate_loss(forward, heldout)[0]
 
 
 def peer(given: argparse.Namespace, seed: int, start: Path) -> dict[str, object]:
@@ -92,7 +93,7 @@ def peer(given: argparse.Namespace, seed: int, start: Path) -> dict[str, object]
     base = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how, dtype=torch.bfloat16, device_map={"": given.device}
     )
-    before, _ = _peer_evaluated(base, heldout)
+    before, after = _peer_evaluated(base, heldout), {}
     model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     config, losses = TrainConfig(learning_rate=RATE), []
@@ -106,8 +107,9 @@ def peer(given: argparse.Namespace, seed: int, start: Path) -> dict[str, object]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    after, tokens = _peer_evaluated(model, heldout)
-    return _line("bitsandbytes + PEFT", seed, before, after, losses, tokens, began)
+        if index + 1 in given.evaluate_at:
+            after[index + 1] = _peer_evaluated(model, heldout)
+    return _line("bitsandbytes + PEFT", seed, before, after, losses, began)
 
 
 def _peer_loss(model: Any, row: Row) -> Tensor:
@@ -127,20 +129,19 @@ def _peer_loss(model: Any, row: Row) -> Tensor:
 
 
 @torch.no_grad()
-def _peer_evaluated(model: Any, heldout: list[Row]) -> tuple[float, int]:
+def _peer_evaluated(model: Any, heldout: list[Row]) -> float:
     total = sum(float(_peer_loss(model, row)) for row in heldout)
-    return total / sum(float(row.weights.sum()) for row in heldout), len(heldout)
+    return total / sum(float(row.weights.sum()) for row in heldout)
 
 
 def _line(
-    system: str, seed: int, before: float, after: float, losses: list[float], tokens: int, began: float
+    system: str, seed: int, before: float, after: dict[int, float], losses: list[float], began: float
 ) -> dict[str, object]:
     assert all(map(math.isfinite, losses))
-    tail = losses[-20:]
     return {
-        "system": system, "seed": seed, "base_heldout": round(before, 5), "heldout": round(after, 5),
-        "train_last_20": round(sum(tail) / len(tail), 5), "first": round(losses[0], 5), "steps": len(losses),
-        "seconds": round(time.perf_counter() - began, 1),
+        "system": system, "seed": seed, "base_heldout": round(before, 5),
+        "heldout_at": {str(step): round(loss, 5) for step, loss in after.items()},
+        "losses": [round(loss, 4) for loss in losses], "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--evaluate-at", type=int, nargs="+", default=[10, 20, 40, 120])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()

@@ -4,6 +4,7 @@
     python -m benchmarks.memory frontier SHAPE BATCH TOKENS PRECISION CAP [CAP ...]   what auto takes, by cap in GiB
     python -m benchmarks.memory long SHAPE PRECISION LAYERS CAP:TOKENS:PLAN [...]     one document, one step
     python -m benchmarks.memory steps                         10,000 steps of the model in the box on its own data
+    python -m benchmarks.memory cpu                           the estimate on a CPU beside the process's peak
     python -m benchmarks.memory estimate                      what is estimated beside what is measured, 29 settings
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
@@ -18,7 +19,9 @@ from __future__ import annotations
 import gc
 import json
 import re
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,22 +30,25 @@ from dataclasses import replace
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, Qwen3Config
 
 from benchmarks.shapes import SHAPES, model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.base.load import POCKET
 from loratune.box import TASKS, data_file
 from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig
-from loratune.estimate import Wish, survey_of
+from loratune.estimate import Wish, estimate, survey_of
 from loratune.lora.inject import attach
 from loratune.ops import nf4
 from loratune.ops.policy import TILE, Level, Plan
 from loratune.training.budget import CONTEXT, Setting, choose, peak
 from loratune.training.course import StepDone
-from loratune.training.devices import named
+from loratune.training.devices import Device, named
 from loratune.training.graph import GraphStep
+from loratune.training.imagine import without_data
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
 from loratune.training.run import run
+from loratune.training.step import train_step
 from loratune.training.survey import ranks_of, survey
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -245,6 +251,41 @@ def many_steps() -> None:
         print(json.dumps({"different_counts_behind_step_2": len(behind), "spread_bytes": max(behind) - min(behind)}))
 
 
+CPU = {
+    "llama": (LlamaConfig, {"num_key_value_heads": 8}), "qwen3": (Qwen3Config, {"num_key_value_heads": 4, "head_dim": 64}),
+    "gpt2": (GPT2Config, {}), "phi3": (Phi3Config, {"num_key_value_heads": 8, "pad_token_id": 0}),
+}  # fmt: skip
+CPU_CASES = [
+    ("llama", 1024, 8, "none"), ("llama", 4096, 8, "none"), ("llama", 4096, 64, "full"), ("qwen3", 2048, 8, "none"),
+    ("qwen3", 4096, 8, "full"), ("gpt2", 1024, 8, "none"), ("phi3", 2048, 16, "none"), ("phi3", 4096, 16, "full"),
+]  # fmt: skip
+
+
+def on_cpu(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
+    """Peak of this process over three steps, beside what was estimated before the model was made."""
+    kind, own = CPU[name]
+    config = kind(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=8000,
+                  max_position_embeddings=4096, **own)  # fmt: skip
+    wish = Wish("auto", LoraConfig(r=r), Setting(tokens), policy, on_gpu=False)
+    expected = estimate(without_data(config, torch.float32), wish, Device("CPU", 0, 0, 0, 0), 0).choice.bytes
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+    attach(model, wish.lora, name="default", seed=0)
+    forward = prepare(model)
+    forward.plan = Plan.uniform(Level[policy.upper()], 8)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, TrainConfig())
+    with forward.installed():
+        for seed in range(3):
+            rows = [row_of([tokens], tokens, seed)]
+            train_step(forward, rows, parameters, optimizer, max_grad_norm=1.0)
+    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "model": name, "tokens": tokens, "r": r, "activations": policy, "measured_gib": round(measured / GIB, 3),
+        "estimated_gib": round(expected.total / GIB, 3), "over": round(expected.total / measured - 1, 3),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
 def plans(shape: str, batch: str, tokens: str, precision: str, texts: list[str]) -> Iterator[dict[str, object]]:
     """Each plan measured."""
     forward = prepared(shape, precision)
@@ -262,6 +303,13 @@ def main() -> None:
     verb, *words = sys.argv[1:]
     if verb == "estimate":
         estimates()
+        return
+    if verb == "cpu":
+        for case in [words] if words else CPU_CASES:
+            if words:
+                print(json.dumps(on_cpu(case[0], int(case[1]), int(case[2]), case[3])))
+            else:  # a process each, since a process remembers its peak
+                subprocess.run([sys.executable, "-m", "benchmarks.memory", "cpu", *map(str, case)], check=True)
         return
     if verb == "steps":
         many_steps()

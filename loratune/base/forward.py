@@ -254,6 +254,7 @@ def _embeddings_on_host(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     weight.data = mapped(weight.data)
+    torch.cuda.empty_cache()
     try:
         yield
     finally:

@@ -106,9 +106,12 @@ class FusedLayer(nn.Module):
         )
         layer.before = block.Before(_projection(into, copies), _weight(first), _eps(first), heads, below)
         down = _projection([_linear(mlp, "down_proj")], copies)
+        gate_up = _projection([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], copies)
+        if isinstance(gate_up, BankProjection) and isinstance(down, BankProjection) and down.pool.tables is not None:
+            gate_up, down = replace(gate_up, leaves_output=True), replace(down, leaves_input=True)
         layer.behind = block.Behind(
             _projection([_linear(attn, "o_proj")], copies),
-            _projection([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], copies),
+            gate_up,
             down,
             _weight(second),
             _eps(second),
@@ -142,13 +145,14 @@ class FusedLayer(nn.Module):
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         rows = hidden_states.view(-1, hidden_states.shape[-1])
         borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q")}
+        tokens = rows.shape[0]  # and not `rows` below: what `attend` closes over lives until the backward
 
         def attend(*heads: Tensor) -> Tensor:
             query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
             attended, _ = attention.document_attention(
                 cast(nn.Module, self.self_attn), query, key, value, attention_mask, **self._options, **borders
             )
-            return attended.reshape(rows.shape[0], -1)
+            return attended.reshape(tokens, -1)
 
         out = block.decoder_layer(rows, cos, sin, self.before, self.behind, attend, self.keep, self._masters)
         return out.view_as(hidden_states)
@@ -308,9 +312,8 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection | Ba
 
 def _frozen(members: Sequence[nn.Linear], ranks: int, copies: Copies) -> tuple[Frozen, Tensor | None]:
     """The weights of all members, side by side, and the matrix with their border, if they are matrices."""
-    quantised = [member for member in members if isinstance(member, QuantisedLinear)]
-    if quantised:
-        return stacked(quantised, ranks), None
+    if isinstance(cast(object, members[0]), QuantisedLinear):  # then all are: `_fusible` saw to it
+        return stacked(cast(Sequence[QuantisedLinear], members), ranks), None
     weights = [cast(nn.Parameter, member.weight) for member in members]
     matrix = bordered(weights, ranks)
     copies.frozen += weights

@@ -87,7 +87,7 @@ def installed(model: PreTrainedModel, plan: Plan, host: Host | None) -> Iterator
     layers = decoder_layers(model)
     before = list(layers)
     for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
-        if level >= Level.SELECTIVE:
+        if level > Level.WIDE:
             layers[index] = Recomputed.from_base(base, level, index, host)
     try:
         yield

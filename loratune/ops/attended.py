@@ -60,7 +60,7 @@ class Attended:
         """Brings the output back, (T, query heads * head_dim), contiguous."""
         self._held.out = out
 
-    def backward(self, d_out: Tensor, heads: Tensor | None = None) -> Sequence[Tensor]:
+    def backward(self, d_out: Tensor, heads: Tensor | None = None) -> list[Tensor]:
         """Gradients of query, key and value, (T, heads of each, head_dim) each. May be called once.
 
         Args:
@@ -73,7 +73,7 @@ class Attended:
         self._held.heads = self._held.out = None
         d_query, d_key, d_value = self._gradients
         self._gradients.clear()
-        return d_query, d_key, d_value
+        return [d_query, d_key, d_value]
 
 
 class _View(NamedTuple):

@@ -171,11 +171,17 @@ class _Kept:
 class _Turned:
     """Stacked query, key and value."""
 
-    turned: Tensor
-    """(T, heads, head_dim), behind the rotation."""
+    turned: Tensor | None
+    """(T, heads, head_dim), behind the rotation; None once it is not needed any more, or while it is on the host."""
     unturned: Tensor | None
     """As they left the projection, where a norm of each head needs them for its gradient."""
     inner: Tensor | None
+
+    @property
+    def whole(self) -> Tensor:
+        """What is turned, which must be here."""
+        assert self.turned is not None
+        return self.turned
 
 
 class _Layer(torch.autograd.Function):
@@ -209,12 +215,12 @@ class _Layer(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         before, behind, attend, keep = ctx.fixed
         if keep.level.on_host:
-            _return(kept, keep)
+            _return(kept, keep, cos, sin, before.heads)
         x: Tensor = kept.x
         heads, attended = kept.heads, kept.attended
         if attended is None:
             heads = _turned(x, cos, sin, before)
-            attended = Attended(attend, heads.turned, _split(before.heads))
+            attended = Attended(attend, heads.whole, _split(before.heads))
         kept.heads = kept.attended = None
         d_stream, of_mlp = _mlp_backward(behind.up.leave(dy), attended.out, kept, behind, keep)
         del dy
@@ -227,7 +233,8 @@ class _Layer(torch.autograd.Function):
         if ctx.needs_heads:
             d_attended = behind.output.d_input(d_stream, d_inner)
             heads = heads or _turned(x, cos, sin, before)
-            d_heads = attended.backward(d_attended, heads.turned)
+            d_heads = attended.backward(d_attended, heads.whole)
+            heads.turned = None
             del d_attended, attended
             below, of_heads = _heads_backward(d_stream, d_heads, x, cos, sin, heads, before, ctx.needs_input_grad[0])
         return below, None, None, None, None, None, None, None, *of_heads, *of_output, *of_mlp
@@ -244,19 +251,25 @@ def _leave(kept: _Kept, keep: Keep) -> None:
         tensors += [kept.attended.out, h]
         kept.attended.forget_out()
         kept.stream = None, inner
+    if kept.heads is not None:
+        tensors.append(kept.heads.whole if kept.heads.unturned is None else kept.heads.unturned)
+        kept.heads = _Turned(None, None, kept.heads.inner)
     kept.x = None
     keep.host.leave(keep.index, *tensors)
 
 
-def _return(kept: _Kept, keep: Keep) -> None:
+def _return(kept: _Kept, keep: Keep, cos: Tensor, sin: Tensor, heads: Heads) -> None:
     """What left is back."""
     assert keep.host is not None
     kept.x, *others = keep.host.fetch(keep.index)
-    if others:
-        assert kept.attended is not None
-        assert kept.stream is not None
+    if kept.attended is not None and kept.stream is not None:
         kept.attended.restore_out(others[0])
         kept.stream = others[1], kept.stream[1]
+    if kept.heads is not None:
+        y = others[2]
+        kept.heads = _Turned(y, None, kept.heads.inner)
+        if heads.norm is not None:  # the rotation is a pass over what is here anyway
+            kept.heads = _rotated(y, cos, sin, kept.heads.inner, heads)
 
 
 def _forward(
@@ -266,9 +279,10 @@ def _forward(
     level = keep.level
     heads: _Turned | None = _turned(x, cos, sin, before)
     assert heads is not None
-    attended = Attended(attend, heads.turned, _split(before.heads))
-    if not level.keeps_heads:
+    attended = Attended(attend, heads.whole, _split(before.heads))
+    if not level.keeps_heads or level.on_host:
         attended.forget_heads()
+    if not level.keeps_heads:
         heads = None
     y, inner_output = behind.output.forward(attended.out)
     h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, behind.gate_up.room)
@@ -299,7 +313,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
     """Residual stream to stacked query, key and value."""
     heads = before.heads
     y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps, before.projection.room))
-    y = y.view(x.shape[0], -1, heads.dim)
+    return _rotated(y.view(x.shape[0], -1, heads.dim), cos, sin, inner, heads)
+
+
+def _rotated(y: Tensor, cos: Tensor, sin: Tensor, inner: Tensor | None, heads: Heads) -> _Turned:
     turned = layer.rotate(y, cos, sin, heads.query + heads.key_value, heads.norm, heads.norm_eps)
     return _Turned(turned, y if heads.norm is not None else None, inner)
 
@@ -316,9 +333,9 @@ def _mlp_backward(
     if kept.stream is None:
         assert kept.x is not None
         y, inner_output = behind.output.forward(attended)
-        h, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, behind.gate_up.room)
-        kept.stream = h, inner_output
-        del y
+        total, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, behind.gate_up.room)
+        kept.stream = total, inner_output
+        del y, total
     h = kept.stream[0]
     assert h is not None
     parts = tiles(h.shape[0], h.shape[0] if kept.gate_up is not None else keep.tile)
@@ -373,7 +390,7 @@ def _tile_backward(
 
 def _heads_backward(
     d_stream: Tensor,
-    d_heads: Sequence[Tensor],
+    d_heads: list[Tensor],
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -381,10 +398,13 @@ def _heads_backward(
     before: Before,
     needs_below: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradient of the layer's input (None if nobody asks), and of the adapters of query, key and value."""
+    """Gradient of the layer's input (None if nobody asks), and of the adapters of q, k and v; empties `d_heads`."""
     d_query, d_key, d_value = d_heads
+    d_heads.clear()
     norm, eps = before.heads.norm, before.heads.norm_eps
     dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, before.projection.room)
+    heads.unturned = None
+    del d_query, d_key, d_value
     d_inner = before.projection.d_inner(dy)
     below: Tensor | None = None
     if needs_below:

@@ -169,13 +169,16 @@ def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents
     forward = ledger.peak
     ledger.free("out")
     ledger.take(x=sizes.stream)
-    away = {
-        name: ledger.sizes[name] for name in ("x", "attended", "stream") if level.on_host and name in ledger.sizes
-    }
+    if level.on_host and shape.head_norm:
+        ledger.free("heads")  # turned again from what is kept
+    waiting = ("x", "attended", "stream", "heads", "unturned") if level.on_host else ()
+    away = {name: ledger.sizes[name] for name in waiting if name in ledger.sizes}
     ledger.free(*away)
     kept = sum(ledger.sizes.values())
     ledger.peak = 0
     ledger.take(**away)
+    if "unturned" in away:
+        ledger.take(heads=sizes.heads)
     _backward(ledger, sizes, level, tile)
     return Footprint(kept, forward, sum(away.values()), ledger.peak)
 
@@ -250,9 +253,9 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     if "heads" not in ledger.sizes:
         _heads(ledger, sizes)
     _attention_backward(ledger, sizes)
-    ledger.free("attended", "logsumexp", "d_attended")
+    ledger.free("attended", "logsumexp", "d_attended", "heads")
     ledger.take(d_qkv=sizes.columns(shape.heads + shape.room(_QKV)))
-    ledger.free("d_heads")
+    ledger.free("d_heads", "unturned")
     ledger.take(d_normed=sizes.stream)
     _dense(ledger, shape)
     ledger.take(below=sizes.operand(_DOWN), normed=sizes.stream)

@@ -16,8 +16,9 @@ filled by layers: the first n layers run under the frugal one, the others under 
 
     none         everything is kept
     wide         gate_up is dropped, and with it the need to hold it whole: the MLP runs in tiles of tokens
+    hosted       as wide, and all that is kept waits on the host, copied while the neighbours compute
     selective    gate_up and heads are dropped
-    staged       as selective, and all that is kept waits on the host, copied while the neighbours compute
+    staged       as selective, on the host
     full         only the input is kept; the layer runs again but for the down projection
     offload      as full, and the input waits on the host
 
@@ -37,10 +38,11 @@ class Level(IntEnum):
 
     NONE = 0
     WIDE = 1
-    SELECTIVE = 2
-    STAGED = 3
-    FULL = 4
-    OFFLOAD = 5
+    HOSTED = 2
+    SELECTIVE = 3
+    STAGED = 4
+    FULL = 5
+    OFFLOAD = 6
 
     @property
     def keeps_gate_up(self) -> bool:
@@ -60,7 +62,7 @@ class Level(IntEnum):
     @property
     def on_host(self) -> bool:
         """What is kept waits on the host."""
-        return self in (Level.STAGED, Level.OFFLOAD)
+        return self in (Level.HOSTED, Level.STAGED, Level.OFFLOAD)
 
 
 TILE = 8192
@@ -85,6 +87,12 @@ class Plan:
         return cls((level,) * layers, tile)
 
     @classmethod
+    def spread(cls, level: Level, count: int, among: Level, first: int, other: Level, layers: int, tile: int) -> Plan:
+        """As `mixed`, with `count` of the frugal layers, evenly spread among them, at another level."""
+        at = {round((index + 0.5) * first / count) for index in range(count)} if count else set()
+        return cls(tuple(level if i in at else among if i < first else other for i in range(layers)), tile)
+
+    @classmethod
     def mixed(cls, frugal: Level, first: int, other: Level, layers: int, tile: int = TILE) -> Plan:
         """`frugal` for the first so many layers, `other` for the rest."""
         return cls((frugal,) * first + (other,) * (layers - first), tile)
@@ -96,6 +104,8 @@ class Plan:
                 runs[-1] = level, runs[-1][1] + 1
             else:
                 runs.append((level, 1))
+        if len(runs) > 4:
+            runs = [(level, self.levels.count(level)) for level in sorted(set(self.levels), reverse=True)]
         words = [f"{level.name.lower()} x {count}" for level, count in runs]
         words += ["embeddings on the host"] * self.embeddings_on_host + [
             "optimizer on the host"

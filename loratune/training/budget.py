@@ -15,7 +15,8 @@ keeps more is the faster; between policies the frontier is filled by giving the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from loratune.ops.footprint import Footprint, footprint, rounded
@@ -36,6 +37,10 @@ _FRAGMENTS = 0.03
 """Share of the activations that the allocator holds and cannot use."""
 _LOOSE = 0.08
 """The same where activations are counted and not told by a ledger: kernels may take memory of their own."""
+_HOLES = 192 * _MIB
+"""What the allocator holds beside that, whatever the size of the run."""
+Family = Callable[[int], Plan]
+"""Number of frugal layers to a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
 
 
@@ -99,7 +104,7 @@ def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
     buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
     temporary += buffers + _WORKSPACES
     fixed = base + masters + survey.copies_bytes + optimizer
-    slack = int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
+    slack = _HOLES + int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
     return Bytes(
         base=base,
         adapters=masters + survey.copies_bytes,
@@ -172,11 +177,13 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
     attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
     passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
     unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
+    if survey.quantised == "nf4":  # no border: the low-rank part is added to y and dx in passes of its own
+        passes += 8 * tokens * survey.element_bytes * (shape.heads + 3 * shape.mlp + 3 * shape.width)
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
     # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
     mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + (2.5 if survey.quantised == "nf4" else 0.0))
     tiling = (len(tiles(tokens, plan.tile)) - 1) * mlp / device.bytes_per_second
-    total = 0.0
+    total = crossing = 0.0
     for level in plan.levels:
         again = _again(survey, level)
         total += once + tokens * again / device.flops + 1.05 * unpacking * again / (2.0 * survey.layer_elements)
@@ -184,9 +191,9 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
             total += tiling
         if level >= Level.FULL:
             total += 2 * attention / device.flops
-        if level.on_host:
-            crossing = _layer(survey, setting, level, plan.tile).away / device.host_bytes_per_second
-            total += max(0.0, crossing - once / 3) + 0.05 * crossing
+        crossing += _layer(survey, setting, level, plan.tile).away / (device.host_bytes_per_second or 1.0)
+    # Copies hide behind the forward, a third of what a step computes once, as far as they fit there.
+    total += max(0.0, crossing - 0.9 * survey.layers * once / 3) + 0.02 * crossing
     head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
     update = 30 * survey.trainable / device.bytes_per_second
     if plan.optimizer_on_host:
@@ -224,8 +231,17 @@ def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choi
     """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not."""
     best: Choice | None = None
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
-        for among in _candidates(survey.layers):
-            plan = replace(among, embeddings_on_host=embeddings, optimizer_on_host=optimizer)
+        for family in _families(survey.layers):
+
+            def plan_of(first: int, family: Family = family) -> Plan:
+                return replace(family(first), embeddings_on_host=embeddings, optimizer_on_host=optimizer)  # noqa: B023
+
+            def fits(first: int, plan_of: Callable[[int], Plan] = plan_of) -> bool:
+                return peak(survey, setting, plan_of(first)).total <= limit
+
+            # The fewer layers are frugal the faster, and the more memory it takes: the fewest that fit.
+            first = bisect_left(range(survey.layers), True, key=fits)
+            plan = plan_of(first)
             needed = peak(survey, setting, plan)
             if needed.total > limit:
                 continue
@@ -242,12 +258,20 @@ def _recomputed(survey: Survey, plan: Plan) -> float:
     return sum(_again(survey, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
 
 
-def _candidates(layers: int) -> Iterator[Plan]:
-    """Every level for the first so many layers over every more generous one for the rest, in tiles of some sizes."""
+def _families(layers: int) -> Iterator[Family]:
+    """Ways to fill the frontier: a frugal level for the first so many layers, a more generous one for the rest.
+
+    The host's link is idle for half of a step of staged layers, so some of these may send their heads as well.
+    """
     for tile in _TILES:
-        for level in Level:
-            yield Plan.uniform(level, layers, tile)
         for frugal in Level:
-            for other in Level:
+            for other in (Level.NONE, Level.WIDE, Level.SELECTIVE):
                 if other < frugal:
-                    yield from (Plan.mixed(frugal, first, other, layers, tile) for first in range(1, layers))
+                    yield functools.partial(_mixed, layers, frugal, 0.0, other, tile)
+        for share in (1 / 8, 1 / 4, 1 / 2):
+            for other in (Level.NONE, Level.WIDE):
+                yield functools.partial(_mixed, layers, Level.STAGED, share, other, tile)
+
+
+def _mixed(layers: int, frugal: Level, share: float, other: Level, tile: int, first: int) -> Plan:
+    return Plan.spread(Level.HOSTED, round(share * first), frugal, first, other, layers, tile)

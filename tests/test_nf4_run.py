@@ -29,6 +29,7 @@ def here(tmp_path_factory):
         write_jsonl(folder / "chat.jsonl", CHAT)
         done = loratune(*TRAIN, "--max-steps", "12", "--save-every-steps", "6", "--out", "run")
         assert done.status == 0, done.err
+        assert "base in nf4 beside float32" in done.out
         yield folder
 
 

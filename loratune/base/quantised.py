@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loratune.base import nf4_files
@@ -174,6 +175,13 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
     for path, module in model.named_modules():
         if isinstance(module, QuantisedLinear):
             yield path, module
+
+
+def form_in_memory(model: PreTrainedModel) -> str:
+    """In words for a person: "bfloat16", or "nf4 beside bfloat16" with quantised layers."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    forms = {type(layer.frozen).__name__.removesuffix("Weight").lower() for _, layer in quantised_layers(model)}
+    return f"{' and '.join(sorted(forms - {'dense'}))} beside {dtype}" if forms - {"dense"} else dtype
 
 
 def count_parameters(model: nn.Module) -> int:

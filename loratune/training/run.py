@@ -17,6 +17,7 @@ from loratune import atomic
 from loratune.base import load as base
 from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
+from loratune.base.quantised import form_in_memory
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.pack import fullness
@@ -233,7 +234,7 @@ def _train(
         loop.total_steps,
         loop.progress.step,
         str(model.device),
-        str(model.dtype).removeprefix("torch."),
+        form_in_memory(model),
         fitted,
     )
     recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)

@@ -51,6 +51,7 @@ OTHERS = {
         "adam_epsilon": 0.5,
         "max_grad_norm": 0.5,
         "eval_every_steps": 7,
+        "optim": "adamw_8bit",
         "seed": 7,
     },
 }

@@ -128,6 +128,10 @@ class BankProjection:
     """Members that have a place in the pool."""
     rows: Sequence[slice]
     """Which rows of the weight each of them has."""
+    leaves_output: bool = False
+    """Whether the output lacks the low-rank part, which `swiglu` then adds on the way: gate and up on a GPU."""
+    leaves_input: bool = False
+    """The same for the gradient of the input: the down projection on a GPU."""
     room: int = 0
     """Columns that x and dy have beyond their own (`ops.projection`): none."""
 
@@ -137,16 +141,29 @@ class BankProjection:
         if not self.pool.segments:
             return y, None
         inner = thin_forward(self, x)
-        wide_forward(self, inner, y)
+        if not self.leaves_output:
+            wide_forward(self, inner, y)
         return y, inner
 
-    def forward_swiglu(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`forward` of swiglu(gate_up), (N, 2 d_in)."""
+    def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`forward` of swiglu(gate_up), (N, 2 d_in), as `before` gave it together with `inner`."""
+        if isinstance(before, BankProjection) and before.leaves_output and inner is not None:
+            return self.forward(swiglu(before, gate_up, inner))
         return self.forward(layer.swiglu(gate_up))
 
-    def swiglu_backward(self, gate_up: Tensor, d_active: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradient of the output gate_up, (N, D), through the activation behind it; swiglu(gate_up); `d_inner`."""
-        d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
+    def swiglu_backward(
+        self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradient through the activation behind this projection; swiglu(gate_up); `d_inner`.
+
+        Args:
+            gate_up, inner: what `forward` gave.
+            d_active, d_inner: what `d_input` and `d_inner` of `after`, the next projection, gave.
+        """
+        if isinstance(after, BankProjection) and self.leaves_output and inner is not None and d_inner is not None:
+            d_gate_up, active = swiglu_backward(self, gate_up, inner, d_active, after, d_inner)
+        else:
+            d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
         return d_gate_up, active, self.d_inner(d_gate_up)
 
     def d_inner(self, dy: Tensor) -> Tensor | None:
@@ -156,7 +173,7 @@ class BankProjection:
     def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
         """Gradient of the input, (N, d_in)."""
         dx = self.frozen.d_input(dy)
-        if d_inner is not None:
+        if d_inner is not None and not self.leaves_input:
             wide_backward(self, d_inner, dx)
         return dx
 
@@ -223,6 +240,32 @@ def outer(p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tens
         kept = _dropped(p.pool, segment, p.lanes[member], x[tokens])
         part.dA.addmm_(layer.wide(d_inner[at]).T, layer.wide(kept))
         part.dB.addmm_(layer.wide(inner[at]).T, layer.wide(dy[tokens, p.rows[member]]), alpha=part.scaling)
+
+
+def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
+    """swiglu(gate_up + the low-rank part); (N, 2 m), as a `p` that leaves its output gave it -> (N, m)."""
+    if p.pool.tables is not None:
+        return p.pool.tables.swiglu(p, gate_up, inner)  # type: ignore[no-any-return]
+    whole = gate_up.clone()
+    wide_forward(p, inner, whole)
+    return layer.swiglu(whole)
+
+
+def swiglu_backward(
+    p: BankProjection, gate_up: Tensor, inner: Tensor, d_active: Tensor, after: BankProjection, d_inner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of gate and up, (N, 2 m), and swiglu of them, (N, m); both neighbours leave their part to this.
+
+    Args:
+        gate_up, inner: of `p`, as in `swiglu`.
+        d_active, d_inner: gradients of the activation, (N, m), and of the inner activation of `after`.
+    """
+    if p.pool.tables is not None:
+        return p.pool.tables.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)  # type: ignore[no-any-return]
+    whole, d_whole = gate_up.clone(), d_active.clone()
+    wide_forward(p, inner, whole)
+    wide_backward(after, d_inner, d_whole)
+    return layer.swiglu_backward(whole, d_whole)
 
 
 def _pieces(p: BankProjection) -> Iterator[tuple[Segment, int, Part, tuple[slice, slice]]]:

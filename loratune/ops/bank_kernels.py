@@ -49,7 +49,7 @@ def _finalise(x):
 
 
 @triton.jit
-def _kept(block_ptr, token, feature, salt, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
+def kept(block_ptr, token, feature, salt, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
     """(tokens, features): which elements dropout keeps; `token` counts within the block."""
     position = (tl.load(block_ptr + 1) + token).to(tl.uint32, bitcast=True)
     low = tl.load(block_ptr + 2).to(tl.uint32, bitcast=True)
@@ -97,8 +97,8 @@ def _thin(
                 x = tl.load(x_ptr + start, mask=there & inside, other=0.0)
                 if SIDE == 1:  # noqa: SIM102 (decided when compiled, unlike the next)
                     if dropped:
-                        kept = _kept(block_ptr, first % BLOCK + t, start + k, salt, GOLDEN, LEVELS)
-                        x = tl.where(kept, x.to(tl.float32) * keep, 0.0).to(x.dtype)
+                        staying = kept(block_ptr, first % BLOCK + t, start + k, salt, GOLDEN, LEVELS)
+                        x = tl.where(staying, x.to(tl.float32) * keep, 0.0).to(x.dtype)
                 factor = tl.load(factor_ptr + start, mask=held & inside, other=0.0)
                 acc = tl.dot(x, tl.trans(factor), acc)
             if SIDE == 2:
@@ -145,8 +145,8 @@ def _wide(
             if SIDE == 1:
                 if dropped > 0:
                     salt = _of(member, salt0, salt1, salt2)
-                    kept = _kept(block_ptr, first % BLOCK + t, n, salt, GOLDEN, LEVELS)
-                    part = tl.where(kept, part * keep, 0.0)
+                    staying = kept(block_ptr, first % BLOCK + t, n, salt, GOLDEN, LEVELS)
+                    part = tl.where(staying, part * keep, 0.0)
             else:
                 part = part * tl.load(scaling_ptr + entry)
             acc += part
@@ -189,8 +189,8 @@ def _outer(
             if SIDE == 1:
                 block_ptr = blocks_ptr + block * 8
                 if tl.load(block_ptr + 4) > 0:
-                    kept = _kept(block_ptr, token, n, salt, GOLDEN, LEVELS)
-                    x = tl.where(kept, x.to(tl.float32) * keep, 0.0).to(x.dtype)
+                    staying = kept(block_ptr, token, n, salt, GOLDEN, LEVELS)
+                    x = tl.where(staying, x.to(tl.float32) * keep, 0.0).to(x.dtype)
             acc = tl.dot(tl.trans(left), x, acc)
         if SIDE == 2:
             acc = acc * tl.load(scaling_ptr + entry)
@@ -337,7 +337,7 @@ class Tables:
             _thin[grid](
                 wide, out[:, first * max_rank :], self.work, self.entries, self.scaling, self.blocks, self.keep,
                 wide.shape[0], self.slots, max_rank, wide.stride(0), out.stride(0), *members,
-                SIDE=side, **_CONSTANTS, TOKENS=tokens, WIDTH=size, RANK=self.rank,
+                SIDE=side, **CONSTANTS, TOKENS=tokens, WIDTH=size, RANK=self.rank,
                 num_warps=THIN["num_warps"], num_stages=THIN["num_stages"],
             )  # fmt: skip
         return out
@@ -363,10 +363,30 @@ class Tables:
             _wide[grid](
                 inner[:, first * max_rank :], out, self.work, self.entries, self.scaling, self.blocks, self.keep,
                 out.shape[0], self.slots, max_rank, inner.stride(0), out.stride(0), *members,
-                SIDE=side, MEMBERS=1 if side == _B else count, **_CONSTANTS,
+                SIDE=side, MEMBERS=1 if side == _B else count, **CONSTANTS,
                 TOKENS=WIDE["tokens"], WIDTH=WIDE["width"], RANK=min(self.rank, 32),
                 num_warps=WIDE["num_warps"], num_stages=WIDE["num_stages"],
             )  # fmt: skip
+
+    def swiglu(self, p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
+        """As `ops.bank.swiglu`."""
+        from loratune.ops import bank_swiglu_kernels  # which imports this module
+
+        return bank_swiglu_kernels.swiglu(p, gate_up, inner)
+
+    def swiglu_backward(
+        self,
+        p: BankProjection,
+        gate_up: Tensor,
+        inner: Tensor,
+        d_active: Tensor,
+        after: BankProjection,
+        d_inner: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `ops.bank.swiglu_backward`."""
+        from loratune.ops import bank_swiglu_kernels  # which imports this module
+
+        return bank_swiglu_kernels.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)
 
     def outer(self, p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tensor) -> None:
         """As `ops.bank.outer`."""
@@ -380,21 +400,21 @@ class Tables:
                     narrow[:, first * p.pool.max_rank :], wide, p.pool.gradient, self.entries, self.scaling,
                     self.blocks, self.starts, self.keep, wide.shape[0], self.slots, p.pool.max_rank,
                     narrow.stride(0), wide.stride(0), *members,
-                    SIDE=side, **_CONSTANTS, WIDTH=size, RANK=self.rank,
+                    SIDE=side, **CONSTANTS, WIDTH=size, RANK=self.rank,
                     num_warps=OUTER["num_warps"], num_stages=OUTER["num_stages"],
                 )  # fmt: skip
 
 
 # Sizes of a program's piece, chosen by measuring (benchmarks/NOTES.md, "Many adapters").
 THIN: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 4}
-WIDE: dict[str, int] = {"tokens": 64, "width": 128, "num_warps": 4, "num_stages": 2}
-OUTER: dict[str, int] = {"width": 128, "num_warps": 4, "num_stages": 4}
-_CONSTANTS: dict[str, Any] = {"BLOCK": BLOCK, "GOLDEN": GOLDEN, "LEVELS": LEVELS}
+WIDE: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 2}
+OUTER: dict[str, int] = {"width": 256, "num_warps": 4, "num_stages": 3}
+CONSTANTS: dict[str, Any] = {"BLOCK": BLOCK, "GOLDEN": GOLDEN, "LEVELS": LEVELS}
 
 
 def thin_shape(tokens: int, members: int) -> tuple[int, int]:
     """Tokens of a program, and columns of the wide operand that it takes at once: fewer tokens in short rows."""
-    return (16 if tokens * members < 32 * 256 else THIN["tokens"]), THIN["width"]
+    return (16 if tokens * members < 32 * 64 else THIN["tokens"]), THIN["width"]
 
 
 def _launches(p: BankProjection, side: int) -> list[tuple[int, list[int]]]:

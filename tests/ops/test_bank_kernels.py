@@ -81,6 +81,24 @@ for a, b in ((150, 192), (220, 320)):  # what lies between segments reaches no l
     dy[a:b] = 0
 expected = run(p, x, dy)
 
+def gate_up_and_down():
+    # Members of one width, and the projection behind them.
+    gate_up = BankProjection(p.frozen, None, pool, [lanes[0], Lane(1, 5, D_IN, OUTS[0], twin_parts)],
+                             [slice(0, 64), slice(64, 128)])
+    return gate_up, BankProjection(p.frozen, None, pool, [back], [slice(0, D_IN)])
+
+def run_swiglu():
+    gate_up, down = gate_up_and_down()
+    inner, d_inner = bank.thin_forward(gate_up, x / 32), bank.thin_backward(down, d_down / 32)
+    wide, d_active = seed_wide.clone(), seed_active.clone()
+    return bank.swiglu(gate_up, wide, inner), *bank.swiglu_backward(gate_up, wide, inner, d_active, down, d_inner)
+
+# The second half's adapters, and a projection back, made of the weights that there are.
+twin_parts = {s: Part(q.A, lanes[0].parts[s].B, q.dA, q.dB, q.scaling) for s, q in lanes[0].parts.items()}
+back = Lane(2, 77, 64, D_IN, {s: Part(q.B, q.A, q.dB, q.dA, q.scaling) for s, q in lanes[0].parts.items()})
+seed_wide, seed_active, d_down = (torch.randn(TOKENS, n).to(half) for n in (128, 64, D_IN))
+expected_swiglu = run_swiglu()
+
 pool.gradient.zero_()
 tables = pool.tables = Tables(pool, 3, half)
 for slot in range(SLOTS):
@@ -92,6 +110,13 @@ tables.set_row(pool)
 pool.refresh()
 got = run(p, x, dy)
 
+keep_lanes = [lanes[0], Lane(1, 5, D_IN, 64, twin_parts), back]
+for slot in range(SLOTS):
+    tables.set_slot(pool, slot, keep_lanes)
+got_swiglu = run_swiglu()
+for slot in range(SLOTS):
+    tables.set_slot(pool, slot, lanes)
+
 written = torch.zeros(TOKENS, dtype=torch.bool)
 for s in SEGMENTS:
     written[s.start:s.stop] = True
@@ -99,6 +124,10 @@ for name, a, b in zip(("y", "dx", "gradient"), got, expected):
     a, b = (a, b) if name == "gradient" else (a[written], b[written])
     error = float((a.double() - b.double()).norm() / b.double().norm())
     assert error < 2e-3, (name, error)  # a few roundings of float16, 4.9e-4 each
+for name, a, b in zip(("active", "d_gate_up", "active again"), got_swiglu, expected_swiglu):
+    a, b = a[written], b[written]
+    error = float((a.double() - b.double()).norm() / b.double().norm())
+    assert error < 2e-3, (name, error)
 assert not got[0][256:320].any(), "a block that is nobody's is written to"
 assert not got[1][256:320].any()
 

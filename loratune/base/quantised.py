@@ -184,6 +184,18 @@ def form_in_memory(model: PreTrainedModel) -> str:
     return f"{' and '.join(sorted(forms - {'dense'}))} beside {dtype}" if forms - {"dense"} else dtype
 
 
+def mostly_dense(model: PreTrainedModel) -> str | None:
+    """One line for a user whose quantised model is dense for the most part, else None."""
+    total = count_parameters(model)
+    quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
+    if not 0 < quantised < total / 2:
+        return None
+    return (
+        f"{quantised / total:.0%} of the base's {total:,} parameters are quantised: linear layers are, embeddings "
+        "and experts that are held in one tensor are not"
+    )
+
+
 def count_parameters(model: nn.Module) -> int:
     """Numbers in the model's weights, those in 4 bits as well."""
     quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))

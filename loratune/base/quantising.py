@@ -6,8 +6,9 @@ place; bitsandbytes' is one of them. Here is ours: the layer is swapped for a `Q
 arrives, and afterwards the model is an ordinary one with such layers in it. The tensors come from `base.tensors`
 instead of mapped files.
 
-Quantised are all linear layers but the output head and what is tied to it, as bitsandbytes does by default. A folder
-that bitsandbytes has quantised already is read the same way: its codes arrive in place of a dense weight.
+Quantised are all linear layers but the output head and what is tied to it, as bitsandbytes does by default. Experts
+that transformers holds in one tensor are no linear layers and stay dense. A folder that bitsandbytes has quantised
+already is read the same way: its codes arrive in place of a dense weight.
 """
 
 from __future__ import annotations

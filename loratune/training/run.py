@@ -17,7 +17,7 @@ from loratune import atomic
 from loratune.base import load as base
 from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
-from loratune.base.quantised import form_in_memory
+from loratune.base.quantised import form_in_memory, mostly_dense
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.pack import fullness
@@ -209,6 +209,8 @@ def _train(
     (name,) = active(model)
     if attached is not None and attached.left_out:
         yield Note(f"{len(attached.left_out)} layers are not adapted: {attached.left_out[0]}")
+    if (share := mostly_dense(model)) is not None:
+        yield Note(share)
     for text in dataset.notes:
         yield Note(text)
     for text in forward.notes:

@@ -14,6 +14,7 @@ from loratune.base.quantised import (
     count_parameters,
     dense_state_dict,
     frozen_of,
+    mostly_dense,
     quantise_linears,
     quantised_layers,
     stacked,
@@ -144,6 +145,13 @@ def test_frozen_of_any_layer_is_what_it_multiplies_with():
     assert frozen_of(model.transformer.h[0].mlp.c_fc).shape == (256, 64)
     # The nearest of 16 values is off by some 10 % of a weight; more would be another matrix.
     assert float((logits(model) - before).norm() / before.norm()) < 0.3
+
+
+def test_a_model_that_stays_dense_for_the_most_part_is_told():
+    """Mixtral's experts are in one tensor, which is no linear layer."""
+    assert mostly_dense(quantised("llama")) is None
+    assert mostly_dense(build("mixtral")) is None
+    assert "experts that are held in one tensor are not" in mostly_dense(quantised("mixtral"))
 
 
 def test_switching_adapters_on_codes():

@@ -1,7 +1,10 @@
 """Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
 
     python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules] [STEPS]     one variant
-    python -m benchmarks.ladder --all OUT.jsonl                                      the table of issue 3
+    python -m benchmarks.ladder --all OUT.jsonl [graph|eager|modules] [STEPS]        the table of issue 3
+
+`first_step_s` counts from the start of the process; with `--all`, where one process measures all shapes, the time of
+those before is left out.
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
@@ -11,14 +14,17 @@ The peers are measured by their own scripts on the same machine; see benchmarks/
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 STARTED = time.perf_counter()
+IMPORTED = 0.0
+WARM_UP = 3
+"""Steps that are not counted: one runs kernel by kernel, one is recorded, one is replayed for the first time."""
 
 CASES = [
     ("l7b", 4, 2048), ("l7b", 1, 512), ("l1b", 1, 512), ("l1b", 4, 2048), ("q0_6b", 2, 2048), ("q8b", 2, 2048),
@@ -38,39 +44,41 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
 
-    imported = time.perf_counter() - STARTED
+    global IMPORTED
+    IMPORTED = IMPORTED or time.perf_counter() - STARTED
+    started = time.perf_counter() - IMPORTED
     model = model_of(shape)
     torch.cuda.synchronize()
-    built = time.perf_counter() - STARTED
+    built = time.perf_counter() - started
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
     forward = prepare(model)
     if variant == "modules":
         forward.fused = None
     torch.cuda.synchronize()
-    prepared = time.perf_counter() - STARTED
+    prepared = time.perf_counter() - started
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig())
     step = GraphStep(forward, parameters, optimizer, 1.0, record=variant == "graph")
-    rows = [row_of([tokens] * batch, batch * tokens, seed) for seed in range(4)]
+    rows = [[row_of([tokens] * batch, batch * tokens, seed)] for seed in range(4)]
     seconds, losses = [], []
     torch.cuda.reset_peak_memory_stats()
     with forward.installed():
-        for index in range(steps + 5):
+        for index in range(steps + WARM_UP):
             set_rate(optimizer, 1e-4)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            row = [rows[index % 4]]
+            row, later = rows[index % 4], rows[(index + 1) % 4]  # `later` as the training loop announces it
             taken = (
                 train_step(forward, row, parameters, optimizer, max_grad_norm=1.0)
                 if variant == "modules"
-                else step(row)
+                else step(row, later)
             )
             seconds.append(time.perf_counter() - start)
             losses.append(taken.loss)
             if index == 0:
-                first = time.perf_counter() - STARTED
-    median = statistics.median(seconds[5:])
+                first = time.perf_counter() - started
+    median = statistics.median(seconds[WARM_UP:])
     replay = _replay_ms(step)
     speed = batch * tokens / median
     return {
@@ -78,7 +86,7 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
         "policy": variant, "tok_s": round(speed), "step_ms": round(median * 1e3, 2),
         "replay_ms": replay, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "first_step_s": round(first, 1), "imported_s": round(imported, 1), "built_s": round(built, 1),
+        "first_step_s": round(first, 1), "imported_s": round(IMPORTED, 1), "built_s": round(built, 1),
         "prepared_s": round(prepared, 1), "second_step_s": round(seconds[1], 2),
         "limit_share": round(speed / limit_tok_s(model, tokens, batch), 3),
         "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
@@ -101,15 +109,23 @@ def _replay_ms(step: object) -> float | None:
     return round((time.perf_counter() - start) * 100, 2)
 
 
+def release() -> None:
+    """Gives back what the last measurement left behind, so that the next one starts as it did."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def main() -> None:
     if sys.argv[1] == "--all":
-        with Path(sys.argv[2]).open("a") as out:
-            for case in CASES:
-                command = [sys.executable, "-m", "benchmarks.ladder", *map(str, case), *sys.argv[3:]]
-                done = subprocess.run(command, capture_output=True, text=True)
-                print(done.stdout[-3000:] or done.stderr[-3000:], flush=True)
-                out.write(done.stdout.strip().splitlines()[-1] + "\n" if done.returncode == 0 else "")
-                out.flush()
+        variant, count = [*sys.argv[3:], *["graph", "12"][len(sys.argv) - 3 :]]
+        for case in CASES:
+            row = json.dumps(measure(*case, variant, int(count)))
+            print(row, flush=True)
+            with Path(sys.argv[2]).open("a") as out:
+                out.write(row + "\n")
+            release()
         return
     shape, batch, tokens, variant, steps = [*sys.argv[1:], *["graph", "12"][max(0, len(sys.argv) - 4) :]]
     print(json.dumps(measure(shape, int(batch), int(tokens), variant, int(steps))))

@@ -294,7 +294,7 @@ def _forward(
     outs, inners = [], []
     for part in tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile):
         gate_up, inner_gate_up = behind.gate_up.forward(normed[part])
-        y, inner_down = behind.down.forward(layer.swiglu(gate_up, behind.down.room))
+        y, inner_down = behind.down.forward_swiglu(gate_up, behind.gate_up, inner_gate_up)
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
@@ -377,8 +377,11 @@ def _tile_backward(
     """Gradient of the stream and of the adapters of the MLP, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
     d_inner = behind.down.d_inner(dy)
-    d_gate_up, active = layer.swiglu_backward(gate_up, behind.down.d_input(dy, d_inner), behind.gate_up.room)
-    del gate_up
+    d_active = behind.down.d_input(dy, d_inner)
+    d_gate_up, active, d_inner_gate_up = behind.gate_up.swiglu_backward(
+        gate_up, inner_gate_up, d_active, behind.down, d_inner
+    )
+    del gate_up, d_active
     of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
     del active
     d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)

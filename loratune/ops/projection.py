@@ -11,8 +11,9 @@ product costs. So where W is a matrix it lies in memory with a border,
 
 and the low-rank part rides in the wide product: R more terms in each sum, padded to a whole tile of the product. The
 passes that write x and dy leave `room` for the inner columns in each row (`ops.layer`), which are filled in here.
-Whether a row has room is told by its length; what comes without, such as attention's output, is added to as above.
-An 8-bit weight has a border of its own (`ops.fp8`), one in 4 bits has none.
+Whether a row has room is told by its length. An x without room, such as attention's output, is copied on the way;
+to what comes from a dy without room the low-rank part is added as above.
+An 8-bit weight has a border of its own (`ops.fp8`); one in 4 bits gets it for the length of a product (`ops.nf4`).
 
 The forward and the gradients are plain functions without autograd: `ops.block` puts them into its nodes.
 """
@@ -22,12 +23,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loratune.ops import layer
 from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Frozen
+from loratune.ops.nf4 import Nf4Weight
+from loratune.ops.thin import Members, gradients, narrow, swiglu_backward_narrow, swiglu_narrow
+
+narrow, gradients = narrow.__wrapped__, gradients.__wrapped__  # XXX until measured
+swiglu_narrow, swiglu_backward_narrow = swiglu_narrow.__wrapped__, swiglu_backward_narrow.__wrapped__
 
 
 @dataclass(frozen=True)
@@ -55,31 +61,74 @@ class Projection:
     @property
     def room(self) -> int:
         """Columns that x and dy may have beyond their own."""
-        return 0 if self.bordered is None else self.bordered.shape[0] - self.frozen.shape[0]
+        return 0 if self._border is None else self._border[1].shape[1]
+
+    @property
+    def _border(self) -> tuple[Tensor, Tensor] | None:
+        """A, (room, d_in), and B, (D, room), that ride in the wide product; None where they do not."""
+        d_out, d_in = self.frozen.shape
+        if self.bordered is not None:
+            return self.bordered[d_out:, :d_in], self.bordered[:d_out, d_in:]
+        if self.lora_A is None or self.lora_B is None or not isinstance(self.frozen, Nf4Weight):
+            return None
+        return (self.lora_A, self.lora_B) if self.frozen.carries(self.lora_B.shape[1]) else None
+
+    def _wide(self, roomy: Tensor) -> Tensor:
+        """[x, x Aᵀ] [W B]ᵀ + b, where there is a border."""
+        if self.bordered is not None:
+            return linear(roomy, self.bordered[: self.frozen.shape[0]], self.bias)
+        assert isinstance(self.frozen, Nf4Weight)
+        assert self.lora_B is not None
+        return self.frozen.forward_carrying(roomy, self.bias, self.lora_B)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, d_in) or (N, d_in + room) -> outputs of all members (N, D), and x Aᵀ, at least R columns of it."""
-        d_out, d_in = self.frozen.shape
-        if self.bordered is not None and x.shape[1] > d_in:
-            inner = x[:, :d_in] @ self.bordered[d_out:, :d_in].T
-            x[:, d_in:] = inner  # a copy, so that who keeps `inner` does not keep x
-            return linear(x, self.bordered[:d_out], self.bias), inner
+        """(N, d_in) or (N, d_in + room) -> outputs of all members (N, D), and x Aᵀ, (N, R)."""
+        d_in, border = self.frozen.shape[1], self._border
+        if border is not None and self.lora_A is not None:
+            roomy = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.room)
+            copy = None if roomy is x else roomy[:, :d_in]
+            inner = narrow(x[:, :d_in], self.lora_A.T, roomy[:, d_in:], copy=copy)
+            return self._wide(roomy), inner
         if self.lora_A is None or self.lora_B is None:
             return self.frozen.forward(x, self.bias), None
-        inner = x @ self.lora_A.T
+        inner = narrow(x, self.lora_A.T)
         if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
             return self.frozen.forward_carrying(x, self.bias, inner, self.lora_B), inner
         return self.frozen.forward(x, self.bias).addmm_(inner, self.lora_B.T), inner
+
+    def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
+        if self._border is None or self.lora_A is None:
+            return self.forward(layer.swiglu(gate_up))
+        active, inner = swiglu_narrow(gate_up, self.lora_A.T, self.room)
+        return self._wide(active), inner
+
+    def swiglu_backward(
+        self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the activation that follows this projection, with what follows from its result here.
+
+        Args:
+            gate_up: (N, D), the output of this projection.
+            d_active: (N, D / 2), gradient of swiglu(gate_up).
+            inner, after, d_inner: asked for by a bank's (`ops.bank`).
+        Returns: gradient of gate_up, to be handed on to `d_input` and `d_adapters`; swiglu(gate_up); and `d_inner`.
+        """
+        if self._border is None or self.lora_B is None:
+            d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
+            return d_gate_up, active, self.d_inner(d_gate_up)
+        d_gate_up, active = swiglu_backward_narrow(gate_up, d_active, self.lora_B, self.room)
+        d_out, ranks = self.lora_B.shape
+        return d_gate_up, active, d_gate_up[:, d_out : d_out + ranks]
 
     def d_inner(self, dy: Tensor) -> Tensor | None:
         """(N, D) or (N, D + room), which is filled in -> gradient of x Aᵀ, (N, R)."""
         if self.lora_B is None:
             return None
-        d_out, d_in = self.frozen.shape
-        if self.bordered is not None and dy.shape[1] > d_out:
-            torch.mm(dy[:, :d_out], self.bordered[:d_out, d_in:], out=dy[:, d_out:])
-            return dy[:, d_out : d_out + self.lora_B.shape[1]]
-        return dy @ self.lora_B
+        d_out = self.frozen.shape[0]
+        if dy.shape[1] > d_out:
+            return narrow(dy[:, :d_out], self.lora_B, dy[:, d_out:], keep=False)
+        return narrow(dy, self.lora_B)
 
     def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
         """Gradient of the input, (N, d_in); dy as `d_inner` left it."""
@@ -88,6 +137,8 @@ class Projection:
             return dy @ self.bordered[:, :d_in]
         if d_inner is None or self.lora_A is None:
             return self.frozen.d_input(dy)
+        if isinstance(self.frozen, Nf4Weight) and dy.shape[1] > d_out:
+            return self.frozen.d_input_carrying(dy, self.lora_A)
         if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
             return self.frozen.d_input_carrying(dy, d_inner, self.lora_A)
         return self.frozen.d_input(dy).addmm_(d_inner, self.lora_A)
@@ -96,17 +147,5 @@ class Projection:
         """Gradients of the masters: A, B of the first member with an adapter, then of the next. x may have room."""
         if d_inner is None or inner is None:
             return []
-        dA = _product(d_inner.T, x[:, : self.frozen.shape[1]])
-        gradients = []
-        for rows, ranks, scaling in zip(self.rows, self.ranks, self.scalings, strict=True):
-            dB = _product(dy[:, rows].T, inner[:, ranks])
-            gradients += [dA[ranks], dB if scaling == 1.0 else dB.mul_(scaling)]
-        return gradients
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the masters' precision: summed and returned in float32 where the operands have less."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    product = a @ b
-    return product if product.dtype == torch.float64 else product.float()
+        members = Members(self.rows, self.ranks, self.scalings)
+        return gradients(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members)

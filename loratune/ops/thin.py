@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratune.ops.layer import with_kernel
+from loratune.ops.layer import swiglu, swiglu_backward, with_kernel
+
+_MAX_RANKS = 64
+"""Ranks whose sums a block holds beside an activation; with more, the activation and its product are two passes."""
 
 
 def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
@@ -25,18 +28,57 @@ def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
 
 
 @with_kernel(_half_on_gpu, "thin_kernels")
-def narrow(wide: Tensor, thin: Tensor, tail: Tensor | None = None, keep: bool = True) -> Tensor:
+def narrow(
+    wide: Tensor, thin: Tensor, tail: Tensor | None = None, keep: bool = True, copy: Tensor | None = None
+) -> Tensor:
     """wide @ thin, (N, K) (K, R) -> (N, R), any strides.
 
     Args:
-        tail: (N, R), filled with the result as well, such as the room behind x.
+        tail: (N, at least R), filled with the result as well and with zeros behind it, such as the room behind x.
         keep: if False `tail` itself may be returned, else the result has memory of its own.
+        copy: (N, K), filled with `wide`, which has to be read anyhow.
     """
     product = wide @ thin
+    if copy is not None:
+        copy.copy_(wide)
     if tail is None:
         return product
-    tail.copy_(product)
-    return product if keep else tail
+    ranks = thin.shape[1]
+    tail[:, :ranks] = product
+    tail[:, ranks:] = 0
+    return product if keep else tail[:, :ranks]
+
+
+def _fits(gate_up: Tensor, *rest: Tensor | int) -> bool:
+    thin = rest[-2]
+    return isinstance(thin, Tensor) and _half_on_gpu(gate_up, thin) and thin.shape[1] <= _MAX_RANKS
+
+
+@with_kernel(_fits, "thin_kernels")
+def swiglu_narrow(gate_up: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """`layer.swiglu` with its product.
+
+    Args:
+        gate_up: (N, 2 m), and thin: (m, R).
+        room: at least R.
+    Returns: [active, active @ thin, 0], (N, m + room), and the product again, (N, R), in memory of its own.
+    """
+    active, width = swiglu(gate_up, room), thin.shape[0]
+    return active, narrow(active[:, :width], thin, active[:, width:])
+
+
+@with_kernel(_fits, "thin_kernels")
+def swiglu_backward_narrow(gate_up: Tensor, d_out: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """`layer.swiglu_backward` with its product.
+
+    Args:
+        gate_up: (N, 2 m), d_out: (N, m), and thin: (2 m, R).
+        room: at least R.
+    Returns: [d, d @ thin, 0], (N, 2 m + room), with d the gradient of `gate_up`, and the activation, (N, m).
+    """
+    (d_gate_up, active), width = swiglu_backward(gate_up, d_out, room), thin.shape[0]
+    narrow(d_gate_up[:, :width], thin, d_gate_up[:, width:], keep=False)
+    return d_gate_up, active
 
 
 @dataclass(frozen=True)
@@ -58,7 +100,7 @@ def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Me
     """dA (r, d_in) and dB (d_out, r) of the first member, then of the next; summed and returned in float32.
 
     Args:
-        x: (N, d_in), and d_inner: (N, at least R), the gradient of x Aᵀ.
+        x: (N, d_in), and d_inner: (N, R), the gradient of x Aᵀ.
         dy: (N, D), and inner: (N, at least R), x Aᵀ itself.
     """
     dA = _product(d_inner.T, x)

@@ -23,7 +23,7 @@ _BLOCKS = 264
 
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
-    return torch.zeros(_BLOCKS, dtype=torch.int32, device=device)
+    return torch.zeros(max(_BLOCKS, _STRIPS), dtype=torch.int32, device=device)
 
 
 def _pieces(blocks: int, steps: int) -> int:
@@ -51,22 +51,31 @@ def _summed(own, partial_ptr, counter_ptr, block, piece, PIECES: tl.constexpr, A
 
 
 @triton.jit
+def _clear(at, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Zeros from each of the addresses `at`, (ROWS, 1), on."""
+    column = tl.arange(0, COUNT)[None, :]
+    tl.store(at + column, tl.zeros((ROWS, COUNT), tl.float32), mask=rows & (column < count))
+
+
+@triton.jit
 def _narrow(
-    wide_ptr, thin_ptr, tail_ptr, kept_ptr, partial_ptr, counter_ptr,
-    rows, terms, ranks, wide_row, thin_term, thin_rank, tail_row, kept_row,
-    TERMS_EACH: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, TERMS: tl.constexpr, RANKS: tl.constexpr,
+    wide_ptr, thin_ptr, tail_ptr, kept_ptr, copy_ptr, partial_ptr, counter_ptr,
+    rows, terms, ranks, wide_row, thin_term, thin_rank, tail_row, kept_row, copy_row, spare,
+    TERMS_EACH: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr, COPY: tl.constexpr,
+    SPARE: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     block, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, rank = block * ROWS + tl.arange(0, ROWS), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    start, stop = piece * TERMS_EACH, tl.minimum(terms, (piece + 1) * TERMS_EACH)
     for first in range(0, TERMS_EACH, TERMS):
-        term = start + first + tl.arange(0, TERMS)
+        term = piece * TERMS_EACH + first + tl.arange(0, TERMS)
         wide_at = row[:, None] * wide_row + term[None, :]
-        wide = tl.load(wide_ptr + wide_at, mask=(row < rows)[:, None] & (term < stop)[None, :], other=0.0)
+        wide = tl.load(wide_ptr + wide_at, mask=(row < rows)[:, None] & (term < terms)[None, :], other=0.0)
+        if COPY:
+            copy_at = row[:, None] * copy_row + term[None, :]
+            tl.store(copy_ptr + copy_at, wide, mask=(row < rows)[:, None] & (term < terms)[None, :])
         thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
-        thin = tl.load(thin_ptr + thin_at, mask=(term < stop)[:, None] & (rank < ranks)[None, :], other=0.0)
+        thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < ranks)[None, :], other=0.0)
         total = tl.dot(wide, thin, total)
     done = True
     if PIECES > 1:
@@ -76,30 +85,54 @@ def _narrow(
         inside = (row < rows)[:, None] & (rank < ranks)[None, :]
         if TAIL:
             tl.store(tail_ptr + row[:, None] * tail_row + rank[None, :], total, mask=inside)
+            if SPARE > 0:
+                _clear(tail_ptr + row[:, None] * tail_row + ranks, (row < rows)[:, None], spare, ROWS, SPARE)
         if KEEP:
             tl.store(kept_ptr + row[:, None] * kept_row + rank[None, :], total, mask=inside)
 
 
-def narrow(wide: Tensor, thin: Tensor, tail: Tensor | None = None, keep: bool = True) -> Tensor:
+def narrow(
+    wide: Tensor, thin: Tensor, tail: Tensor | None = None, keep: bool = True, copy: Tensor | None = None
+) -> Tensor:
     """As `ops.thin.narrow`."""
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     (rows, terms), ranks = wide.shape, thin.shape[1]
-    keep = keep or tail is None
-    kept = wide.new_empty(rows, ranks) if keep or tail is None else tail
+    keep, spare = keep or tail is None, 0 if tail is None else tail.shape[1] - ranks
+    kept = wide.new_empty(rows, ranks) if keep or tail is None else tail[:, :ranks]
     height, step, width = (16 if rows < 1024 else 64), 128, min(64, max(16, triton.next_power_of_2(ranks)))
     blocks, columns = triton.cdiv(rows, height), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * columns, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
     partial = wide.new_empty(blocks * columns * pieces * height * width if pieces > 1 else 0, dtype=torch.float32)
     filled = kept if tail is None else tail
+    copied = wide if copy is None else copy
     _narrow[(blocks, pieces, columns)](
-        wide, thin, filled, kept, partial, _counters(wide.device), rows, terms, ranks,
-        wide.stride(0), thin.stride(0), thin.stride(1), filled.stride(0), kept.stride(0),
-        TERMS_EACH=terms_each,
-        PIECES=pieces, TAIL=tail is not None, KEEP=keep, ROWS=height, TERMS=step, RANKS=width,
-        num_warps=4, num_stages=4,
+        wide, thin, filled, kept, copied, partial, _counters(wide.device), rows, terms, ranks,
+        wide.stride(0), thin.stride(0), thin.stride(1), filled.stride(0), kept.stride(0), copied.stride(0), spare,
+        TERMS_EACH=terms_each, PIECES=pieces, TAIL=tail is not None, KEEP=keep, COPY=copy is not None,
+        SPARE=triton.next_power_of_2(spare) if spare else 0,        ROWS=height, TERMS=step, RANKS=width,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return kept
+
+
+@triton.jit
+def _outer(
+    wide_ptr, thin_ptr, wide_row, thin_row, first, end, first_rank, ranks, rows, piece,
+    ROWS_EACH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Sum over a piece of the rows of wide[:, first:end]ᵀ thin[:, first_rank:first_rank + ranks]."""
+    column, rank = first + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+    total = tl.zeros((COLUMNS, RANKS), tl.float32)
+    for above in range(0, ROWS_EACH, ROWS):
+        row = (piece * ROWS_EACH + above + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None]
+        wide_at = row[:, None] * wide_row + column[None, :]
+        wide = tl.load(wide_ptr + wide_at, mask=inside & (column < end)[None, :], other=0.0)
+        thin_at = row[:, None] * thin_row + (first_rank + rank)[None, :]
+        thin = tl.load(thin_ptr + thin_at, mask=inside & (rank < ranks)[None, :], other=0.0)
+        total = tl.dot(tl.trans(wide), thin, total)
+    return total
 
 
 @triton.jit
@@ -107,40 +140,39 @@ def _gradients(
     x_ptr, d_inner_ptr, dy_ptr, inner_ptr, out_ptr, table_ptr, scale_ptr, partial_ptr, counter_ptr,
     rows, x_row, d_inner_row, dy_row, inner_row,
     ROWS_EACH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     task, piece = tl.program_id(0), tl.program_id(1)
     entry = table_ptr + task * 8
-    is_b, first, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    first_rank, ranks, out_at, stride = (
-        tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6),
+    is_b, first, end, first_rank, ranks = (
+        tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
     )  # fmt: skip
-    column, rank = first + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
-    wide_ptr, thin_ptr = x_ptr, d_inner_ptr
-    wide_row, thin_row = x_row.to(tl.int64), d_inner_row.to(tl.int64)
+    out_at, stride = tl.load(entry + 5), tl.load(entry + 6)
+    if ALIGNED:  # without this the compiler must take numbers one by one
+        first, end = tl.multiple_of(first, 16), tl.multiple_of(end, 16)
+        first_rank, ranks = tl.multiple_of(first_rank, 16), tl.multiple_of(ranks, 16)
     if is_b != 0:
-        wide_ptr, thin_ptr = dy_ptr, inner_ptr
-        wide_row, thin_row = dy_row.to(tl.int64), inner_row.to(tl.int64)
-    total = tl.zeros((COLUMNS, RANKS), tl.float32)
-    start, stop = piece * ROWS_EACH, tl.minimum(rows, (piece + 1) * ROWS_EACH)
-    for above in range(0, ROWS_EACH, ROWS):
-        row = start + above + tl.arange(0, ROWS)
-        inside = (row < stop)[:, None]
-        wide_at = row[:, None] * wide_row + column[None, :]
-        wide = tl.load(wide_ptr + wide_at, mask=inside & (column < end)[None, :], other=0.0)
-        thin_at = row[:, None] * thin_row + (first_rank + rank)[None, :]
-        thin = tl.load(thin_ptr + thin_at, mask=inside & (rank < ranks)[None, :], other=0.0)
-        total = tl.dot(tl.trans(wide), thin, total)
+        total = _outer(
+            dy_ptr, inner_ptr, dy_row, inner_row, first, end, first_rank, ranks, rows, piece,
+            ROWS_EACH, COLUMNS, ROWS, RANKS,
+        )  # fmt: skip
+    else:
+        total = _outer(
+            x_ptr, d_inner_ptr, x_row, d_inner_row, first, end, first_rank, ranks, rows, piece,
+            ROWS_EACH, COLUMNS, ROWS, RANKS,
+        )  # fmt: skip
     done = True
     if PIECES > 1:
         total, done = _summed(total, partial_ptr, counter_ptr, task, piece, PIECES, COLUMNS, RANKS)
     if done:
         total *= tl.load(scale_ptr + task)
+        column, rank = tl.arange(0, COLUMNS), tl.arange(0, RANKS)
         if is_b != 0:  # (d_out, r)
-            at = out_ptr + out_at + (column - first)[:, None] * stride + rank[None, :]
-            tl.store(at, total, mask=(column < end)[:, None] & (rank < ranks)[None, :])
+            b_at = out_ptr + out_at + column[:, None] * stride + rank[None, :]
+            tl.store(b_at, total, mask=(first + column < end)[:, None] & (rank < ranks)[None, :])
         else:  # (r, d_in)
-            at = out_ptr + out_at + rank[:, None] * stride + (column - first)[None, :]
-            tl.store(at, tl.trans(total), mask=(rank < ranks)[:, None] & (column < end)[None, :])
+            a_at = out_ptr + out_at + rank[:, None] * stride + column[None, :]
+            tl.store(a_at, tl.trans(total), mask=(rank < ranks)[:, None] & (first + column < end)[None, :])
 
 
 _TASKS: dict[tuple[object, ...], tuple[Tensor, Tensor, int]] = {}
@@ -179,7 +211,9 @@ def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Me
     """As `ops.thin.gradients`; the gradients are parts of one buffer."""
     (rows, d_in), total = x.shape, members.ranks[-1].stop
     width = min(64, max(16, triton.next_power_of_2(total)))
-    columns = 128 if rows >= 1024 else 64
+    columns = 64
+    places = [d_in, *(edge for part in (*members.rows, *members.ranks) for edge in (part.start, part.stop))]
+    aligned = all(place % 16 == 0 for place in places)
     table, scales, size = _tasks(members, d_in, columns, width, x.device)
     tasks, step = table.shape[0], 64
     pieces = _pieces(tasks, triton.cdiv(rows, step))
@@ -190,7 +224,8 @@ def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Me
         x, d_inner, dy, inner, out, table, scales, partial, _counters(x.device),
         rows, x.stride(0), d_inner.stride(0), dy.stride(0), inner.stride(0),
         ROWS_EACH=rows_each,
-        PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, num_warps=4, num_stages=4,
+        PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, ALIGNED=aligned,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     dA, at, found = out[: total * d_in].view(total, d_in), total * d_in, []
     for place, rank in zip(members.rows, members.ranks, strict=True):
@@ -198,3 +233,123 @@ def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Me
         found += [dA[rank], out[at : at + size].view(place.stop - place.start, -1)]
         at += size
     return found
+
+
+@triton.jit
+def _swiglu_narrow(
+    gate_up_ptr, thin_ptr, out_ptr, kept_ptr, partial_ptr, counter_ptr,
+    rows, width, thin_term, thin_rank, ranks, spare,
+    WIDTH_EACH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    SPARE: tl.constexpr,
+):  # fmt: skip
+    block, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, rank = block * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for first in range(0, WIDTH_EACH, COLUMNS):
+        column = piece * WIDTH_EACH + first + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        at = row[:, None] * 2 * width + column[None, :]
+        gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + at + width, mask=inside, other=0.0).to(tl.float32)
+        silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
+        active = (silu * up).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * (width + ranks + spare) + column[None, :], active, mask=inside)
+        thin_at = column[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
+        thin = tl.load(thin_ptr + thin_at, mask=(column < width)[:, None] & (rank < ranks)[None, :], other=0.0)
+        total = tl.dot(active, thin, total)
+    done = True
+    if PIECES > 1:
+        total, done = _summed(total, partial_ptr, counter_ptr, block, piece, PIECES, ROWS, RANKS)
+    if done:
+        inside = (row < rows)[:, None] & (rank < ranks)[None, :]
+        tail_at = out_ptr + row[:, None] * (width + ranks + spare) + width
+        tl.store(tail_at + rank[None, :], total, mask=inside)
+        if SPARE > 0:
+            _clear(tail_at + ranks, (row < rows)[:, None], spare, ROWS, SPARE)
+        tl.store(kept_ptr + row[:, None] * ranks + rank[None, :], total, mask=inside)
+
+
+def swiglu_narrow(gate_up: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """As `ops.thin.swiglu_narrow`."""
+    rows, width, ranks = gate_up.shape[0], gate_up.shape[1] // 2, thin.shape[1]
+    gate_up, out, kept = gate_up.contiguous(), gate_up.new_empty(rows, width + room), gate_up.new_empty(rows, ranks)
+    blocks, pieces, each, partial = _strips(gate_up, rows, width, ranks)
+    _swiglu_narrow[(blocks, pieces)](
+        gate_up, thin, out, kept, partial, _counters(gate_up.device),
+        rows, width, thin.stride(0), thin.stride(1), ranks, room - ranks,
+        WIDTH_EACH=each, PIECES=pieces, ROWS=_STRIP_ROWS, COLUMNS=_STRIP_COLUMNS, RANKS=_ranks(ranks),
+        SPARE=triton.next_power_of_2(room - ranks) if room > ranks else 0,
+    )  # fmt: skip
+    return out, kept
+
+
+@triton.jit
+def _swiglu_backward_narrow(
+    gate_up_ptr, d_out_ptr, thin_ptr, d_gate_up_ptr, out_ptr, partial_ptr, counter_ptr,
+    rows, width, thin_term, thin_rank, ranks, spare,
+    WIDTH_EACH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    SPARE: tl.constexpr,
+):  # fmt: skip
+    block, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, rank = block * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    kind = out_ptr.dtype.element_ty
+    for first in range(0, WIDTH_EACH, COLUMNS):
+        column = piece * WIDTH_EACH + first + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        at = row[:, None] * 2 * width + column[None, :]
+        gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + at + width, mask=inside, other=0.0).to(tl.float32)
+        d_out = tl.load(d_out_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        d_gate, d_up = (d_out * up * (sigmoid + silu * (1 - sigmoid))).to(kind), (d_out * silu).to(kind)
+        at += row[:, None] * (ranks + spare)
+        tl.store(d_gate_up_ptr + at, d_gate, mask=inside)
+        tl.store(d_gate_up_ptr + at + width, d_up, mask=inside)
+        tl.store(out_ptr + row[:, None] * width + column[None, :], silu.to(kind).to(tl.float32) * up, mask=inside)
+        thin_at = column[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
+        meant = (column < width)[:, None] & (rank < ranks)[None, :]
+        total = tl.dot(d_gate, tl.load(thin_ptr + thin_at, mask=meant, other=0.0), total)
+        total = tl.dot(d_up, tl.load(thin_ptr + width * thin_term + thin_at, mask=meant, other=0.0), total)
+    done = True
+    if PIECES > 1:
+        total, done = _summed(total, partial_ptr, counter_ptr, block, piece, PIECES, ROWS, RANKS)
+    if done:
+        tail_at = d_gate_up_ptr + row[:, None] * (2 * width + ranks + spare) + 2 * width
+        tl.store(tail_at + rank[None, :], total, mask=(row < rows)[:, None] & (rank < ranks)[None, :])
+        if SPARE > 0:
+            _clear(tail_at + ranks, (row < rows)[:, None], spare, ROWS, SPARE)
+
+
+def swiglu_backward_narrow(gate_up: Tensor, d_out: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """As `ops.thin.swiglu_backward_narrow`."""
+    (rows, width), ranks = d_out.shape, thin.shape[1]
+    gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
+    d_gate_up, out = gate_up.new_empty(rows, 2 * width + room), torch.empty_like(d_out)
+    blocks, pieces, each, partial = _strips(gate_up, rows, width, ranks)
+    _swiglu_backward_narrow[(blocks, pieces)](
+        gate_up, d_out, thin, d_gate_up, out, partial, _counters(gate_up.device),
+        rows, width, thin.stride(0), thin.stride(1), ranks, room - ranks,
+        WIDTH_EACH=each, PIECES=pieces, ROWS=_STRIP_ROWS, COLUMNS=_STRIP_COLUMNS, RANKS=_ranks(ranks),
+        SPARE=triton.next_power_of_2(room - ranks) if room > ranks else 0,
+    )  # fmt: skip
+    return d_gate_up, out
+
+
+_STRIP_ROWS, _STRIP_COLUMNS, _STRIPS = 64, 64, 528
+"""A strip of the activations is read and written by one block; so many strips keep a large GPU's memory busy."""
+
+
+def _ranks(ranks: int) -> int:
+    return max(16, triton.next_power_of_2(ranks))
+
+
+def _strips(like: Tensor, rows: int, width: int, ranks: int) -> tuple[int, int, int, Tensor]:
+    """How rows and columns are cut: blocks of rows, pieces of a row, columns of a piece; and memory for the sums."""
+    blocks, pieces = triton.cdiv(rows, _STRIP_ROWS), 1
+    while blocks * pieces * 2 <= _STRIPS and pieces * 2 * _STRIP_COLUMNS <= width:
+        pieces *= 2
+    each = triton.cdiv(triton.cdiv(width, pieces), _STRIP_COLUMNS) * _STRIP_COLUMNS
+    size = blocks * pieces * _STRIP_ROWS * _ranks(ranks) if pieces > 1 else 0
+    return blocks, pieces, each, like.new_empty(size, dtype=torch.float32)

@@ -6,6 +6,7 @@ Tolerance throughout: a fast path may be at most twice as far from float64 as th
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from loratune.config import LoraConfig
 from loratune.data.examples import Example
 from loratune.data.pack import make_row
 from loratune.lora.inject import attach
-from loratune.ops import layer
+from loratune.ops import layer, thin
 from loratune.ops.attention import document_attention
 from loratune.ops.logprobs import token_logprobs
 from loratune.training.course import Evaluated, Rows, StepDone
@@ -188,6 +189,37 @@ def test_elementwise_passes():
         for got, plain, true in zip(*(r if isinstance(r, tuple) else (r,) for r in (fast, slow, exact)), strict=True):
             meant = true != 0  # where a row has room the reference has zeros, and the kernel what it found there
             assert_as_good(got[meant], plain[meant], true[meant], function.__name__)
+
+
+@pytest.mark.parametrize(("tokens", "d_in", "d_outs"), [(512, 1024, (1024, 256, 256)), (3000, 1088, (4000,))])
+def test_products_with_a_thin_operand(tokens, d_in, d_outs):
+    """Against float64, and the same bits every time whichever block ends last."""
+    torch.manual_seed(4)
+    d_out, ranks, room = sum(d_outs), 16 * len(d_outs), 64
+    matrix = torch.randn(d_out + room, d_in + room, device="cuda", dtype=BF16) / 32
+    matrix[d_out + ranks :] = matrix[:, d_in + ranks :] = 0.0
+    x, dy = (torch.randn(tokens, width + room, device="cuda", dtype=BF16) for width in (d_in, d_out))
+    ends = torch.tensor([0, *d_outs]).cumsum(0).tolist()
+    members = thin.Members(
+        [slice(a, b) for a, b in itertools.pairwise(ends)],
+        [slice(16 * i, 16 * i + 16) for i in range(len(d_outs))],
+        [1.0, 2.0, 0.5][: len(d_outs)],
+    )
+    lora_A, lora_B = matrix[d_out : d_out + ranks, :d_in].T, matrix[:d_out, d_in : d_in + ranks]
+    inner = x[:, d_in : d_in + ranks]
+    for function, arguments in (
+        (thin.narrow, (x[:, :d_in], lora_A)),
+        (thin.narrow, (dy[:, :d_out], lora_B)),
+        (thin.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members)),
+        (thin.swiglu_narrow, (x[:, :512].contiguous(), lora_A[:256], 64)),
+        (thin.swiglu_backward_narrow, (x[:, :512].contiguous(), dy[:, :256].contiguous(), lora_B[:512], 64)),
+    ):
+        reference = function.__wrapped__
+        exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
+        results = [function(*arguments), reference(*arguments), exact, function(*arguments)]
+        for fast, slow, true, again in zip(*([r] if torch.is_tensor(r) else r for r in results), strict=True):
+            assert_as_good(fast, slow, true, function.__name__)
+            assert torch.equal(fast, again), function.__name__
 
 
 ROWS = [

@@ -31,18 +31,32 @@ def close(got, exact, what):
 for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
     wide, thin_factor = half(rows, terms + 9)[:, :terms], half(ranks, terms).T
     for factor in (thin_factor, half(terms, ranks + 5)[:, :ranks]):
-        tail = half(rows, ranks + 7)
-        behind = tail[:, ranks:].clone()
+        whole = half(rows, ranks + 17)
+        tail, behind = whole[:, : ranks + 5], whole[:, ranks + 5 :].clone()
         exact = wide.double() @ factor.double()
         for keep in (True, False):
             copy = torch.zeros(rows, terms + 3, dtype=torch.float16)
-            kept = thin_kernels.narrow(wide, factor, tail[:, :ranks], keep, copy[:, :terms])
+            kept = thin_kernels.narrow(wide, factor, tail, keep, copy[:, :terms])
             assert torch.equal(copy[:, :terms], wide) and not copy[:, terms:].any()
             close(tail[:, :ranks], exact, "tail")
             close(kept, exact, "kept")
             assert (kept.data_ptr() == tail.data_ptr()) != keep
-        assert torch.equal(tail[:, ranks:], behind)
+        assert not tail[:, ranks:].any() and torch.equal(whole[:, ranks + 5 :], behind)
         close(thin_kernels.narrow(wide, factor), exact, "alone")
+assert not thin_kernels._counters(torch.device("cpu")).any()
+
+for rows, width, ranks in ((1, 40, 16), (70, 900, 64), (1030, 300, 5)):
+    gate_up, d_out = half(rows, 2 * width), half(rows, width)
+    lora_A, lora_B = half(ranks, width + 3)[:, :width].T, half(2 * width, ranks + 3)[:, :ranks]
+    forward, backward = ("swiglu_narrow", gate_up, lora_A, 64), ("swiglu_backward_narrow", gate_up, d_out, lora_B, 64)
+    for name, *arguments in (forward, backward):
+        reference = getattr(thin, name).__wrapped__(
+            *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments)
+        )
+        for a, b in zip(getattr(thin_kernels, name)(*arguments), reference, strict=True):
+            close(a[:, :width], b[:, :width], name)
+            assert a.shape == b.shape
+            close(a, b, name)
 assert not thin_kernels._counters(torch.device("cpu")).any()
 
 for rows in (1, 130, 1100):
@@ -65,13 +79,14 @@ def test_every_kernel_equals_its_reference():
 
 
 def test_narrow_fills_the_room_it_is_given():
-    wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.zeros(6, 8)
+    wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.ones(6, 9)
     copy = torch.zeros(6, 40)
     kept = narrow(wide, thin, room[:, 5:], copy=copy)
     assert torch.equal(copy, wide)
     assert torch.equal(kept, wide @ thin)
-    assert torch.equal(room[:, 5:], kept)
-    assert not room[:, :5].any()
+    assert torch.equal(room[:, 5:8], kept)
+    assert room[:, :5].all()
+    assert not room[:, 8:].any()
     assert narrow(wide, thin, room[:, 5:], keep=False).data_ptr() == room[:, 5:].data_ptr()
 
 

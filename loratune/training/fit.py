@@ -27,7 +27,7 @@ from loratune.training import budget, devices
 from loratune.training.budget import Bytes, Setting
 from loratune.training.devices import Device
 from loratune.training.objectives import sft
-from loratune.training.optim import masters_on_host
+from loratune.training.optim import STATE_BYTES, masters_on_host
 from loratune.training.step import _row_objective
 from loratune.training.survey import Survey, ranks_of, survey
 from loratune.units import bytes_of, size
@@ -66,7 +66,7 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
         return Fit(forward.plan, None, 0, 0)
     limit = _limit(config, device)
     trainable = sum(parameter.numel() for parameter in parameters.values())
-    setting = Setting(tokens, config.gradient_accumulation_steps)
+    setting = Setting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
     what = _survey(forward, trainable)
     for plan in _plans(what, setting, config, device, limit, layers):
         forward.plan = plan

@@ -213,14 +213,16 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
     before = list(layers)
     plan = plan or Plan.uniform(Level.NONE, len(before))
     below = block.Passage(0)
-    for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
-        layers[index] = FusedLayer.from_base(base, copies, options, block.Keep(level, plan.tile, index, host), below)
-        below = layers[index].behind.up  # type: ignore[union-attr, assignment]
     decoder = model.get_decoder()
     norm = getattr(decoder, "norm", None)
-    if isinstance(norm, nn.Module) and type(norm) is type(getattr(before[0], "input_layernorm", None)):
-        decoder.norm = FusedNorm.from_base(norm)
     try:
+        for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
+            keep = block.Keep(level, plan.tile, index, host)
+            layer = layers[index] = FusedLayer.from_base(base, copies, options, keep, below)
+            below = layer.behind.up
+        del layer  # or its matrices would live on beside the weights that `copies.end` separates from them
+        if type(norm) is type(getattr(before[0], "input_layernorm", None)) and isinstance(norm, nn.Module):
+            decoder.norm = FusedNorm.from_base(norm)
         yield copies
     finally:
         if norm is not None:

@@ -12,7 +12,6 @@ from loratune.config import Optim, TrainConfig
 from loratune.ops.host import mapped_zeros
 from loratune.training.compact import BLOCK, CompactAdamW
 
-
 STATE_BYTES: dict[Optim, float] = {"adamw": 8.0, "adamw_8bit": 2 * (BLOCK + 4) / BLOCK, "adamw_offload": 0.0}
 """Of the GPU's memory, for each trained parameter."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     if trained:
         steps, values = zip(*trained, strict=True)
         axes.plot(steps, values, color="#b8c4d6", linewidth=1.0)
-        axes.plot(steps, _smooth(values), color="#2f5d9b", linewidth=2.0, label="training")
+        axes.plot(steps, smooth(values), color="#2f5d9b", linewidth=2.0, label="training")
     if held_out:
         steps, values = zip(*held_out, strict=True)
         axes.plot(steps, values, color="#d1603d", linewidth=1.6, marker="o", markersize=4.5, label="held-out")
@@ -82,7 +82,7 @@ def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     atomic.write_bytes(path, image.getvalue())
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean with a memory of a thirtieth of the run, started at the first value."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     smooth, current = [], values[0]

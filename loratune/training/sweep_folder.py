@@ -28,7 +28,6 @@ from loratune.training import metrics
 
 STATE_FILE, JOBS_FILE = "sweep.json", "jobs.toml"
 RESULTS_FILE, PLOT_FILE, CARD_FILE = "results.json", "sweep.png", "README.md"
-_COLORS = ("#2f5d9b", "#d1603d", "#4b8f6a", "#8a5fa8", "#b8860b", "#3d9bb5", "#c2577e", "#6b7280")
 
 
 @dataclass
@@ -123,32 +122,36 @@ def write_results(out: Path, standings: Sequence[Standing], model: str) -> None:
 
 
 def plot(out: Path, standings: Sequence[Standing]) -> None:
-    """One picture of all jobs: held-out loss, or training loss where nothing is held out, over the steps."""
+    """One picture of all jobs: training and held-out loss over the steps, coloured by place, the best darkest."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    curves = {s.name: _curve(metrics.read(out / s.name / "metrics.jsonl")) for s in standings}
-    figure = Figure(figsize=(9.6, 4.8), dpi=140, layout="constrained")
-    axes = figure.subplots()
-    for place, (name, points) in enumerate(curves.items()):
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        color, style = _COLORS[place % len(_COLORS)], ("-", "--", ":")[place // len(_COLORS) % 3]
-        width = 2.4 if place == 0 else 1.3
-        axes.plot(steps, values, color=color, linestyle=style, linewidth=width, label=f"{place + 1}  {name}")
-        axes.plot(steps[-1:], values[-1:], color=color, marker="o", markersize=4)
-    losses = [loss for points in curves.values() for _, loss in points]
-    if losses and min(losses) > 0 and max(values) > 10 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    held_out = any(s.eval_loss is not None for s in standings)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"{'held-out' if held_out else 'training'} loss (nats per trained token)")
-    axes.set_title(f"{out.name}: {len(standings)} jobs, best first", loc="left", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if losses:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure = Figure(figsize=(11.0, 4.6), dpi=140, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    colors = colormaps["viridis"].resampled(max(2, len(standings) + 1))
+    files = [metrics.read(out / standing.name / "metrics.jsonl") for standing in standings]
+    for axes, key, title in zip(panels, ("loss", "eval_loss"), ("training", "held-out"), strict=True):
+        curves = [_curve(lines, key) for lines in files]
+        for place, points in reversed(list(enumerate(curves))):  # the best on top
+            if points:
+                steps, values = zip(*points, strict=True)
+                shown = metrics.smooth(values) if key == "loss" else values
+                width, marker = (2.6 if place == 0 else 1.3), (None if key == "loss" else "o")
+                label = f"{place + 1}  {standings[place].name}"
+                axes.plot(
+                    steps, shown, color=colors(place), linewidth=width, marker=marker, markersize=3.5, label=label
+                )
+        losses = [loss for points in curves for _, loss in points]
+        if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("optimizer step")
+        axes.set_title(f"{title} loss, nats per trained token", loc="left", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     atomic.write_bytes(out / PLOT_FILE, image.getvalue())
@@ -202,9 +205,5 @@ def number(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def _curve(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    for key in ("eval_loss", "loss"):
-        points = [(m["step"], m[key]) for m in lines if m.get(key) is not None and math.isfinite(m[key])]
-        if points:
-            return points
-    return []
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(m["step"], m[key]) for m in lines if m.get(key) is not None and math.isfinite(m[key])]

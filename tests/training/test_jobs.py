@@ -13,6 +13,7 @@ from loratune.lora.bank import Bank
 from loratune.lora.files import load_adapter
 from loratune.lora.inject import attach
 from loratune.training import checkpoint
+from loratune.training.bank_graph import BankGraph
 from loratune.training.course import Evaluated, StepDone
 from loratune.training.jobs import Failed, Job, Jobs, Paused, Started
 from loratune.training.loop import Ended, Loop
@@ -236,3 +237,17 @@ def test_all_advance_at_the_same_pace_each_at_its_own_batch_size():
     events, _ = together([job("small", seed=1, max_steps=20, held_out=False), large], tokens=96, during=watch)
     assert max(gaps) <= 2  # a step of one is a quarter of a step of the other, and rows are filled part by part
     assert len(losses(events["large"])) == len(losses(events["small"])) == 20
+
+
+def test_the_step_that_a_gpu_records_trains_the_same_jobs(monkeypatch):
+    """The same work launch by launch: tables on the device say whose a token is and which slots update now.
+
+    Its AdamW adds in another order than PyTorch's, so 50 steps may differ by ten times what the plain step may.
+    """
+    plain, plain_weights = together(five())
+    monkeypatch.setattr("loratune.training.jobs.step_of", lambda *given: BankGraph(*given, record=False))
+    events, weights = together(five(), slots=2)
+    for one in five():
+        assert losses(events[one.name]) == pytest.approx(losses(plain[one.name]), rel=1e-4)
+        for path, weight in plain_weights[one.name].items():
+            assert torch.allclose(weights[one.name][path], weight, rtol=0, atol=1e-3)

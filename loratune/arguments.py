@@ -59,12 +59,22 @@ class Train(RunConfig):
 
 @dataclass(kw_only=True)
 class Sweep:
-    """Train many adapters at once over one base, compare them, and keep each as a run of its own."""
+    """Train many adapters at once over one base, compare them, and keep each as a run of its own.
+
+    The jobs file has the settings of train: above, what all jobs share; under [grid], lists of what varies;
+    under [[job]] tables, what single jobs have of their own; under [halving], at = [0.25, 0.5] and keep = 0.5:
+
+        data = ["train.jsonl"]
+        max_steps = 200
+        [grid]
+        learning_rate = [1e-4, 3e-4, 1e-3]
+        r = [8, 64]
+    """
 
     model: ModelName
     """Base model: a local folder, a hub id, or "loratune/pocket"."""
     jobs: JobsFile
-    """TOML file with what the jobs share, a [grid] to vary, or [[job]] tables; README.md has an example."""
+    """TOML file with the jobs."""
     out: Folder
     """Folder for the ranking and one folder per job."""
     at_once: int | None = None

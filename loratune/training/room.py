@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -41,7 +43,12 @@ def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) ->
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the GPU, or of the machine's main memory."""
+    """Of the GPU; or of main memory what Linux says is available, elsewhere half of all there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        if available is not None:
+            return int(available[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -60,9 +60,10 @@ def summary(result: SweepResult, console: Console) -> None:
     columns = settings_shown(result.standings)
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("", justify="right", style="dim")
-    table.add_column("job", overflow="fold")
+    names = [len(standing.name) for standing in result.standings]
+    table.add_column("job", overflow="fold", min_width=min(max(names), 32))
     for column in [*columns, "held-out loss", "at step", "training loss", "steps"]:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace("learning_rate", "rate"), justify="right")
     table.add_column("state", overflow="fold")
     for place, standing in enumerate(result.standings, start=1):
         *cells, state = row_of(standing, columns)

@@ -30,10 +30,7 @@ from loratune.ops import layer
 from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
-from loratune.ops.thin import Members, gradients, narrow, swiglu_backward_narrow, swiglu_narrow
-
-narrow, gradients = narrow.__wrapped__, gradients.__wrapped__  # XXX until measured
-swiglu_narrow, swiglu_backward_narrow = swiglu_narrow.__wrapped__, swiglu_backward_narrow.__wrapped__
+from loratune.ops.thin import Members, gradients, narrow
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,7 @@ class Projection:
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
-        if self._border is None or self.lora_A is None:
-            return self.forward(layer.swiglu(gate_up))
-        active, inner = swiglu_narrow(gate_up, self.lora_A.T, self.room)
-        return self._wide(active), inner
+        return self.forward(layer.swiglu(gate_up, self.room))
 
     def swiglu_backward(
         self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
@@ -114,12 +108,8 @@ class Projection:
             inner, after, d_inner: asked for by a bank's (`ops.bank`).
         Returns: gradient of gate_up, to be handed on to `d_input` and `d_adapters`; swiglu(gate_up); and `d_inner`.
         """
-        if self._border is None or self.lora_B is None:
-            d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
-            return d_gate_up, active, self.d_inner(d_gate_up)
-        d_gate_up, active = swiglu_backward_narrow(gate_up, d_active, self.lora_B, self.room)
-        d_out, ranks = self.lora_B.shape
-        return d_gate_up, active, d_gate_up[:, d_out : d_out + ranks]
+        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.room)
+        return d_gate_up, active, self.d_inner(d_gate_up)
 
     def d_inner(self, dy: Tensor) -> Tensor | None:
         """(N, D) or (N, D + room), which is filled in -> gradient of x Aᵀ, (N, R)."""

@@ -17,10 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratune.ops.layer import swiglu, swiglu_backward, with_kernel
-
-_MAX_RANKS = 64
-"""Ranks whose sums a block holds beside an activation; with more, the activation and its product are two passes."""
+from loratune.ops.layer import with_kernel
 
 
 def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
@@ -47,38 +44,6 @@ def narrow(
     tail[:, :ranks] = product
     tail[:, ranks:] = 0
     return product if keep else tail[:, :ranks]
-
-
-def _fits(gate_up: Tensor, *rest: Tensor | int) -> bool:
-    thin = rest[-2]
-    return isinstance(thin, Tensor) and _half_on_gpu(gate_up, thin) and thin.shape[1] <= _MAX_RANKS
-
-
-@with_kernel(_fits, "thin_kernels")
-def swiglu_narrow(gate_up: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """`layer.swiglu` with its product.
-
-    Args:
-        gate_up: (N, 2 m), and thin: (m, R).
-        room: at least R.
-    Returns: [active, active @ thin, 0], (N, m + room), and the product again, (N, R), in memory of its own.
-    """
-    active, width = swiglu(gate_up, room), thin.shape[0]
-    return active, narrow(active[:, :width], thin, active[:, width:])
-
-
-@with_kernel(_fits, "thin_kernels")
-def swiglu_backward_narrow(gate_up: Tensor, d_out: Tensor, thin: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """`layer.swiglu_backward` with its product.
-
-    Args:
-        gate_up: (N, 2 m), d_out: (N, m), and thin: (2 m, R).
-        room: at least R.
-    Returns: [d, d @ thin, 0], (N, 2 m + room), with d the gradient of `gate_up`, and the activation, (N, m).
-    """
-    (d_gate_up, active), width = swiglu_backward(gate_up, d_out, room), thin.shape[0]
-    narrow(d_gate_up[:, :width], thin, d_gate_up[:, width:], keep=False)
-    return d_gate_up, active
 
 
 @dataclass(frozen=True)

@@ -45,20 +45,6 @@ for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
         close(thin_kernels.narrow(wide, factor), exact, "alone")
 assert not thin_kernels._counters(torch.device("cpu")).any()
 
-for rows, width, ranks in ((1, 40, 16), (70, 900, 64), (1030, 300, 5)):
-    gate_up, d_out = half(rows, 2 * width), half(rows, width)
-    lora_A, lora_B = half(ranks, width + 3)[:, :width].T, half(2 * width, ranks + 3)[:, :ranks]
-    forward, backward = ("swiglu_narrow", gate_up, lora_A, 64), ("swiglu_backward_narrow", gate_up, d_out, lora_B, 64)
-    for name, *arguments in (forward, backward):
-        reference = getattr(thin, name).__wrapped__(
-            *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments)
-        )
-        for a, b in zip(getattr(thin_kernels, name)(*arguments), reference, strict=True):
-            close(a[:, :width], b[:, :width], name)
-            assert a.shape == b.shape
-            close(a, b, name)
-assert not thin_kernels._counters(torch.device("cpu")).any()
-
 for rows in (1, 130, 1100):
     x, dy = half(rows, 170 + 3)[:, :170], half(rows, 170)
     d_inner, inner = half(rows, 64), half(rows, 64)

@@ -1,0 +1,50 @@
+"""The kernels of thin products compile for a GPU where there is none: the interpreter forgives more than Triton does."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+CONSTANTS = {
+    "_narrow": {
+        "TERMS_EACH": 256,
+        "PIECES": 2,
+        "TAIL": 1,
+        "KEEP": 1,
+        "COPY": 1,
+        "SPARE": 64,
+        "ROWS": 64,
+        "TERMS": 128,
+    },
+    "_gradients": {"ROWS_EACH": 128, "PIECES": 2, "COLUMNS": 64, "ROWS": 64, "ALIGNED": 1},
+}
+POINTERS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_kernel_compiles_and_reads_whole_vectors(name):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from loratune.ops import thin_kernels
+
+    kernel, constants = getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "thin_rank": 1}
+    signature, hints = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        signature[argument] = POINTERS.get(argument, "*bf16") if argument.endswith("_ptr") else "i32"
+        hints[index,] = [["tt.divisibility", 16]]  # what a launch finds for widths that are multiples of 16
+    if name == "_gradients":
+        signature["out_ptr"] = "*fp32"
+    values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values, hints),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "num_stages": 3},
+    )
+    assert "cp.async.cg" in compiled.asm["ptx"], "the loads of the loop are not 16 bytes each, started in advance"

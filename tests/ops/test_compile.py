@@ -1,4 +1,4 @@
-"""The kernels of thin products compile for a GPU where there is none: the interpreter forgives more than Triton does."""
+"""The kernels of thin products compile, on a machine without a GPU: the interpreter forgives what Triton rejects."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import json
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from loratune.training.step import evaluate_loss, train_step
 
 BOX = Path(__file__).parent.parent / "loratune" / "box"
 RANK, RATE = 16, 2e-3
+Data = tuple[list[Row], list[Row]]
 
 
-def rows_of(given: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row]]:
+def rows_of(given: argparse.Namespace, seed: int) -> Data:
     """Rows of `steps` updates, and the held-out rows."""
     tokenizer = load_tokenizer(given.model)
     settings = DataConfig(tokens_per_row=given.tokens, eval_data=[given.heldout], num_proc=1)
@@ -53,9 +55,9 @@ def rows_of(given: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row]]
     return rows[: given.steps], list(rows_of_epoch(dataset.eval, given.tokens, pad, seed=0, epoch=0))
 
 
-def ours(given: argparse.Namespace, precision: str, seed: int, start: Path) -> dict[str, object]:
+def ours(given: argparse.Namespace, precision: str, seed: int, data: Data, start: Path) -> dict[str, object]:
     """Trained by this package; leaves its first adapter at `start`."""
-    rows, heldout = rows_of(given, seed)
+    rows, heldout = data
     model = load(given.model, precision, given.device)  # type: ignore[arg-type]
     before, after = _evaluated(model, heldout), {}
     attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK), seed=seed)
@@ -79,12 +81,12 @@ def _evaluated(model: Any, heldout: list[Row]) -> float:
         return evaluate_loss(forward, heldout)[0]
 
 
-def peer(given: argparse.Namespace, seed: int, start: Path) -> dict[str, object]:
+def peer(given: argparse.Namespace, seed: int, data: Data, start: Path) -> dict[str, object]:
     """bitsandbytes + PEFT from the adapter at `start`."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    rows, heldout = rows_of(given, seed)
+    rows, heldout = data
     how = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
@@ -162,9 +164,10 @@ def main() -> None:
     with open(given.out, "a", encoding="utf-8") as out, tempfile.TemporaryDirectory() as folder:
         for seed in range(given.seeds):
             start = Path(folder) / f"start-{seed}"
-            runs = [lambda: ours(given, "bfloat16", seed, start), lambda: ours(given, "nf4", seed, start)]  # noqa: B023
+            data = rows_of(given, seed)
+            runs = [partial(ours, given, precision, seed, data, start) for precision in ("bfloat16", "nf4")]
             if not given.no_peers:
-                runs.append(lambda: peer(given, seed, start))  # noqa: B023
+                runs.append(partial(peer, given, seed, data, start))
             for run in runs:
                 line = {"model": given.model, "device": given.device, "torch": torch.__version__} | run()
                 print(json.dumps(line), flush=True)

@@ -359,10 +359,14 @@ def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes of numbers around zero, and the scale of each group."""
+    """8-bit codes of numbers around zero, and the scale of each group.
+
+    Halfway between two values of the book the even code is taken: so ends the binary search of bitsandbytes' kernel.
+    """
     scale, unit = _normalised(absmax, GROUP)
-    bounds = _bounds(dynamic_book(absmax.device))
-    return torch.bucketize(unit.view(-1)[: absmax.numel()], bounds, out_int32=True).to(torch.uint8), scale
+    unit, bounds = unit.view(-1)[: absmax.numel()], _bounds(dynamic_book(absmax.device))
+    lower, upper = (torch.bucketize(unit, bounds, out_int32=True, right=right) for right in (False, True))
+    return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8), scale
 
 
 def _normalised(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -293,31 +294,25 @@ class Tables:
 
     def set_row(self, pool: Pool) -> None:
         """Takes up the segments of the next row: one copy, which the host does not wait for."""
-        blocks: list[list[int]] = []
-        order: list[list[int]] = [[] for _ in range(self.slots)]
+        used = max((-(-segment.stop // BLOCK) for segment in pool.segments), default=0)
+        host = np.full(self._head + 8 * max(self._used, used), -1, dtype=np.int32)
+        starts, blocks = host[: self._head], host[self._head :].reshape(-1, 8)
+        self._used = used
         for segment in pool.segments:
             first, last = segment.start // BLOCK, -(-segment.stop // BLOCK)
-            blocks += [[-1] * 8 for _ in range(len(blocks), first)]
-            order[segment.slot] += range(first, last)
-            probability = 0.0 if segment.key is None else pool.dropout[segment.slot]
             low, high = halves(segment.key or 0)
-            for block in range(first, last):
-                position = segment.position + block * BLOCK - segment.start
-                blocks.append([segment.slot, position, low, high, threshold(probability), -1, -1, -1])
-        for nth, block in enumerate(block for own in order for block in own):
-            blocks[nth][5] = block
-        used = max(self._used, len(blocks))
-        self._used = len(blocks)
-        blocks += [[-1] * 8 for _ in range(len(blocks), used)]
-        starts = [0]
-        for own in order:
-            starts.append(starts[-1] + len(own))
-        host = torch.tensor(
-            starts + [number for block in blocks for number in block], dtype=torch.int32, device="cpu"
-        )
+            dropped = 0 if segment.key is None else threshold(pool.dropout[segment.slot])
+            position = segment.position + BLOCK * first - segment.start
+            blocks[first:last, :5] = segment.slot, position, low, high, dropped
+            blocks[first:last, 1] += BLOCK * np.arange(last - first, dtype=np.int32)
+        order = np.argsort(blocks[:, 0], kind="stable")[int((blocks[:, 0] < 0).sum()) :]
+        blocks[: len(order), 5] = order
+        starts[0] = 0
+        starts[1:] = np.bincount(blocks[order, 0], minlength=self.slots).cumsum()
+        row = torch.from_numpy(host)
         if self.device.type == "cuda":
-            host = host.pin_memory()
-        self._row[: len(host)].copy_(host, non_blocking=True)
+            row = row.pin_memory()
+        self._row[: len(row)].copy_(row, non_blocking=True)
 
     def thin_forward(self, p: BankProjection, x: Tensor) -> Tensor:
         """As `ops.bank.thin_forward`."""

@@ -41,6 +41,10 @@ _A, _B = 1, 2
 """Columns of an entry: the offsets of the two factors."""
 
 
+OF_LAYERS = ["lane0", "lane1", "lane2", "salt0", "salt1", "salt2"]
+"""Arguments whose values are those of one layer, for none of which a kernel is to be compiled apart."""
+
+
 @triton.jit
 def _finalise(x):
     """MurmurHash3's 32-bit finaliser, as `ops.dropout` has it."""
@@ -66,7 +70,7 @@ def _of(member, first, second, third):
     return tl.where(member == 0, first, tl.where(member == 1, second, third))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_LAYERS)
 def _thin(
     wide_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
     tokens, slots, max_rank, wide_stride, out_stride,
@@ -108,7 +112,7 @@ def _thin(
             tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=there & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_LAYERS)
 def _wide(
     inner_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
     tokens, slots, max_rank, inner_stride, out_stride,
@@ -159,7 +163,7 @@ def _wide(
             tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_LAYERS)
 def _outer(
     inner_ptr, wide_ptr, gradient_ptr, entries_ptr, scaling_ptr, blocks_ptr, starts_ptr, keep_ptr,
     tokens, slots, max_rank, inner_stride, wide_stride,

@@ -74,7 +74,7 @@ def _gate_and_up(
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lane0", "lane1"])
 def _swiglu(
     gate_up_ptr, inner_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr,
     tokens, slots, max_rank, width, inner_stride, lane0, lane1,
@@ -94,7 +94,7 @@ def _swiglu(
     tl.store(out_ptr + row[:, None] * width + column[None, :], active.to(kind), mask=there & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lane0", "lane1", "lane2", "salt"])
 def _swiglu_backward(
     gate_up_ptr, inner_ptr, d_active_ptr, d_inner_ptr, d_gate_up_ptr, active_ptr,
     work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,

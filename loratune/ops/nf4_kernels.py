@@ -24,8 +24,8 @@ def _dequantise(
     first, count, width, stride, pitch,
     NESTED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    # Counted in blocks: `count` of them in rows of `width`, which begin every `stride` blocks from `first` on. Rows of
-    # the output begin every `pitch` elements.
+    # Counted in blocks: `count` of them in rows of `width`, which begin every `stride` blocks from `first` on. Rows
+    # of the output begin every `pitch` elements.
     target = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = target < count
     source = first + target // width * stride + target % width

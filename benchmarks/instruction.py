@@ -169,9 +169,15 @@ def unsloth(shape: str, count: int) -> dict[str, object]:
 
 
 def _packed(documents: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """One row: (1, T) tokens, labels (the first of each document is not predicted), restarting positions."""
+    """One row of `ROW` tokens: labels (the first of each document is not predicted), restarting positions.
+
+    Filled up with a document that is not trained: rows of one length spare a compiler that specialises on it.
+    """
     import torch
 
+    spare = ROW - sum(len(ids) for ids, _ in documents)
+    if spare:
+        documents = [*documents, (np.zeros(spare, dtype=np.int64), np.zeros(spare, dtype=np.float32))]
     ids = np.concatenate([ids for ids, _ in documents])
     labels = np.concatenate([np.where((w > 0) & (np.arange(len(w)) > 0), ids, -100) for ids, w in documents])
     positions = np.concatenate([np.arange(len(ids)) for ids, _ in documents])

@@ -116,13 +116,12 @@ def folder_of(shape: str) -> Path:
     """A folder with the random model and a tokenizer of bytes; written once and kept in the temporary directory."""
     folder = Path(tempfile.gettempdir()) / f"random-{shape}"
     if not (folder / "complete").exists():
-        command = [sys.executable, "-c", f"from benchmarks.peers import write_folder; write_folder({shape!r})"]
-        subprocess.run(command, check=True)
+        write_folder(shape)
     return folder
 
 
 def write_folder(shape: str, device: str = "cuda") -> None:
-    """Writes `folder_of`; in a process of its own, because Unsloth changes transformers on import."""
+    """Writes `folder_of`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

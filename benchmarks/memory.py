@@ -5,7 +5,7 @@
     python -m benchmarks.memory long SHAPE PRECISION LAYERS CAP:TOKENS:PLAN [...]     one document, one step
     python -m benchmarks.memory steps                         10,000 steps of the model in the box on its own data
     python -m benchmarks.memory cpu                           the estimate on a CPU beside the process's peak
-    python -m benchmarks.memory estimate                      what is estimated beside what is measured, 29 settings
+    python -m benchmarks.memory estimate                      what is estimated beside what is measured, 26 settings
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained, as in `benchmarks.ladder`. A PLAN is LEVEL, LEVEL/TILE, or LEVELxN+LEVEL[/TILE]: the first for the
@@ -126,9 +126,8 @@ ESTIMATED = [
     ("l1b", 0, "bf16", 16, 1, 512, "none", ""), ("l1b", 0, "bf16", 16, 4, 2048, "none", ""),
     ("l1b", 0, "bf16", 16, 4, 2048, "full/2048", "uneven"), ("l1b", 0, "nf4", 16, 4, 2048, "offload", ""),
     ("q0_6b", 0, "bf16", 16, 2, 2048, "none", ""), ("q0_6b", 0, "bf16", 8, 2, 2048, "selective", "uneven"),
-    ("q0_6b", 0, "nf4", 64, 1, 16384, "full", ""), ("l7b", 0, "bf16", 16, 4, 2048, "none", ""),
-    ("l7b", 0, "bf16", 16, 4, 2048, "offload/2048", ""), ("l7b", 0, "nf4", 16, 4, 2048, "fullx16+none", ""),
-    ("l7b", 0, "nf4", 16, 1, 2048, "offload/1024", "uneven"),
+    ("q0_6b", 0, "nf4", 64, 1, 16384, "full", ""), ("q0_6b", 0, "nf4", 64, 4, 2048, "staged/2048", "uneven"),
+    ("l1b", 0, "nf4", 16, 4, 2048, "hosted", ""),
 ]  # fmt: skip
 
 
@@ -166,28 +165,30 @@ def cap_at(gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction((gib * GIB - CONTEXT) / whole if gib else 1.0)
 
 
-def frontier(shape: str, batch: int, tokens: int, precision: str, caps: list[float]) -> Iterator[dict[str, object]]:
-    """What `auto` chooses under each cap, and how fast that is."""
+def frontier(shape: str, batch: int, tokens: int, precision: str, caps: list[str]) -> Iterator[dict[str, object]]:
+    """What `auto` chooses under each cap, and how fast that is; a cap is GiB, or BATCHxTOKENS:GiB."""
     forward = prepared(shape, precision)
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True, dropout=0.0)
-    setting = Setting(batch * tokens, even=True)
-    for cap in caps:
-        found: dict[str, object] = {"cap_gib": cap}
+    for text in caps:
+        size, _, own = text.rpartition(":")
+        rows = [int(n) for n in (size or f"{batch}x{tokens}").split("x")]
+        cap, setting = float(own), Setting(rows[0] * rows[1], even=True)
+        found: dict[str, object] = {"cap_gib": cap, "batch": rows[0], "tokens": rows[1]}
         choice = choose(what, setting, named("H200"), int(cap * GIB))
         if choice is None:
             yield found | {"error": "no plan fits"}
             continue
         cap_at(cap)
         found |= {"estimated_gib": round(choice.bytes.allocated / GIB, 3)}
-        found |= {"estimated_tok_s": round(batch * tokens / choice.seconds)}
+        found |= {"estimated_tok_s": round(setting.tokens / choice.seconds)}
         try:
-            found |= measure(forward, batch, tokens, choice.plan)
+            found |= measure(forward, rows[0], rows[1], choice.plan, 3)
         except torch.OutOfMemoryError as error:
             found |= {"plan": str(choice.plan), "error": str(error).splitlines()[0]}
-        yield found
         cap_at(0)
+        yield found
 
 
 def long_document(shape: str, precision: str, layers: int, cases: list[str]) -> Iterator[dict[str, object]]:
@@ -246,14 +247,21 @@ def many_steps() -> None:
             if isinstance(event, StepDone):
                 seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
                 if event.step in (1, 2, 3, 10, 100, 1000, 2500, 5000, 7500, 9999, 10_000):
-                    print(json.dumps({"step": event.step, "allocated": seen[-1][0], "reserved": seen[-1][1]}))
+                    print(
+                        json.dumps({"step": event.step, "allocated": seen[-1][0], "reserved": seen[-1][1]}),
+                        flush=True,
+                    )
         behind = {allocated for allocated, _ in seen[1:]}
-        print(json.dumps({"different_counts_behind_step_2": len(behind), "spread_bytes": max(behind) - min(behind)}))
+        print(
+            json.dumps({"different_counts_behind_step_2": len(behind), "spread_bytes": max(behind) - min(behind)}),
+            flush=True,
+        )
 
 
 CPU = {
-    "llama": (LlamaConfig, {"num_key_value_heads": 8}), "qwen3": (Qwen3Config, {"num_key_value_heads": 4, "head_dim": 64}),
-    "gpt2": (GPT2Config, {}), "phi3": (Phi3Config, {"num_key_value_heads": 8, "pad_token_id": 0}),
+    "llama": (LlamaConfig, {"num_key_value_heads": 8}), "gpt2": (GPT2Config, {}),
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 4, "head_dim": 64}),
+    "phi3": (Phi3Config, {"num_key_value_heads": 8, "pad_token_id": 0}),
 }  # fmt: skip
 CPU_CASES = [
     ("llama", 1024, 8, "none"), ("llama", 4096, 8, "none"), ("llama", 4096, 64, "full"), ("qwen3", 2048, 8, "none"),
@@ -264,8 +272,8 @@ CPU_CASES = [
 def on_cpu(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
     """Peak of this process over three steps, beside what was estimated before the model was made."""
     kind, own = CPU[name]
-    config = kind(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=8000,
-                  max_position_embeddings=4096, **own)  # fmt: skip
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = kind(**shape, vocab_size=8000, max_position_embeddings=4096, **own)
     wish = Wish("auto", LoraConfig(r=r), Setting(tokens), policy, on_gpu=False)
     expected = estimate(without_data(config, torch.float32), wish, Device("CPU", 0, 0, 0, 0), 0).choice.bytes
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
@@ -319,14 +327,19 @@ def main() -> None:
         rows = long_document(shape, precision, int(layers), cases)
     elif verb == "frontier":
         shape, batch, tokens, precision, *caps = words
-        rows = frontier(shape, int(batch), int(tokens), precision, [float(cap) for cap in caps])
+        rows = frontier(shape, int(batch), int(tokens), precision, caps)
     else:
         shape, batch, tokens, precision, *texts = words
         rows = plans(shape, batch, tokens, precision, texts)
-    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    machine["transformers"] = transformers.__version__
+    report(shape, precision, rows)
+
+
+def report(shape: str, precision: str, rows: Iterator[dict[str, object]]) -> None:
+    """Prints each row as it comes, with the machine and the versions."""
+    about = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+    about["transformers"] = transformers.__version__
     for row in rows:
-        print(json.dumps({"shape": shape, "precision": precision} | row | machine), flush=True)
+        print(json.dumps({"shape": shape, "precision": precision} | row | about), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
 from loratune.ops import attention
 from loratune.ops.fp8 import Fp8Weight
-from loratune.ops.host import Host, mapped
+from loratune.ops.host import Host, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.policy import Plan
 
@@ -70,7 +70,7 @@ class PackedForward:
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
             if self.plan is not None and self.plan.embeddings_on_host:
-                stack.enter_context(_embeddings_on_host(self.model))
+                _embeddings_to_host(self.model)
             if self.fused is not None and fusing.fusible(self.model):
                 self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
             elif self.plan is not None:
@@ -245,20 +245,17 @@ def _attention_of(model: PreTrainedModel, road: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-@contextmanager
-def _embeddings_on_host(model: PreTrainedModel) -> Iterator[None]:
-    """The table of a GPU's input embeddings in host memory, where the head does not need it."""
+def _embeddings_to_host(model: PreTrainedModel) -> None:
+    """Moves the table of a GPU's input embeddings to host memory, where the head does not need it.
+
+    It stays there: it works as before, and where it had to go there is no room for it to come back.
+    """
     weight = cast(nn.Parameter, model.get_input_embeddings().weight)
     head = model.get_output_embeddings()
-    if not weight.is_cuda or (isinstance(head, nn.Module) and head.weight is weight):
-        yield
-        return
-    weight.data = mapped(weight.data)
-    torch.cuda.empty_cache()
-    try:
-        yield
-    finally:
-        weight.data = weight.data.clone()
+    shared = isinstance(head, nn.Module) and head.weight is weight
+    if weight.is_cuda and not shared and not is_mapped(weight):
+        weight.data = mapped(weight.data)
+        torch.cuda.empty_cache()
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:

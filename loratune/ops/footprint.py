@@ -45,17 +45,23 @@ class LayerShape:
     """Ranks of all adapters of query, key and value together; of output; of gate and up; of down."""
     element_bytes: int = 2
     bordered: bool = True
-    """Whether weights have a border for the adapters (`ops.projection`), and operands room for the inner columns."""
+    """Whether weights lie in memory with a border for the adapters (`ops.projection`), padded to whole tiles."""
+    carried: bool = True
+    """Whether operands have room for the inner columns: with a border, in memory or for the length of a product."""
     dense_bytes: int = 0
     """What the widest quantised weight takes while it is dense; 0 where weights are held dense."""
 
     def room(self, projection: int) -> int:
         """Columns by which the operands of the nth projection are wider than it."""
-        return -(-self.ranks[projection] // TILE_OF_RANKS) * TILE_OF_RANKS if self.bordered else 0
+        if not self.carried:
+            return 0
+        return (
+            -(-self.ranks[projection] // TILE_OF_RANKS) * TILE_OF_RANKS if self.bordered else self.ranks[projection]
+        )
 
     def inner(self, projection: int) -> int:
         """Columns of the nth projection's inner activation."""
-        return self.room(projection) or self.ranks[projection]
+        return self.ranks[projection]
 
     @property
     def adapter_bytes(self) -> int:
@@ -64,7 +70,7 @@ class LayerShape:
         outs, ins = (self.heads, self.width, 2 * self.mlp, self.width), (self.width, self.query, self.width, self.mlp)
         for nth, (d_in, d_out) in enumerate(zip(ins, outs, strict=True)):
             room, rank = self.room(nth), self.ranks[nth]
-            whole = rounded((d_out + room) * (d_in + room) * e) - d_out * d_in * e
+            whole = rounded((d_out + room) * (d_in + room) * e) - d_out * d_in * e if self.bordered else 0
             total += whole if self.bordered else rounded(rank * d_in * e) + rounded(rank * d_out * e)
         return total
 
@@ -204,14 +210,22 @@ def _attend(ledger: Ledger, sizes: _Sizes) -> None:
     ledger.take(attended=sizes.query, logsumexp=sizes.logsumexp)
 
 
+def _output(ledger: Ledger, sizes: _Sizes) -> None:
+    """The output projection; attention's output has no room, so it is copied to where there is some."""
+    room = sizes.shape.room(_OUTPUT)
+    ledger.take(inner_output=sizes.inner(_OUTPUT), roomy=sizes.columns(sizes.shape.query + room) if room else 0)
+    ledger.take(y=sizes.stream)
+    _dense(ledger, sizes.shape)
+    ledger.free("roomy")
+
+
 def _forward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     shape, tokens = sizes.shape, sizes.tokens
     _heads(ledger, sizes)
     _attend(ledger, sizes)
     if not level.keeps_heads:
         ledger.free("heads", "unturned", "inner_qkv")
-    ledger.take(y=sizes.stream, inner_output=sizes.inner(_OUTPUT))
-    _dense(ledger, shape)
+    _output(ledger, sizes)
     ledger.take(stream=sizes.stream, normed=sizes.operand(_GATE_UP))
     ledger.free("y")
     if not level.keeps_attended:
@@ -242,8 +256,7 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     if not level.keeps_attended:
         _heads(ledger, sizes)
         _attend(ledger, sizes)
-        ledger.take(y=sizes.stream, inner_output=sizes.inner(_OUTPUT))
-        _dense(ledger, shape)
+        _output(ledger, sizes)
         ledger.take(stream=sizes.stream, normed=sizes.operand(_GATE_UP))
         ledger.free("y")
     _mlp_backward(ledger, sizes, tiles(tokens, tokens if level.keeps_gate_up else tile))

@@ -7,7 +7,8 @@ holds two or three inputs where it would hold one for each layer.
     forward    layer i ends -> what it keeps leaves; released when layer i + 2 ends, by when it has left
     backward   layer i begins -> what layer i - 1 keeps sets out for the device
 
-Addresses are fixed (pinned buffers for each layer), and streams fork and join by events, so a CUDA graph can record it.
+Addresses are fixed (pinned buffers for each layer), and streams fork and join by events, so a CUDA graph can record
+it.
 `Tensor.record_stream` is not used: inside a recording it would keep every block until the recording ends. A tensor
 that another stream reads is held until the main stream has waited for that stream instead.
 On a CPU the host is the device, and nothing moves.
@@ -27,6 +28,8 @@ from torch import Tensor
 
 _LEAVING = 2
 """Layers whose tensors are on their way out and still held by the device."""
+_ROOMS: set[int] = set()
+"""Addresses of mapped memory that is in use."""
 _OWN_PAGES = 1 << 20
 """Bytes from which memory surely lies on pages of its own, as registering wants it."""
 
@@ -113,6 +116,11 @@ def mapped(tensor: Tensor) -> Tensor:
     return there.copy_(tensor)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """True for what `mapped` returns, though it says that it is on the device."""
+    return tensor.is_cuda and tensor.untyped_storage().data_ptr() in _ROOMS
+
+
 def mapped_zeros(count: int, device: torch.device) -> Tensor:
     """The same with so many zeros in float32."""
     return torch.as_tensor(_Mapped(4 * count), device=device).view(torch.float32).zero_()
@@ -123,6 +131,8 @@ class _Mapped:
 
     def __init__(self, size: int) -> None:
         self._room = pinned(self, torch.Size([size]), torch.uint8)
+        _ROOMS.add(self._room.data_ptr())
+        weakref.finalize(self, _ROOMS.discard, self._room.data_ptr())
         self.__cuda_array_interface__ = {
             "shape": (size,), "typestr": "|u1", "data": (self._room.data_ptr(), False), "version": 3,
         }  # fmt: skip

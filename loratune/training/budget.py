@@ -177,8 +177,6 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
     attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
     passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
     unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
-    if survey.quantised == "nf4":  # no border: the low-rank part is added to y and dx in passes of its own
-        passes += 8 * tokens * survey.element_bytes * (shape.heads + 3 * shape.mlp + 3 * shape.width)
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
     # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
     mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + (2.5 if survey.quantised == "nf4" else 0.0))

@@ -169,5 +169,6 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
         ranks=(of_each[0], of_each[1], of_each[2], of_each[3]),
         element_bytes=dtype.itemsize,
         bordered=not quantised,
+        carried=quantised != "fp8",
         dense_bytes=min(widest, nf4.PIECE_ELEMENTS) * dtype.itemsize if quantised == "nf4" else 0,
     )

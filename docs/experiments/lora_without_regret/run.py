@@ -26,8 +26,8 @@ from loratune.data.feed import prepare
 LORA_RATES = [1.25e-4 * 2**k for k in range(9)]  # to 3.2e-2
 FULL_RATES = [1.25e-5 * 2**k for k in range(9)]  # to 3.2e-3
 RANKS = (1, 4, 16, 64, 128)
-FACTS, FACT_BATCH = 1024, 128
-FACT_RATES = [2.5e-4 * 2**k for k in range(4)]
+FACTS, FACT_BATCH = 256, 64
+FACT_RATES = [1e-3]  # of LoRA; a fifth of it for full tuning: where "rates" finds the best ones
 FACT_RANKS = (1, 2, 4, 8, 16, 64)
 
 
@@ -75,20 +75,20 @@ def order(documents: int, batch: int, steps: int, seed: int) -> torch.Tensor:
 
 
 def plan(small: bool) -> Iterator[tuple[str, str, Kind, list[float], int, int, int]]:
-    """(part, task, kind, rates, batch, steps, seed) of each stack of runs; "capacity" has `FACT_RANKS` of each rate."""
+    """(part, task, kind, rates, batch, steps, seed) of each stack; in "capacity" every rate with all `FACT_RANKS`."""
     rounds = 1 if small else 2
-    steps, long = (4, 6) if small else (150, 1000)
+    steps, long = (4, 6) if small else (150, 240)
     for seed in range(rounds):
         for task in ("orders", "dates"):
             yield "rates", task, Kind(0), FULL_RATES, 32, steps, seed
             for rank in RANKS:
                 yield "rates", task, Kind(rank), LORA_RATES, 32, steps, seed
-    yield "capacity", "facts", Kind(max(FACT_RANKS)), FACT_RATES, FACT_BATCH, long, 0
     yield "capacity", "facts", Kind(0), [rate / 5 for rate in FACT_RATES], FACT_BATCH, long, 0
-    for attention, mlp in ((3, 2), (24, 16)):
+    yield "capacity", "facts", Kind(max(FACT_RANKS)), FACT_RATES, FACT_BATCH, long, 0
+    pairs = [(3, 2, FACT_RATES, seed) for seed in range(rounds)] + [(24, 16, [5e-4, 1e-3, 2e-3], 0)]
+    for attention, mlp, module_rates, seed in pairs:
         for rank, modules in ((attention, ATTENTION), (mlp, MLP)):
-            yield "modules", "facts", Kind(rank, modules), FACT_RATES, FACT_BATCH, long, 0
-            yield "modules", "orders", Kind(rank, modules), LORA_RATES[1:7], 32, steps, 0
+            yield "modules", "facts", Kind(rank, modules), module_rates, FACT_BATCH, long, seed
 
 
 def main() -> None:
@@ -131,7 +131,8 @@ def main() -> None:
                 curve = losses[: steps // every * every, run].view(-1, every).mean(1)
                 row = {
                     "part": part, "task": task, "rank": rank, "modules": [m.split(".")[1] for m in kind.modules],
-                    "parameters": stack.flat.shape[1] * rank // kind.rank if rank else stack.flat.shape[1], "rate": rate, "seed": seed, "batch": batch, "steps": steps,
+                    "parameters": stack.flat.shape[1] * max(1, rank) // max(1, kind.rank), "rate": rate,
+                    "seed": seed, "batch": batch, "steps": steps,
                     "held_out": round(float(tested[run]), 5) if held_batches else None,
                     "last_50": round(float(losses[-50:, run].mean()), 5), "every": every,
                     "curve": [round(float(x), 4) for x in curve],

@@ -80,6 +80,8 @@ def _train(words: list[str]) -> None:
 
     print_config = "--print-config" in words
     config = parse_train([word for word in words if word != "--print-config"])
+    # Segments that grow in place leave no holes between activations of many sizes; read when PyTorch is imported.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if print_config:
         print(to_toml(config), end="")
         return

@@ -70,11 +70,11 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     what = _survey(forward, trainable)
     for plan in _plans(what, setting, config, device, limit, layers):
         forward.plan = plan
+        if plan.optimizer_on_host:
+            masters_on_host(parameters.values())
         ballast = 0 if plan.optimizer_on_host else int(setting.optimizer_bytes * trainable)
         tried = _dry_step(forward, parameters, tokens, ballast)
         if tried is not None:
-            if plan.optimizer_on_host:
-                masters_on_host(parameters.values())
             expected = None if what.shape is None else budget.peak(what, setting, plan)
             return Fit(plan, expected, limit, tried)
     raise TrainingError(too_small(what, setting, config, devices.present(device), limit))

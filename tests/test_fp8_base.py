@@ -23,7 +23,7 @@ from loratune.training.step import train_step
 @pytest.fixture
 def folder(tmp_path):
     """A Llama wide enough that the adapters ride in the products."""
-    shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 300}
+    shape = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 300}
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
     model.save_pretrained(tmp_path / "model")

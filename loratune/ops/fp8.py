@@ -42,6 +42,7 @@ MOST = 448.0
 LEAST = 1e-12
 """The smallest scale, for rows of zeros."""
 _MULTIPLE = 16  # of both dimensions of a product, asked by the hardware
+_LINE = 128  # bytes of a cache line and of a tile of the sum: a row that ends elsewhere costs the product a fifth
 _PART = 1024  # rows that are quantised at once
 _WIDEST_BORDER = 8  # a border is at most this part of the weight's smaller side; beyond, adding afterwards is cheaper
 
@@ -94,7 +95,7 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None, inner: Inner | None 
 
 def border_of(ranks: int) -> int:
     """Columns that a low-rank part of so many ranks takes behind the rows of an operand."""
-    return -(-3 * ranks // _MULTIPLE) * _MULTIPLE
+    return -(-3 * ranks // _LINE) * _LINE
 
 
 def factor_of(matrix: Tensor, divisor: Tensor | None, least: float) -> Tensor:

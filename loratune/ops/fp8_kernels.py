@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
 """Triton twins of `ops.fp8`: rows to 8 bits in one pass, the transpose of a matrix of bytes, and the small borders.
 
-A program goes through its rows twice, for the largest magnitude and to write, the second time out of the cache: x is
-read from memory once.
+One program holds a whole row, so that x is read from memory once. To go through wide rows twice, two at a time and
+the second time out of the cache, was slower (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from loratune.ops.fp8 import border_of
 
 if TYPE_CHECKING:
     from loratune.ops.fp8 import Inner
@@ -32,45 +34,29 @@ def _split_low(v, place, ranks, kind: tl.constexpr, SECOND: tl.constexpr):
 
 @triton.jit
 def _quantise(
-    x_ptr, columns_ptr, inner_ptr, factor_ptr, out_ptr, scale_ptr, rows, stride, inner_stride, ranks, border,
-    width: tl.constexpr, SCALED: tl.constexpr, BORDER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, columns_ptr, inner_ptr, factor_ptr, out_ptr, scale_ptr, width, stride, inner_stride, ranks, border,
+    SCALED: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < rows
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
     kind = out_ptr.dtype.element_ty
-    most = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        inside = live & (column < width)
-        x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            x *= tl.load(columns_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-        most = tl.maximum(most, tl.max(tl.abs(x), 1))
+    x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        x *= tl.load(columns_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    most = tl.max(tl.abs(x))
+    out_ptr += row * (width + border)
     if BORDER > 1:
-        place = tl.arange(0, BORDER)[None, :]
-        at = row * inner_stride + place % ranks
-        v = tl.load(inner_ptr + at, mask=live & (place < 3 * ranks), other=0.0).to(tl.float32)
+        place = tl.arange(0, BORDER)
+        v = tl.load(inner_ptr + row * inner_stride + place % ranks, mask=place < 3 * ranks, other=0.0).to(tl.float32)
         v *= tl.load(factor_ptr)
-        most = tl.maximum(most, tl.max(tl.abs(v), 1))
-        scale = tl.maximum(most / 448.0, 1e-12)[:, None]
-        low = _split_low(v / scale, place, ranks, kind, False)
-        tl.store(out_ptr + row * (width + border) + width + place, low, mask=live & (place < border))
+        most = tl.maximum(most, tl.max(tl.abs(v)))
+        scale = tl.maximum(most / 448.0, 1e-12)
+        tl.store(out_ptr + width + place, _split_low(v / scale, place, ranks, kind, False), mask=place < border)
     else:
-        scale = tl.maximum(most / 448.0, 1e-12)[:, None]
-    for start in range(0, width, BLOCK):  # once more, out of the cache
-        column = start + tl.arange(0, BLOCK)[None, :]
-        inside = live & (column < width)
-        x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            x *= tl.load(columns_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * (width + border) + column, (x / scale).to(kind), mask=inside)
-    tl.store(scale_ptr + row, scale, mask=live)
-
-
-def tiling(width: int, scaled: bool) -> tuple[int, int, int]:
-    """Rows of a program, columns of a tile, warps: a few rows share the columns' factors, and stay in the cache."""
-    block = min(4096, triton.next_power_of_2(width))
-    return (2 if scaled and width > 4096 else 1), block, 8 if block > 2048 else 4
+        scale = tl.maximum(most / 448.0, 1e-12)
+    tl.store(out_ptr + column, (x / scale).to(kind), mask=inside)
+    tl.store(scale_ptr + row, scale)
 
 
 def quantise_rows(x: Tensor, columns: Tensor | None, inner: Inner | None) -> tuple[Tensor, Tensor]:
@@ -82,14 +68,14 @@ def quantise_rows(x: Tensor, columns: Tensor | None, inner: Inner | None) -> tup
     if inner is not None:
         low, factor = inner.values if inner.values.stride(1) == 1 else inner.values.contiguous(), inner.factor
         ranks = low.shape[1]
-        border = -(-3 * ranks // 16) * 16
+        border = border_of(ranks)
     out = torch.empty(rows, width + border, dtype=_E4M3, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    rows_each, block, warps = tiling(width, columns is not None)
-    _quantise[(triton.cdiv(rows, rows_each),)](
-        x, x if columns is None else columns, low, factor, out, scale, rows, x.stride(0), low.stride(0), ranks,
-        border, width=width, SCALED=columns is not None, BORDER=triton.next_power_of_2(border) if border else 1,
-        ROWS=rows_each, BLOCK=block, num_warps=warps,
+    block = triton.next_power_of_2(width)
+    _quantise[(rows,)](
+        x, x if columns is None else columns, low, factor, out, scale, width, x.stride(0), low.stride(0), ranks,
+        border, SCALED=columns is not None, BORDER=triton.next_power_of_2(border) if border else 1, BLOCK=block,
+        num_warps=max(4, min(32, block // 1024)),
     )  # fmt: skip
     return out, scale
 

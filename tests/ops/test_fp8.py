@@ -68,7 +68,7 @@ def test_the_low_rank_part_rides_along_with_the_precision_of_bfloat16(size):
     2^-10 of a scale a term, which next to the error of the wide product is nothing.
     """
     torch.manual_seed(0)
-    d_out, d_in, r = 256, 384, 6
+    d_out, d_in, r = 1024, 1152, 6
     held = Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
     assert held.carries
     lora_A, lora_B = torch.randn(r, d_in) / d_in**0.5, torch.randn(d_out, r) * size
@@ -119,9 +119,9 @@ for matrix, divisor in ((pairs, torch.tensor([1.0, 2.0, 0.5, 1.0, 4.0])), (pairs
         factor = fp8_kernels.factor_of(matrix, divisor, least)
         assert torch.equal(factor, fp8.factor_of(matrix, divisor, least))
     one = torch.ones(1)
-    places = [torch.zeros(5, 50, dtype=torch.uint8).view(fp8.E4M3) for _ in range(2)]
-    fp8_kernels.lay_border(matrix, divisor, one, places[0][:, 7:39])
-    fp8.lay_border(matrix, divisor, one, places[1][:, 7:39])
+    places = [torch.zeros(5, 150, dtype=torch.uint8).view(fp8.E4M3) for _ in range(2)]
+    fp8_kernels.lay_border(matrix, divisor, one, places[0][:, 7:135])
+    fp8.lay_border(matrix, divisor, one, places[1][:, 7:135])
     same(*places)
 bytes_ = torch.randint(0, 120, (150, 330), dtype=torch.uint8).view(fp8.E4M3)[:, :300]
 same(fp8_kernels.transposed(bytes_, 16)[:, :150].contiguous(), fp8.transposed(bytes_, 16)[:, :150].contiguous())

@@ -24,6 +24,8 @@ from matplotlib import pyplot as plt
 Run = dict[str, Any]
 COLOURS = ["#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b"]
 FULL = "#d94801"
+COMMON = 16
+"""Rank whose curve the lower ones are held against."""
 
 
 FRESH = slice(45, 75)
@@ -106,25 +108,25 @@ def draw_rates(runs: list[Run], folder: Path) -> dict[str, Any]:
 
 
 def draw_capacity(runs: list[Run], folder: Path) -> dict[str, Any]:
-    """Loss over steps at the best rate of each rank, and where each leaves the lowest curve."""
+    """Loss over steps of each rank, and where the lower ranks leave the curve of `COMMON`."""
     ranks = sorted({run["rank"] for run in runs}, key=lambda rank: rank or math.inf)
     best = {rank: min((r for r in runs if r["rank"] == rank), key=loss_of) for rank in ranks}
     curves = {rank: smooth(run["curve"]) for rank, run in best.items()}
-    lowest = np.min(np.stack(list(curves.values())), axis=0)
+    common = curves[COMMON]
     figure, ax = plt.subplots(figsize=(6, 3.8))
     summary: dict[str, Any] = {}
     for rank in ranks:
         steps = (np.arange(len(curves[rank])) + 1) * best[rank]["every"]
-        beyond = np.nonzero(curves[rank] > 1.1 * lowest)[0]
-        inside = np.nonzero(curves[rank] <= 1.1 * lowest)[0]
-        last = int(steps[inside[-1]]) if len(inside) else 0
+        apart = curves[rank] > 1.1 * common
+        leaves = int(steps[np.nonzero(~apart)[0][-1]]) if apart[-1] else None
         summary[label(rank)] = {
             "rate": best[rank]["rate"], "loss": loss_of(best[rank]), "parameters": best[rank]["parameters"],
-            "last_step_within_10_percent_of_the_lowest": last, "left": bool(len(beyond) and beyond[-1] > inside[-1]),
+            "step_of_half_the_plateau": int(steps[np.nonzero(curves[rank] > 1.0)[0][-1]]),
+            "leaves_the_curve_of_rank_16_for_good_at": leaves,
         }  # fmt: skip
         ax.plot(steps, curves[rank], color=colour(rank, ranks), label=label(rank), lw=1.5)
-        if summary[label(rank)]["left"]:
-            ax.plot(last, curves[rank][inside[-1]], "o", color=colour(rank, ranks), ms=5)
+        if leaves is not None:
+            ax.plot(leaves, curves[rank][steps == leaves], "o", color=colour(rank, ranks), ms=5)
     ax.set(xlabel="step", ylabel="training loss", title="256 random facts")
     ax.legend(frameon=False, fontsize=8)
     save(figure, folder / "capacity.png")

@@ -38,8 +38,8 @@ from loratune.lora.inject import activate
 from loratune.screen import progress
 from loratune.screen.text import curve
 from loratune.training.evaluation import answers, real_prompts
-from loratune.training.metrics import losses_of
 from loratune.training.folder import RunResult
+from loratune.training.metrics import losses_of
 from loratune.training.run import run
 from loratune.units import duration
 

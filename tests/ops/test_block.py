@@ -143,6 +143,11 @@ class _Keeping(torch.autograd.Function):
         return d_out * out, None, None, None
 
 
+def _keeping(token):
+    """An attention whose graph holds `token`."""
+    return lambda q, k, v: _Keeping.apply(q, k, v, token).flatten(1)
+
+
 def test_attention_that_is_dropped_is_gone():
     """Its small graph holds its own output; were that a cycle, each recomputed layer would leave a row in memory."""
 
@@ -151,7 +156,7 @@ def test_attention_that_is_dropped_is_gone():
 
     token = Token()
     gone = weakref.ref(token)
-    attended = Attended(lambda q, k, v: _Keeping.apply(q, k, v, token).flatten(1), torch.randn(5, 6, 4), (2, 2, 2))
+    attended = Attended(_keeping(token), torch.randn(5, 6, 4), (2, 2, 2))
     assert attended.out.shape == (5, 8)
     attended.forget_heads()
     del token, attended

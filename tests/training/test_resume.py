@@ -59,7 +59,8 @@ FREE = {
     "": {"out", "device", "overwrite", "resume", "data"},
     "lora": set(),
     "dataset": {"num_proc", "cache_dir", "eval_data", "chat_template"},
-    "training": {"activations", "memory", "save_every_steps", "log_to", "epochs", "max_steps", "early_stopping_patience"},
+    "training": {"activations", "memory", "save_every_steps", "log_to", "epochs", "max_steps"}
+    | {"early_stopping_patience"},
 }
 
 

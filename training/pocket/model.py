@@ -22,8 +22,9 @@ Mask = BlockMask | Tensor  # block mask on a GPU, dense boolean (B, 1, T, T) els
 
 
 def config(size: str = "pocket") -> LlamaConfig:
-    """ "pocket", 5.2 million parameters: narrow enough for two CPU cores, deep enough to find, copy and rewrite spans.
+    """The shape of a model of this family.
 
+    "pocket", 5.2 million parameters, is narrow enough for two CPU cores and deep enough to find, copy and rewrite.
     "larger", 79 million, is not shipped: measurements on quantised bases and fast paths want a trained model whose
     products are of a width that GPUs are made for.
     """

@@ -54,15 +54,21 @@ def speed(out: str, files: list[str]) -> None:
     for axis, case in zip(axes.flat, CASES, strict=True):
         bars = [(name, color, found.get((*case, *system))) for system, (name, color) in SYSTEMS.items()]
         present = [(name, color, row) for name, color, row in bars if row is not None]
+        longest = max((row["tok_s"] for _, _, row in present), default=1)
         for at, (name, color, row) in enumerate(present):
             hatch = "///" if "run" in row else None
             axis.barh(at, row["tok_s"], color=color, hatch=hatch, edgecolor="white", linewidth=0)
-            axis.text(row["tok_s"], at, f" {row['tok_s']:,}", va="center", fontsize=7)
-            axis.text(0, at, f" {name}", va="center", fontsize=7, color="white" if "loratune" in name else "black")
+            inside = row["tok_s"] > longest / 3  # a short bar has its name behind it
+            behind = f" {row['tok_s']:,}" if inside else f" {name}  {row['tok_s']:,}"
+            axis.text(row["tok_s"], at, behind, va="center", fontsize=7)
+            if inside:
+                axis.text(
+                    0, at, f" {name}", va="center", fontsize=7, color="white" if "loratune" in name else "black"
+                )
         shape, batch, tokens = case
         axis.set_title(f"{SHAPES[shape]}, {batch} x {tokens}", fontsize=9)
         axis.set_yticks([])
-        axis.set_xlim(0, 1.25 * max((row["tok_s"] for _, _, row in present), default=1))
+        axis.set_xlim(0, 1.25 * longest)
         axis.tick_params(labelsize=7)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)

@@ -27,7 +27,7 @@ from loratune.ops.bank import Segment
 from loratune.ops.bank_adamw import IDLE, Settings, bank_adamw
 from loratune.training.bank_step import BankStep, Part, join_parts
 from loratune.training.checkpoint import MOMENTS
-from loratune.training.graph import Inputs, Layout, Recordings, layout_for
+from loratune.training.graph import Inputs, Layout, Recordings, layout_for, logprobs_in
 from loratune.training.step import StepResult
 
 
@@ -173,15 +173,7 @@ class BankGraph:
     def _work(self, layout: Layout) -> None:
         """Everything on the device: what is recorded."""
         values, pool = self._inputs.device, self._bank.pool
-        everywhere = layout.trained == self._tokens
-        logprobs = self._forward.logprobs(
-            values["tokens"],
-            values["position_ids"],
-            values["borders"][: layout.documents + 1],
-            None if everywhere else values["predicting"][: layout.trained],
-            values["targets"][: layout.trained],
-            longest=layout.longest,
-        )
+        logprobs = logprobs_in(self._forward, values, layout)
         weighted = -(values["weights"][: layout.trained] * logprobs)
         weighted.sum().backward()  # the gradient of each summand is 1, whatever the others are
         with torch.no_grad():

@@ -301,15 +301,7 @@ class GraphStep:
         """Forward and backward of the row in the buffers; adds its loss to the outcome."""
         assert self._inputs is not None
         values = self._inputs.device
-        everywhere = layout.trained == len(values["tokens"])
-        logprobs = self._forward.logprobs(
-            values["tokens"],
-            values["position_ids"],
-            values["borders"][: layout.documents + 1],
-            None if everywhere else values["predicting"][: layout.trained],
-            values["targets"][: layout.trained],
-            longest=layout.longest,
-        )
+        logprobs = logprobs_in(self._forward, values, layout)
         loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
         loss.backward()
         self._outcome[0] += loss.detach()
@@ -328,6 +320,19 @@ class GraphStep:
         finally:
             del self._optimizer.grad_scale, self._optimizer.found_inf  # type: ignore[attr-defined]
         self._outcome[1], self._outcome[2] = norm, skipped
+
+
+def logprobs_in(forward: PackedForward, values: dict[str, Tensor], layout: Layout) -> Tensor:
+    """(layout.trained,) log-probabilities of the row that lies in the buffers of an `Inputs`."""
+    everywhere = layout.trained == len(values["tokens"])
+    return forward.logprobs(
+        values["tokens"],
+        values["position_ids"],
+        values["borders"][: layout.documents + 1],
+        None if everywhere else values["predicting"][: layout.trained],
+        values["targets"][: layout.trained],
+        longest=layout.longest,
+    )
 
 
 def _power_of_two(n: int) -> int:

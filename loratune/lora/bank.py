@@ -262,12 +262,19 @@ class Bank:
             finally:
                 uninstall(self._model)
 
-    def set_row(self, segments: Sequence[Segment]) -> None:
+    def lay_row(self, segments: Sequence[Segment]) -> Tensor | None:
+        """The tables that `set_row` sends to the device; may be made while another row runs. None on a CPU."""
+        return None if self.pool.tables is None else self.pool.tables.lay_row(self.pool, segments)
+
+    def set_row(self, segments: Sequence[Segment], laid: Tensor | None = None) -> None:
         """Says whose the tokens of the next row are; without segments the model computes the base.
 
         Segments are in order and disjoint, begin at multiples of `block`, and no document crosses their borders. What
         lies between them belongs to nobody. On a GPU this is one copy to where recorded graphs look, and one that
         brings the working copies up to the masters.
+
+        Args:
+            laid: what `lay_row` gave for these segments, if it was asked in advance.
         """
         last = 0
         for segment in segments:
@@ -277,7 +284,7 @@ class Bank:
             last = -(-segment.stop // self.block) * self.block
         self.pool.segments = tuple(segments)
         if self.pool.tables is not None:
-            self.pool.tables.set_row(self.pool)
+            self.pool.tables.set_row(self.lay_row(segments) if laid is None else laid)
             self.pool.refresh()
 
     @contextmanager

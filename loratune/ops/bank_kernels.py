@@ -30,7 +30,7 @@ from torch import Tensor
 from loratune.ops.dropout import GOLDEN, LEVELS, halves, threshold
 
 if TYPE_CHECKING:
-    from loratune.ops.bank import BankProjection, Lane, Pool
+    from loratune.ops.bank import BankProjection, Lane, Pool, Segment
 
 BLOCK = 64
 _MAX_BLOCKS = 1 << 14
@@ -296,13 +296,13 @@ class Tables:
         self.scaling[:, slot] = scaling.to(self.device)
         self.keep[slot] = 1 / (1 - pool.dropout[slot])
 
-    def set_row(self, pool: Pool) -> None:
-        """Takes up the segments of the next row: one copy, which the host does not wait for."""
-        used = max((-(-segment.stop // BLOCK) for segment in pool.segments), default=0)
+    def lay_row(self, pool: Pool, segments: Sequence[Segment]) -> Tensor:
+        """What `set_row` sends for these segments, on the host (pinned where there is a GPU)."""
+        used = max((-(-segment.stop // BLOCK) for segment in segments), default=0)
         host = np.full(self._head + 8 * max(self._used, used), -1, dtype=np.int32)
         starts, blocks = host[: self._head], host[self._head :].reshape(-1, 8)
-        self._used = used
-        for segment in pool.segments:
+        self._used = max(self._used, used)
+        for segment in segments:
             first, last = segment.start // BLOCK, -(-segment.stop // BLOCK)
             low, high = halves(segment.key or 0)
             dropped = 0 if segment.key is None else threshold(pool.dropout[segment.slot])
@@ -314,8 +314,10 @@ class Tables:
         starts[0] = 0
         starts[1:] = np.bincount(blocks[order, 0], minlength=self.slots).cumsum()
         row = torch.from_numpy(host)
-        if self.device.type == "cuda":
-            row = row.pin_memory()
+        return row.pin_memory() if self.device.type == "cuda" else row
+
+    def set_row(self, row: Tensor) -> None:
+        """Takes up what `lay_row` gave: one copy, which the host does not wait for."""
         self._row[: len(row)].copy_(row, non_blocking=True)
 
     def thin_forward(self, p: BankProjection, x: Tensor) -> Tensor:

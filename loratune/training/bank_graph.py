@@ -12,7 +12,8 @@ own loss and norm alone. What is not finite in one slot stays there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,6 +52,18 @@ class _Joined(NamedTuple):
     """Trained tokens of the step that is under way."""
 
 
+class _Laid(NamedTuple):
+    """A row, laid out on the host."""
+
+    parts: tuple[Part, ...]
+    segments: Sequence[Segment]
+    layout: Layout
+    buffer: int
+    """Of the two, which take turns."""
+    tables: Tensor | None
+    """`Bank.lay_row`"""
+
+
 class BankGraph:
     """Steps of the jobs in a bank, recorded and replayed; called as `BankStep` is, inside `forward.installed()`."""
 
@@ -70,6 +83,11 @@ class BankGraph:
         self._starts = torch.tensor(pool.starts, device=pool.device)
         self._room = int(self._starts.diff().max())
         self._inputs = Inputs(self._tokens, pool.device)
+        self._ahead: _Laid | None = None
+        self._turn = 0
+        pinned = pool.device.type == "cuda"
+        self._host_owners = torch.zeros(2, self._tokens, dtype=torch.int32, pin_memory=pinned)
+        self._host_settings = torch.zeros(2, slots, len(IDLE) + 1, pin_memory=pinned)
         self._owners = torch.zeros(self._tokens, dtype=torch.int32, device=pool.device)
         self._slots = torch.arange(slots, dtype=torch.int32, device=pool.device)[:, None]
         self._settings = torch.zeros(slots, len(IDLE) + 1, device=pool.device)
@@ -93,13 +111,17 @@ class BankGraph:
         self._jobs.pop(slot, None)
         self._bank.clear(slot)
 
-    def run(self, parts: Sequence[Part], rates: Mapping[int, float]) -> dict[int, StepResult]:
-        """As `BankStep.run`."""
-        row, segments = join_parts(parts, self._bank.block)
-        self._bank.set_row(segments)
-        layout = self._place(_filled_up(row, self._tokens), parts, segments, rates)
-        self._recordings.run("row", layout, lambda: self._work(layout))
+    def run(
+        self, parts: Sequence[Part], rates: Mapping[int, float], upcoming: Callable[[], Sequence[Part]] = tuple
+    ) -> dict[int, StepResult]:
+        """As `BankStep.run`; the row of `upcoming`, asked for and laid out while the device works, costs no time."""
+        ahead, self._ahead = self._ahead, None
+        laid = ahead if ahead is not None and _same(ahead.parts, parts) else self._lay(parts)
+        self._send(laid, rates)
+        self._recordings.run("row", laid.layout, lambda: self._work(laid.layout))
         self._bank.pool.segments = ()
+        if following := upcoming():
+            self._ahead = self._lay(following)
         losses, norms = self._outcome.tolist()
         for part in parts:
             job, trained = self._jobs[part.slot], int((part.row.weights != 0).sum())
@@ -132,10 +154,11 @@ class BankGraph:
                 if (key := f"{path}.{moment}") in moments:
                     view.copy_(moments[key])
 
-    def _place(
-        self, row: Row, parts: Sequence[Part], segments: Sequence[Segment], rates: Mapping[int, float]
-    ) -> Layout:
-        """Writes what is special about this row to where the recording looks."""
+    def _lay(self, parts: Sequence[Part]) -> _Laid:
+        """Lays a row out on the host, in the buffers of the row before last, which have left by now."""
+        self._turn = 1 - self._turn
+        row, segments = join_parts(parts, self._bank.block)
+        row = _filled_up(row, self._tokens)
         weights, owners = row.weights.clone(), torch.full((self._tokens,), -1, dtype=torch.int32)
         for part, segment in zip(parts, segments, strict=True):
             tokens = slice(segment.start, segment.stop)
@@ -143,16 +166,25 @@ class BankGraph:
             owners[tokens] = part.slot
         row = replace(row, weights=weights)
         layout = layout_for(row, self._layouts)
-        self._inputs.fill(row, layout, 1.0, 0)
-        if layout.trained != self._tokens:
+        self._inputs.lay(row, layout, 1.0, self._turn)
+        host = self._host_owners[self._turn]
+        if layout.trained == self._tokens:
+            host.copy_(owners)
+        else:
             own = owners[weights.nonzero().squeeze(1)]
-            owners = torch.full((self._tokens,), -1, dtype=torch.int32)
-            owners[: len(own)] = own
-        fresh = {part.slot for part in parts if not self._jobs[part.slot].trained}
+            host.fill_(-1)
+            host[: len(own)] = own
+        return _Laid(tuple(parts), segments, layout, self._turn, self._bank.lay_row(segments))
+
+    def _send(self, laid: _Laid, rates: Mapping[int, float]) -> None:
+        """Brings what is special about this row to where the recording looks."""
+        self._bank.set_row(laid.segments, laid.tables)
+        self._inputs.send(laid.buffer)
+        fresh = {part.slot for part in laid.parts if not self._jobs[part.slot].trained}
         table = [(*self._settings_of(slot, rates), float(slot in fresh)) for slot in range(self._bank.slots)]
-        for host, target in ((owners, self._owners), (torch.tensor(table), self._settings)):
-            target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
-        return layout
+        self._host_settings[laid.buffer] = torch.tensor(table)
+        self._settings.copy_(self._host_settings[laid.buffer], non_blocking=True)
+        self._owners.copy_(self._host_owners[laid.buffer], non_blocking=True)
 
     def _settings_of(self, slot: int, rates: Mapping[int, float]) -> Settings:
         if slot not in rates:
@@ -186,6 +218,10 @@ class BankGraph:
             )  # fmt: skip
             self._outcome[0].copy_(self._losses)
             self._outcome[1].copy_(norms)
+
+
+def _same(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+    return len(parts) == len(others) and all(map(operator.is_, parts, others))
 
 
 def _filled_up(row: Row, tokens: int) -> Row:

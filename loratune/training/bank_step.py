@@ -12,7 +12,7 @@ several rows, whatever the others do meanwhile.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +70,15 @@ class BankStep:
         self._updates.pop(slot, None)
         self._bank.clear(slot)
 
-    def run(self, parts: Sequence[Part], rates: Mapping[int, float]) -> dict[int, StepResult]:
+    def run(
+        self, parts: Sequence[Part], rates: Mapping[int, float], upcoming: Callable[[], Sequence[Part]] = tuple
+    ) -> dict[int, StepResult]:
         """Trains on one row, and updates the jobs whose step ends with it.
 
         Args:
             parts: together at most one row of tokens.
             rates: slot -> learning rate, for those whose last part of a step is among `parts`.
+            upcoming: what the next row will likely be; of use to `BankGraph` only.
 
         Returns: slot -> what its step did, for the slots in `rates`. A loss or gradient that is not finite leaves
         the slot's adapter and optimizer as they were.

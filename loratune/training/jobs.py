@@ -91,6 +91,8 @@ class _Running:
     first_step: int
     parts: deque[Part] = field(default_factory=deque)
     """What is left of the step."""
+    following: list[Part] = field(default_factory=list)
+    """All parts of the next step, once somebody has looked ahead."""
     parts_of_step: int = 1
     taken: int = 0
     """Parts of the step that have been laid into rows."""
@@ -101,7 +103,32 @@ class _Running:
     @property
     def pace(self) -> float:
         """Steps since it joined, with the fraction of the one it is at, counted from where the others were then."""
-        return self.joined_at + self.course.progress.step - self.first_step + self.taken / self.parts_of_step
+        return _Turn.of_now(self).pace
+
+
+@dataclass
+class _Turn:
+    """A job while a row is being filled, the one at hand or one that is only foreseen."""
+
+    one: _Running
+    steps: float
+    """Done since it joined, counted from where the others were then."""
+    taken: int
+    """Parts of its step that are in rows, of so many."""
+    of: int
+    parts: deque[Part]
+    """Those that are left."""
+
+    @classmethod
+    def of_now(cls, one: _Running) -> _Turn:
+        """Where a job is."""
+        steps = one.joined_at + one.course.progress.step - one.first_step
+        return cls(one, steps, one.taken, one.parts_of_step, one.parts)
+
+    @property
+    def pace(self) -> float:
+        """Steps done, with the fraction of the one that is under way."""
+        return self.steps + self.taken / self.of
 
 
 class Jobs:
@@ -204,7 +231,7 @@ class Jobs:
         taken = self._fill_row()
         complete = [one for one in self._running if one.taken and not one.parts]
         rates = {one.slot: one.course.rate for one in complete}
-        results = self._step.run([part for _, part in taken], rates)
+        results = self._step.run([part for _, part in taken], rates, self._upcoming)
         seconds = (time.perf_counter() - started) / sum(len(part.row.tokens) for _, part in taken)
         for one, part in taken:
             one.tokens += len(part.row.tokens)
@@ -222,17 +249,40 @@ class Jobs:
         for one in self._running:
             if not one.parts:
                 _begin_step(one)
+        taken = self._chosen([_Turn.of_now(one) for one in self._running])
+        for one, _ in taken:
+            one.taken += 1
+        return taken
+
+    def _upcoming(self) -> list[Part]:
+        """The parts of the next row, if every job goes on and none joins; empty if one has no next step."""
+        turns = []
+        for one in self._running:
+            turn = _Turn.of_now(one)
+            if one.parts:
+                turn.parts = one.parts.copy()
+            else:
+                one.following = one.following or _parts_of(one, ahead=1)
+                turn.steps, turn.taken, turn.of = turn.steps + 1, 0, len(one.following)
+                turn.parts = deque(one.following)
+            if not turn.parts:
+                return []
+            turns.append(turn)
+        return [part for _, part in self._chosen(turns)]
+
+    def _chosen(self, turns: Sequence[_Turn]) -> list[tuple[_Running, Part]]:
+        """Takes the parts of one row from `turns`, the furthest behind first."""
         room, taken = self._tokens, list[tuple[_Running, Part]]()
         while True:
-            ahead = min(one.pace for one in self._running) + 1
-            fitting = [one for one in self._running if one.parts and self._room_of(one.parts[0]) <= room]
-            if not fitting or min(one.pace for one in fitting) >= ahead:  # rather a gap than a job that runs away
+            ahead = min(turn.pace for turn in turns) + 1
+            fitting = [turn for turn in turns if turn.parts and self._room_of(turn.parts[0]) <= room]
+            if not fitting or min(turn.pace for turn in fitting) >= ahead:  # rather a gap than one that runs away
                 return taken
-            one = min(fitting, key=lambda one: one.pace)  # the first of equals
-            part = one.parts.popleft()
-            one.taken += 1
+            turn = min(fitting, key=lambda turn: turn.pace)  # the first of equals
+            part = turn.parts.popleft()
+            turn.taken += 1
             room -= self._room_of(part)
-            taken.append((one, part))
+            taken.append((turn.one, part))
 
     def _room_of(self, part: Part) -> int:
         block = self._bank.block
@@ -298,16 +348,19 @@ class Jobs:
 
 
 def _begin_step(one: _Running) -> None:
-    """Lays out the micro-steps of a job's next optimizer step."""
-    rows: Sequence[Row] = one.course.next_rows()
+    """Hands out the micro-steps of a job's next optimizer step."""
+    one.parts = deque(one.following or _parts_of(one))
+    one.following, one.parts_of_step = [], len(one.parts)
+
+
+def _parts_of(one: _Running, ahead: int = 0) -> list[Part]:
+    """The micro-steps of the next optimizer step, or of one `ahead` of it; none after the last."""
+    rows: Sequence[Row] = one.course.next_rows(ahead)
     normaliser = sum(float(row.weights.sum()) for row in rows)
     training, dropout = one.job.training, one.job.lora.lora_dropout
-    key = dropout_key(training.seed, one.course.progress.step) if dropout else None
+    key = dropout_key(training.seed, one.course.progress.step + ahead) if dropout else None
     starts = [sum(len(row.tokens) for row in rows[:n]) for n in range(len(rows))]
-    one.parts = deque(
-        Part(one.slot, trim(row), normaliser, key, start) for row, start in zip(rows, starts, strict=True)
-    )
-    one.parts_of_step = len(one.parts)
+    return [Part(one.slot, trim(row), normaliser, key, start) for row, start in zip(rows, starts, strict=True)]
 
 
 def row_tokens(jobs: Sequence[Job]) -> int:

@@ -104,9 +104,9 @@ tables = pool.tables = Tables(pool, 3, half)
 for slot in range(SLOTS):
     tables.set_slot(pool, slot, lanes)
 pool.segments = tuple(Segment(0, start, start + 64) for start in range(0, 1280, 64))
-tables.set_row(pool)  # a longer row before leaves nothing behind
+tables.set_row(tables.lay_row(pool, pool.segments))  # a longer row before leaves nothing behind
 pool.segments = SEGMENTS
-tables.set_row(pool)
+tables.set_row(tables.lay_row(pool, pool.segments))
 pool.refresh()
 got = run(p, x, dy)
 

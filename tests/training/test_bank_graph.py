@@ -83,6 +83,30 @@ def test_losses_norms_weights_and_moments_are_those_of_the_plain_step():
         assert not bank.gradient(slot).any()
 
 
+def test_a_row_laid_out_ahead_changes_nothing_whether_it_comes_or_not():
+    _, _, expected, _ = run(BankGraph)
+    laid = []
+
+    def foreseen(nth):
+        following = COURSE[nth + 1][0] if nth + 1 < len(COURSE) else []
+        return following[1:] if nth == 0 else following  # the second row is not what was foreseen
+
+    model = build("llama")
+    bank = Bank.attach(model, LORA, 3)
+    forward = prepare(model)
+    assert fuse(forward)
+    step = BankGraph(forward, bank, TOKENS, record=False)
+    lay = step._lay
+    step._lay = lambda parts: laid.append(parts) or lay(parts)
+    for slot in range(3):
+        bank.place(slot, LORA[slot], seed=slot)
+        step.join(slot, TRAINING[slot])
+    with forward.installed():
+        got = [step.run(p, rates, lambda nth=nth: foreseen(nth)) for nth, (p, rates) in enumerate(COURSE)]
+    assert got == expected
+    assert len(laid) == len(COURSE) + 1, "one was foreseen wrongly, the others must not be laid out twice"
+
+
 def test_a_slot_that_is_not_finite_is_skipped_and_the_others_are_as_they_were_to_the_bit():
     sound, _, expected, _ = run(BankGraph)
     sick, step, results, _ = run(BankGraph, poison=1)

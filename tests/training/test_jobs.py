@@ -245,8 +245,20 @@ def test_the_step_that_a_gpu_records_trains_the_same_jobs(monkeypatch):
     Its AdamW adds in another order than PyTorch's, so 50 steps may differ by ten times what the plain step may.
     """
     plain, plain_weights = together(five())
-    monkeypatch.setattr("loratune.training.jobs.step_of", lambda *given: BankGraph(*given, record=False))
+    laid, ran = [], []
+
+    class Counting(BankGraph):
+        def _lay(self, parts):
+            laid.append(len(parts))
+            return super()._lay(parts)
+
+        def run(self, parts, rates, upcoming=tuple):
+            ran.append(len(parts))
+            return super().run(parts, rates, upcoming)
+
+    monkeypatch.setattr("loratune.training.jobs.step_of", lambda *given: Counting(*given, record=False))
     events, weights = together(five(), slots=2)
+    assert len(laid) <= len(ran) + 5, "rows are foreseen but for where a job starts"
     for one in five():
         assert losses(events[one.name]) == pytest.approx(losses(plain[one.name]), rel=1e-4)
         for path, weight in plain_weights[one.name].items():

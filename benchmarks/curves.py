@@ -1,11 +1,12 @@
 """Loss curves of the ways to run one training: plain modules, fused layers, one CUDA graph, and a base in 8 bits.
 
-    python -m benchmarks.curves OUT.jsonl MODEL [MODEL ...]      a folder, or loratune/pocket
+    python -m benchmarks.curves OUT.jsonl orders|prose MODEL [MODEL ...]      a folder, or loratune/pocket
 
-The same rows, seeds, rates and initial adapters for all; the task is one that the model in the box was not taught
-(`orders`), and so is any model made by `training.pocket`. Under deterministic algorithms, so that the recorded step
-can be compared with the eager one to the bit. One JSON object a run: every training loss, and the held-out loss on
-the way and at the end.
+The same rows, seeds, rates and initial adapters for all. `orders` is a task that the model in the box was not taught,
+nor any model made by `training.pocket`; it is learnt to the end. `prose` (`benchmarks.prose`) is not, so that last
+held-out losses can be compared. Under deterministic algorithms, so that the recorded step can be compared with the
+eager one to the bit. One JSON object a run: every training loss, and the held-out loss on the way and at the end; at
+the end of a seed a line with each variant's last held-out loss over that of `graph`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.prose import write
 from loratune.base.forward import prepare
 from loratune.base.load import load, load_tokenizer, stop_ids
 from loratune.box import data_file
@@ -31,17 +34,17 @@ from loratune.training.step import evaluate_loss, train_step
 
 VARIANTS = ("plain", "fused", "graph", "fp8")
 SEEDS = (0, 1, 2)
-STEPS, ROW, EVALUATE = 120, 2048, 20
+STEPS, ROW, EVALUATE = 120, 2048, 40
 
 
-def curve(name: str, variant: str, seed: int) -> dict[str, object]:
-    """One training."""
+def curve(name: str, variant: str, seed: int, files: tuple[Path, Path]) -> dict[str, object]:
+    """One training on the first of `files`, with the second held out."""
     fp8 = variant == "fp8"
     on_gpu = torch.cuda.is_available()
     model = load(name, "fp8" if fp8 else "bfloat16" if on_gpu else "float32")
     tokenizer = load_tokenizer(name)
-    data = DataConfig(tokens_per_row=ROW, eval_fraction=0.1)
-    dataset = prepare_data([str(data_file("orders", "train"))], tokenizer, data, stop_ids=stop_ids(name, tokenizer))
+    data = DataConfig(tokens_per_row=ROW, eval_data=[str(files[1])], truncate=True)
+    dataset = prepare_data([str(files[0])], tokenizer, data, stop_ids=stop_ids(name, tokenizer))
     attach(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), name="default", seed=seed)
     forward = prepare(model)
     if variant == "plain":
@@ -75,21 +78,25 @@ def curve(name: str, variant: str, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    out, *models = sys.argv[1:]
+    out, task, *models = sys.argv[1:]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    place = tempfile.mkdtemp()
+    files = (data_file("orders", "train"), data_file("orders", "heldout")) if task == "orders" else write(Path(place))
     for name in models:
         for seed in SEEDS:
             eager: list[float] = []
+            ends: dict[str, float] = {}
             for variant in VARIANTS:
                 started = time.perf_counter()
-                row = curve(name, variant, seed)
+                row = {"task": task} | curve(name, variant, seed, files)
                 with Path(out).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 losses, held = row["losses"], row["held_out"]
                 assert isinstance(losses, list)
                 assert isinstance(held, dict)
+                ends[variant] = held[STEPS]
                 same = ""
                 if variant == "fused":
                     eager = losses
@@ -100,6 +107,7 @@ def main() -> None:
                     f"{row['model']} {variant:<9} seed {seed} held-out {held[STEPS]:.5f} {took:.1f} s {same}",
                     flush=True,
                 )
+            print({variant: f"{end / ends['graph'] - 1:+.4%}" for variant, end in ends.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What 4 bits cost in loss, on a model trained by us: bf16 and NF4 of ours beside bitsandbytes + PEFT.
 
     python -m benchmarks.nf4_loss OUT.jsonl [--model FOLDER] [--train FILE] [--heldout FILE] [--device cuda]
-                                  [--steps 120] [--tokens 1024] [--seeds 3] [--no-peers]
+                                  [--prose] [--rate 1e-3] [--steps 120] [--tokens 1024] [--seeds 3] [--no-peers]
 
 One line for each system and seed: held-out loss (nats a trained token) of the bare base and after so many steps. All
 systems see the same rows in the same order, start from the same A, and use the same AdamW, schedule and
-clipping; the peer's rows are padded batches of the same documents, its loop is plain PyTorch.
+clipping; the peer's rows are padded batches of the same documents, its loop is plain PyTorch. `--prose` takes a task
+that is not learnt to the end (`benchmarks.prose`) in place of the files.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.prose import write
 from loratune.base.forward import prepare
 from loratune.base.load import load, load_tokenizer, stop_ids
 from loratune.config import DataConfig, LoraConfig, TrainConfig
@@ -36,14 +38,14 @@ from loratune.training.optim import adamw, learning_rate, set_rate
 from loratune.training.step import evaluate_loss, train_step
 
 BOX = Path(__file__).parent.parent / "loratune" / "box"
-RANK, RATE = 16, 2e-3
+RANK = 16
 Data = tuple[list[Row], list[Row]]
 
 
 def rows_of(given: argparse.Namespace, seed: int) -> Data:
     """Rows of `steps` updates, and the held-out rows."""
     tokenizer = load_tokenizer(given.model)
-    settings = DataConfig(tokens_per_row=given.tokens, eval_data=[given.heldout], num_proc=1)
+    settings = DataConfig(tokens_per_row=given.tokens, eval_data=[given.heldout], num_proc=1, truncate=given.prose)
     dataset = prepare_data(
         [given.train], tokenizer, settings, stop_ids=stop_ids(given.model, tokenizer), max_tokens=given.tokens,
         seed=seed, cache_dir=None,
@@ -63,7 +65,7 @@ def ours(given: argparse.Namespace, precision: str, seed: int, data: Data, start
     attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK), seed=seed)
     save(model, start, overwrite=True)
     parameters = list(trainable_parameters(model).values())
-    config = TrainConfig(learning_rate=RATE)
+    config = TrainConfig(learning_rate=given.rate)
     optimizer, forward, losses = adamw(parameters, config), prepare(model), []
     began = time.perf_counter()
     with forward.installed():
@@ -98,7 +100,7 @@ def peer(given: argparse.Namespace, seed: int, data: Data, start: Path) -> dict[
     before, after = _peer_evaluated(base, heldout), {}
     model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    config, losses = TrainConfig(learning_rate=RATE), []
+    config, losses = TrainConfig(learning_rate=given.rate), []
     optimizer = adamw(parameters, config)
     began = time.perf_counter()
     for index, row in enumerate(rows):
@@ -160,8 +162,12 @@ def main() -> None:
     parser.add_argument("--evaluate-at", type=int, nargs="+", default=[10, 20, 40, 120])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--prose", action="store_true")
     given = parser.parse_args()
     with open(given.out, "a", encoding="utf-8") as out, tempfile.TemporaryDirectory() as folder:
+        if given.prose:
+            given.train, given.heldout = map(str, write(Path(folder)))
         for seed in range(given.seeds):
             start = Path(folder) / f"start-{seed}"
             data = rows_of(given, seed)

@@ -13,8 +13,11 @@ A slot's weights are one slice of the pool, so that clipping, updating, saving a
 Three products do all the work, in plain PyTorch here and, on a GPU, in Triton (`ops.bank_kernels`):
 
     thin    (T, width) x (r, width) -> (T, r)         x Aᵀ, dy B
-    wide    (T, r) x (r, width) -> += (T, width)      into y and into dx
+    wide    (T, r) x (r, width) -> (T, width)         what the frozen product then adds y or dx to
     outer   (T, r), (T, width) -> += (r, width)       gradients of A and of B transposed
+
+The low-rank part comes first and the frozen product is summed onto it in float32, so that y is rounded once: added
+to a y in bfloat16, most of an update that is smaller than a unit of y in the last place would be lost.
 
 The gradient of one slot is summed in the order of its own tokens, without atomics: the same bits in every run.
 
@@ -137,13 +140,10 @@ class BankProjection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""
-        y = self.frozen.forward(x, self.bias)
         if not self.pool.segments:
-            return y, None
+            return self.frozen.forward(x, self.bias), None
         inner = thin_forward(self, x)
-        if not self.leaves_output:
-            wide_forward(self, inner, y)
-        return y, inner
+        return self.frozen.forward(x, self.bias, None if self.leaves_output else wide_forward(self, inner)), inner
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`forward` of swiglu(gate_up), (N, 2 d_in), as `before` gave it together with `inner`."""
@@ -172,10 +172,8 @@ class BankProjection:
 
     def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
         """Gradient of the input, (N, d_in)."""
-        dx = self.frozen.d_input(dy)
-        if d_inner is not None and not self.leaves_input:
-            wide_backward(self, d_inner, dx)
-        return dx
+        onto = None if d_inner is None or self.leaves_input else wide_backward(self, d_inner)
+        return self.frozen.d_input(dy, onto)
 
     def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
         """Adds the gradients to the pool; returns that of `Pool.entry`, which has no elements."""
@@ -195,13 +193,14 @@ def thin_forward(p: BankProjection, x: Tensor) -> Tensor:
     return inner
 
 
-def wide_forward(p: BankProjection, inner: Tensor, y: Tensor) -> None:
-    """y += scaling · inner Bᵀ, in place."""
+def wide_forward(p: BankProjection, inner: Tensor) -> Tensor:
+    """scaling · inner Bᵀ, (N, D); zero where a token has no adapter."""
     if p.pool.tables is not None:
-        p.pool.tables.wide_forward(p, inner, y)
-        return
+        return p.pool.tables.wide_forward(p, inner)  # type: ignore[no-any-return]
+    y = inner.new_zeros(inner.shape[0], p.frozen.shape[0])
     for segment, member, part, at in _pieces(p):
         y[segment.start : segment.stop, p.rows[member]].addmm_(inner[at], part.B.to(y.dtype), alpha=part.scaling)
+    return y
 
 
 def thin_backward(p: BankProjection, dy: Tensor) -> Tensor:
@@ -215,11 +214,11 @@ def thin_backward(p: BankProjection, dy: Tensor) -> Tensor:
     return d_inner
 
 
-def wide_backward(p: BankProjection, d_inner: Tensor, dx: Tensor) -> None:
-    """dx += drop'(d_inner A), in place."""
+def wide_backward(p: BankProjection, d_inner: Tensor) -> Tensor:
+    """drop'(d_inner A), (N, d_in); zero where a token has no adapter."""
     if p.pool.tables is not None:
-        p.pool.tables.wide_backward(p, d_inner, dx)
-        return
+        return p.pool.tables.wide_backward(p, d_inner)  # type: ignore[no-any-return]
+    dx = d_inner.new_zeros(d_inner.shape[0], p.frozen.shape[1])
     for segment, member, part, at in _pieces(p):
         dx_s = dx[segment.start : segment.stop]
         probability = _probability(p.pool, segment)
@@ -228,6 +227,7 @@ def wide_backward(p: BankProjection, d_inner: Tensor, dx: Tensor) -> None:
         else:
             kept = _mask(p.pool, segment, p.lanes[member])
             dx_s.add_((d_inner[at] @ part.A.to(dx.dtype)).mul_(kept), alpha=1 / (1 - probability))
+    return dx
 
 
 def outer(p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tensor) -> None:
@@ -246,9 +246,7 @@ def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
     """swiglu(gate_up + the low-rank part); (N, 2 m), as a `p` that leaves its output gave it -> (N, m)."""
     if p.pool.tables is not None:
         return p.pool.tables.swiglu(p, gate_up, inner)  # type: ignore[no-any-return]
-    whole = gate_up.clone()
-    wide_forward(p, inner, whole)
-    return layer.swiglu(whole)
+    return layer.swiglu(gate_up + wide_forward(p, inner))
 
 
 def swiglu_backward(
@@ -262,10 +260,7 @@ def swiglu_backward(
     """
     if p.pool.tables is not None:
         return p.pool.tables.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)  # type: ignore[no-any-return]
-    whole, d_whole = gate_up.clone(), d_active.clone()
-    wide_forward(p, inner, whole)
-    wide_backward(after, d_inner, d_whole)
-    return layer.swiglu_backward(whole, d_whole)
+    return layer.swiglu_backward(gate_up + wide_forward(p, inner), d_active + wide_backward(after, d_inner))
 
 
 def _pieces(p: BankProjection) -> Iterator[tuple[Segment, int, Part, tuple[slice, slice]]]:

@@ -117,24 +117,29 @@ def _wide(
     inner_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
     tokens, slots, max_rank, inner_stride, out_stride,
     lane0, lane1, lane2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
-    SIDE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+    SIDE: tl.constexpr, MEMBERS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr,
+    LEVELS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """out[t] += inner[t] factor: columns of each member on the side of B, the sum of all members on that of A."""
+    """out[t] = inner[t] factor: columns of each member on the side of B, the sum of all members on that of A.
+
+    Zero where a token has no adapter; added to what is there if `ADD`.
+    """
     first = tl.program_id(0) * TOKENS
     block_ptr = blocks_ptr + first // BLOCK * 8
     slot = tl.load(block_ptr)
+    t, n = tl.arange(0, TOKENS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    there = (first + t < tokens)[:, None]
+    column, width = 0, width0
+    if SIDE == 2:
+        column = _of(tl.program_id(2), column0, column1, column2)
+        width = _of(tl.program_id(2), width0, width1, width2)
+    acc = tl.zeros((TOKENS, WIDTH), tl.float32)
     if slot >= 0:
-        t, n = tl.arange(0, TOKENS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        there = (first + t < tokens)[:, None]
         dropped, keep = tl.load(block_ptr + 4), tl.load(keep_ptr + slot)
-        acc = tl.zeros((TOKENS, WIDTH), tl.float32)
-        column, width, any_rank = 0, width0, 0
         for each in tl.static_range(MEMBERS):
             member = each
             if SIDE == 2:
                 member = tl.program_id(2)
-                column, width = _of(member, column0, column1, column2), _of(member, width0, width1, width2)
             entry = _of(member, lane0, lane1, lane2) * slots + slot
             rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
             at = tl.multiple_of(tl.load(entries_ptr + entry * 4 + SIDE), 16)
@@ -155,12 +160,11 @@ def _wide(
             else:
                 part = part * tl.load(scaling_ptr + entry)
             acc += part
-            any_rank += rank
-        if any_rank > 0:
-            mask = there & (n < width)[None, :]
-            out = out_ptr + (first + t).to(tl.int64)[:, None] * out_stride + column + n[None, :]
-            acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = there & (n < width)[None, :]
+    out = out_ptr + (first + t).to(tl.int64)[:, None] * out_stride + column + n[None, :]
+    if ADD:
+        acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=OF_LAYERS)
@@ -343,16 +347,18 @@ class Tables:
             )  # fmt: skip
         return out
 
-    def wide_forward(self, p: BankProjection, inner: Tensor, y: Tensor) -> None:
+    def wide_forward(self, p: BankProjection, inner: Tensor) -> Tensor:
         """As `ops.bank.wide_forward`."""
-        self._wide(p, inner, y, _B)
+        columns = p.frozen.shape[0]
+        covered = sum(lane.d_out for lane in p.lanes) == columns
+        out = (inner.new_empty if covered else inner.new_zeros)((inner.shape[0], columns))
+        return self._wide(p, inner, out, _B)
 
-    def wide_backward(self, p: BankProjection, d_inner: Tensor, dx: Tensor) -> None:
+    def wide_backward(self, p: BankProjection, d_inner: Tensor) -> Tensor:
         """As `ops.bank.wide_backward`."""
-        self._wide(p, d_inner, dx, _A)
+        return self._wide(p, d_inner, d_inner.new_empty(d_inner.shape[0], p.frozen.shape[1]), _A)
 
-    def _wide(self, p: BankProjection, inner: Tensor, out: Tensor, side: int) -> None:
-        assert out.stride(1) == 1
+    def _wide(self, p: BankProjection, inner: Tensor, out: Tensor, side: int) -> Tensor:
         max_rank = p.pool.max_rank
         for first, members in _launches(p, side):
             count = min(_MEMBERS, len(p.lanes) - first)
@@ -364,10 +370,11 @@ class Tables:
             _wide[grid](
                 inner[:, first * max_rank :], out, self.work, self.entries, self.scaling, self.blocks, self.keep,
                 out.shape[0], self.slots, max_rank, inner.stride(0), out.stride(0), *members,
-                SIDE=side, MEMBERS=1 if side == _B else count, **CONSTANTS,
+                SIDE=side, MEMBERS=1 if side == _B else count, ADD=side == _A and first > 0, **CONSTANTS,
                 TOKENS=WIDE["tokens"], WIDTH=WIDE["width"], RANK=min(self.rank, 32),
                 num_warps=WIDE["num_warps"], num_stages=WIDE["num_stages"],
             )  # fmt: skip
+        return out
 
     def swiglu(self, p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
         """As `ops.bank.swiglu`."""

@@ -250,3 +250,24 @@ def test_refusals_say_what_to_do():
     attach(model, small)
     with pytest.raises(AdapterError, match="detach"):
         Bank.attach(model, [small], 1)
+
+
+def test_a_small_update_arrives_as_it_does_for_an_adapter_alone():
+    """In bfloat16; see tests/base/test_border.py, from which the numbers are. Added to y, 0.2 of it would arrive."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(1024, 256, bias=False).bfloat16()
+    layer.weight.data = 0.02 * torch.randn(256, 1024, generator=generator).bfloat16()
+    model = torch.nn.ModuleDict({"a": layer})
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=["a"])
+    bank = Bank.attach(model, [config], 2)
+    x, exact = torch.randn(512, 1024, generator=generator).bfloat16(), []
+    for slot in (0, 1):
+        bank.place(slot, config, seed=slot)
+        weights = bank.named(slot)
+        weights["a.lora_B"].copy_(1e-4 * torch.randn(256, 16, generator=generator).sign())
+        mine = x[256 * slot : 256 * (slot + 1)].double()
+        exact.append(mine @ weights["a.lora_A"].double().T @ weights["a.lora_B"].double().T)
+    with torch.no_grad(), bank.row([Segment(0, 0, 256), Segment(1, 256, 512)]):
+        change = model["a"](x).double() - x.double() @ layer.weight.double().T
+    both = torch.cat(exact)
+    assert abs(float((change * both).sum() / both.square().sum()) - 1) < 0.06

@@ -1,9 +1,11 @@
 """The peers on the shapes of the ladder, measured as ours is: one whole optimizer step, one JSON object a row.
 
-    python -m benchmarks.peers SYSTEM SHAPE BATCH TOKENS [STEPS]      peft, peft+liger or unsloth; `+gc` recomputes
-    python -m benchmarks.peers --all OUT.jsonl [SHAPE:BATCH:TOKENS ...]   ours and all of them, one after the other
+    python -m benchmarks.peers SYSTEM SHAPE BATCH TOKENS [STEPS]
+    python -m benchmarks.peers --all OUT.jsonl [SHAPE:BATCH:TOKENS[:SYSTEM] ...]   ours and them, one after the other
 
-Random weights in bfloat16, r = 16 on all seven projections, AdamW (fused), `batch` sequences of `tokens` tokens, all
+SYSTEM is peft, peft+liger or unsloth; `+gc` behind it recomputes activations, `+nf4` holds the base in 4 bits.
+
+Random weights, r = 16 on all seven projections, AdamW (fused), `batch` sequences of `tokens` tokens, all
 tokens trained. Each system in a process of its own, with what its own documentation calls for to be fast: PEFT with
 bfloat16 adapters and SDPA, plain or with Liger's kernels and fused loss; Unsloth from a local folder under autocast,
 without gradient checkpointing unless `+gc` asks for it. A step counts from the tokens on the device to the end of
@@ -58,7 +60,8 @@ def measure(system: str, shape: str, batch: int, tokens: int, steps: int) -> dic
             first = time.perf_counter() - STARTED
     median = statistics.median(seconds[3:])
     return {
-        "system": system.removesuffix("+gc"), "shape": shape, "batch": batch, "tokens": tokens, "precision": "bf16",
+        "system": system.replace("+gc", "").replace("+nf4", ""), "shape": shape, "batch": batch, "tokens": tokens,
+        "precision": "nf4" if "+nf4" in system else "bf16",
         "policy": "recompute" if "+gc" in system else "none", "tok_s": round(batch * tokens / median),
         "step_ms": round(median * 1e3, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "first_step_s": round(first, 1),
@@ -70,7 +73,7 @@ def measure(system: str, shape: str, batch: int, tokens: int, steps: int) -> dic
 def versions() -> dict[str, str]:
     """Of the packages that matter and are there."""
     found = {}
-    for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "trl"):
+    for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "trl", "bitsandbytes"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -86,14 +89,30 @@ def _peft(shape: str, system: str) -> tuple[Any, bool]:
         patch(rope=True, swiglu=True, rms_norm=True, fused_linear_cross_entropy=True)
     from peft import LoraConfig, get_peft_model
 
-    from benchmarks.shapes import model_of
-
     config = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = get_peft_model(model_of(shape), config, autocast_adapter_dtype=False)
+    model = get_peft_model(_base(shape, "+nf4" in system), config, autocast_adapter_dtype=False)
     if "+gc" in system:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model.train(), False
+
+
+def _base(shape: str, in_4_bits: bool) -> Any:
+    from benchmarks.shapes import model_of
+
+    if not in_4_bits:
+        return model_of(shape)
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    form = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder_of(shape), dtype=torch.bfloat16, device_map={"": 0}, quantization_config=form
+    )
+    return model.requires_grad_(False)
 
 
 def _unsloth(shape: str, tokens: int, system: str) -> tuple[Any, bool]:
@@ -102,7 +121,7 @@ def _unsloth(shape: str, tokens: int, system: str) -> tuple[Any, bool]:
 
     folder = folder_of(shape)
     model, _ = unsloth.FastLanguageModel.from_pretrained(
-        model_name=str(folder), max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=False,
+        model_name=str(folder), max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit="+nf4" in system,
         load_in_8bit=False, local_files_only=True,
     )  # fmt: skip
     model = unsloth.FastLanguageModel.get_peft_model(
@@ -146,8 +165,11 @@ def write_folder(shape: str, device: str = "cuda") -> None:
 def _all(out: Path, cases: list[str]) -> None:
     with out.open("a") as file:
         for case in cases:
-            shape = case.split(":")
-            commands = [["benchmarks.ladder", *shape, "graph"], *(["benchmarks.peers", s, *shape] for s in SYSTEMS)]
+            *shape, last = [*case.split(":"), ""][:4]
+            asked = [last] if last else [*SYSTEMS, ""]
+            commands = [
+                ["benchmarks.peers", s, *shape] if s else ["benchmarks.ladder", *shape, "graph"] for s in asked
+            ]
             for command in commands:
                 done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
                 if done.returncode:

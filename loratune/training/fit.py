@@ -32,7 +32,7 @@ from loratune.training.budget import Bytes, Setting
 from loratune.training.devices import Device
 from loratune.training.graph import GraphStep
 from loratune.training.objectives import sft
-from loratune.training.optim import STATE_BYTES, masters_on_host
+from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
 from loratune.training.room import free_bytes
 from loratune.training.step import _row_objective
 from loratune.training.survey import Survey, ranks_of, survey
@@ -98,6 +98,8 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     if found is None:
         raise TrainingError(too_small(what, setting, config, devices.present(device), limit))
     forward.plan, forward.record = found[0], found[1].recorded
+    if not forward.plan.optimizer_on_host:
+        masters_on_device(parameters.values())
     expected = None if what.shape is None else budget.peak(what, setting, forward.plan)
     return Fit(forward.plan, expected, limit, found[1].tried)
 

@@ -123,6 +123,7 @@ def measure(forward: PackedForward, batch: int, tokens: int, steps: int = 5, une
     row = [row_of(lengths_of(batch, tokens, uneven), batch * tokens, 0)]
     seconds, losses = [], []
     with forward.installed():
+        torch.cuda.reset_peak_memory_stats()  # what goes to the host has gone
         for _ in range(steps + 3):
             set_rate(optimizer, 1e-4)
             torch.cuda.synchronize()

@@ -69,6 +69,7 @@ def _one_step(forward: PackedForward, what: Survey, cap: float, tokens: int, hos
     set_rate(optimizer, 1e-4)
     with forward.installed():
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         result = step(row)
         seconds = time.perf_counter() - start

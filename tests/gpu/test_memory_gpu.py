@@ -129,7 +129,7 @@ def assert_as_it_was(stream, reserved):
     assert torch.cuda.current_stream() == stream
     torch.rand(10, device="cuda")
     torch.cuda.get_rng_state()
-    assert reserved_now() <= reserved + 4 * MIB
+    assert reserved_now() <= reserved + 8 * MIB
     expected, adapter, _ = trained("llama", None, record=False)
     losses, same, _ = trained("llama", None, record=True)
     assert losses == expected
@@ -266,8 +266,8 @@ def test_what_fit_has_chosen_is_recorded_and_keeps_to_the_limit():
     model, tokens = small(), 32768
     forward, parameters = prepare(model), trainable(model)
     before = reserved_now()
-    found = fit(forward, parameters, config(memory="1700MiB"), tokens)
-    assert reserved_now() <= before + 4 * MIB
+    found = fit(forward, parameters, config(memory="1900MiB"), tokens)
+    assert reserved_now() <= before + 64 * MIB  # a row takes ten times that; weights may lie less close
     assert found.plan.levels[0] > Level.NONE
     assert forward.record
     torch.cuda.reset_peak_memory_stats()

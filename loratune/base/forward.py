@@ -62,6 +62,8 @@ class PackedForward:
     """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
     plan: Plan | None = None
     """What each decoder layer keeps for its backward; None for everything."""
+    record: bool = True
+    """Whether steps may become CUDA graphs; False where these were found to have no room (`training.fit`)."""
     _copies: fusing.Copies | None = None
 
     @contextmanager

@@ -202,6 +202,8 @@ class _Layer(torch.autograd.Function):
         ctx.kept.x = x
         if keep.level.on_host:
             _leave(ctx.kept, keep)
+        elif keep.host is not None:
+            keep.host.passed(keep.index)
         ctx.save_for_backward(cos, sin)
         ctx.fixed = before, behind, attend, keep
         ctx.needs_heads = ctx.needs_input_grad[0] or adapters_before > 0
@@ -216,6 +218,8 @@ class _Layer(torch.autograd.Function):
         before, behind, attend, keep = ctx.fixed
         if keep.level.on_host:
             _return(kept, keep, cos, sin, before.heads)
+        elif keep.host is not None:
+            keep.host.announce(keep.index)
         x: Tensor = kept.x
         heads, attended = kept.heads, kept.attended
         if attended is None:
@@ -356,6 +360,7 @@ def _mlp_backward(
             torch._foreach_add_(sums, gradients)
         else:
             sums = gradients
+        del d_part, gradients  # or the next tile would be made beside them
     assert d_stream is not None
     return d_stream, sums
 

@@ -63,6 +63,16 @@ class LayerShape:
         """Columns of the nth projection's inner activation."""
         return self.ranks[projection]
 
+    def gradient_bytes(self, projection: int) -> int:
+        """Of the adapters of the nth projection, in float32; its members are taken to share the ranks evenly."""
+        members, d_in, d_out = (
+            (3, self.width, self.heads),
+            (1, self.query, self.width),
+            (2, self.width, 2 * self.mlp),
+            (1, self.mlp, self.width),
+        )[projection]
+        return 4 * self.ranks[projection] * (d_in + -(-d_out // members))
+
     @property
     def adapter_bytes(self) -> int:
         """The working copies of all adapters of the layer: in the borders, or stacked beside the weights."""
@@ -261,6 +271,7 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
         ledger.free("y")
     _mlp_backward(ledger, sizes, tiles(tokens, tokens if level.keeps_gate_up else tile))
     ledger.free("stream", "normed")
+    ledger.take(of_output=shape.gradient_bytes(_OUTPUT))
     ledger.take(d_attended=sizes.query)
     _dense(ledger, shape)
     if "heads" not in ledger.sizes:
@@ -272,6 +283,7 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     ledger.take(d_normed=sizes.stream)
     _dense(ledger, shape)
     ledger.take(below=sizes.operand(_DOWN), normed=sizes.stream)
+    ledger.take(of_heads=shape.gradient_bytes(_QKV))
 
 
 def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
@@ -290,15 +302,18 @@ def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
         _dense(ledger, shape)
         ledger.take(d_gate_up=sizes.columns(2 * shape.mlp + shape.room(_GATE_UP), count))
         ledger.take(active=sizes.columns(shape.mlp, count))
-        ledger.free("gate_up", "d_active", "active")
+        ledger.free("gate_up", "d_active")
+        ledger.take(of_down=shape.gradient_bytes(_DOWN))
+        ledger.free("active")
         ledger.take(d_normed=sizes.columns(shape.width, count))
         _dense(ledger, shape)
         ledger.take(d_part=sizes.columns(shape.width + shape.room(_OUTPUT), count))
-        ledger.take(normed_again=sizes.columns(shape.width, count))
+        ledger.take(normed_again=sizes.columns(shape.width, count), of_gate_up=shape.gradient_bytes(_GATE_UP))
         ledger.free("normed_again", "d_gate_up", "d_normed", "inner_gate_up")
         if len(parts) > 1:
             ledger.take(d_stream=sizes.operand(_OUTPUT))
-            ledger.free("d_part")
+            ledger.free("d_part", "of_down", "of_gate_up")
+            ledger.take(of_mlp=shape.gradient_bytes(_DOWN) + shape.gradient_bytes(_GATE_UP))
     if len(parts) == 1:
         ledger.sizes["d_stream"] = ledger.sizes.pop("d_part")
 

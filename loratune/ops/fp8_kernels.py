@@ -83,7 +83,7 @@ def quantise_rows(x: Tensor, columns: Tensor | None, inner: Inner | None) -> tup
 @triton.jit
 def _peak(matrix_ptr, divisor_ptr, factor_ptr, n, ranks, step_n, step_r, DIVIDED: tl.constexpr, RANKS: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANKS)
     inside = (row < n)[:, None] & (rank < ranks)[None, :]
     v = tl.load(matrix_ptr + row[:, None] * step_n + rank[None, :] * step_r, mask=inside, other=0.0).to(tl.float32)

@@ -7,6 +7,10 @@ holds two or three inputs where it would hold one for each layer.
     forward    layer i ends -> what it keeps leaves; released when layer i + 2 ends, by when it has left
     backward   layer i begins -> what layer i - 1 keeps sets out for the device
 
+Layers that keep all on the device say that they end and begin as well (`passed`, `announce`): with a generous layer
+above two that send, both of these would otherwise stay on the device until their backward, beside the widest moment
+of the step.
+
 Addresses are fixed (pinned buffers for each layer), and streams fork and join by events, so a CUDA graph can record
 it.
 `Tensor.record_stream` is not used: inside a recording it would keep every block until the recording ends. A tensor
@@ -58,8 +62,25 @@ class Host:
             for room, tensor in zip(rooms, tensors, strict=True):
                 room.copy_(tensor, non_blocking=True)
         self._leaving[layer] = [tensor.detach() for tensor in tensors], stream.record_event()
-        while len(self._leaving) > _LEAVING:
-            self._land(next(iter(self._leaving)))
+        self.passed(layer)
+
+    def passed(self, layer: int) -> None:
+        """`layer` ends: what left `_LEAVING` layers before it is released.
+
+        Layers run upward, so what is from above is of a forward that was broken off; its events must not be waited
+        for, since the recording that they belonged to may have failed.
+        """
+        for other in list(self._leaving):
+            if other > layer:
+                del self._leaving[other]
+            elif other <= layer - _LEAVING:
+                self._land(other)
+
+    def announce(self, layer: int) -> None:
+        """`layer` begins its backward: what the layer below it keeps sets out."""
+        below = layer - 1
+        if below in self._rooms and self._streams is not None and below not in self._leaving | self._coming:
+            self._coming[below] = self._send(below)
 
     def fetch(self, layer: int) -> list[Tensor]:
         """The tensors of `layer`, on the device; those of the layer below it set out."""
@@ -70,9 +91,7 @@ class Host:
         else:
             tensors, arrived = self._coming.pop(layer) if layer in self._coming else self._send(layer)
             torch.cuda.current_stream().wait_event(arrived)
-        below = max((other for other in self._rooms if other < layer), default=None)
-        if below is not None and below not in self._leaving:
-            self._coming[below] = self._send(below)
+        self.announce(layer)
         return tensors
 
     def _land(self, layer: int) -> list[Tensor]:

@@ -190,6 +190,7 @@ def _rotate_backward(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, j = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
+    head = head.to(tl.int64)  # heads may lie a whole row apart
     rotated = queries + keys
     heads = rotated + keys
     inside = head < heads

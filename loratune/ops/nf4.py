@@ -350,6 +350,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a, b)
 
 
+def dense_elements(d_out: int, d_in: int, ranks: int) -> int:
+    """The most of a weight that is dense at a time on a GPU, with the adapters' ranks that ride along."""
+    forward = int(_pieces(d_out, d_in + ranks, _PIECE_STEP)[0].stop) * (d_in + ranks)
+    return max(forward, int(_pieces(d_in, d_out + ranks, _PIECE_STEP)[0].stop) * (d_out + ranks))
+
+
 def _pieces(length: int, other: int, step: int) -> list[slice]:
     """Cuts `length` rows (or columns) of `other` elements each into pieces of nearly equal size."""
     count = -(-length * other // PIECE_ELEMENTS)

@@ -28,7 +28,8 @@ from loratune.ops.bank import Segment
 from loratune.ops.bank_adamw import IDLE, Settings, bank_adamw
 from loratune.training.bank_step import BankStep, Part, join_parts
 from loratune.training.checkpoint import MOMENTS
-from loratune.training.graph import Inputs, Layout, Recordings, layout_for, logprobs_in
+from loratune.training.graph import Inputs, Layout, layout_for, logprobs_in
+from loratune.training.recordings import Recordings
 from loratune.training.step import StepResult
 
 

@@ -29,16 +29,18 @@ from loratune.training.survey import Survey
 _MIB = 1 << 20
 CONTEXT = 520 * _MIB
 """CUDA's context, kernels and libraries, outside of PyTorch's allocator."""
-_WORKSPACES = 4 * 32 * _MIB
-"""cuBLAS: a workspace for each pair of a thread (forward, backward) and a stream (eager, recording)."""
-_SLACK = 0.01
+_WORKSPACES = 2 * 32 * _MIB
+"""cuBLAS: one for the thread of the forward and one for that of the backward. A recording has its own, and those of
+eager work are let go of before it (`training.graph`)."""
+_SLACK = 0.015
 """Share of the peak that is added for what the ledger does not know."""
-_FRAGMENTS = 0.03
+_FRAGMENTS = 0.06
 """Share of the activations that the allocator holds and cannot use."""
 _LOOSE = 0.08
 """The same where activations are counted and not told by a ledger: kernels may take memory of their own."""
-_HOLES = 192 * _MIB
-"""What the allocator holds beside that, whatever the size of the run."""
+_HOLES = 320 * _MIB
+"""What the allocator holds beside that, whatever the size of the run: pages of 20 MiB that are in use in part, on
+either side of a recording. While one is made, the allocator cannot give back pages as it does elsewhere."""
 Family = Callable[[int], Plan]
 """Number of frugal layers to a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
@@ -59,8 +61,8 @@ class Setting:
 
     @property
     def documents(self) -> int:
-        """As in `ops.footprint.footprint`."""
-        return 0 if self.even else max(2, self.tokens // 128)
+        """As in `ops.footprint.footprint`; a recording is made for a power of two (`training.graph`)."""
+        return 0 if self.even else 1 << (max(2, self.tokens // 128) - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
     assert survey.shape is not None
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
     layers = [_layer(survey, setting, level, plan.tile) for level in plan.levels]
-    below, leaving = 0, [0, 0]  # of the two layers before
+    below, leaving = 0, [0, 0]  # of the two layers before, see `ops.host`
     for layer in layers:
         yield 0, below, layer.forward + stream + sum(leaving)
         below += layer.kept
@@ -155,9 +157,10 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
     yield 0, below, 4 * stream + sum(leaving) + rounded(chunk)
     yield 0, below, 6 * stream + sum(leaving)
     gradients = 0
-    for layer, next_one in zip(reversed(layers), [*reversed(layers[:-1]), layers[0]], strict=True):
+    for index, layer in reversed(list(enumerate(layers))):
         below -= layer.kept
-        yield gradients, below + layer.kept, layer.backward - layer.kept + next_one.away
+        coming = layers[index - 1].away if index else 0
+        yield gradients, below + layer.kept, layer.backward - layer.kept + coming
         gradients += 4 * survey.layer_trainable
         yield gradients, below, 2 * stream
 
@@ -225,8 +228,21 @@ class Choice:
     """Of a step; 0 if unknown."""
 
 
-def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choice | None:
-    """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not."""
+def host_bytes(survey: Survey, setting: Setting, plan: Plan) -> int:
+    """What waits in the host's memory, pinned."""
+    waiting = sum(_layer(survey, setting, level, plan.tile).away for level in plan.levels)
+    embeddings = survey.embedding_bytes if plan.embeddings_on_host else 0
+    return waiting + embeddings + (int((4 + setting.optimizer_bytes) * survey.trainable) * plan.optimizer_on_host)
+
+
+def choose(
+    survey: Survey, setting: Setting, device: Device, limit: int, host_limit: int | None = None
+) -> Choice | None:
+    """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not.
+
+    Args:
+        host_limit: bytes of the host's memory that may be pinned; None for any number.
+    """
     best: Choice | None = None
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
         for family in _families(survey.layers):
@@ -243,12 +259,36 @@ def choose(survey: Survey, setting: Setting, device: Device, limit: int) -> Choi
             needed = peak(survey, setting, plan)
             if needed.total > limit:
                 continue
+            if host_limit is not None and host_bytes(survey, setting, plan) > host_limit:
+                continue  # and so it is with more frugal layers, of which more waits on the host
             found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
             if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
                 best = found
         if best is not None and not best.plan.levels[0].on_host:
             break
     return best
+
+
+def largest(
+    survey: Survey, device: Device, limit: int, host_limit: int | None = None, step: int = 256
+) -> tuple[int, Choice] | None:
+    """The longest document, a multiple of `step` tokens, that is estimated to fit into one row, and its plan.
+
+    Returns: None if not even `step` tokens fit.
+    """
+
+    def found(count: int) -> Choice | None:
+        return choose(survey, Setting(count * step, even=True), device, limit, host_limit)
+
+    if found(1) is None:
+        return None
+    enough = 1
+    while found(2 * enough) is not None:
+        enough *= 2
+    count = enough + bisect_left(range(enough + 1, 2 * enough), True, key=lambda count: found(count) is None)
+    choice = found(count)
+    assert choice is not None
+    return count * step, choice
 
 
 def _recomputed(survey: Survey, plan: Plan) -> float:

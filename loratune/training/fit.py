@@ -2,15 +2,19 @@
 
 Every row has the same shape, so a row of arbitrary tokens needs what every row will need. The dry step runs forward
 and backward with the optimizer's state put in as ballast, and changes nothing: neither the adapter nor the state of
-a random generator. If the device is too small, that is an error after seconds, with what is missing and what to set,
-and not one after hours. Where layers are not fused their memory is not arithmetic (`training.budget`), and `auto`
-tries the policies themselves, from fast to frugal.
+a random generator. Where steps will be one CUDA graph it makes that graph too, which takes more than the work by
+itself: another pool of memory, from which nothing can be given back on the way. A plan without room for it is passed
+over for the next; if none has room, the first that fits without a graph is taken.
+
+If the device is too small, that is an error after seconds, with what is missing and what to set, and not one after
+hours. Where layers are not fused their memory is not arithmetic (`training.budget`), and `auto` tries the policies
+themselves, from fast to frugal.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,15 +30,19 @@ from loratune.ops.policy import TILE, Level, Plan
 from loratune.training import budget, devices
 from loratune.training.budget import Bytes, Setting
 from loratune.training.devices import Device
+from loratune.training.graph import GraphStep
 from loratune.training.objectives import sft
-from loratune.training.optim import STATE_BYTES, masters_on_host
+from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
+from loratune.training.room import free_bytes
 from loratune.training.step import _row_objective
 from loratune.training.survey import Survey, ranks_of, survey
 from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
-_CLOSER = (1.0, 0.95, 0.9)
+_CLOSER = (1.0, 0.97, 0.93, 0.88)
 """Shares of the limit to plan for, one after the other, should a dry step not fit after all."""
+_OF_THE_HOST = 0.8
+"""Share of the host's free memory that may be pinned."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,16 @@ class Fit:
     """Bytes that the run may take on the device; 0 on a CPU."""
     tried: int
     """Most that was allocated during the dry step; 0 on a CPU, which has none."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A dry step that had room."""
+
+    tried: int
+    """As in `Fit`."""
+    recorded: bool
+    """Steps may be CUDA graphs: there is room for one, or no graph can be made of this model anyhow."""
 
 
 def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: TrainConfig, tokens: int) -> Fit:
@@ -64,20 +82,46 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     if device.type != "cuda":
         forward.plan = Plan.uniform(LEVELS.get(config.activations, Level.NONE), layers)
         return Fit(forward.plan, None, 0, 0)
-    limit = _limit(config, device)
+    limit, forward.record = _limit(config, device), True
     trainable = sum(parameter.numel() for parameter in parameters.values())
     setting = Setting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
     what = _survey(forward, trainable)
-    for plan in _plans(what, setting, config, device, limit, layers):
+
+    def trial(plan: Plan) -> Trial | None:
         forward.plan = plan
         if plan.optimizer_on_host:
             masters_on_host(parameters.values())
         ballast = 0 if plan.optimizer_on_host else int(setting.optimizer_bytes * trainable)
-        tried = _dry_step(forward, parameters, tokens, ballast)
-        if tried is not None:
-            expected = None if what.shape is None else budget.peak(what, setting, plan)
-            return Fit(plan, expected, limit, tried)
-    raise TrainingError(too_small(what, setting, config, devices.present(device), limit))
+        return _dry_step(forward, parameters, setting, ballast)
+
+    found = first_with_room(_plans(what, setting, config, device, limit, layers), trial)
+    if found is None:
+        raise TrainingError(too_small(what, setting, config, devices.present(device), limit))
+    forward.plan, forward.record = found[0], found[1].recorded
+    if not forward.plan.optimizer_on_host:
+        masters_on_device(parameters.values())
+    expected = None if what.shape is None else budget.peak(what, setting, forward.plan)
+    return Fit(forward.plan, expected, limit, found[1].tried)
+
+
+def first_with_room(plans: Iterable[Plan], trial: Callable[[Plan], Trial | None]) -> tuple[Plan, Trial] | None:
+    """The first plan that has room for a recorded step, else the first that has room without; None if none has.
+
+    Args:
+        trial: tries a plan; None if there is no room at all. Each plan is tried once.
+    """
+    plain: tuple[Plan, Trial] | None = None
+    seen: set[Plan] = set()
+    for plan in plans:
+        if plan in seen:
+            continue
+        seen.add(plan)
+        found = trial(plan)
+        if found is not None and found.recorded:
+            return plan, found
+        if found is not None and plain is None:
+            plain = plan, found
+    return plain
 
 
 def _limit(config: TrainConfig, device: torch.device) -> int:
@@ -110,29 +154,33 @@ def _plans(
         yield from (Plan.uniform(level, layers) for level in LEVELS.values())
     else:
         at_hand = devices.present(device)
+        pinned = int(_OF_THE_HOST * free_bytes(torch.device("cpu")))
         for share in _CLOSER:
-            choice = budget.choose(what, setting, at_hand, int(share * limit))
+            choice = budget.choose(what, setting, at_hand, int(share * limit), pinned)
             if choice is not None:
                 yield choice.plan
         yield Plan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
 
 
 def _dry_step(
-    forward: PackedForward, parameters: Mapping[str, nn.Parameter], tokens: int, ballast_bytes: int
-) -> int | None:
-    """Runs one row forward and backward; most bytes allocated, or None if there were not enough."""
+    forward: PackedForward, parameters: Mapping[str, nn.Parameter], setting: Setting, ballast_bytes: int
+) -> Trial | None:
+    """Runs one row forward and backward, and once more as it is recorded; None if there is no room for it."""
     device = forward.model.device
     _clear(parameters)
     torch.cuda.reset_peak_memory_stats(device)
     ballast: list[Tensor] = []
+    row, values = _any_row(setting.tokens, setting.documents), list(parameters.values())
     try:
         with torch.random.fork_rng(devices=[device]), _dropping(forward.model), forward.installed():
             ballast.append(torch.empty(ballast_bytes, dtype=torch.uint8, device=device))
-            row = _any_row(tokens)
-            loss = _row_objective(forward, row, sft)
-            loss.backward()
-            del loss
-            return torch.cuda.max_memory_allocated(device)
+            recorded = True
+            step = GraphStep.for_device(forward, values, torch.optim.SGD(values, lr=0.0), 0.0)  # which never updates
+            if step is None:
+                _row_objective(forward, row, sft).backward()
+            else:
+                recorded = step.rehearse(row, accumulate=setting.rows > 1)
+            return Trial(torch.cuda.max_memory_allocated(device), recorded)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -160,15 +208,18 @@ def _dropping(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def _any_row(tokens: int) -> Row:
-    """Two documents, most of whose tokens are trained: what takes the most memory of all rows of this length."""
-    first = max(1, tokens // 3)
+def _any_row(tokens: int, documents: int) -> Row:
+    """So many documents of different lengths, of which seven eighths are trained: what takes the most memory of all
+    rows of this length, since trained positions are gathered unless they are nearly all of a row."""
+    documents = min(documents, tokens)
+    first = max(1, 2 * tokens // 5)
+    ends = [first + index * (tokens - first) // (documents - 1) for index in range(documents)]
+    borders = torch.tensor([0, *ends], dtype=torch.int32)
     weights = torch.ones(tokens)
-    weights[: tokens // 16] = 0.0
+    weights[: -(-tokens // 8)] = 0.0
     weights[-1] = 0.0
-    positions = torch.cat([torch.arange(first), torch.arange(tokens - first)])
+    positions = torch.cat([torch.arange(length) for length in borders.diff().tolist()])
     ids = torch.zeros(tokens, dtype=torch.int64)
-    borders = torch.tensor([0, first, tokens], dtype=torch.int32)
     return Row(tokens=ids, position_ids=positions, cu_seqlens=borders, targets=ids, weights=weights)
 
 

@@ -14,16 +14,16 @@ tokens, positions, borders, which positions are trained, their targets and weigh
              is launched, so the update itself asks: AdamW's fused kernel takes `found_inf` and does nothing.
 
 The first row of a layout runs without recording (which also warms up whatever compiles or allocates), the second is
-recorded. If recording fails, because a model waits for the device somewhere, `why_not` says so and the caller goes
-on with `training.step.train_step`, which computes the same.
+recorded. If recording fails, because a model waits for the device somewhere or memory runs out, `why_not` says so and
+the caller goes on with `training.step.train_step`, which computes the same.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.training.objectives import Objective, sft
+from loratune.training.recordings import Recordings
 from loratune.training.step import StepResult
 
-_MAX_RECORDINGS = 4
 _SHARES = 8
 """Trained positions are rounded up to a multiple of 1/8 of the row."""
 
@@ -138,53 +138,6 @@ class Laid(NamedTuple):
     """Tokens of all rows."""
 
 
-class Recordings:
-    """Pieces of work on the device, by what they are bound to: run as they are, then recorded, then replayed."""
-
-    why_not: str | None = None
-    """One line for the user once recording has failed."""
-
-    def __init__(self, record: bool = True) -> None:
-        self.graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph | None] = {}
-        self._record = record
-        self._pool: Any = None
-
-    def run(self, part: str, layout: Layout, work: Callable[[], object]) -> None:
-        """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
-        key = part, layout
-        if not self._record or self.why_not is not None or key not in self.graphs:
-            work()
-            if self._record:
-                self._make_room()
-                self.graphs[key] = None
-            return
-        graph = self.graphs[key]
-        if graph is None:
-            graph = self._recorded(work)
-            if graph is None:
-                work()
-                return
-            self.graphs[key] = graph
-        graph.replay()
-
-    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            reason = str(error).strip().splitlines()[0]
-            self.why_not = f"steps run kernel by kernel, not as one CUDA graph: {reason}"
-            return None
-        return graph
-
-    def _make_room(self) -> None:
-        while len(self.graphs) >= _MAX_RECORDINGS:
-            del self.graphs[next(iter(self.graphs))]
-
-
 class GraphStep:
     """Optimizer steps on one device, recorded and replayed; called as `train_step` is."""
 
@@ -213,8 +166,40 @@ class GraphStep:
         return self._recordings.why_not
 
     @property
-    def _graphs(self) -> dict[tuple[str, Layout], torch.cuda.CUDAGraph | None]:
+    def _graphs(self) -> dict[tuple[str, Hashable], torch.cuda.CUDAGraph]:
         return self._recordings.graphs
+
+    def give_back(self) -> None:
+        """Lets go of the memory that recordings hold, for work of another kind; they are made again."""
+        self._recordings.forget()
+
+    def rehearse(self, row: Row, accumulate: bool) -> bool:
+        """Runs a row forward and backward and makes the recording that a step will make of it; updates nothing.
+
+        Args:
+            accumulate: gradients are added to those of other rows, as in a step of several.
+        Returns: False if there is no room for the recording. One that fails for another reason is none of memory's.
+        Raises: torch.OutOfMemoryError: there is no room for the row as it is.
+        """
+        laid = self._lay([row])
+        layout = laid.layouts[0]
+        assert self._inputs is not None
+        self._inputs.send(laid.buffers[0])
+
+        def work() -> None:
+            if not accumulate:
+                self._forget_gradients()
+            self._add_row(layout)
+
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter) if accumulate else None
+        self._recordings.run("row", layout, work)
+        if not accumulate:
+            self._forget_gradients()
+        self._recordings.record("row", layout, work)
+        self._forget_gradients()
+        self._recordings.restart()
+        return not self._recordings.out_of_memory
 
     @classmethod
     def for_device(
@@ -224,9 +209,9 @@ class GraphStep:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
     ) -> Self | None:
-        """None where there are no CUDA graphs, or for a model that is walked document by document."""
+        """None where there are no CUDA graphs or no room for them, or a model is walked document by document."""
         on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
-        if not on_gpu or forward.road == "one by one" or forward.head is None:
+        if not on_gpu or not forward.record or forward.road == "one by one" or forward.head is None:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm)
 
@@ -287,7 +272,7 @@ class GraphStep:
         """Lays rows out in host buffers, those of the step before last, which have left by now."""
         if self._inputs is None or len(self._inputs.device["tokens"]) != len(rows[0].tokens):
             self._inputs = Inputs(len(rows[0].tokens), self._outcome.device)
-            self._graphs.clear()
+            self._recordings.restart()
             self._layouts.clear()
         self._turn = 1 - self._turn
         normaliser = sum(float(row.weights.sum()) for row in rows)

@@ -84,6 +84,7 @@ class Loop:
             self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm
         )
         self._saved_step: int | None = None
+        self._tight = False
         self._unreached: tuple[str, ...] = ()
         self._trained_modules = [
             m for m in self.forward.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
@@ -186,8 +187,19 @@ class Loop:
 
     def _evaluate(self) -> Evaluated:
         started = time.perf_counter()
-        eval_loss, _ = evaluate_loss(self.forward, self.rows.held_out)
-        return self._course.evaluated(eval_loss, time.perf_counter() - started)
+        return self._course.evaluated(self._held_out_loss(), time.perf_counter() - started)
+
+    def _held_out_loss(self) -> float:
+        """Beside the memory that recordings hold; where there is no room for that, in their place."""
+        if self._graph is not None and self._tight:
+            self._graph.give_back()
+        try:
+            return evaluate_loss(self.forward, self.rows.held_out)[0]
+        except torch.OutOfMemoryError:
+            if self._graph is None or self._tight:
+                raise
+        self._tight = True
+        return self._held_out_loss()
 
     def _save(self) -> Iterator[Saved]:
         if self.checkpoints is not None and self._saved_step != self.progress.step:

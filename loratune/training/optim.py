@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.config import Optim, TrainConfig
-from loratune.ops.host import mapped_zeros
+from loratune.ops.host import is_mapped, mapped_zeros
 from loratune.training.compact import BLOCK, CompactAdamW
 
 STATE_BYTES: dict[Optim, float] = {"adamw": 8.0, "adamw_8bit": 2 * (BLOCK + 4) / BLOCK, "adamw_offload": 0.0}
@@ -56,6 +56,13 @@ def masters_on_host(parameters: Iterable[nn.Parameter]) -> None:
     if parameters and all(parameter.is_cuda for parameter in parameters):
         for parameter, there in zip(parameters, _mapped(parameters, copy=True), strict=True):
             parameter.data = there
+
+
+def masters_on_device(parameters: Iterable[nn.Parameter]) -> None:
+    """Moves masters that `masters_on_host` has moved back."""
+    for parameter in parameters:
+        if is_mapped(parameter):
+            parameter.data = parameter.data.clone()
 
 
 def moments_on_host(optimizer: torch.optim.Optimizer) -> None:

@@ -9,11 +9,18 @@ import torch
 
 from loratune.base.forward import prepare
 from loratune.errors import TrainingError
+from loratune.ops import layer
+from loratune.ops.host import is_mapped
 from loratune.ops.policy import Level, Plan
+from loratune.training import loop as loop_module
+from loratune.training.budget import CONTEXT
+from loratune.training.course import Evaluated, Rows
 from loratune.training.fit import fit
 from loratune.training.graph import GraphStep
+from loratune.training.loop import Loop, RunsSlower
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
-from tests.gpu.test_step_gpu import ROWS, small
+from loratune.training.recordings import Recordings
+from tests.gpu.test_step_gpu import ROWS, a_row, small
 from tests.training.helpers import config, trainable
 
 pytestmark = [
@@ -21,7 +28,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LAYERS = 4
-PLANS = [Plan.uniform(level, LAYERS) for level in Level] + [Plan.mixed(Level.OFFLOAD, 3, Level.NONE, LAYERS)]
+PLANS = [Plan.uniform(level, LAYERS) for level in Level] + [
+    Plan.mixed(Level.OFFLOAD, 3, Level.NONE, LAYERS),
+    Plan.mixed(Level.STAGED, 2, Level.WIDE, LAYERS),
+]
+MIB = 1 << 20
 
 
 def trained(name, plan, record, steps=12, fused=True):
@@ -104,6 +115,127 @@ def _no_cap():
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def reserved_now():
+    """Bytes that the allocator cannot do without."""
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def assert_as_it_was(stream, reserved):
+    """Later work finds the device as it was: its stream, its generator, its memory, and recordings work."""
+    assert torch.cuda.current_stream() == stream
+    torch.rand(10, device="cuda")
+    torch.cuda.get_rng_state()
+    assert reserved_now() <= reserved + 8 * MIB
+    expected, adapter, _ = trained("llama", None, record=False)
+    losses, same, _ = trained("llama", None, record=True)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(adapter, same, strict=True))
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_a_recording_of_work_that_waits_for_the_device_leaves_it_as_it_was():
+    x = torch.ones(1000, device="cuda")
+    stream, reserved, seen = torch.cuda.current_stream(), reserved_now(), []
+    recordings = Recordings()
+    for _ in range(3):
+        recordings.run("work", 0, lambda: seen.append((x * 2).sum().item()))
+    assert seen == [2000.0] * 3  # as it is, then after the recording has failed, then without another try
+    assert recordings.why_not is not None
+    assert not recordings.out_of_memory
+    assert_as_it_was(stream, reserved)
+
+
+@pytest.mark.usefixtures("_deterministic", "_no_cap")
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_recording_that_runs_out_of_memory_leaves_the_device_as_it_was(joined):
+    """Also where a second stream has not come back, so that the recording cannot even be ended."""
+    side = torch.cuda.Stream()
+    stream, reserved, counts = torch.cuda.current_stream(), reserved_now(), iter([1, 100, 1])
+    whole = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((reserved + 512 * MIB) / whole)
+    done = []
+
+    def work():
+        held = [torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            held[0].add_(1)
+        if joined:
+            torch.cuda.current_stream().wait_stream(side)
+        held += [torch.zeros_like(held[0]) for _ in range(next(counts))]
+        torch.cuda.current_stream().wait_stream(side)
+        done.append(len(held))
+
+    recordings = Recordings()
+    for _ in range(2):
+        recordings.run("work", 0, work)
+    assert done == [2, 2]
+    assert recordings.out_of_memory
+    assert "out of memory" in str(recordings.why_not)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_as_it_was(stream, reserved)
+
+
+def test_a_recording_made_before_one_that_failed_still_replays():
+    good, bad = Recordings(), Recordings()
+    x, total = torch.ones(10, device="cuda"), torch.zeros(10, device="cuda")
+    for _ in range(2):
+        good.run("good", 0, lambda: total.add_(x))
+        bad.run("bad", 0, lambda: x.sum().item())
+    good.run("good", 0, lambda: total.add_(x))
+    assert bad.why_not is not None
+    assert good.why_not is None
+    assert total.tolist() == [3.0] * 10
+
+
+def test_rows_of_a_second_layout_do_not_take_the_memory_of_both():
+    """The first row of a layout runs without a recording: the recordings before it must make room for it."""
+    tokens = 16384
+    kinds = [[a_row((9000, 7000), tokens=tokens)], [a_row((400,) * 40, tokens=tokens)]]
+    peaks = []
+    for used in (kinds[1:], kinds):
+        model = small()
+        parameters = list(trainable(model).values())
+        optimizer, forward = adamw(parameters, config()), prepare(model)
+        before = reserved_now()
+        torch.cuda.reset_peak_memory_stats()
+        step = GraphStep(forward, parameters, optimizer, 1.0)
+        with forward.installed():
+            for row in [row for row in used for _ in range(3)]:
+                set_rate(optimizer, 1e-4)
+                step(row)
+            assert step.why_not is None, step.why_not
+            assert step._graphs
+        peaks.append(torch.cuda.max_memory_reserved() - before)
+        del step, forward, optimizer, parameters, model
+    assert peaks[1] < 1.4 * peaks[0], peaks
+
+
+def test_held_out_rows_take_the_place_of_recordings_where_there_is_no_room_beside_them(monkeypatch):
+    model = small()
+    rows = Rows(lambda epoch: [row for (row,) in ROWS[:2]], [a_row((200, 300), 99)])
+    loop = Loop(prepare(model), "default", trainable(model), rows, config(max_steps=8, eval_every_steps=4), None)
+    held, honest = [], loop_module.evaluate_loss
+
+    def evaluate(*args):
+        held.append(len(loop._graph._graphs))
+        if held[-1]:
+            raise torch.OutOfMemoryError("no room")
+        return honest(*args)
+
+    monkeypatch.setattr(loop_module, "evaluate_loss", evaluate)
+    events = list(loop.run())
+    assert len([e for e in events if isinstance(e, Evaluated)]) == 2
+    assert held[0] > 0
+    assert set(held[1:]) == {0}
+    assert not [e for e in events if isinstance(e, RunsSlower)]
+    assert loop._graph._graphs == {}  # the second evaluation came after the last step
+
+
 @pytest.mark.usefixtures("_no_cap")
 def test_a_row_that_does_not_fit_is_an_error_after_one_step_that_says_by_how_much():
     model = small()
@@ -120,9 +252,69 @@ def test_auto_takes_the_frugal_plan_only_where_it_has_to():
     before = {path: p.detach().clone() for path, p in trainable(model).items()}
     generator = torch.cuda.get_rng_state()
     assert fit(forward, trainable(model), config(), 1024).plan.levels == (Level.NONE,) * LAYERS
-    tight = fit(forward, trainable(model), config(memory="1100MiB"), 32768)
+    tight = fit(forward, trainable(model), config(memory="1600MiB"), 32768)
     assert tight.plan.levels[0] > Level.NONE
     assert tight.expected is not None
     assert tight.tried <= tight.expected.allocated <= tight.limit
     assert torch.equal(generator, torch.cuda.get_rng_state())
     assert all(torch.equal(before[path], p) for path, p in trainable(model).items())
+
+
+@pytest.mark.usefixtures("_no_cap")
+def test_what_fit_has_chosen_is_recorded_and_keeps_to_the_limit():
+    """Rows of several layouts under the cap that `fit` set; the dry step itself leaves nothing behind."""
+    model, tokens = small(), 32768
+    forward, parameters = prepare(model), trainable(model)
+    before = reserved_now()
+    found = fit(forward, parameters, config(memory="1900MiB"), tokens)
+    assert reserved_now() <= before + 64 * MIB  # a row takes ten times that; weights may lie less close
+    assert found.plan.levels[0] > Level.NONE
+    assert forward.record
+    torch.cuda.reset_peak_memory_stats()
+    values = list(parameters.values())
+    optimizer = adamw(values, config())
+    if found.plan.optimizer_on_host:
+        moments_on_host(optimizer)
+    step = GraphStep(forward, values, optimizer, 1.0)
+    with forward.installed():
+        for lengths in [(20000, 12000)] * 3 + [(500,) * 60] * 3 + [(20000, 12000)] * 2:
+            set_rate(optimizer, 1e-4)
+            step([a_row(lengths, tokens=tokens)])
+    assert step.why_not is None, step.why_not
+    assert step._graphs
+    assert torch.cuda.max_memory_reserved() + CONTEXT <= found.limit
+
+
+@pytest.mark.usefixtures("_no_cap")
+def test_a_plan_without_room_for_its_recording_runs_without_one(monkeypatch):
+    """Recording fails for want of memory under every plan: the first that fits is taken, kernel by kernel."""
+
+    def no_room(self, part, layout, work):
+        self.out_of_memory, self.why_not = True, "out of memory"
+        return False
+
+    monkeypatch.setattr(Recordings, "record", no_room)
+    model = small()
+    forward = prepare(model)
+    assert fit(forward, trainable(model), config(), 1024).plan.levels == (Level.NONE,) * LAYERS
+    assert not forward.record
+    assert not any(is_mapped(p) for p in trainable(model).values())  # though a plan with them on the host was tried
+    assert GraphStep.for_device(forward, list(trainable(model).values()), None, 1.0) is None
+
+
+def test_heads_that_lie_a_row_apart_are_found_beyond_31_bits():
+    """40 heads, each 2^26 elements behind the one before, as attention of a very long row may lay its gradients."""
+    tokens, queries, keys, dim, apart = 4, 40, 8, 64, 1 << 26
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+
+    room = torch.empty((queries - 1) * apart + tokens * dim, dtype=torch.bfloat16, device="cuda")
+    d_query = room.as_strided((tokens, queries, dim), (dim, apart, 1))
+    d_query.copy_(random(tokens, queries, dim))
+    d_key, d_value = random(tokens, keys, dim), random(tokens, keys, dim)
+    cos, sin = random(tokens, dim), random(tokens, dim)
+    far = layer.rotate_backward(d_query, d_key, d_value, cos, sin, None, None, 0.0)
+    near = layer.rotate_backward(d_query.contiguous(), d_key, d_value, cos, sin, None, None, 0.0)
+    assert torch.equal(far, near)

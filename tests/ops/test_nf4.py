@@ -190,3 +190,13 @@ def test_low_rank_parts_ride_in_the_products():
     torch.testing.assert_close(y, weight.forward(x, bias) + inner @ lora_B.T, rtol=1e-12, atol=1e-14)
     dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
     torch.testing.assert_close(dx, weight.d_input(dy) + d_inner @ lora_A, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "ranks"), [(22016, 4096, 32), (57344, 8192, 32), (256, 256, 8), (4096, 11008, 0)]
+)
+def test_what_is_dense_at_a_time_is_what_the_widest_piece_of_either_direction_takes(d_out, d_in, ranks):
+    found = nf4.dense_elements(d_out, d_in, ranks)
+    forward = [(p.stop - p.start) * (d_in + ranks) for p in nf4._pieces(d_out, d_in + ranks, 256)]
+    backward = [(p.stop - p.start) * (d_out + ranks) for p in nf4._pieces(d_in, d_out + ranks, 256)]
+    assert found == max(forward + backward)

@@ -9,8 +9,9 @@ import transformers as tf
 from loratune.config import LoraConfig
 from loratune.estimate import Wish, estimate, imagined, survey_of
 from loratune.lora.inject import attach
+from loratune.ops.footprint import footprint
 from loratune.ops.policy import Level, Plan
-from loratune.training.budget import Setting, choose, peak, seconds
+from loratune.training.budget import Setting, _moments, choose, host_bytes, largest, peak, seconds
 from loratune.training.devices import named
 from loratune.training.imagine import imagine, without_data
 from tests.conftest import CAUSAL, build
@@ -70,6 +71,50 @@ def test_the_choice_fits_and_is_faster_than_any_uniform_plan_that_fits(surveyed,
 
 def test_nothing_is_chosen_where_even_the_weights_do_not_fit(surveyed):
     assert choose(surveyed, Setting(8192), H200, 12 * GIB) is None
+
+
+@pytest.mark.parametrize("generous", [0, 1, 2, 5])
+def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, generous):
+    """Walks the layers as `ops.host` does and adds up what the device holds on its way: never above the estimate."""
+    setting, layers = Setting(8192, even=True), 32
+    plan = Plan.mixed(Level.STAGED, layers - generous, Level.NONE, layers)
+    of_each = [footprint(surveyed.shape, 8192, level, plan.tile) for level in plan.levels]
+    held: dict[int, int] = {}
+    highest = kept = 0
+    for index, layer in enumerate(of_each):
+        highest = max(highest, kept + sum(held.values()) + layer.forward)
+        kept += layer.kept
+        if plan.levels[index].on_host:
+            held[index] = layer.away
+        held = {other: size for other, size in held.items() if other > index - 2}
+    for index, layer in reversed(list(enumerate(of_each))):
+        held.pop(index, None)  # counted in `backward`
+        if index and plan.levels[index - 1].on_host:
+            held[index - 1] = of_each[index - 1].away
+        highest = max(highest, kept + layer.backward - layer.kept + sum(held.values()))
+        kept -= layer.kept
+    assert highest <= sum(max(_moments(surveyed, setting, plan), key=sum))
+
+
+def test_a_small_host_takes_fewer_layers(surveyed):
+    setting, limit = Setting(8192), 18 * GIB
+    free = choose(surveyed, setting, H200, limit)
+    tight = choose(surveyed, setting, H200, limit, 4 * GIB)
+    assert free is not None
+    assert tight is not None
+    assert host_bytes(surveyed, setting, free.plan) > 4 * GIB >= host_bytes(surveyed, setting, tight.plan)
+    assert tight.seconds >= free.seconds
+    assert tight.bytes.total <= limit
+
+
+def test_the_longest_document_fits_and_the_next_does_not(surveyed):
+    found = largest(surveyed, H200, 20 * GIB)
+    assert found is not None
+    tokens, choice = found
+    assert tokens % 256 == 0
+    assert choice.bytes.total <= 20 * GIB
+    assert choose(surveyed, Setting(tokens + 256, even=True), H200, 20 * GIB) is None
+    assert largest(surveyed, H200, 13 * GIB) is None
 
 
 def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):

@@ -10,10 +10,11 @@ from loratune.base.forward import prepare
 from loratune.config import LoraConfig
 from loratune.errors import ConfigError
 from loratune.estimate import Wish, survey_of
-from loratune.ops.policy import Level, tiles
+from loratune.ops.policy import Level, Plan, tiles
 from loratune.training.budget import Setting
 from loratune.training.devices import named
-from loratune.training.fit import fit, too_small
+from loratune.training.fit import Trial, _any_row, first_with_room, fit, too_small
+from loratune.training.graph import layout_for
 from loratune.training.imagine import without_data
 from tests.training.helpers import config, model_with_adapter, trainable
 
@@ -60,3 +61,40 @@ def test_tiles_cover_a_row_and_are_no_wider_than_asked(tokens, tile):
     parts = tiles(tokens, tile)
     assert [t for part in parts for t in range(part.start, part.stop)] == list(range(tokens))
     assert all(part.stop - part.start <= -(-tile // 64) * 64 for part in parts)
+
+
+def plans_and_trials(*outcomes):
+    """`first_with_room` over one plan for each outcome; the plan that it takes, and the plans that it tried."""
+    plans = [Plan.uniform(level, 2) for level in Level][: len(outcomes)]
+    tried = []
+
+    def trial(plan):
+        tried.append(plans.index(plan))
+        outcome = outcomes[plans.index(plan)]
+        return None if outcome is None else Trial(0, outcome)
+
+    found = first_with_room([plans[0], *plans], trial)  # the first comes twice, as a closer share may choose it again
+    return (None if found is None else plans.index(found[0])), tried
+
+
+def test_the_first_plan_with_room_for_a_recording_is_taken_and_no_plan_tried_twice():
+    assert plans_and_trials(True, True) == (0, [0])
+    assert plans_and_trials(None, False, True, True) == (2, [0, 1, 2])
+
+
+def test_without_room_for_any_recording_the_fastest_plan_that_fits_is_taken():
+    assert plans_and_trials(None, False, False) == (1, [0, 1, 2])
+    assert plans_and_trials(None, None) == (None, [0, 1])
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 64, 384, 640, 1024, 5000])
+def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
+    """Uneven documents, as many as are reckoned with, and trained positions that are gathered."""
+    row = _any_row(tokens, Setting(tokens).documents)
+    layout = layout_for(row, {})
+    assert int(row.cu_seqlens[-1]) == tokens == len(row.position_ids) == len(row.weights)
+    assert bool((row.cu_seqlens.diff() > 0).all())
+    if tokens >= 64:
+        assert layout.documents == Setting(tokens).documents
+        assert layout.documents * layout.longest != tokens or layout.documents == 1
+        assert 0.75 * tokens <= layout.trained < tokens

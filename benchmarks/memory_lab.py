@@ -1,0 +1,156 @@
+"""What the parts of `benchmarks.memory` share: models with an adapter, plans by name, one plan measured."""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.shapes import SHAPES, model_of, nf4_model_of, row_of
+from loratune.base.forward import PackedForward, prepare
+from loratune.config import LoraConfig, TrainConfig
+from loratune.errors import TrainingError
+from loratune.lora.inject import attach
+from loratune.ops.host import is_mapped
+from loratune.ops.policy import TILE, Level, Plan
+from loratune.training.budget import CONTEXT, Setting
+from loratune.training.graph import GraphStep
+from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
+from loratune.training.survey import Survey, ranks_of, survey
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB = 1 << 30
+Found = dict[str, object]
+
+
+def plan_of(text: str, layers: int) -> Plan:
+    """`full`, `full/2048`, `offloadx20+none`, ..."""
+    match = re.fullmatch(r"([a-z]+)(?:x(\d+)\+([a-z]+))?(?:/(\d+))?(@e?o?)?", text)
+    assert match, text
+    first, count, other, tile, host = match.groups()
+    level = Level[first.upper()]
+    rest = Level[other.upper()] if other else level
+    plan = Plan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
+    return replace(plan, embeddings_on_host="e" in (host or ""), optimizer_on_host="o" in (host or ""))
+
+
+def cut(shape: str, layers: int) -> str:
+    """The name of a shape with so many layers; 0 for all."""
+    if not layers:
+        return shape
+    SHAPES[f"{shape}-{layers}"] = SHAPES[shape] | {"num_hidden_layers": layers}
+    return f"{shape}-{layers}"
+
+
+def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
+    """The model on the GPU with an adapter; "l7b-8" has 8 of the layers of "l7b"."""
+    name, _, layers = shape.partition("-")
+    shape = cut(name, int(layers or 0))
+    model = {"bf16": model_of, "nf4": nf4_model_of}[precision](shape)
+    attach(model, LoraConfig(r=r, lora_alpha=16, target_modules=TARGETS), name="default", seed=0)
+    return prepare(model)
+
+
+def surveyed(forward: PackedForward) -> Survey:
+    """As `training.fit` does it."""
+    model = forward.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True, dropout=0.0)
+
+
+def cap_at(gib: float) -> None:
+    """Lets PyTorch allocate what a device of so many GiB would leave it beside CUDA's context; 0 for no cap."""
+    whole = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB - CONTEXT) / whole) if gib else 1.0)
+
+
+def fresh(forward: PackedForward) -> None:
+    """No cap, nothing on the host, no gradient and no memory held from the case before, however that ended."""
+    cap_at(0)
+    forward.plan, forward.record = None, True
+    for parameter in forward.model.parameters():
+        parameter.grad = None
+        if is_mapped(parameter):
+            parameter.data = parameter.data.clone()
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def attempt(case: Callable[[], Found]) -> Found:
+    """What a case finds, or why it did not: memory that runs out must not end the benchmark."""
+    try:
+        return case()
+    except (RuntimeError, TrainingError) as error:
+        return {"error": str(error).strip().splitlines()[0]}
+
+
+def optimizer_for(forward: PackedForward) -> torch.optim.Optimizer:
+    """AdamW over what trains, on the host if the plan says so."""
+    parameters = [p for p in forward.model.parameters() if p.requires_grad]
+    on_host = forward.plan is not None and forward.plan.optimizer_on_host
+    if on_host and not is_mapped(parameters[0]):
+        masters_on_host(parameters)
+    optimizer = adamw(parameters, TrainConfig())
+    if on_host:
+        moments_on_host(optimizer)
+    return optimizer
+
+
+def lengths_of(batch: int, tokens: int, uneven: bool) -> list[int]:
+    """Documents of a row of batch x tokens: all of one length, or as many and as uneven as a plan reckons with."""
+    if not uneven:
+        return [tokens] * batch
+    row, count = batch * tokens, Setting(batch * tokens).documents
+    first = 2 * row // 5
+    return [first, *[(row - first) // (count - 1)] * (count - 2)]  # the rest is a document of padding
+
+
+def measure(forward: PackedForward, batch: int, tokens: int, steps: int = 5, uneven: bool = False) -> Found:
+    """Speed and memory under `forward.plan`, over all steps from the first on, recording included."""
+    base = torch.cuda.memory_allocated()
+    plan = forward.plan
+    optimizer = optimizer_for(forward)
+    parameters = [p for p in forward.model.parameters() if p.requires_grad]
+    step = GraphStep(forward, parameters, optimizer, 1.0, record=forward.record)
+    row = [row_of(lengths_of(batch, tokens, uneven), batch * tokens, 0)]
+    seconds, losses = [], []
+    with forward.installed():
+        torch.cuda.reset_peak_memory_stats()  # what goes to the host has gone
+        for _ in range(steps + 3):
+            set_rate(optimizer, 1e-4)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            losses.append(step(row).loss)
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[3:])
+    return {
+        "system": "loratune", "batch": batch, "tokens": tokens, "plan": str(plan), "tile": plan and plan.tile,
+        "tok_s": round(batch * tokens / median), "step_ms": round(median * 1e3, 1), **peaks(),
+        "base_gib": round(base / GIB, 3), "losses": [round(loss, 4) for loss in losses[:4]],
+        "fused": forward.fused is not None, "recorded": bool(step._graphs), "why_not": step.why_not,
+        "first_s": round(seconds[0], 2), "second_s": round(seconds[1], 2),
+    }  # fmt: skip
+
+
+def peaks() -> Found:
+    """Of PyTorch's allocator since `fresh`; with CUDA's context a device needs `total_gib`."""
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {
+        "peak_gib": round(allocated / GIB, 3), "reserved_gib": round(reserved / GIB, 3),
+        "total_gib": round((reserved + CONTEXT) / GIB, 3),
+    }  # fmt: skip
+
+
+def sizes_of(text: str, batch: int, tokens: int) -> tuple[int, int, str]:
+    """A case with or without a size of its own before it, `1x2048:full`: batch, tokens and the rest."""
+    size, _, own = text.rpartition(":")
+    first, second = (int(n) for n in (size or f"{batch}x{tokens}").split("x"))
+    return first, second, own

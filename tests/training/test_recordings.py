@@ -1,0 +1,89 @@
+"""When work runs as it is, is recorded or replayed, with graphs that are stood in for; real ones in tests/gpu."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from loratune.training.recordings import Recordings, _why
+
+
+class Replayed:
+    """Stands in for a CUDA graph."""
+
+    def __init__(self, log, key):
+        self.log, self.key = log, key
+
+    def replay(self):
+        self.log.append(("replayed", self.key))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """`Recordings` that keeps a log of what it does; a layout below 0 cannot be recorded."""
+    made, log = Recordings(), []
+
+    def record(part, layout, work):
+        log.append(("recorded", layout))
+        if layout < 0:
+            made.why_not = "it waits"
+            return False
+        made.graphs[part, layout] = Replayed(log, layout)
+        return True
+
+    monkeypatch.setattr(made, "record", record)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    made.log = log
+    return made
+
+
+def ran(recordings, *layouts):
+    """What happens at each of these, one after the other."""
+    recordings.log.clear()
+    for layout in layouts:
+        recordings.run("row", layout, lambda layout=layout: recordings.log.append(("ran", layout)))
+    return recordings.log
+
+
+def test_as_it_is_then_recorded_then_replayed(recordings):
+    assert ran(recordings, 1, 1, 1) == [("ran", 1), ("recorded", 1), ("replayed", 1), ("replayed", 1)]
+
+
+def test_a_new_layout_finds_no_recording_beside_it_and_an_old_one_is_recorded_again_at_once(recordings):
+    ran(recordings, 1, 1)
+    held = []
+    recordings.run("row", 2, lambda: held.append(dict(recordings.graphs)))
+    assert held == [{}]
+    assert ran(recordings, 1, 2, 1) == [
+        ("recorded", 1), ("replayed", 1), ("recorded", 2), ("replayed", 2), ("replayed", 1),
+    ]  # fmt: skip
+
+
+def test_what_was_given_back_is_recorded_again_and_after_a_restart_all_work_is_new(recordings):
+    ran(recordings, 1, 1)
+    recordings.forget()
+    assert ran(recordings, 1) == [("recorded", 1), ("replayed", 1)]
+    recordings.restart()
+    assert ran(recordings, 1) == [("ran", 1)]
+
+
+def test_after_a_recording_has_failed_all_work_runs_as_it_is(recordings):
+    assert ran(recordings, -1, -1, -1, 3) == [("ran", -1), ("recorded", -1), ("ran", -1), ("ran", -1), ("ran", 3)]
+
+
+def failed(*errors):
+    """The last error, raised while the one before it was handled, and so on."""
+    for error, after in itertools.pairwise(errors):
+        after.__context__ = error
+    return errors[-1]
+
+
+def test_the_reason_is_what_failed_first_and_memory_before_all():
+    text = "the recording could not be ended"
+    assert _why(failed(RuntimeError("it waits"), RuntimeError(text))) == ("it waits", False)
+    assert _why(failed(torch.OutOfMemoryError("no room"), RuntimeError(text))) == ("no room", True)
+    assert _why(failed(RuntimeError("first"), torch.OutOfMemoryError("no room"))) == ("no room", True)
+    assert _why(failed(RuntimeError(text + "\nmore"))) == (text, False)

@@ -227,13 +227,15 @@ class Fp8Weight:
         """True if a low-rank part can ride in the products."""
         return self.bordered is not None
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
-        return product(quantise_rows(x), self.values, self.scale[:, 0], x.dtype, bias)
+    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; (N, d_in) -> (N, d_out). A product in 8 bits adds to nothing: `onto` comes after it."""
+        y = product(quantise_rows(x), self.values, self.scale[:, 0], x.dtype, bias)
+        return y if onto is None else y.add_(onto)
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
-        return product(quantise_rows(dy, self._rows()), transposed(self.values), self._columns(), dy.dtype)
+        dx = product(quantise_rows(dy, self._rows()), transposed(self.values), self._columns(), dy.dtype)
+        return dx if onto is None else dx.add_(onto)
 
     def forward_carrying(self, x: Tensor, bias: Tensor | None, inner: Tensor, lora_B: Tensor) -> Tensor:
         """x Wᵀ + b + inner Bᵀ; inner: (N, R), lora_B: (d_out, R)."""

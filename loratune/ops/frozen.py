@@ -3,6 +3,11 @@
 A LoRA layer multiplies with W once forward and once backward and never changes it, so W need not be a matrix of
 floating-point numbers: it may be 4-bit codes that become a matrix for the length of one product (`ops.nf4`), or
 8-bit numbers that the product takes as they are (`ops.fp8`). Every form answers the same three questions.
+
+Both products can be added `onto` a tensor of their shape and dtype, such as the low-rank part of the layer: where the
+form can, inside the product, whose sums are float32, so that the total is rounded once. Added to a product that has
+been rounded already, whatever is smaller than half a unit in its last place would be lost. The result may take the
+place of `onto`, which must not be read afterwards. A bias comes last: added to `onto` first, it would round it away.
 """
 
 from __future__ import annotations
@@ -31,11 +36,11 @@ class Frozen(Protocol):
     def device(self) -> torch.device:
         """Where the weight is held."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b; (N, d_in) -> (N, d_out), a new tensor."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b, (N, d_in) -> (N, d_out), added to `onto` if there is one; see above."""
 
-    def d_input(self, dy: Tensor) -> Tensor:
-        """dy W, the gradient of x; (N, d_out) -> (N, d_in), a new tensor."""
+    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+        """dy W, the gradient of x, (N, d_out) -> (N, d_in), added to `onto` if there is one."""
 
     def dense(self) -> Tensor:
         """W itself in `dtype`, (d_out, d_in): the tensor that is held, or one made now. Not to be written to."""
@@ -63,13 +68,16 @@ class Dense:
         """Of the matrix."""
         return self.weight.device
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
-        return linear(x, self.weight, bias)
+        if onto is None:
+            return linear(x, self.weight, bias)
+        onto.addmm_(x, self.weight.T)
+        return onto if bias is None else onto.add_(bias)
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
-        return dy @ self.weight
+        return dy @ self.weight if onto is None else onto.addmm_(dy, self.weight)
 
     def dense(self) -> Tensor:
         """The matrix."""

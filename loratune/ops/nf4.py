@@ -25,7 +25,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
+
+from loratune.ops.frozen import Dense
 
 BLOCK = 64
 """Elements that share an absmax."""
@@ -109,33 +111,38 @@ class Nf4Weight:
         tensors = [self.codes, self.absmax, *((self.nested.scale, self.nested.offset) if self.nested else ())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         d_out, d_in = self.shape
         pieces = _pieces(d_out, d_in, _PIECE_STEP) if self._by_kernel else [slice(0, d_out)]
         if len(pieces) == 1:
-            return linear(x, self.dense(), bias)
-        y = x.new_empty(x.shape[0], d_out)
+            return Dense(self.dense()).forward(x, bias, onto)
+        y = x.new_empty(x.shape[0], d_out) if onto is None else onto
         for rows in pieces:
             part = self._rectangle(rows, slice(0, d_in)).T
-            if bias is None:
+            if onto is not None:
+                y[:, rows].addmm_(x, part)
+            elif bias is None:
                 torch.mm(x, part, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, part, out=y[:, rows])
             del part  # so that the next piece takes its place
-        return y
+        return y if onto is None or bias is None else y.add_(bias)
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in). Pieces are columns, so that no partial sum is rounded."""
         d_out, d_in = self.shape
         step = max(_PIECE_STEP, self.block)
         pieces = _pieces(d_in, d_out, step) if self._by_kernel else [slice(0, d_in)]
         if len(pieces) == 1:
-            return dy @ self.dense()
-        dx = dy.new_empty(dy.shape[0], d_in)
+            return Dense(self.dense()).d_input(dy, onto)
+        dx = dy.new_empty(dy.shape[0], d_in) if onto is None else onto
         for columns in pieces:
             part = self._rectangle(slice(0, d_out), columns)
-            torch.mm(dy, part, out=dx[:, columns])
+            if onto is not None:
+                dx[:, columns].addmm_(dy, part)
+            else:
+                torch.mm(dy, part, out=dx[:, columns])
             del part
         return dx
 

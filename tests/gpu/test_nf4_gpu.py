@@ -36,9 +36,15 @@ def test_products_in_pieces_are_products(monkeypatch, bias):
     weight = nf4.quantise((torch.randn(1024, 2048, device="cuda") * 0.02).bfloat16())
     x, dy = (torch.randn(300, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
     b = torch.randn(1024, device="cuda", dtype=torch.bfloat16) if bias else None
-    whole = weight.forward(x, b), weight.d_input(dy)
+    below, beside = (torch.randn(300, n, device="cuda", dtype=torch.bfloat16) for n in (1024, 2048))
+
+    def products():
+        onto = weight.forward(x, b, below.clone()), weight.d_input(dy, beside.clone())
+        return weight.forward(x, b), weight.d_input(dy), *onto
+
+    whole = products()
     monkeypatch.setattr(nf4, "PIECE_ELEMENTS", 1 << 18)
-    for got, expected in zip((weight.forward(x, b), weight.d_input(dy)), whole, strict=True):
+    for got, expected in zip(products(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
 
 

@@ -34,10 +34,10 @@ _RECORDINGS_AHEAD = 8
 
 @triton.jit
 def _tensor(address_ptr, ALIGNED: tl.constexpr):
-    address = tl.load(address_ptr)
+    tensor = tl.load(address_ptr).to(tl.pointer_type(tl.float32))
     if ALIGNED:  # without this the compiler must take numbers one by one
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(tl.float32))
+        tensor = tl.multiple_of(tensor, 16)
+    return tensor
 
 
 @triton.jit

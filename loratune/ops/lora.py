@@ -3,9 +3,11 @@
     y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ
 
 Written as modules, this would be three products, a scaling and a sum, each with an output-sized tensor of its own
-and an entry in the autograd graph. Here the update is accumulated into the output by `addmm_`, and the backward
-accumulates into dx likewise, so that beyond y, dx and the gradients there are only (rows, r) intermediates. What a
-backward does not need is not saved: without a gradient for A the input is let go of, and W never gets a gradient.
+and an entry in the autograd graph. Here the low-rank part comes first and the frozen product is added onto it in its
+own sums, and dx likewise, so that beyond y, dx and the gradients there are only (rows, r) intermediates. The order
+matters: of an update smaller than half a unit of y, as those of the first steps are, most would be lost if it were
+added to a y that has been rounded to half precision. What a backward does not need is not saved: without a gradient
+for A the input is let go of, and W never gets a gradient. The thin products have kernels on a GPU (`ops.thin`).
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, arXiv:2106.09685.
 """
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from loratune.errors import AdapterError
 from loratune.ops.dropout import drop
 from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.thin import Members, gradients, narrow
 
 
 def lora_linear(
@@ -86,11 +89,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
     kept, mask = drop(rows, dropout, salt) if dropout > 0.0 else (rows, None)
-    inner = kept @ lora_A.to(rows.dtype).T
+    inner = narrow(kept, lora_A.to(rows.dtype).T)
     frozen = Dense(weight) if isinstance(weight, Tensor) else weight
-    out = frozen.forward(rows, bias)
-    out.addmm_(inner, lora_B.to(rows.dtype).T, alpha=scaling)
-    return out, inner, mask
+    low = rows.new_empty(rows.shape[0], lora_B.shape[0])
+    low.addmm_(inner, lora_B.to(rows.dtype).T, beta=0, alpha=scaling)
+    return frozen.forward(rows, bias, low), inner, mask
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -131,19 +134,21 @@ class _LoraLinear(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])
         dx = d_bias = dA = dB = None
         if needs_x or needs_A:
-            d_inner = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (N, r)
+            d_inner = narrow(dy, lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (N, r)
         if needs_A:
             kept = rows if mask is None else (rows * mask).mul_(ctx.keep_scale)
-            dA = (d_inner.T @ kept).to(dtype_A)
-        if needs_B:
+        if needs_A and needs_B:
+            whole = Members([slice(0, dy.shape[1])], [slice(0, inner.shape[1])], [ctx.scaling])
+            dA, dB = gradients(kept, d_inner, dy, inner, whole)
+        elif needs_A:
+            dA = d_inner.T @ kept
+        elif needs_B:
             dB = (dy.T @ inner).to(dtype_B).mul_(ctx.scaling)
         if needs_x:
-            dx = dy @ weight if ctx.frozen is None else ctx.frozen.d_input(dy)
-            if mask is None:
-                dx.addmm_(d_inner, lora_A.to(dy.dtype))
-            else:
-                dx.add_((d_inner @ lora_A.to(dy.dtype)).mul_(mask), alpha=ctx.keep_scale)
-            dx = dx.view(ctx.x_shape)
+            frozen = Dense(weight) if ctx.frozen is None else ctx.frozen
+            low = (d_inner if mask is None else d_inner * ctx.keep_scale) @ lora_A.to(dy.dtype)
+            dx = frozen.d_input(dy, low if mask is None else low.mul_(mask)).view(ctx.x_shape)
         if needs_bias:
             d_bias = dy.sum(0)
+        dA, dB = None if dA is None else dA.to(dtype_A), None if dB is None else dB.to(dtype_B)
         return dx, None, d_bias, dA, dB, None, None, None

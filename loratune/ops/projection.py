@@ -12,7 +12,7 @@ product costs. So where W is a matrix it lies in memory with a border,
 and the low-rank part rides in the wide product: R more terms in each sum, padded to a whole tile of the product. The
 passes that write x and dy leave `room` for the inner columns in each row (`ops.layer`), which are filled in here.
 Whether a row has room is told by its length. An x without room, such as attention's output, is copied on the way;
-to what comes from a dy without room the low-rank part is added as above.
+onto the low-rank part of a dy without room the wide product is added, as it is without a border.
 An 8-bit weight has a border of its own (`ops.fp8`); one in 4 bits gets it for the length of a product (`ops.nf4`).
 
 The forward and the gradients are plain functions without autograd: `ops.block` puts them into its nodes.
@@ -91,7 +91,7 @@ class Projection:
         inner = narrow(x, self.lora_A.T)
         if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
             return self.frozen.forward_carrying(x, self.bias, inner, self.lora_B), inner
-        return self.frozen.forward(x, self.bias).addmm_(inner, self.lora_B.T), inner
+        return self.frozen.forward(x, self.bias, inner @ self.lora_B.T), inner
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
@@ -131,7 +131,7 @@ class Projection:
             return self.frozen.d_input_carrying(dy, self.lora_A)
         if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
             return self.frozen.d_input_carrying(dy, d_inner, self.lora_A)
-        return self.frozen.d_input(dy).addmm_(d_inner, self.lora_A)
+        return self.frozen.d_input(dy, d_inner @ self.lora_A)
 
     def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
         """Gradients of the masters: A, B of the first member with an adapter, then of the next. x may have room."""

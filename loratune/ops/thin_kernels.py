@@ -209,6 +209,7 @@ def _tasks(members: Members, d_in: int, columns: int, width: int, device: torch.
 
 def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members) -> list[Tensor]:
     """As `ops.thin.gradients`; the gradients are parts of one buffer."""
+    x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in (x, d_inner, dy, inner))
     (rows, d_in), total = x.shape, members.ranks[-1].stop
     width = min(64, max(16, triton.next_power_of_2(total)))
     columns = 64

@@ -11,7 +11,7 @@ tokens, positions, borders, which positions are trained, their targets and weigh
     parts    a step of several rows: one graph per row that adds to the gradients, and one for the update.
     ahead    the host lays out the rows of the next step while the device works on this one.
     skip     a loss or gradient that is not finite must change nothing. The host does not know before the update
-             is launched, so the update itself asks: AdamW's fused kernel takes `found_inf` and does nothing.
+             is launched, so the update itself asks (`ops.adamw`; PyTorch's fused kernel takes `found_inf`).
 
 The first row of a layout runs without recording (which also warms up whatever compiles or allocates), the second is
 recorded. If recording fails, because a model waits for the device somewhere or memory runs out, `why_not` says so and
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.training.objectives import Objective, sft
+from loratune.training.optim import JointAdamW
 from loratune.training.recordings import Recordings
 from loratune.training.step import StepResult
 
@@ -293,6 +294,9 @@ class GraphStep:
 
     def _update(self) -> None:
         """Clips by global norm and updates, unless loss or norm is not finite."""
+        if isinstance(self._optimizer, JointAdamW):
+            self._optimizer.clipped_step(self._max_grad_norm, self._outcome)
+            return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         finite = norm.isfinite() & self._outcome[0].isfinite()

@@ -3,27 +3,87 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from loratune.config import Optim, TrainConfig
+from loratune.ops.adamw import Held, Settings, clipped_adamw
 from loratune.ops.host import is_mapped, mapped_zeros
 from loratune.training.compact import BLOCK, CompactAdamW
+
+if TYPE_CHECKING:
+    from loratune.ops.adamw_kernels import Updates
 
 STATE_BYTES: dict[Optim, float] = {"adamw": 8.0, "adamw_8bit": 2 * (BLOCK + 4) / BLOCK, "adamw_offload": 0.0}
 """Of the GPU's memory, for each trained parameter."""
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class JointAdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, its state included, that clips and updates all parameters as one (`ops.adamw`).
+
+    Its parameters are one group, on one device, contiguous; its rate may be a tensor there.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
+        super().__init__(parameters, **settings)
+        self._step_supports_amp_scaling = False  # so that torch's GradScaler divides gradients itself
+        # The last is of the tensors that there are now; a recording may still run one before it.
+        self._updates: list[Updates] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of everything that has a gradient. If one is not finite nothing changes."""
+        assert closure is None
+        (group,) = self.param_groups
+        if any(parameter.grad is not None for parameter in group["params"]):
+            self.clipped_step(math.inf, torch.zeros(3, device=group["params"][0].device))
+
+    @torch.no_grad()
+    def clipped_step(self, max_norm: float, outcome: Tensor) -> None:
+        """The same with gradients clipped by global norm, which are left as they are.
+
+        Args:
+            outcome: (3,) float32 on the device: loss, read; norm before clipping and 1 if skipped, written.
+        """
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        settings = Settings(beta1, beta2, group["eps"], group["weight_decay"])
+        known = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+        states = [self._state(parameter) for parameter in known]
+        held = Held(known, *([state[name] for state in states] for name in (*_MOMENTS, "step")))
+        gradients = [parameter.grad for parameter in known]
+        if not outcome.is_cuda:
+            clipped_adamw(held, gradients, group["lr"], settings, max_norm, outcome)
+            return
+        from loratune.ops import adamw_kernels  # imports Triton, which is installed with PyTorch for CUDA only
+
+        if not self._updates or self._updates[-1].addresses != adamw_kernels.addresses(held):
+            self._updates.append(adamw_kernels.Updates(held, settings))
+        self._updates[-1](gradients, group["lr"], max_norm, outcome)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+        return state
+
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) in its fused form; its rate is set by `set_rate` before each step.
+    """AdamW (arXiv:1711.05101) in few launches; its rate is set by `set_rate` before each step.
 
     On a GPU the rate is a tensor there, so that a captured update reads the rate of its own step.
     """
     parameters = list(parameters)
     on_gpu = all(parameter.is_cuda for parameter in parameters) and len(parameters) > 0
-    return torch.optim.AdamW(
+    joint = on_gpu and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    kind = JointAdamW if joint else torch.optim.AdamW
+    return kind(
         parameters,
         lr=torch.tensor(config.rate, device=parameters[0].device) if on_gpu else config.rate,
         capturable=on_gpu,
@@ -72,7 +132,7 @@ def moments_on_host(optimizer: torch.optim.Optimizer) -> None:
         return
     if not parameters or not all(parameter.is_cuda for parameter in parameters):
         return
-    for moment in ("exp_avg", "exp_avg_sq"):
+    for moment in _MOMENTS:
         fresh = _mapped(parameters, copy=False)
         for parameter, there in zip(parameters, fresh, strict=True):
             state = optimizer.state[parameter]

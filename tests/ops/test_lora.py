@@ -13,6 +13,8 @@ from loratune.errors import AdapterError
 from loratune.ops.lora import lora_linear
 
 D_IN, D_OUT, R, SCALING = 6, 5, 3, 1.7
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def _inputs(
@@ -165,11 +167,73 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("where", ON)
+def test_a_small_update_arrives(where: str, with_bias: bool, dropout: float) -> None:
+    """In bfloat16, of a B after one step of 1e-4, in y and in dx.
+
+    What arrives is the projection of the change on the exact update. Of y it is 1/3000, and rounding y adds noise of
+    0.0017 |y| / (sqrt(512 * 256) |update|) = 0.014, three times that beside the bias; of dx 1/900. Added to a rounded
+    y or dx, 0.2 and 0.5 of it would arrive.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 1024, generator=generator).bfloat16().to(where).requires_grad_()
+    weight = (0.02 * torch.randn(256, 1024, generator=generator)).bfloat16().to(where)
+    bias = torch.randn(256, generator=generator).bfloat16().to(where) if with_bias else None
+    lora_A = ((2 * torch.rand(16, 1024, generator=generator) - 1) / 32).to(where)
+    lora_B = (1e-4 * torch.randn(256, 16, generator=generator).sign()).to(where)
+    dy = torch.randn(512, 256, generator=generator).bfloat16().to(where)
+    torch.manual_seed(7)
+    y = lora_linear(x, weight, bias, lora_A, lora_B, 1.0, dropout)
+    torch.manual_seed(7)
+    mask = torch.native_dropout(x, dropout, True)[1].double() / (1 - dropout) if dropout else torch.ones_like(x)
+    exact = (x.detach().double() * mask) @ lora_A.double().T @ lora_B.double().T
+    change = y.detach().double() - linear(
+        x.detach().double(), weight.double(), None if bias is None else bias.double()
+    )
+    assert abs(_share(change, exact) - 1) < 0.12
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = (dy.double() @ lora_B.double() @ lora_A.double()) * mask
+    assert abs(_share(dx.double() - dy.double() @ weight.double(), exact) - 1) < 0.12
+
+
+def _share(change: Tensor, exact: Tensor) -> float:
+    return float((change * exact).sum() / exact.square().sum())
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NO_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gpu_error_is_at_most_twice_that_of_the_formula(dtype: torch.dtype) -> None:
     exact = _formula(*_inputs(lead=(512,)))
     ours = lora_linear(*(t.cuda() for t in _inputs(dtype, lead=(512,))), SCALING).cpu().double()
     plain = _formula(*(t.cuda() for t in _inputs(dtype, lead=(512,)))).cpu().double()
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_gradients_err_at_most_twice_as_much_as_those_of_the_formula(dtype: torch.dtype, dropout: float) -> None:
+    """With an x and a dy that are turned in memory, as what comes from a transposition is."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((512, 300), (200, 512), (200, 300), (20, 300), (200, 20))
+    x, dy, *others = [torch.randn(shape, generator=generator).to(dtype).cuda() for shape in shapes]
+    x = x.T.contiguous().T
+
+    def gradients(kind: torch.dtype, ours: bool) -> tuple[Tensor, ...]:
+        weight, A, B = (t.to(kind) for t in others)
+        inputs = [x.to(kind, copy=True).requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+        torch.manual_seed(3)
+        if ours:
+            y = lora_linear(inputs[0], weight, None, *inputs[1:], 0.7, dropout)
+        else:
+            factor = torch.native_dropout(x, dropout, True)[1].to(kind) / (1 - dropout) if dropout else 1.0
+            y = linear(inputs[0], weight) + 0.7 * ((inputs[0] * factor) @ inputs[1].T) @ inputs[2].T
+        return torch.autograd.grad(y, inputs, dy.to(kind).T)
+
+    exact = gradients(torch.float64, False)
+    for fast, plain, true in zip(gradients(dtype, True), gradients(dtype, False), exact, strict=True):
+        assert (fast.double() - true).norm() <= 2 * (plain.double() - true).norm() + 1e-4 * true.norm()

@@ -8,15 +8,19 @@ import torch
 from loratune.base.forward import prepare
 from loratune.data.pack import make_row
 from loratune.training.graph import GraphStep
-from loratune.training.optim import adamw
+from loratune.training.optim import JointAdamW, adamw
 from loratune.training.step import train_step
 from tests.training.helpers import config, examples, model_with_adapter, trainable
 
 
-def run(rows_of_steps, graph, name="llama", **lora):
+def run(rows_of_steps, graph, name="llama", joint=False, **lora):
     model = model_with_adapter(name, dtype=torch.float64, **lora)
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters, config())
+    if joint:  # as on a GPU
+        optimizer = JointAdamW(
+            parameters, **{k: optimizer.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")}
+        )
     forward = prepare(model)
     step = GraphStep(forward, parameters, optimizer, 0.05, record=False)
     with forward.installed():
@@ -42,6 +46,12 @@ def test_equals_train_step(micro_steps, name):
     """Rows of different borders and different numbers of trained tokens, with clipping at work."""
     rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
     assert_same(run(rows, True, name), run(rows, False, name))
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_clipping_and_updating_as_one_changes_nothing(micro_steps):
+    rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
+    assert_same(run(rows, True, joint=True), run(rows, False))
 
 
 def test_a_row_of_equal_documents():

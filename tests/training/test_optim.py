@@ -1,13 +1,14 @@
-"""The schedule's shape, from its definition."""
+"""The schedule's shape, from its definition; and the update of all parameters as one beside PyTorch's."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
 from loratune.config import TrainConfig
-from loratune.training.optim import learning_rate
+from loratune.training.optim import JointAdamW, adamw, learning_rate, never_updated
 
 TOTAL = 200
 
@@ -38,3 +39,29 @@ def test_cosine_and_linear_meet_halfway_and_end_near_zero():
 
 def test_a_run_of_one_step_trains_at_the_full_rate():
     assert learning_rate(0, 1, TrainConfig(learning_rate=1e-3, warmup_ratio=0.03)) == 1e-3
+
+
+def test_the_joint_update_leaves_the_state_that_pytorchs_leaves():
+    """Values to float32 rounding, the very names and shapes: a checkpoint of one goes on with the other."""
+    start = [torch.randn(shape) for shape in ((8, 30), (30, 8), (5,))]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    settings = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
+    plain = adamw(theirs, settings)
+    kept = {name: plain.defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
+    joint = JointAdamW(ours, **kept)
+    for _ in range(20):
+        for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third is never reached
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        joint.step()
+        plain.step()
+    mine, other = joint.state_dict(), plain.state_dict()
+    assert mine["param_groups"] == other["param_groups"]
+    assert mine["state"].keys() == other["state"].keys() == {0, 1}
+    for index, state in other["state"].items():
+        assert mine["state"][index].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(mine["state"][index][name], value, rtol=1e-5, atol=1e-7)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert [never_updated(joint, parameter) for parameter in ours] == [False, False, True]

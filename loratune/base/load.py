@@ -81,7 +81,8 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
         precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU. "nf4"
             quantises linear layers to 4 bits as they are read, "fp8" to 8 bits, which a GPU of compute capability
             8.9 or newer multiplies as they are; everything else is then bfloat16 on a GPU (float16 if the files are)
-            and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so.
+            and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so, and files in 8 bits with a
+            scale for each row stay so under "fp8".
         device: by default the first GPU, else the CPU.
 
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
@@ -98,7 +99,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     _check_causal(model, config)
     files = form_of_files(model, config, precision)
     try:
-        if precision in FORMS or files == "4-bit":
+        if precision in FORMS or files in ("4-bit", "8-bit"):
             dtype = _compute_dtype(precision, where, config)
             loaded, missing = load_quantised(_local(source), config, dtype, where, FORMS.get(precision))
         else:

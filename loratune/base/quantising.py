@@ -8,7 +8,8 @@ instead of mapped files.
 
 Quantised are all linear layers but the output head and what is tied to it, as bitsandbytes does by default. Experts
 that transformers holds in one tensor are no linear layers and stay dense. A folder that bitsandbytes has quantised
-already is read the same way: its codes arrive in place of a dense weight.
+already is read the same way: its codes arrive in place of a dense weight. Of one in 8-bit floating point the dense
+weight arrives, and with it the codes where they can be taken over (`base.fp8_files`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from loratune.base import nf4_files
+from loratune.base import fp8_files, nf4_files
 from loratune.base.quantised import QuantisedLinear
 from loratune.base.tensors import Checkpoint, Stored
 from loratune.errors import ModelError
@@ -47,15 +48,15 @@ FORMS: dict[str, Form] = {"nf4": nf4.quantise, "fp8": fp8.quantise}
 """What a linear layer's weight becomes, by the name that a precision has."""
 
 
-def form_of_files(model: str, config: Any, precision: str) -> Literal["dense", "4-bit", "dequantised"]:
+def form_of_files(model: str, config: Any, precision: str) -> Literal["dense", "4-bit", "8-bit", "dequantised"]:
     """How the weights of a checkpoint are written, by its configuration, which is changed so that they are read well.
 
-    "4-bit" is what bitsandbytes writes. "dequantised" are FP8 and MXFP4, which transformers makes dense as it reads.
+    "4-bit" is what bitsandbytes writes, "8-bit" what `base.fp8_files` reads. "dequantised" are MXFP4, and FP8
+    with experts in 4 bits, which transformers makes dense as it reads.
 
     Raises: ModelError: they are quantised in a way that is not read, or cannot be had in this precision.
     """
-    how = getattr(config, "quantization_config", None) or {}
-    how = how if isinstance(how, dict) else how.to_dict()
+    how = _how(config)
     method = str(how.get("quant_method") or ("bitsandbytes" if how.get("load_in_4bit") else "dense"))
     if method == "dense":
         return "dense"
@@ -63,16 +64,18 @@ def form_of_files(model: str, config: Any, precision: str) -> Literal["dense", "
         if precision in FORMS and precision != "nf4":
             raise ModelError(f"{model}: its weights are in 4 bits already; leave --precision {precision} out")
         return "4-bit"
+    if fp8_files.Scheme.of(how) is not None:
+        return "8-bit"
     if method not in _DEQUANTISED:
         what = "bitsandbytes' 8 bits" if method == "bitsandbytes" else f'"{method}"'
         raise ModelError(
-            f"{model}: its weights are quantised as {what}, which is not read here; bitsandbytes' 4 bits are, and "
-            "FP8 and MXFP4 are made dense. Take the model as it was before, and --precision nf4 to save memory"
+            f"{model}: its weights are quantised as {what}, which is not read here; bitsandbytes' 4 bits, FP8 and "
+            "MXFP4 are. Take the model as it was before, and --precision nf4 to save memory"
         )
     if precision in FORMS:
         raise ModelError(
             f"{model}: its weights are quantised as {method} already; without --precision {precision} they are made "
-            "dense. For 4 bits take the model as it was before"
+            "dense. For fewer bits take the model as it was before"
         )
     config.quantization_config = how | {"dequantize": True}
     return "dequantised"
@@ -87,15 +90,18 @@ def load_quantised(
         config: the model's configuration; what it says about quantisation is ignored.
         dtype: of everything that is not quantised, and of all products.
         form: what a dense linear weight becomes; None: it stays dense. Weights that bitsandbytes has quantised are
-            taken as they are.
+            taken as they are, and so are weights in 8 bits with a scale for each row, if that is the form.
 
     Returns: the model, and the names of tensors that its files lack or have in another shape.
     Memory: on the host one tensor at a time; on the device the quantised model, one dense tensor and some 100 MiB.
     Raises: ModelError: the files cannot be read, or hold something that is not a weight of the model.
     """
+    scheme = fp8_files.Scheme.of(_how(config))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     tensors = tensors_of(Path(folder), dtype, pinned=device.type == "cuda")
+    if scheme is not None:
+        tensors = fp8_files.entries(tensors, scheme, take_over=form is fp8.quantise)
     how = Quantising(form, {name for name, tensor in tensors.items() if isinstance(tensor, _Packed)})
     kind = cast(Any, _get_model_class(config, AutoModelForCausalLM._model_mapping))
     loading = kind.from_pretrained(
@@ -114,6 +120,12 @@ def load_quantised(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     missing = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
     return model, missing + how.unfit
+
+
+def _how(config: Any) -> dict[str, Any]:
+    """What a model's configuration says about quantisation."""
+    how = getattr(config, "quantization_config", None) or {}
+    return how if isinstance(how, dict) else dict(how.to_dict())
 
 
 def tensors_of(folder: Path, dtype: torch.dtype, pinned: bool) -> dict[str, Any]:
@@ -228,7 +240,8 @@ class _Swap(ConversionOps):
                 expected = expected[::-1] if transposed else expected
             elif tuple(weight.shape) == expected:
                 assert self._how.form is not None
-                frozen = self._how.form(weight.T.contiguous() if transposed else weight)
+                codes = None if transposed else fp8_files.codes_of(weight)
+                frozen = codes or self._how.form(weight.T.contiguous() if transposed else weight)
             if tuple(weight.shape) != expected:
                 self._how.unfit.append(name)
                 continue

@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from loratune.errors import DataError, nearest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name, or owner/name:split
@@ -355,6 +352,9 @@ def _read_text(path: str) -> Found:
 
 
 def _read_parquet(path: str) -> Found:
+    import pyarrow  # a large library, which no other format needs
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0

@@ -1,6 +1,7 @@
 """A frozen weight in 8-bit floating point, and products that run in it, forward and backward.
 
-    W ≈ diag(s) Q      Q: (d_out, d_in) e4m3    s: (d_out,) float32, powers of two that bring each row under 448
+    W ≈ diag(s) Q      Q: (d_out, d_in) e4m3    s: (d_out,) float32, powers of two that bring each row under 448,
+                                                or any numbers that a checkpoint came with (`base.fp8_files`)
     x ≈ diag(t) X      t: (N,), found anew for every x
 
     forward    x Wᵀ ≈ diag(t) (X Qᵀ) diag(s)            s scales the columns of the output

@@ -120,35 +120,6 @@ def test_other_quantised_files_are_refused_before_a_weight_is_read(folder, how, 
         load(str(folder), device="cpu")
 
 
-def fp8_folder(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
-    """A Llama in blocks of 8-bit floating point, as DeepSeek writes them, and the model that it stands for."""
-    model = build("llama")
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        scale = tensors[name].abs().max() / 448
-        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        tensors[name.replace("weight", "weight_scale_inv")] = scale.view(1, 1)
-        dense = tensors[name].float() * scale
-        model.get_submodule(name.removesuffix(".weight")).weight.copy_(dense)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    change_config(tmp_path, quantization_config=how)
-    return tmp_path, model
-
-
-def test_fp8_files_become_dense(tmp_path):
-    """Adapters then train over them as over any model."""
-    folder, expected = fp8_folder(tmp_path)
-    model = load(str(folder), device="cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    # Made dense in bfloat16 by transformers, so each weight is rounded once more, by 2^-9 of itself at most.
-    assert float((logits(model) - logits(expected)).norm() / logits(expected).norm()) < 2**-7
-    assert not hasattr(model.config, "quantization_config")
-    with pytest.raises(ModelError, match="quantised as fp8 already"):
-        load(str(folder), "nf4", "cpu")
-
-
 def test_mxfp4_files_become_dense(tmp_path):
     """Experts in 4-bit floating point with a power of two for every 32, as gpt-oss has them: exact in bfloat16."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -170,5 +170,6 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
         element_bytes=dtype.itemsize,
         bordered=not quantised,
         carried=quantised != "fp8",
+        in_8_bits=quantised == "fp8",
         dense_bytes=min(widest, nf4.PIECE_ELEMENTS) * dtype.itemsize if quantised == "nf4" else 0,
     )

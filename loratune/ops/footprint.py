@@ -111,7 +111,7 @@ class LayerShape:
             whole = rounded((d_out + room) * (d_in + room) * e) - d_out * d_in * e if self.bordered else 0
             total += whole if self.bordered else rounded(rank * d_in * e) + rounded(rank * d_out * e)
             if border := self.border(nth):
-                total += rounded(d_out * border) + ROUND
+                total += rounded(d_out * border) + ROUND + rounded(4 * d_in) + rounded(2 * d_out)  # and scales
         return total
 
     @property

@@ -22,6 +22,8 @@ from loratune.ops.fp8 import MARGIN, border_of
 from loratune.ops.measure_kernels import LEAST, MOST, one_over, scales, upward
 from loratune.ops.thin_kernels import _counters, _pieces, _summed
 
+WARPS = 8
+"""Of `lay`: rounding to 8 bits keeps more of them busy than the product alone does."""
 _TILE = 128
 _E4M3 = torch.float8_e4m3fn
 _MEASURED = tl.constexpr(measure.PIECES)
@@ -89,7 +91,8 @@ def _lay(
 ):  # fmt: skip
     block, piece, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row, rank = block * ROWS + tl.arange(0, ROWS), part * RANKS + tl.arange(0, RANKS)
-    there, kind = (row < rows)[:, None], out_ptr.dtype.element_ty
+    there = (row < rows)[:, None]
+    kind = out_ptr.dtype.element_ty
     found_at = found_ptr + row[:, None] * found_row + tl.arange(0, _MEASURED)[None, :]
     largest = tl.max(tl.load(found_at, mask=there, other=0.0), 1)
     squares = tl.sum(tl.load(found_at + _MEASURED, mask=there, other=0.0), 1)
@@ -152,7 +155,7 @@ def lay(
         rows, terms, ranks, border, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=height, TERMS=step, RANKS=width,
-        num_warps=4, num_stages=3,
+        num_warps=WARPS if height > 16 else 4, num_stages=3,
     )  # fmt: skip
     return out, scale, kept
 
@@ -169,7 +172,7 @@ def _split_low(v, place, ranks, kind: tl.constexpr):
 def _transpose(
     x_ptr, out_ptr, low_ptr, factor_ptr, like_ptr,
     rows, width, x_step, out_step, ranks, border, low_step_n, low_step_r,
-    TILE: tl.constexpr, BORDER: tl.constexpr,
+    TILE: tl.constexpr, BORDER: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1).to(tl.int64) * TILE
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -182,8 +185,8 @@ def _transpose(
         kind = like_ptr.dtype.element_ty
         place = tl.arange(0, BORDER)[None, :]
         inverse = one_over(tl.load(factor_ptr))
-        for part in range(0, TILE, 16):  # few at a time, or this would cost the transpose its registers
-            column = (first + part + tl.arange(0, 16))[:, None]
+        for part in range(0, TILE, FEW):  # a few at a time, or this would cost the transpose its registers
+            column = (first + part + tl.arange(0, FEW))[:, None]
             at = column * low_step_n + place % ranks * low_step_r
             v = tl.load(low_ptr + at, mask=(column < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
             low = _split_low(v * inverse, place, ranks, kind).to(tl.uint8, bitcast=True)
@@ -197,10 +200,11 @@ def transposed(values: Tensor, lora_A: Tensor | None, factor: Tensor | None) -> 
     border = 0 if lora_A is None else border_of(ranks)
     out = torch.empty(width, rows + border, dtype=values.dtype, device=values.device)
     low = values.view(torch.uint8) if lora_A is None else lora_A.T
+    wide = triton.next_power_of_2(border) if border else 0
     _transpose[(triton.cdiv(rows, _TILE) + (border > 0), triton.cdiv(width, _TILE))](
         values.view(torch.uint8), out.view(torch.uint8), low, low if factor is None else factor, values, rows, width,
-        values.stride(0), out.stride(0), ranks, border, *low.stride(), TILE=_TILE,
-        BORDER=triton.next_power_of_2(border) if border else 0, num_warps=4,
+        values.stride(0), out.stride(0), ranks, border, *low.stride(), TILE=_TILE, BORDER=wide,
+        FEW=max(1, 2048 // wide) if border else 1, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -282,7 +286,9 @@ def _borders(table_ptr, like_ptr, kind_ptr, BORDER: tl.constexpr, BLOCK: tl.cons
         divided = (row < n) & (tl.load(entry + 2) != 0)
         by = tl.load(divisor_ptr + row, mask=divided, other=1.0) * tl.load(factor_ptr)
         low = _split_low(v * one_over(by)[:, None], place, ranks, kind_ptr.dtype.element_ty)
-        tl.store(out_ptr + row[:, None] * out_step + place, low, mask=there & (place < border))
+        # All these are multiples of 16; without this the compiler must write bytes one by one.
+        out_at = tl.max_contiguous(tl.multiple_of(out_ptr + row[:, None] * out_step + place, [1, 16]), [1, 16])
+        tl.store(out_at, low, mask=there & (place < tl.multiple_of(border, 16)))
 
 
 class RefreshAll:
@@ -313,7 +319,7 @@ class RefreshAll:
         self._found = torch.empty(len(ranks_of), 4, device=device)
         self._most_ranks = triton.next_power_of_2(max(row[2] for row in numbers))
         self._border = triton.next_power_of_2(max(row[6] for row in borders))
-        self._grid = len(borders), triton.cdiv(max(row[4] for row in borders), 32)
+        self._grid = len(borders), triton.cdiv(max(row[4] for row in borders), 16)
 
     def __call__(self) -> None:
         """Brings numbers and borders up to A and B."""
@@ -321,4 +327,4 @@ class RefreshAll:
         like = self._alive[0]
         _norms[(ranks_of.shape[0],)](ranks_of, self._found, like.lora_A, BLOCK=4096, num_warps=8)
         _numbers[(numbers.shape[0],)](numbers, self._found, BLOCK=self._most_ranks, num_warps=1)
-        _borders[self._grid](borders, like.lora_A, like.border, BORDER=self._border, BLOCK=32)
+        _borders[self._grid](borders, like.lora_A, like.border, BORDER=self._border, BLOCK=16)

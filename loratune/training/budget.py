@@ -167,7 +167,7 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(survey: Survey, setting: Setting, level: Level, tile: int, both_ways: bool) -> Footprint:
+def _layer(survey: Survey, setting: Setting, level: Level, tile: int, both_ways: bool = False) -> Footprint:
     assert survey.shape is not None
     return footprint(replace(survey.shape, both_ways=both_ways), setting.tokens, level, tile, setting.documents)
 

@@ -138,8 +138,7 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             frozen = module.frozen
-            in_8_bits = rounded(_FP8_BYTES * _elements(module)) + rounded(4 * module.out_features)
-            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else in_8_bits
+            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else int(_FP8_BYTES * _elements(module))
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in seen or name in ("lora_A", "lora_B"):
                 continue
@@ -170,6 +169,5 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
         element_bytes=dtype.itemsize,
         bordered=not quantised,
         carried=quantised != "fp8",
-        in_8_bits=quantised == "fp8",
         dense_bytes=dense * dtype.itemsize if quantised == "nf4" else 0,
     )

@@ -2,9 +2,8 @@
 
 Where layers are not fused (`base.fused`), autograd keeps what every module asks for. A stand-in around each layer
 keeps less (`ops.policy`): the layer's input, from which the backward runs the layer again; with `selective` also the
-outputs of the attention kernel, so that this is not run twice (but for `ops.flex`: what is compiled shows none of its
-operators, and is run again); with `offload` the input waits on the host. Dropout is the same in both runs: the state
-of the random generators is kept beside the input.
+outputs of the attention kernel, so that this is not run twice; with `offload` the input waits on the host. Dropout is
+the same in both runs: the state of the random generators is kept beside the input.
 
 While rows run, each layer is stood in for by a `Recomputed` that shares its children, so parameter paths stay what
 they are. Source: Chen et al. 2016, arXiv:1604.06174.

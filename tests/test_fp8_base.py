@@ -46,7 +46,7 @@ def losses(model, *, fused, steps=4):
     if not fused:
         forward.fused = None
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig(learning_rate=1e-2))
+    optimizer = adamw(parameters, TrainConfig(learning_rate=3e-3))
     with forward.installed():
         return [train_step(forward, [a_row()], parameters, optimizer, max_grad_norm=1.0).loss for _ in range(steps)]
 

@@ -16,8 +16,8 @@ Three products do all the work, in plain PyTorch here and, on a GPU, in Triton (
     wide    (T, r) x (r, width) -> (T, width)         what the frozen product then adds y or dx to
     outer   (T, r), (T, width) -> += (r, width)       gradients of A and of B transposed
 
-The low-rank part comes first and the frozen product is summed onto it in float32, so that y is rounded once: added
-to a y in bfloat16, most of an update that is smaller than a unit of y in the last place would be lost.
+The low-rank part comes first and the frozen product is added onto it (`ops.frozen`): y is written once less, and
+where the product sums in float32, as on a CPU, small updates arrive that adding to a rounded y would lose.
 
 The gradient of one slot is summed in the order of its own tokens, without atomics: the same bits in every run.
 

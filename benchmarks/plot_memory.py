@@ -44,7 +44,14 @@ def main() -> None:
             ours[row["precision"]].append((row["peak_gib"], row["tok_s"]))
     for (precision, points), color in zip(sorted(ours.items()), ("#3b7dd8", "#173f7a"), strict=False):
         axes.plot(*zip(*sorted(points), strict=True), "s-", color=color, label=f"loratune, {precision}, --memory")
-    axes.set(xscale="log", xlabel="peak memory, GiB", ylabel="tokens/s", xticks=[5, 10, 20, 40, 60], xlim=(4.3, 90), ylim=(0, None))
+    axes.set(
+        xscale="log",
+        xlabel="peak memory, GiB",
+        ylabel="tokens/s",
+        xticks=[5, 10, 20, 40, 60],
+        xlim=(4.3, 90),
+        ylim=(0, None),
+    )
     axes.set_xticklabels(["5", "10", "20", "40", "60"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

@@ -133,6 +133,7 @@ def prepare(model: PreTrainedModel) -> PackedForward:
     Raises: ModelError: the model cannot even run documents one at a time, or gives non-finite hidden states.
     """
     attention.register()
+    attention.keep_soft_caps(model)
     tokens, position_ids, cu_seqlens = _probe_row(model)
     with torch.no_grad():
         expected = _documents_alone(model, tokens, cu_seqlens)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "loratune_documents"
 
@@ -28,6 +28,17 @@ IMPLEMENTATION = "loratune_documents"
 def register() -> None:
     """Makes `IMPLEMENTATION` known to transformers; may be called any number of times."""
     AttentionInterface.register(IMPLEMENTATION, document_attention)
+
+
+def keep_soft_caps(model: PreTrainedModel) -> None:
+    """Gives a model whose scores are capped an attention of its own that caps them.
+
+    PyTorch's knows no caps. Where it is asked for them transformers 5.17 leaves them out without a word, and it is
+    what that version gives Gemma 2 if nobody chooses; 5.23 refuses.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def document_attention(

@@ -1,6 +1,6 @@
 """Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
 
-    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules] [STEPS]     one variant
+    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules|written] [STEPS]     one variant
     python -m benchmarks.ladder --all OUT.jsonl [graph|eager|modules] [STEPS]        the table of issue 3
 
 `first_step_s` counts from the start of the process; with `--all`, where one process measures all shapes, the time of
@@ -8,7 +8,8 @@ those before is left out.
 
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
-`loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear.
+`loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear;
+`written` leaves soft caps without their kernel (`ops.capped`), the scores written out document by document.
 The peers are measured by their own scripts on the same machine; see benchmarks/NOTES.md.
 """
 
@@ -40,6 +41,7 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     from loratune.base.forward import prepare
     from loratune.config import LoraConfig, TrainConfig
     from loratune.lora.inject import attach
+    from loratune.ops import attention
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
@@ -52,6 +54,8 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     built = time.perf_counter() - started
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
+    if variant == "written":
+        attention._has_kernel = lambda *_: False
     forward = prepare(model)
     if variant == "modules":
         forward.fused = None

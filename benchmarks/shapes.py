@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Linear
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from loratune.base.quantised import QuantisedLinear, quantise_linears
 from loratune.data.examples import Example
@@ -31,11 +39,18 @@ SHAPES: dict[str, dict[str, object]] = {
             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
     "l70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
              "num_key_value_heads": 8, "vocab_size": 128256},
+    "g2b": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True},
 }  # fmt: skip
+_KINDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "l": (LlamaConfig, LlamaForCausalLM),
+    "q": (Qwen3Config, Qwen3ForCausalLM),
+    "g": (Gemma2Config, Gemma2ForCausalLM),
+}
 
 
 def _kind(shape: str) -> tuple[type[Any], type[Any]]:
-    return (Qwen3Config, Qwen3ForCausalLM) if shape[0] == "q" else (LlamaConfig, LlamaForCausalLM)
+    return _KINDS[shape[0]]
 
 
 def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:

@@ -30,6 +30,7 @@ from loratune.base import recompute
 from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
 from loratune.ops import attention
+from loratune.ops.capped import Spans
 from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.host import Host, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
@@ -133,6 +134,7 @@ def prepare(model: PreTrainedModel) -> PackedForward:
     Raises: ModelError: the model cannot even run documents one at a time, or gives non-finite hidden states.
     """
     attention.register()
+    attention.keep_soft_caps(model)
     tokens, position_ids, cu_seqlens = _probe_row(model)
     with torch.no_grad():
         expected = _documents_alone(model, tokens, cu_seqlens)
@@ -230,7 +232,7 @@ def _run(
             longest = int(cu_seqlens.diff().max())
             cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
         row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        row |= {"max_length_q": longest, "max_length_k": longest}
+        row |= {"max_length_q": longest, "max_length_k": longest, "spans": Spans(cu_seqlens)}
     return call(**row).squeeze(0)
 
 

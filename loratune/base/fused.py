@@ -144,7 +144,7 @@ class FusedLayer(nn.Module):
             raise NotImplementedError("fused layers run packed rows, without a cache and with rotary positions")
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q")}
+        borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q", "spans")}
         tokens = rows.shape[0]  # and not `rows` below: what `attend` closes over lives until the backward
 
         def attend(*heads: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from loratune.base.quantising import FORMS, form_of_files, load_quantised
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
-from loratune.ops import fp8
+from loratune.ops import attention, fp8
 
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""
@@ -117,6 +117,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
         )
     if model != POCKET and not Path(model).expanduser().exists():
         loaded.name_or_path = model  # adapters name the hub id as their base, not the folder it was downloaded to
+    attention.keep_soft_caps(loaded)
     loaded.requires_grad_(False)
     result: PreTrainedModel = loaded.eval()
     return result

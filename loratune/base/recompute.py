@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from loratune.ops import capped
 from loratune.ops.host import Host
 from loratune.ops.policy import Level, Plan
 
@@ -33,7 +34,7 @@ _ATTENTION = {
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     )
-}
+} | {capped.OPERATOR}
 
 
 class Recomputed(nn.Module):

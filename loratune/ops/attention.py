@@ -10,8 +10,9 @@ Source of the variants: sliding windows as in Mistral (a token sees itself and t
 caps as in Gemma 2 (arXiv:2408.00118), attention sinks as in gpt-oss (a learned logit per head beside the keys).
 
 On a GPU nothing here may wait for the device, or a step could not be one CUDA graph. So the borders stay there, and
-two kernels that take them are used: cuDNN's where all documents are of one length (it is the fastest, and its batch
-is then a view of the row), FlashAttention's variable-length one otherwise.
+three kernels that take them are used: cuDNN's where all documents are of one length (it is the fastest, and its batch
+is then a view of the row), FlashAttention's variable-length one otherwise, and our own (`ops.capped`) for soft caps
+and sinks, which the other two do not know.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
+
+from loratune.ops.capped import Spans, attend
 
 IMPLEMENTATION = "loratune_documents"
 
@@ -28,6 +31,17 @@ IMPLEMENTATION = "loratune_documents"
 def register() -> None:
     """Makes `IMPLEMENTATION` known to transformers; may be called any number of times."""
     AttentionInterface.register(IMPLEMENTATION, document_attention)
+
+
+def keep_soft_caps(model: PreTrainedModel) -> None:
+    """Gives a model whose scores are capped an attention of its own that caps them.
+
+    PyTorch's knows no caps. Where it is asked for them transformers 5.17 leaves them out without a word, and it is
+    what that version gives Gemma 2 if nobody chooses; 5.23 refuses.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def document_attention(
@@ -44,6 +58,7 @@ def document_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    spans: Spans | None = None,
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -60,6 +75,7 @@ def document_attention(
         s_aux: (heads,) logits of the sinks, or None.
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
         max_length_q: a bound of the documents' lengths, for the kernels of a GPU.
+        spans: of the same borders, made once for all layers; without, each layer makes its own where it needs them.
         position_bias: not supported.
 
     Returns: (1, T, heads, head_dim), and None in place of the attention weights.
@@ -67,10 +83,13 @@ def document_attention(
     """
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
-    plain = softcap is None and s_aux is None and dropout == 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if plain and max_length_q is not None and _has_kernel(query, key, value):
-        return _on_gpu(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
+        if softcap is None and s_aux is None:
+            return _on_gpu(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+        if s_aux is None or not s_aux.requires_grad:
+            spans = spans or Spans(cu_seq_lens_q)
+            return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in (
         torch.bfloat16,
@@ -138,7 +157,7 @@ def explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of one document written out, for what no fused kernel offers; (1, heads, n, head_dim)."""
+    """Attention of one document written out, where no kernel has what is asked; (1, heads, n, head_dim)."""
     scores = (q @ k.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

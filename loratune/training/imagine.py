@@ -119,7 +119,7 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if softcap is not None or s_aux is not None:  # no kernel has these, and the scores are written out
+    if (softcap is not None or s_aux is not None) and query.dtype.itemsize > 2:  # then the scores are written out
         return attention.explicit(query, key, value, 1.0, 0.0, None, softcap, s_aux).transpose(1, 2), None
     out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out, None

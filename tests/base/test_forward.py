@@ -75,6 +75,17 @@ def test_a_head_of_its_own_kind_is_left_to_the_model(llama):
     torch.testing.assert_close(got, logits.log_softmax(-1)[predicting, targets], rtol=1e-5, atol=1e-5)
 
 
+def test_capped_scores_are_never_left_to_an_attention_without_caps():
+    """What transformers 5.17 gives Gemma 2; the models of others keep what they have."""
+    model, other = build("gemma2"), build("llama")
+    model.config._attn_implementation_internal = other.config._attn_implementation_internal = "sdpa"
+    prepare(other)
+    forward = prepare(model)
+    assert other.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "eager"
+    assert forward.road == "documents"
+
+
 def test_two_models_in_one_process_do_not_see_each_other(llama):
     other = build("qwen3")
     forward = prepare(llama)

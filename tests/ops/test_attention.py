@@ -11,11 +11,11 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 BOUNDS = [0, 1, 7, 20, 26]
 
 
-def masked_product(q, k, v, scaling, window, softcap, sinks):
+def masked_product(q, k, v, scaling, window, softcap, sinks, bounds=BOUNDS):
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     position = torch.arange(q.shape[2])
-    document = torch.bucketize(position, torch.tensor(BOUNDS[1:]), right=True)
+    document = torch.bucketize(position, torch.tensor(bounds[1:]), right=True)
     distance = position[:, None] - position[None, :]
     visible = (document[:, None] == document[None, :]) & (distance >= 0)
     if window is not None:
@@ -25,7 +25,7 @@ def masked_product(q, k, v, scaling, window, softcap, sinks):
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, HEADS, q.shape[2], 1)], -1)
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
 
 

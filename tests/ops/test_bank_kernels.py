@@ -14,15 +14,7 @@ import pytest
 
 COMPARE = """
 import torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patch_with_bounds(tensor, scope):  # Triton 3.6's interpreter and NumPy 2.4 disagree about int() of one element
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-interpreter._patch_lang_tensor = patch_with_bounds
+import tests.ops.interpreted
 from loratune.ops import bank
 from loratune.ops.bank import BankProjection, Lane, Part, Pool, Segment
 from loratune.ops.bank_kernels import Tables

@@ -51,6 +51,39 @@ def test_a_kernel_compiles_and_reads_whole_vectors(name):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@pytest.mark.parametrize(("arch", "limit"), [(90, 227), (89, 99)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arch, limit):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from loratune.ops import capped_kernels
+
+    names = ("_forward", "_queries_part", "_keys_part")
+    for name, tile in zip(names, capped_kernels._tiles(dim, roomy=arch == 90), strict=True):
+        kernel = getattr(capped_kernels, name)
+        constants = {"CAP": True, "SINKS": True, "DIM": dim, "WIDTH": dim, "ROWS": tile.queries, "COLUMNS": tile.keys}
+        signature, hints = {}, {}
+        for index, argument in enumerate(kernel.arg_names):
+            pointer = "*i32" if argument == "spans_ptr" else "*fp32" if argument[:3] in ("lse", "del") else "*bf16"
+            number = "fp32" if argument in ("scaling", "softcap") else "i32"
+            signature[argument] = pointer if argument.endswith("_ptr") else number
+            if argument in constants:
+                signature[argument] = "constexpr"
+            elif argument.endswith(("_ptr", "_token", "_head")):
+                hints[index,] = [["tt.divisibility", 16]]
+        values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, values, hints),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+        assert compiled.metadata.shared <= limit << 10, (name, tile)
+        assert (arch == 90) == ("wgmma.mma_async" in compiled.asm["ptx"]), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
 @pytest.mark.parametrize("name", ["_square_sums", "_settle", "_update"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligned):

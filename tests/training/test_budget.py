@@ -151,6 +151,15 @@ def test_an_imagined_row_holds_what_a_real_one_holds(name):
     assert sum(held.values()) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gptoss"])
+def test_soft_caps_and_sinks_take_no_square_of_scores_in_half_precision(name):
+    """Their kernel holds what grows with T alone; a square of scores would be 16 times as much."""
+    model = without_data(build(name).config, torch.bfloat16)
+    attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), name="default", seed=0)
+    short, long = (imagine(model, tokens, Plan.uniform(Level.NONE, 2)).kept for tokens in (256, 1024))
+    assert long < 4.2 * short
+
+
 def test_a_folder_with_a_configuration_alone_is_enough(tmp_path):
     CAUSAL["qwen3"]().config.save_pretrained(tmp_path)
     model = imagined(str(tmp_path), "auto")

@@ -20,11 +20,13 @@ from torch import Tensor
 from loratune.ops import measure, measure_kernels
 from loratune.ops.fp8 import MARGIN, border_of
 from loratune.ops.measure_kernels import LEAST, MOST, one_over, scales, upward
-from loratune.ops.thin_kernels import _counters, _pieces, _summed
+from loratune.ops.thin_kernels import _counters, _pieces, _summed, height
 
-WARPS = 8
-"""Of `lay`: rounding to 8 bits keeps more of them busy than the product alone does."""
+WARPS = 4
+"""Of `lay`."""
 _TILE = 128
+_GROUP = 16
+"""Ranks whose norms one program finds: of B they are a sector of memory in each row."""
 _E4M3 = torch.float8_e4m3fn
 _MEASURED = tl.constexpr(measure.PIECES)
 _PER_MOST = tl.constexpr(1 / measure.MOST)
@@ -143,19 +145,19 @@ def lay(
     (rows, terms), ranks = x.shape, thin.shape[1]
     border = border_of(ranks)
     spare = border - 3 * ranks
-    height, step, width = (16 if rows < 1024 else 64), 128, min(64, max(16, triton.next_power_of_2(ranks)))
-    blocks, parts = triton.cdiv(rows, height), triton.cdiv(ranks, width)
+    tall, step, width = height(rows, used_twice=True), 128, min(64, max(16, triton.next_power_of_2(ranks)))
+    blocks, parts = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * parts, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
-    partial = torch.empty(blocks * parts * pieces * height * width if pieces > 1 else 0, device=x.device)
+    partial = torch.empty(blocks * parts * pieces * tall * width if pieces > 1 else 0, device=x.device)
     out = torch.empty(rows, terms + border, dtype=_E4M3, device=x.device)
     scale, kept = torch.empty(rows, 1, device=x.device), x.new_empty(rows, ranks)
     _lay[(blocks, pieces, parts)](
         x, thin, x if columns is None else columns, found, numbers, out, scale, kept, partial, _counters(x.device),
         rows, terms, ranks, border, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
-        SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=height, TERMS=step, RANKS=width,
-        num_warps=WARPS if height > 16 else 4, num_stages=3,
+        SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
+        num_warps=WARPS, num_stages=3,
     )  # fmt: skip
     return out, scale, kept
 
@@ -225,31 +227,35 @@ class Adapter(NamedTuple):
 
 
 @triton.jit
-def _norms(table_ptr, found_ptr, like_ptr, BLOCK: tl.constexpr):
-    """Of one rank: the largest and the norm of a row of A, and of a column of B over the scale."""
-    entry = table_ptr + tl.program_id(0) * 6
+def _norms(table_ptr, found_ptr, like_ptr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a group of ranks: the largest and the norm of each row of A, and of each column of B over the scale."""
+    entry = table_ptr + tl.program_id(0) * 9
     a_ptr = tl.load(entry).to(tl.pointer_type(like_ptr.dtype.element_ty))
     b_ptr = tl.load(entry + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
     scale_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
-    d_in, d_out, b_step = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    column, first = tl.arange(0, BLOCK), 0
-    most, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    d_in, d_out, ranks = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    a_step, b_step = tl.load(entry + 6), tl.load(entry + 7)
+    rank, at, first = tl.arange(0, GROUP), tl.arange(0, BLOCK), 0
+    found_ptr += (tl.load(entry + 8) + rank) * 4
+    held = rank < ranks
+    most, squares = tl.zeros((GROUP, BLOCK), tl.float32), tl.zeros((GROUP, BLOCK), tl.float32)
     while first < d_in:
-        v = tl.load(a_ptr + first + column, mask=first + column < d_in, other=0.0).to(tl.float32)
+        inside = held[:, None] & (first + at < d_in)[None, :]
+        v = tl.load(a_ptr + rank[:, None] * a_step + (first + at)[None, :], mask=inside, other=0.0).to(tl.float32)
         most, squares = tl.maximum(most, tl.abs(v)), squares + v * v
         first += BLOCK
-    found_ptr += tl.program_id(0) * 4
-    tl.store(found_ptr, tl.max(most))
-    tl.store(found_ptr + 1, tl.sqrt_rn(tl.sum(squares)))
-    most, squares, first = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), 0
+    tl.store(found_ptr, tl.max(most, 1), mask=held)
+    tl.store(found_ptr + 1, tl.sqrt_rn(tl.sum(squares, 1)), mask=held)
+    most, squares, first = tl.zeros((BLOCK, GROUP), tl.float32), tl.zeros((BLOCK, GROUP), tl.float32), 0
     while first < d_out:
-        inside = first + column < d_out
-        v = tl.load(b_ptr + (first + column) * b_step, mask=inside, other=0.0).to(tl.float32)
-        v *= one_over(tl.load(scale_ptr + first + column, mask=inside, other=1.0))
+        there = first + at < d_out
+        inside = there[:, None] & held[None, :]
+        v = tl.load(b_ptr + (first + at)[:, None] * b_step + rank[None, :], mask=inside, other=0.0).to(tl.float32)
+        v *= one_over(tl.load(scale_ptr + first + at, mask=there, other=1.0))[:, None]
         most, squares = tl.maximum(most, tl.abs(v)), squares + v * v
         first += BLOCK
-    tl.store(found_ptr + 2, tl.max(most))
-    tl.store(found_ptr + 3, tl.sqrt_rn(tl.sum(squares)))
+    tl.store(found_ptr + 2, tl.max(most, 0), mask=held)
+    tl.store(found_ptr + 3, tl.sqrt_rn(tl.sum(squares, 0)), mask=held)
 
 
 @triton.jit
@@ -269,62 +275,72 @@ def _numbers(table_ptr, found_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _borders(table_ptr, like_ptr, kind_ptr, BORDER: tl.constexpr, BLOCK: tl.constexpr):
-    entry = table_ptr + tl.program_id(0) * 10
-    n, ranks, border = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+def _borders(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    entry = table_ptr + tl.program_id(0) * 9
+    n, ranks = tl.load(entry + 4), tl.load(entry + 5).to(tl.int32)
     if tl.program_id(1) * BLOCK < n:
         matrix_ptr = tl.load(entry).to(tl.pointer_type(like_ptr.dtype.element_ty))
         factor_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
         divisor_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
         out_ptr = tl.load(entry + 3).to(tl.pointer_type(kind_ptr.dtype.element_ty))
-        step_n, step_r, out_step = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
+        step_n, step_r, out_step = tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8)
+        if ALIGNED:
+            ranks = tl.multiple_of(ranks, 16)
         row = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        place = tl.arange(0, BORDER)[None, :]
-        there = (row < n)[:, None]
-        at = row[:, None] * step_n + place % ranks * step_r
-        v = tl.load(matrix_ptr + at, mask=there & (place < 3 * ranks), other=0.0).to(tl.float32)
+        rank = tl.arange(0, RANKS)[None, :]
+        inside = (row < n)[:, None] & (rank < ranks)
+        v = tl.load(matrix_ptr + row[:, None] * step_n + rank * step_r, mask=inside, other=0.0).to(tl.float32)
         divided = (row < n) & (tl.load(entry + 2) != 0)
         by = tl.load(divisor_ptr + row, mask=divided, other=1.0) * tl.load(factor_ptr)
-        low = _split_low(v * one_over(by)[:, None], place, ranks, kind_ptr.dtype.element_ty)
-        # All these are multiples of 16; without this the compiler must write bytes one by one.
-        out_at = tl.max_contiguous(tl.multiple_of(out_ptr + row[:, None] * out_step + place, [1, 16]), [1, 16])
-        tl.store(out_at, low, mask=there & (place < tl.multiple_of(border, 16)))
+        v *= one_over(by)[:, None]
+        hi = v.to(kind_ptr.dtype.element_ty)
+        out_at = out_ptr + row[:, None] * out_step + rank
+        if ALIGNED:  # without this the compiler must write bytes one by one
+            out_at = tl.max_contiguous(tl.multiple_of(out_at, [1, 16]), [1, 16])
+        tl.store(out_at, hi, mask=inside)
+        tl.store(out_at + ranks, hi, mask=inside)
+        tl.store(out_at + 2 * ranks, (v - hi.to(tl.float32)).to(kind_ptr.dtype.element_ty), mask=inside)
 
 
 class RefreshAll:
-    """Numbers and borders of many adapters, from the values that A and B have now: three launches."""
+    """Numbers and borders of many adapters, from the values that A and B have now: three launches.
+
+    What lies behind a border's 3 R columns is zero and stays so.
+    """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
-        ranks_of: list[list[int]] = []
-        numbers, borders = [], []
+        groups: list[list[int]] = []
+        numbers, borders, total = [], [], 0
         for a in adapters:
             (ranks, d_in), d_out = a.lora_A.shape, a.lora_B.shape[0]
-            numbers.append([a.numbers.data_ptr(), len(ranks_of), ranks])
-            for rank in range(ranks):
-                row, column = a.lora_A[rank], a.lora_B[:, rank]
-                ranks_of.append(
-                    [row.data_ptr(), column.data_ptr(), a.scale.data_ptr(), d_in, d_out, a.lora_B.stride(0)]
-                )
+            assert a.lora_A.stride(1) == a.lora_B.stride(1) == 1
+            numbers.append([a.numbers.data_ptr(), total, ranks])
+            for first in range(0, ranks, _GROUP):
+                pointers = [a.lora_A[first:].data_ptr(), a.lora_B[:, first:].data_ptr(), a.scale.data_ptr()]
+                sizes = [d_in, d_out, min(_GROUP, ranks - first)]
+                groups.append([*pointers, *sizes, a.lora_A.stride(0), a.lora_B.stride(0), total + first])
+            total += ranks
             for matrix, which, divisor, out in (
                 (a.lora_B, 0, a.scale.data_ptr(), a.border),
                 (a.lora_A.T, 2, 0, a.turned_border),
             ):
                 if out is not None:
-                    factor, sizes = a.numbers[which:].data_ptr(), [matrix.shape[0], ranks, out.shape[1]]
-                    strides = [*matrix.stride(), out.stride(0)]
-                    borders.append([matrix.data_ptr(), factor, divisor, out.data_ptr(), *sizes, *strides])
+                    pointers = [matrix.data_ptr(), a.numbers[which:].data_ptr(), divisor, out.data_ptr()]
+                    borders.append([*pointers, matrix.shape[0], ranks, *matrix.stride(), out.stride(0)])
         device = adapters[0].lora_A.device
         self._alive: Any = list(adapters)
-        self._tables = [torch.tensor(t, dtype=torch.int64).to(device) for t in (ranks_of, numbers, borders)]
-        self._found = torch.empty(len(ranks_of), 4, device=device)
-        self._most_ranks = triton.next_power_of_2(max(row[2] for row in numbers))
-        self._border = triton.next_power_of_2(max(row[6] for row in borders))
-        self._grid = len(borders), triton.cdiv(max(row[4] for row in borders), 16)
+        self._tables = [torch.tensor(t, dtype=torch.int64).to(device) for t in (groups, numbers, borders)]
+        self._found = torch.empty(total, 4, device=device)
+        self._ranks = triton.next_power_of_2(max(row[2] for row in numbers))
+        self._aligned = all(row[place] % 16 == 0 for row in borders for place in (3, 5, 8))
+        self._grid = len(borders), triton.cdiv(max(row[4] for row in borders), 64)
 
     def __call__(self) -> None:
         """Brings numbers and borders up to A and B."""
-        ranks_of, numbers, borders = self._tables
+        groups, numbers, borders = self._tables
         like = self._alive[0]
-        _norms[(ranks_of.shape[0],)](ranks_of, self._found, like.lora_A, BLOCK=4096, num_warps=8)
-        _numbers[(numbers.shape[0],)](numbers, self._found, BLOCK=self._most_ranks, num_warps=1)
-        _borders[self._grid](borders, like.lora_A, like.border, BORDER=self._border, BLOCK=16)
+        _norms[(groups.shape[0],)](groups, self._found, like.lora_A, GROUP=_GROUP, BLOCK=512, num_warps=8)
+        _numbers[(numbers.shape[0],)](numbers, self._found, BLOCK=self._ranks, num_warps=1)
+        _borders[self._grid](
+            borders, like.lora_A, like.border, ALIGNED=self._aligned, RANKS=max(16, self._ranks), BLOCK=64
+        )

@@ -69,6 +69,8 @@ class Fp8Projection:
         """Of a weight that carries; `both_ways` keeps it transposed as well. To be refreshed before it is used."""
         lora_A, lora_B = adapter
         numbers = torch.zeros(4, device=frozen.device)
+        assert frozen.bordered is not None
+        frozen.bordered[:, frozen.shape[1] :].view(torch.uint8).zero_()  # of an adapter before this one
         turned = transposed(frozen.values, lora_A, numbers.new_ones(1)) if both_ways else None
         return cls(frozen, bias, lora_A, lora_B, members.rows, members.ranks, members.scalings, numbers, turned)
 

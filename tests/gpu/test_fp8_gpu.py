@@ -31,6 +31,8 @@ pytestmark = [
     ),
 ]
 LAYERS = 3
+RUNS = 20
+"""What is read or overwritten too early shows in few places, and not in every run."""
 
 
 def random(*shape, size=1.0):
@@ -43,7 +45,7 @@ def differing(a, b):
     return float((a.view(torch.uint8) != b.view(torch.uint8)).float().mean())
 
 
-@pytest.mark.parametrize("tokens", [515, 2048])
+@pytest.mark.parametrize("tokens", [515, 2048, 8192])
 @pytest.mark.parametrize(
     ("width", "ranks"), [(4096, 16), (4096, 48), (11008, 16), (12288, 48), (22016, 32), (4096, 80)]
 )
@@ -59,8 +61,10 @@ def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
         roomy = torch.nn.functional.pad(x, (0, ROOM))
         measure.behind(roomy, width).copy_(found)
         rows, inner = fp8.lay(roomy, thin_matrix, scale, numbers)
-        again, _ = fp8.lay(roomy, thin_matrix, scale, numbers)
-        assert differing(rows.values, again.values) == 0.0
+        for _ in range(RUNS):
+            again, same = fp8.lay(roomy, thin_matrix, scale, numbers)
+            assert differing(rows.values, again.values) == 0.0
+            assert torch.equal(inner, same)
         t = measure.scales(found, numbers[1])
         assert torch.equal(rows.scale, t)
         inverse = t.reciprocal()

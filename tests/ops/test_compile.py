@@ -115,3 +115,31 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
     )
     wide = "ld.global.v4.b32" in compiled.asm["ptx"]
     assert wide == (aligned and name != "_settle")
+
+
+OF_FP8 = {
+    "found_ptr": "*fp32", "numbers_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
+} | POINTERS  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("rows", [512, 4096])
+def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ranks, scaled):
+    from loratune.ops import fp8_kernels, thin_kernels
+
+    constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
+    tall = thin_kernels.height(rows, used_twice=True)
+    kernel = compiled(fp8_kernels._lay, constants | {"ROWS": tall}, OF_FP8, fp8_kernels.WARPS)
+    assert not overtaken(kernel)
+    assert "cp.async.cg" in kernel.asm["ptx"]
+    assert "st.global.v4.b32" in kernel.asm["ptx"], "rows in 8 bits are not written 16 at a time"
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_borders_in_8_bits_are_written_sixteen_at_a_time(aligned):
+    from loratune.ops import fp8_kernels
+
+    constants = {"ALIGNED": aligned, "RANKS": 64, "BLOCK": 64}
+    kernel = compiled(fp8_kernels._borders, constants, OF_FP8)
+    assert ("st.global.v4.b32" in kernel.asm["ptx"]) == aligned

@@ -178,7 +178,8 @@ def _transpose(
 ):  # fmt: skip
     first = tl.program_id(1).to(tl.int64) * TILE
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    if tl.program_id(0) * TILE < rows:
+    tiles = tl.cdiv(rows, TILE)
+    if tl.program_id(0) < tiles:
         column = first + tl.arange(0, TILE)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         tile = tl.load(x_ptr + row[:, None] * x_step + column[None, :], mask=inside)
@@ -186,13 +187,12 @@ def _transpose(
     elif BORDER > 0:
         kind = like_ptr.dtype.element_ty
         place = tl.arange(0, BORDER)[None, :]
-        inverse = one_over(tl.load(factor_ptr))
-        for part in range(0, TILE, FEW):  # a few at a time, or this would cost the transpose its registers
-            column = (first + part + tl.arange(0, FEW))[:, None]
-            at = column * low_step_n + place % ranks * low_step_r
-            v = tl.load(low_ptr + at, mask=(column < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
-            low = _split_low(v * inverse, place, ranks, kind).to(tl.uint8, bitcast=True)
-            tl.store(out_ptr + column * out_step + rows + place, low, mask=(column < width) & (place < border))
+        # A few columns for each program, or this would cost the transpose its registers, and end long after it.
+        column = (first + (tl.program_id(0) - tiles) * FEW + tl.arange(0, FEW))[:, None]
+        at = column * low_step_n + place % ranks * low_step_r
+        v = tl.load(low_ptr + at, mask=(column < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
+        low = _split_low(v * one_over(tl.load(factor_ptr)), place, ranks, kind).to(tl.uint8, bitcast=True)
+        tl.store(out_ptr + column * out_step + rows + place, low, mask=(column < width) & (place < border))
 
 
 def transposed(values: Tensor, lora_A: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -203,10 +203,11 @@ def transposed(values: Tensor, lora_A: Tensor | None, factor: Tensor | None) -> 
     out = torch.empty(width, rows + border, dtype=values.dtype, device=values.device)
     low = values.view(torch.uint8) if lora_A is None else lora_A.T
     wide = triton.next_power_of_2(border) if border else 0
-    _transpose[(triton.cdiv(rows, _TILE) + (border > 0), triton.cdiv(width, _TILE))](
+    few = max(1, min(_TILE, 2048 // wide)) if border else _TILE
+    _transpose[(triton.cdiv(rows, _TILE) + (_TILE // few if border else 0), triton.cdiv(width, _TILE))](
         values.view(torch.uint8), out.view(torch.uint8), low, low if factor is None else factor, values, rows, width,
         values.stride(0), out.stride(0), ranks, border, *low.stride(), TILE=_TILE, BORDER=wide,
-        FEW=max(1, 2048 // wide) if border else 1, num_warps=4,
+        FEW=few, num_warps=4,
     )  # fmt: skip
     return out
 

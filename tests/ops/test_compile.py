@@ -117,6 +117,19 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
     assert wide == (aligned and name != "_settle")
 
 
+@pytest.mark.parametrize("side", [1, 2])
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side):
+    from loratune.ops import bank_kernels
+
+    kernel = bank_kernels._outer
+    constants = {"SIDE": side, "RANK": ranks, "BLOCK": bank_kernels.BLOCK, "WIDTH": bank_kernels.OUTER["width"]}
+    constants |= bank_kernels.CONSTANTS
+    pointers = {"gradient_ptr": "*fp32", "entries_ptr": "*i64", "scaling_ptr": "*fp32", "keep_ptr": "*fp32"}
+    pointers |= {"blocks_ptr": "*i32", "starts_ptr": "*i32"}
+    assert not overtaken(compiled(kernel, constants, pointers, bank_kernels.OUTER["num_warps"]))
+
+
 OF_FP8 = {
     "found_ptr": "*fp32", "numbers_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
 } | POINTERS  # fmt: skip

@@ -70,9 +70,11 @@ def speed(out: str, files: list[str]) -> None:
         axis.set_yticks([])
         axis.set_xlim(0, 1.25 * longest)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    figure.suptitle("LoRA on one H200: tokens a second, whole step (hatched: earlier run)", fontsize=10)
+    machines = sorted({str(row["machine"]).removeprefix("NVIDIA ") for row in found.values() if "run" not in row})
+    figure.suptitle(f"LoRA on one {', '.join(machines)}: tokens a second, whole step", fontsize=10)
     _save(figure, out)
 
 

@@ -39,8 +39,11 @@ from loratune.training.survey import Survey, ranks_of, survey
 from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
-_CLOSER = (1.0, 0.97, 0.93, 0.88)
-"""Shares of the limit to plan for, one after the other, should a dry step not fit after all."""
+_CLOSER = (1.03, 1.0, 0.97, 0.93, 0.88)
+"""Shares of the limit to plan for, one after the other, until a dry step fits. What is estimated is never below what
+is measured and up to so much above it, hence the first."""
+_QUICK = 5.0
+"""Seconds of a step up to which it is worth a dry step to find out whether a plan fits that is estimated not to."""
 _OF_THE_HOST = 0.8
 """Share of the host's free memory that may be pinned."""
 
@@ -153,13 +156,17 @@ def _plans(
     elif what.shape is None:
         yield from (Plan.uniform(level, layers) for level in LEVELS.values())
     else:
-        at_hand = devices.present(device)
-        pinned = int(_OF_THE_HOST * free_bytes(torch.device("cpu")))
-        for share in _CLOSER:
-            choice = budget.choose(what, setting, at_hand, int(share * limit), pinned)
-            if choice is not None:
-                yield choice.plan
+        yield from by_estimate(what, setting, devices.present(device), limit)
         yield Plan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+
+
+def by_estimate(what: Survey, setting: Setting, device: Device, limit: int) -> Iterator[Plan]:
+    """Plans that are estimated to fit into `limit` bytes or nearly so, the fastest first."""
+    pinned = int(_OF_THE_HOST * free_bytes(torch.device("cpu")))
+    for share in _CLOSER:
+        choice = budget.choose(what, setting, device, int(share * limit), pinned)
+        if choice is not None and (share <= 1 or choice.seconds <= _QUICK):
+            yield choice.plan
 
 
 def _dry_step(

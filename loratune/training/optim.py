@@ -54,7 +54,8 @@ class JointAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         settings = Settings(beta1, beta2, group["eps"], group["weight_decay"])
         known = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
-        states = [self._state(parameter) for parameter in known]
+        self._make_states([parameter for parameter in known if not self.state.get(parameter)])
+        states = [self.state[parameter] for parameter in known]
         held = Held(known, *([state[name] for state in states] for name in (*_MOMENTS, "step")))
         gradients = [parameter.grad for parameter in known]
         if not outcome.is_cuda:
@@ -66,12 +67,18 @@ class JointAdamW(torch.optim.AdamW):
             self._updates.append(adamw_kernels.Updates(held, settings))
         self._updates[-1](gradients, group["lr"], max_norm, outcome)
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-        return state
+    def _make_states(self, parameters: list[nn.Parameter]) -> None:
+        """Zeros, all in one piece. Made one by one behind a first backward they would lie wherever something had just
+        been freed, and the allocator could not give those pages back to a recording."""
+        if not parameters:
+            return
+        sizes, device = [parameter.numel() for parameter in parameters], parameters[0].device
+        steps = torch.zeros(len(parameters), device=device)
+        moments = torch.zeros(len(_MOMENTS), sum(sizes), dtype=parameters[0].dtype, device=device)
+        parts = zip(steps.unbind(), *(moment.split(sizes) for moment in moments), strict=True)
+        for parameter, (step, *own) in zip(parameters, parts, strict=True):
+            shaped = [part.view_as(parameter) for part in own]
+            self.state[parameter] = {"step": step, **dict(zip(_MOMENTS, shaped, strict=True))}
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -11,9 +11,9 @@ from loratune.config import LoraConfig
 from loratune.errors import ConfigError
 from loratune.estimate import Wish, survey_of
 from loratune.ops.policy import Level, Plan, tiles
-from loratune.training.budget import Setting
+from loratune.training.budget import Setting, peak
 from loratune.training.devices import named
-from loratune.training.fit import Trial, _any_row, first_with_room, fit, too_small
+from loratune.training.fit import Trial, _any_row, by_estimate, first_with_room, fit, too_small
 from loratune.training.graph import layout_for
 from loratune.training.imagine import without_data
 from tests.training.helpers import config, model_with_adapter, trainable
@@ -98,3 +98,14 @@ def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
         assert layout.documents == Setting(tokens).documents
         assert layout.documents * layout.longest != tokens or layout.documents == 1
         assert 0.75 * tokens <= layout.trained < tokens
+
+
+@pytest.mark.parametrize(("tokens", "daring"), [(8192, True), (131_072, False)])
+def test_a_plan_that_may_just_not_fit_is_tried_first_where_a_step_is_quick(tokens, daring):
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    what = survey_of(without_data(tf.LlamaConfig(**shape), torch.bfloat16), Wish("auto", LoraConfig(), Setting(1)))
+    setting, limit = Setting(tokens), (20 if daring else 80) * GIB
+    totals = [peak(what, setting, plan).total for plan in by_estimate(what, setting, named("H200"), limit)]
+    assert (limit < totals[0] <= 1.03 * limit) == daring
+    assert all(total <= limit for total in totals[daring:])
+    assert totals == sorted(totals, reverse=True)

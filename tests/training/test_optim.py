@@ -65,3 +65,5 @@ def test_the_joint_update_leaves_the_state_that_pytorchs_leaves():
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert [never_updated(joint, parameter) for parameter in ours] == [False, False, True]
+    pieces = {joint.state[p][m].untyped_storage().data_ptr() for p in ours[:2] for m in ("exp_avg", "exp_avg_sq")}
+    assert len(pieces) == 1  # many small ones would keep the allocator from giving pages back to a recording

@@ -1,7 +1,10 @@
 """Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
 
-    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules|written] [STEPS]     one variant
+    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules|written] [STEPS] [--precision P] [--both-ways]
     python -m benchmarks.ladder --all OUT.jsonl [graph|eager|modules] [STEPS]        the table of issue 3
+
+P is bf16, nf4 or fp8; with `--both-ways` weights in 8 bits are kept transposed as well, as `loratune train` does
+where they fit. The table has the 8-bit rows with and without.
 
 `first_step_s` counts from the start of the process; with `--all`, where one process measures all shapes, the time of
 those before is left out.
@@ -15,10 +18,10 @@ The peers are measured by their own scripts on the same machine; see benchmarks/
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -28,20 +31,27 @@ WARM_UP = 3
 """Steps that are not counted: one runs kernel by kernel, one is recorded, one is replayed for the first time."""
 
 CASES = [
-    ("l7b", 4, 2048), ("l7b", 1, 512), ("l1b", 1, 512), ("l1b", 4, 2048), ("q0_6b", 2, 2048), ("q8b", 2, 2048),
+    ("l7b", 4, 2048, "bf16", False), ("l7b", 1, 512, "bf16", False), ("l1b", 1, 512, "bf16", False),
+    ("l1b", 4, 2048, "bf16", False), ("q0_6b", 2, 2048, "bf16", False), ("q8b", 2, 2048, "bf16", False),
+    ("l7b", 4, 2048, "fp8", False), ("l7b", 4, 2048, "fp8", True),
+    ("q8b", 2, 2048, "fp8", False), ("q8b", 2, 2048, "fp8", True),
 ]  # fmt: skip
 
 
-def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> dict[str, object]:
-    """One variant on one shape."""
+def measure(
+    shape: str, batch: int, tokens: int, precision: str, both_ways: bool, variant: str, steps: int
+) -> dict[str, object]:
+    """One variant on one shape; `both_ways` as in `ops.policy.Plan`."""
     import torch
     import transformers
 
     from benchmarks.shapes import limit_tok_s, model_of, row_of
     from loratune.base.forward import prepare
+    from loratune.base.quantising import FORMS
     from loratune.config import LoraConfig, TrainConfig
     from loratune.lora.inject import attach
     from loratune.ops import attention
+    from loratune.ops.policy import Level, Plan
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
@@ -49,7 +59,7 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     global IMPORTED
     IMPORTED = IMPORTED or time.perf_counter() - STARTED
     started = time.perf_counter() - IMPORTED
-    model = model_of(shape)
+    model = model_of(shape, form=FORMS.get(precision))
     torch.cuda.synchronize()
     built = time.perf_counter() - started
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,6 +69,8 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     forward = prepare(model)
     if variant == "modules":
         forward.fused = None
+    if both_ways:
+        forward.plan = Plan((Level.NONE,) * model.config.num_hidden_layers, both_ways=True)
     torch.cuda.synchronize()
     prepared = time.perf_counter() - started
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -86,8 +98,8 @@ def measure(shape: str, batch: int, tokens: int, variant: str, steps: int) -> di
     replay = _replay_ms(step)
     speed = batch * tokens / median
     return {
-        "system": "loratune", "shape": shape, "batch": batch, "tokens": tokens, "precision": "bf16",
-        "policy": variant, "tok_s": round(speed), "step_ms": round(median * 1e3, 2),
+        "system": "loratune", "shape": shape, "batch": batch, "tokens": tokens, "precision": precision,
+        "both_ways": both_ways, "policy": variant, "tok_s": round(speed), "step_ms": round(median * 1e3, 2),
         "replay_ms": replay, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_step_s": round(first, 1), "imported_s": round(IMPORTED, 1), "built_s": round(built, 1),
@@ -122,17 +134,27 @@ def release() -> None:
 
 
 def main() -> None:
-    if sys.argv[1] == "--all":
-        variant, count = [*sys.argv[3:], *["graph", "12"][len(sys.argv) - 3 :]]
-        for case in CASES:
-            row = json.dumps(measure(*case, variant, int(count)))
-            print(row, flush=True)
-            with Path(sys.argv[2]).open("a") as out:
-                out.write(row + "\n")
-            release()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder")
+    parser.add_argument(
+        "words", nargs="+", help="SHAPE BATCH TOKENS, or with --all OUT.jsonl; then variant and steps"
+    )
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--precision", choices=["bf16", "nf4", "fp8"], default="bf16")
+    parser.add_argument("--both-ways", action="store_true")
+    given = parser.parse_args()
+    own = 1 if given.all else 3
+    variant, steps = [*given.words[own:], *["graph", "12"][len(given.words) - own :]]
+    if not given.all:
+        shape, batch, tokens = given.words[:own]
+        case = shape, int(batch), int(tokens), given.precision, given.both_ways
+        print(json.dumps(measure(*case, variant, int(steps))))
         return
-    shape, batch, tokens, variant, steps = [*sys.argv[1:], *["graph", "12"][max(0, len(sys.argv) - 4) :]]
-    print(json.dumps(measure(shape, int(batch), int(tokens), variant, int(steps))))
+    for case in CASES:
+        row = json.dumps(measure(*case, variant, int(steps)))
+        print(row, flush=True)
+        with Path(given.words[0]).open("a") as out:
+            out.write(row + "\n")
+        release()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Milliseconds of one step by part, beside the bound of that part.
 
-    python -m benchmarks.profile SHAPE BATCH TOKENS
+    python -m benchmarks.profile SHAPE BATCH TOKENS [bf16|nf4|fp8]
 
 The kernels of an eager step (the graph replays the same ones), grouped by what they do. The bound of the frozen
 products is their arithmetic at 692 TFLOP/s; of all else, no bound is claimed but the count of launches is given.
@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import limit_tok_s, model_of, row_of
 from loratune.base.forward import prepare
+from loratune.base.quantising import FORMS
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach
 from loratune.training.graph import GraphStep
@@ -33,7 +34,8 @@ PARTS = (
 
 def main() -> None:
     shape, batch, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    model = model_of(shape)
+    precision = sys.argv[4] if len(sys.argv) > 4 else "bf16"
+    model = model_of(shape, form=FORMS.get(precision))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -54,7 +56,7 @@ def main() -> None:
         parts[part][0] += event.device_time_total / 1e3
         parts[part][1] += event.count
     result = {
-        "shape": shape, "batch": batch, "tokens": tokens,
+        "shape": shape, "batch": batch, "tokens": tokens, "precision": precision,
         "parts_ms_and_launches": {part: [round(ms, 3), count] for part, (ms, count) in parts.items()},
         "total_ms": round(sum(ms for ms, _ in parts.values()), 2),
         "bound_ms": round(1e3 * batch * tokens / limit_tok_s(model, tokens, batch), 2),

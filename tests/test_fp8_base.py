@@ -16,8 +16,10 @@ from loratune.data.pack import make_row
 from loratune.errors import ModelError
 from loratune.lora.inject import attach
 from loratune.ops.fp8 import Fp8Weight
+from loratune.ops.policy import Level, Plan
+from loratune.training.objectives import sft
 from loratune.training.optim import adamw
-from loratune.training.step import train_step
+from loratune.training.step import _row_objective, train_step
 
 
 @pytest.fixture
@@ -59,13 +61,46 @@ def test_everything_but_embeddings_and_head_is_in_8_bits(folder):
 
 
 def test_fused_layers_train_as_the_modules_do_and_near_the_dense_model(folder):
-    """Fused and not differ in how the adapter's part is rounded, 2^-8 of it; 8 bits and dense in 4 % of a product."""
+    """Where the adapter rides along, rows have other scales and round otherwise: two runs in 8 bits are as far from
+    each other as from the dense one, 4 % of a product, which at this rate moves the loss by 3e-3 in four steps."""
     fused = losses(lt.load(folder, "fp8", "cpu"), fused=True)
     modules = losses(lt.load(folder, "fp8", "cpu"), fused=False)
     dense = losses(lt.load(folder, device="cpu"), fused=False)
     assert fused[-1] < fused[0] - 0.1
-    assert fused == pytest.approx(modules, rel=2e-3)
-    assert fused == pytest.approx(dense, rel=2e-2)
+    assert fused == pytest.approx(modules, rel=6e-3)
+    assert fused == pytest.approx(dense, rel=6e-3)
+
+
+def one_step(model, forward, plan):
+    """Loss and gradients of one row."""
+    forward.plan = plan
+    with forward.installed():
+        carried = forward._copies.carried
+        assert len(carried) == 2 * 4
+        assert all((p.turned is not None) == (plan is not None and plan.both_ways) for p in carried)
+        loss = _row_objective(forward, a_row(), sft)
+        loss.backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found
+
+
+def test_what_layers_keep_changes_nothing_not_even_weights_kept_both_ways(folder):
+    model = lt.load(folder, "fp8", "cpu")
+    attach(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"), name="default", seed=0)
+    for path, parameter in model.named_parameters():
+        if path.endswith("lora_B"):
+            parameter.data.normal_(0.0, 0.02)
+    forward = prepare(model)
+    assert fuse(forward)
+    loss, gradients = one_step(model, forward, None)
+    assert all(bool(gradient.any()) for gradient in gradients)
+    for levels in ((Level.NONE, Level.NONE), (Level.WIDE, Level.SELECTIVE), (Level.FULL, Level.STAGED)):
+        for both_ways in (False, True):
+            again, same = one_step(model, forward, Plan(levels, both_ways=both_ways))
+            assert torch.equal(again, loss)
+            assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True)), (levels, both_ways)
 
 
 def test_an_adapter_is_switched_on_and_off_without_a_trace(folder):

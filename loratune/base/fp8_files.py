@@ -26,7 +26,8 @@ from torch import Tensor
 
 from loratune.base.tensors import Stored
 from loratune.errors import ModelError
-from loratune.ops.fp8 import E4M3, LEAST, Fp8Weight, fits
+from loratune.ops.fp8 import E4M3, Fp8Weight, fits
+from loratune.ops.measure import LEAST
 
 _PART = 1024  # rows that are made dense at once: their float32 copies are small
 _STRATEGIES = ("tensor", "channel", "block")

@@ -24,12 +24,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.base.border import bordered, separate
 from loratune.base.quantised import QuantisedLinear, stackable, stacked
-from loratune.ops import attention, block
+from loratune.ops import attention, block, fp8_projection
 from loratune.ops.bank import BankProjection, Lane, Pool
+from loratune.ops.fp8 import Fp8Weight
+from loratune.ops.fp8_projection import Fp8Projection
 from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.host import Host
 from loratune.ops.policy import Level, Plan
 from loratune.ops.projection import Projection
+from loratune.ops.thin import Members
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -51,13 +54,24 @@ class Copies:
     """Of the bank, if the layers hold one; it has working copies of its own, made when a row is set."""
     frozen: list[nn.Parameter] = field(default_factory=list)
     """The weights that lie in one matrix with the copies."""
+    both_ways: bool = False
+    """Whether weights in 8 bits are kept transposed as well."""
+    carried: list[Fp8Projection] = field(default_factory=list)
+    """Those that carry the copies in 8 bits, too."""
     _cast_all: Callable[[], None] | None = None
+    _carry_all: Callable[[], None] | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the values that the masters have now: one launch on a GPU."""
+        """Copies the values that the masters have now: one launch on a GPU, and three more for a base in 8 bits."""
         if not self.masters:
             return
+        self._cast()
+        if self.carried:
+            self._carry_all = self._carry_all or fp8_projection.refresher(self.carried)
+            self._carry_all()
+
+    def _cast(self) -> None:
         if self._cast_all is None and self.copies[0].is_cuda and self.copies[0].dtype != self.masters[0].dtype:
             from loratune.ops.kernels import CastAll  # imports Triton
 
@@ -70,9 +84,9 @@ class Copies:
 
     def end(self) -> None:
         """Lets go of the copies, and gives the frozen weights memory of their own."""
-        for held in (self.masters, self.copies, self.scales):
+        for held in (self.masters, self.copies, self.scales, self.carried):
             held.clear()
-        self._cast_all = None
+        self._cast_all = self._carry_all = None
         separate(self.frozen)
         self.frozen.clear()
 
@@ -115,7 +129,7 @@ class FusedLayer(nn.Module):
             down,
             _weight(second),
             _eps(second),
-            block.Passage(down.room),
+            block.Passage(down.room, down.measure_dy),
         )
         layer._options, layer.keep = options[attn], keep
         if copies.pool is not None:  # the segments of a bank count from the start of the row
@@ -209,9 +223,9 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
     """
     layers = _layers(model)
     assert layers is not None
-    copies, host = Copies(), Host()
     before = list(layers)
     plan = plan or Plan.uniform(Level.NONE, len(before))
+    copies, host = Copies(both_ways=plan.both_ways), Host()
     below = block.Passage(0)
     decoder = model.get_decoder()
     norm = getattr(decoder, "norm", None)
@@ -279,7 +293,7 @@ def _adapter(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
     return None if lora_A is None else (lora_A, member.lora_B, member.scaling)  # type: ignore[return-value]
 
 
-def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection | BankProjection:
+def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProjection:
     if any(map(_lane, members)):
         return _bank_projection(members, copies)
     adapters = [_adapter(member) for member in members]
@@ -309,6 +323,10 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> Projection | Ba
         copies.masters += adapter[:2]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
         copies.scales += [1.0, adapter[2]]
+    if isinstance(frozen, Fp8Weight) and frozen.carries and (frozen.dtype.itemsize == 2 or not lora_A.is_cuda):
+        which = Members(rows, ranks, scalings)
+        copies.carried.append(Fp8Projection.around(frozen, bias, (lora_A, lora_B), which, both_ways=copies.both_ways))
+        return copies.carried[-1]
     return Projection(frozen, bias, lora_A, lora_B, rows, ranks, scalings, matrix)
 
 

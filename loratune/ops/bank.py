@@ -137,6 +137,9 @@ class BankProjection:
     """The same for the gradient of the input: the down projection on a GPU."""
     room: int = 0
     """Columns that x and dy have beyond their own (`ops.projection`): none."""
+    measure_x: None = None
+    measure_dy: None = None
+    """What rows are measured for: nothing."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""

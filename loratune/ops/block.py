@@ -26,9 +26,14 @@ from torch.autograd.function import once_differentiable
 from loratune.ops import layer
 from loratune.ops.attended import Attend, Attended
 from loratune.ops.bank import BankProjection
+from loratune.ops.fp8_projection import Fp8Projection
 from loratune.ops.host import Host
+from loratune.ops.measure import Measure
 from loratune.ops.policy import TILE, Level, tiles
 from loratune.ops.projection import Projection
+
+AnyProjection = Projection | Fp8Projection | BankProjection
+"""What `d_inner` gives is handed on to `d_input` and `d_adapters` of the same projection; each kind has its own."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Passage:
 
     room: int
     """Columns that the lower layer's down projection wants, see `ops.projection`."""
+    measure: Measure | None = None
+    """What it wants to know of each row, see `ops.measure`."""
     _buffer: Tensor | None = None
 
     def enter(self, gradient: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ class Passage:
 class Before:
     """What is fixed about the part before attention."""
 
-    projection: Projection | BankProjection
+    projection: AnyProjection
     norm: Tensor
     eps: float
     heads: Heads
@@ -83,9 +90,9 @@ class Before:
 class Behind:
     """What is fixed about the part behind attention."""
 
-    output: Projection | BankProjection
-    gate_up: Projection | BankProjection
-    down: Projection | BankProjection
+    output: AnyProjection
+    gate_up: AnyProjection
+    down: AnyProjection
     norm: Tensor
     eps: float
     up: Passage
@@ -230,7 +237,7 @@ class _Layer(torch.autograd.Function):
         del dy
         (h, inner), kept.stream = kept.stream, None
         del h
-        d_inner = behind.output.d_inner(d_stream)
+        d_inner: Any = behind.output.d_inner(d_stream)
         of_output = behind.output.d_adapters(d_stream, d_inner, attended.out, inner)
         below: Tensor | None = None
         of_heads: list[Tensor] = []
@@ -289,7 +296,7 @@ def _forward(
     if not level.keeps_heads:
         heads = None
     y, inner_output = behind.output.forward(attended.out)
-    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, behind.gate_up.room)
+    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, *_room(behind.gate_up))
     del y
     kept = _Kept(None)
     if level.keeps_attended:
@@ -309,6 +316,11 @@ def _forward(
     return _joined(outs), kept
 
 
+def _room(projection: AnyProjection) -> tuple[int, Measure | None]:
+    """How an x of this projection is to be written."""
+    return projection.room, projection.measure_x
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -316,7 +328,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
     """Residual stream to stacked query, key and value."""
     heads = before.heads
-    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps, before.projection.room))
+    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps, *_room(before.projection)))
     return _rotated(y.view(x.shape[0], -1, heads.dim), cos, sin, inner, heads)
 
 
@@ -337,7 +349,7 @@ def _mlp_backward(
     if kept.stream is None:
         assert kept.x is not None
         y, inner_output = behind.output.forward(attended)
-        total, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, behind.gate_up.room)
+        total, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, *_room(behind.gate_up))
         kept.stream = total, inner_output
         del y, total
     h = kept.stream[0]
@@ -367,8 +379,7 @@ def _mlp_backward(
 
 def _gate_up(h: Tensor, normed: Tensor | None, part: slice, behind: Behind) -> tuple[Tensor, Tensor | None]:
     """Gate and up of one tile, and their inner activation."""
-    room = behind.gate_up.room
-    rows = layer.rms_norm(h, behind.norm, behind.eps, room) if normed is None else normed[part]
+    rows = layer.rms_norm(h, behind.norm, behind.eps, *_room(behind.gate_up)) if normed is None else normed[part]
     return behind.gate_up.forward(rows)
 
 
@@ -381,7 +392,8 @@ def _tile_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradient of the stream and of the adapters of the MLP, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
-    d_inner = behind.down.d_inner(dy)
+    d_inner: Any = behind.down.d_inner(dy)
+    d_inner_gate_up: Any
     d_active = behind.down.d_input(dy, d_inner)
     d_gate_up, active, d_inner_gate_up = behind.gate_up.swiglu_backward(
         gate_up, inner_gate_up, d_active, behind.down, d_inner
@@ -391,7 +403,8 @@ def _tile_backward(
     del active
     d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)
     d_past = dy[:, : h.shape[1]]
-    d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, behind.output.room)
+    room, measure = behind.output.room, behind.output.measure_dy
+    d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, room, measure)
     of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
     return d_h, [*of_gate_up, *of_down]
 
@@ -410,16 +423,18 @@ def _heads_backward(
     d_query, d_key, d_value = d_heads
     d_heads.clear()
     norm, eps = before.heads.norm, before.heads.norm_eps
-    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, before.projection.room)
+    room, measure = before.projection.room, before.projection.measure_dy
+    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, room, measure)
     heads.unturned = None
     del d_query, d_key, d_value
-    d_inner = before.projection.d_inner(dy)
+    d_inner: Any = before.projection.d_inner(dy)
     below: Tensor | None = None
     if needs_below:
         d_normed = before.projection.d_input(dy, d_inner)
         d_past = d_stream[:, : x.shape[1]]
-        d_x, normed = layer.rms_norm_backward(d_normed, d_past, x, before.norm, before.eps, before.down.room)
-        below = before.down.enter(d_x)
+        down = before.down
+        d_x, normed = layer.rms_norm_backward(d_normed, d_past, x, before.norm, before.eps, down.room, down.measure)
+        below = down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)
     return below, before.projection.d_adapters(dy, d_inner, normed, heads.inner)

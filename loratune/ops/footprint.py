@@ -20,6 +20,16 @@ ROUND = 512
 TILE_OF_RANKS = 64
 """Ranks of a projection are padded to a multiple of this in a border (`base.border`)."""
 
+_LINE = 128
+"""Columns of a border in 8 bits are a multiple of this, three for each rank (`ops.fp8`)."""
+
+_WIDEST_BORDER = 8
+"""Such a border is at most this part of a weight's smaller side."""
+
+MEASURE_ROOM = 64
+"""Columns behind a row for its measure (`ops.measure`), which takes `MEASURE` bytes where a row has no room."""
+MEASURE = 128
+
 _PADDING = 128
 """Tokens that FlashAttention's backward adds to each document."""
 
@@ -50,14 +60,43 @@ class LayerShape:
     """Whether operands have room for the inner columns: with a border, in memory or for the length of a product."""
     dense_bytes: int = 0
     """What the widest quantised weight takes while it is dense; 0 where weights are held dense."""
+    in_8_bits: bool = False
+    """Whether products run in 8 bits (`ops.fp8`)."""
+    both_ways: bool = False
+    """Whether weights in 8 bits that carry adapters are kept transposed as well."""
 
     def room(self, projection: int) -> int:
         """Columns by which the operands of the nth projection are wider than it."""
+        if self.in_8_bits:
+            return MEASURE_ROOM if self.border(projection) else 0
         if not self.carried:
             return 0
         return (
             -(-self.ranks[projection] // TILE_OF_RANKS) * TILE_OF_RANKS if self.bordered else self.ranks[projection]
         )
+
+    def sides(self, projection: int) -> tuple[int, int]:
+        """(d_in, d_out) of the nth projection."""
+        return (
+            (self.width, self.query, self.width, self.mlp)[projection],
+            (self.heads, self.width, 2 * self.mlp, self.width)[projection],
+        )
+
+    def border(self, projection: int) -> int:
+        """Bytes behind a row in 8 bits for the adapters that ride in the nth product; 0 if they do not."""
+        border = -(-3 * self.ranks[projection] // _LINE) * _LINE
+        pays = self.in_8_bits and border * _WIDEST_BORDER <= min(self.sides(projection))
+        return border if pays else 0
+
+    @property
+    def bytes_both_ways(self) -> int:
+        """What it takes to keep the weights that carry adapters transposed as well."""
+        return sum(self.turned_bytes(nth) for nth in range(4) if self.border(nth))
+
+    def turned_bytes(self, projection: int) -> int:
+        """The nth weight transposed, with its border."""
+        d_in, d_out = self.sides(projection)
+        return rounded(d_in * (d_out + self.border(projection)))
 
     def inner(self, projection: int) -> int:
         """Columns of the nth projection's inner activation."""
@@ -75,13 +114,14 @@ class LayerShape:
 
     @property
     def adapter_bytes(self) -> int:
-        """The working copies of all adapters of the layer: in the borders, or stacked beside the weights."""
+        """The working copies of all adapters of the layer: in the borders, stacked beside the weights, or both."""
         e, total = self.element_bytes, 0
-        outs, ins = (self.heads, self.width, 2 * self.mlp, self.width), (self.width, self.query, self.width, self.mlp)
-        for nth, (d_in, d_out) in enumerate(zip(ins, outs, strict=True)):
-            room, rank = self.room(nth), self.ranks[nth]
+        for nth in range(4):
+            (d_in, d_out), room, rank = self.sides(nth), self.room(nth), self.ranks[nth]
             whole = rounded((d_out + room) * (d_in + room) * e) - d_out * d_in * e if self.bordered else 0
             total += whole if self.bordered else rounded(rank * d_in * e) + rounded(rank * d_out * e)
+            if border := self.border(nth):
+                total += rounded(d_out * border) + ROUND + rounded(4 * d_in) + rounded(2 * d_out)  # and scales
         return total
 
     @property
@@ -199,16 +239,26 @@ def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents
     return Footprint(kept, forward, sum(away.values()), ledger.peak)
 
 
-def _dense(ledger: Ledger, shape: LayerShape) -> None:
+def _product(
+    ledger: Ledger, sizes: _Sizes, projection: int, tokens: int | None = None, *, backward: bool = False
+) -> None:
+    """What lives for the nth product alone: W dense, or what goes into a product in 8 bits."""
+    shape, tokens = sizes.shape, sizes.tokens if tokens is None else tokens
     if shape.dense_bytes:
         ledger.brief(dense=shape.dense_bytes)
+    if shape.in_8_bits:
+        border = shape.border(projection)
+        terms = shape.sides(projection)[backward] + border
+        turned = shape.turned_bytes(projection) if backward and not (shape.both_ways and border) else 0
+        measure = 0 if backward or projection != _OUTPUT else tokens * MEASURE
+        ledger.brief(rows=tokens * terms, scale=4 * tokens, turned=turned, measure=measure)
 
 
 def _heads(ledger: Ledger, sizes: _Sizes) -> None:
     """`block._turned`."""
     shape = sizes.shape
     ledger.take(normed=sizes.operand(_QKV), unturned=sizes.heads, inner_qkv=sizes.inner(_QKV))
-    _dense(ledger, shape)
+    _product(ledger, sizes, _QKV)
     ledger.free("normed")
     if shape.head_norm:
         ledger.take(heads=sizes.heads)
@@ -222,10 +272,10 @@ def _attend(ledger: Ledger, sizes: _Sizes) -> None:
 
 def _output(ledger: Ledger, sizes: _Sizes) -> None:
     """The output projection; attention's output has no room, so it is copied to where there is some."""
-    room = sizes.shape.room(_OUTPUT)
+    room = 0 if sizes.shape.in_8_bits else sizes.shape.room(_OUTPUT)
     ledger.take(inner_output=sizes.inner(_OUTPUT), roomy=sizes.columns(sizes.shape.query + room) if room else 0)
     ledger.take(y=sizes.stream)
-    _dense(ledger, sizes.shape)
+    _product(ledger, sizes, _OUTPUT)
     ledger.free("roomy")
 
 
@@ -244,11 +294,11 @@ def _forward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     for part in parts:
         count = part.stop - part.start
         ledger.take(gate_up=sizes.columns(2 * shape.mlp, count), inner_gate_up=sizes.inner(_GATE_UP, count))
-        _dense(ledger, shape)
+        _product(ledger, sizes, _GATE_UP, count)
         ledger.take(active=sizes.columns(shape.mlp + shape.room(_DOWN), count))
         ledger.take(**{f"out{part.start}": sizes.columns(shape.width, count)})
         ledger.take(**{f"inner_down{part.start}": sizes.inner(_DOWN, count)})
-        _dense(ledger, shape)
+        _product(ledger, sizes, _DOWN, count)
         ledger.free("active")
         if not level.keeps_gate_up:
             ledger.free("gate_up", "inner_gate_up")
@@ -273,7 +323,7 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     ledger.free("stream", "normed")
     ledger.take(of_output=shape.gradient_bytes(_OUTPUT))
     ledger.take(d_attended=sizes.query)
-    _dense(ledger, shape)
+    _product(ledger, sizes, _OUTPUT, backward=True)
     if "heads" not in ledger.sizes:
         _heads(ledger, sizes)
     _attention_backward(ledger, sizes)
@@ -281,7 +331,7 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     ledger.take(d_qkv=sizes.columns(shape.heads + shape.room(_QKV)))
     ledger.free("d_heads", "unturned")
     ledger.take(d_normed=sizes.stream)
-    _dense(ledger, shape)
+    _product(ledger, sizes, _QKV, backward=True)
     ledger.take(below=sizes.operand(_DOWN), normed=sizes.stream)
     ledger.take(of_heads=shape.gradient_bytes(_QKV))
 
@@ -296,17 +346,17 @@ def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
                 ledger.take(normed_part=sizes.columns(shape.width + shape.room(_GATE_UP), count))
             ledger.take(gate_up=sizes.columns(2 * shape.mlp, count))
             ledger.take(inner_gate_up=sizes.inner(_GATE_UP, count))
-            _dense(ledger, shape)
+            _product(ledger, sizes, _GATE_UP, count)
             ledger.free("normed_part", *(["normed"] if part is parts[-1] else []))
         ledger.take(d_active=sizes.columns(shape.mlp, count))
-        _dense(ledger, shape)
+        _product(ledger, sizes, _DOWN, count, backward=True)
         ledger.take(d_gate_up=sizes.columns(2 * shape.mlp + shape.room(_GATE_UP), count))
         ledger.take(active=sizes.columns(shape.mlp, count))
         ledger.free("gate_up", "d_active")
         ledger.take(of_down=shape.gradient_bytes(_DOWN))
         ledger.free("active")
         ledger.take(d_normed=sizes.columns(shape.width, count))
-        _dense(ledger, shape)
+        _product(ledger, sizes, _GATE_UP, count, backward=True)
         ledger.take(d_part=sizes.columns(shape.width + shape.room(_OUTPUT), count))
         ledger.take(normed_again=sizes.columns(shape.width, count), of_gate_up=shape.gradient_bytes(_GATE_UP))
         ledger.free("normed_again", "d_gate_up", "d_normed", "inner_gate_up")

@@ -18,6 +18,11 @@ those of bfloat16. With borders [hi, lo, hi] behind X and [hi, hi, lo] behind Q,
 hi hi + lo hi + hi lo more: (x Aᵀ) Bᵀ but for a 2^-8th. t covers the border too, so nothing saturates on that side; on
 the other, B may outgrow its row of W, and one factor for all of B, known to both sides, keeps it below 448.
 
+x Aᵀ has to read x, and so has the quantising. `lay` does both in one reading: t is known beforehand, from what the
+pass that wrote x left behind the row (`ops.measure`). Factors are powers of two as s is, so that dividing by them is
+exact. What follows from A and B alone, factors, bounds and borders, is found once for all weights whenever the
+working copies change (`refresh`).
+
 Everything trained stays in bfloat16 and float32: 8 bits are only in what multiplies W. Three bits of mantissa give a
 relative error of at most 2^-4 an element, and about 4 % of the norm of a product of random operands.
 
@@ -36,26 +41,15 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.measure import LEAST, MOST, Measure, behind, measured, scales, upward
 
 E4M3 = torch.float8_e4m3fn
-MOST = 448.0
-"""The largest number of e4m3."""
-LEAST = 1e-12
-"""The smallest scale, for rows of zeros."""
 _MULTIPLE = 16  # of both dimensions of a product, asked by the hardware
 _LINE = 128  # bytes of a cache line and of a tile of the sum: a row that ends elsewhere costs the product a fifth
 _PART = 1024  # rows that are quantised at once
+_SMALLEST_ROW = 2.0**-12  # of the largest; a row that is smaller does with fewer of e4m3's binary orders
+MARGIN = 1.02  # by which bounds are higher than they need be in exact arithmetic: 2^-8 for rounding x Aᵀ, and sums
 _WIDEST_BORDER = 8  # a border is at most this part of the weight's smaller side; beyond, adding afterwards is cheaper
-
-
-@dataclass(frozen=True)
-class Inner:
-    """The low-rank part of one operand of a product, to be laid behind its rows."""
-
-    values: Tensor
-    """(N, R)"""
-    factor: Tensor
-    """(1,) float32; the values are multiplied by it, and those of the other operand divided."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +66,41 @@ class Scaled:
         return (self.values.float() * self.scale).to(dtype)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None = None, inner: Inner | None = None) -> Scaled:
-    """Each row of x, times `columns` where given, in e4m3 with the largest magnitude at 448.
+def quantise_rows(x: Tensor, columns: Tensor | None = None) -> Scaled:
+    """Each row of x, (N, K), times `columns` where given, in e4m3 with the largest magnitude at 448.
 
     Args:
-        x: (N, K).
         columns: (K,) float32 or bfloat16, a factor for each column.
-        inner: (N, R), laid behind the rows as [hi, lo, hi] and zeros up to `border_of(R)`.
-    Returns: (N, K) or (N, K + border).
     """
     if x.is_cuda:
-        return Scaled(*_kernels().quantise_rows(x, columns, inner))
+        return Scaled(*_kernels().quantise_rows(x, columns))
     wide = x.float() if columns is None else x.float() * columns.float()
-    more = None if inner is None else inner.values.float() * inner.factor
-    whole = wide if more is None else torch.cat([wide, more], 1)
-    scale = (whole.abs().amax(-1, keepdim=True) / MOST).clamp_min(LEAST)
-    values = (wide / scale).to(E4M3)
-    if more is None:
-        return Scaled(values, scale)
-    hi, lo = _split(more / scale)
-    return Scaled(_joined(values, hi, lo, hi), scale)
+    scale = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(LEAST)
+    return Scaled((wide * scale.reciprocal()).to(E4M3), scale)
+
+
+def lay(x: Tensor, thin: Tensor, columns: Tensor | None, numbers: Tensor) -> tuple[Scaled, Tensor]:
+    """A row's product with a thin matrix, and the row in 8 bits with that product behind it, in one reading of x.
+
+    Args:
+        x: (N, K), or with room behind its rows, measured with the same `columns`; else it is read once more.
+        thin: (K, R), Aᵀ or B.
+        columns: (K,), a factor for each column of what is quantised, but not of the product; None for ones.
+        numbers: (2,) float32, the factor of the border and a bound as in `ops.measure`.
+    Returns: (N, K + border), the border [hi, lo, hi] and zeros up to `border_of(R)`; x thin, (N, R).
+    """
+    width = thin.shape[0]
+    found = behind(x, width) if x.shape[1] > width else None
+    x = x[:, :width]
+    if x.is_cuda:
+        values, scale, inner = _kernels().lay(x, found, thin, columns, numbers)
+        return Scaled(values, scale), inner
+    inner = x @ thin
+    scale = scales(measured(x, Measure(columns)) if found is None else found, numbers[1])
+    inverse = scale.reciprocal()
+    wide = x.float() if columns is None else x.float() * columns.float()
+    hi, lo = _split(inner.float() * (inverse * numbers[0]))
+    return Scaled(_joined((wide * inverse).to(E4M3), hi, lo, hi), scale), inner
 
 
 def border_of(ranks: int) -> int:
@@ -99,36 +108,39 @@ def border_of(ranks: int) -> int:
     return -(-3 * ranks // _LINE) * _LINE
 
 
-def factor_of(matrix: Tensor, divisor: Tensor | None, least: float) -> Tensor:
-    """The factor that brings (n, R) `matrix`, its rows over `divisor`, (n,), to at most 448; not below `least`.
+def numbers_of(lora_A: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
+    """What both operands have to know of an adapter.
 
-    Returns: (1,) float32.
+    Args:
+        lora_A, lora_B: (R, d_in), (d_out, R).
+        scale: (d_out, 1) of the weight.
+    Returns: (4,) float32. Of the forward, the factor that brings B over the weight's scale to at most 448, and the
+        bound of what lies behind x; of the backward, the factor of A, and the bound of what lies behind dy.
     """
-    if matrix.is_cuda:
-        factor: Tensor = _kernels().factor_of(matrix, divisor, least)
-        return factor
-    wide = matrix.float() if divisor is None else matrix.float() / divisor[:, None]
-    return (wide.abs().amax() / MOST).clamp_min(least)[None]
+    a, b = lora_A.float(), lora_B.float() / scale
+    of_b, of_a = (upward(m.abs().amax() * (1 / MOST)) for m in (b, a))
+    of_b, of_a = of_b.clamp_min(1.0), of_a.clamp_min(LEAST)
+    return torch.stack([of_b, MARGIN * of_b * a.norm(dim=1).max(), of_a, MARGIN * of_a * b.norm(dim=0).max()])
 
 
 def lay_border(matrix: Tensor, divisor: Tensor | None, factor: Tensor, out: Tensor) -> None:
     """Writes `matrix`, (n, R), its rows over `divisor` and all over `factor`, into `out`, (n, border) e4m3."""
-    if matrix.is_cuda:
-        _kernels().lay_border(matrix, divisor, factor, out)
-        return
     wide = matrix.float() if divisor is None else matrix.float() / divisor[:, None]
     hi, lo = _split(wide / factor)
     out.view(torch.uint8).copy_(_joined(hi[:, :0], hi, hi, lo).view(torch.uint8))
 
 
-def transposed(values: Tensor, border: int = 0) -> Tensor:
-    """(N, K) of one byte each -> (K, N + border), contiguous; the border is not written."""
+def transposed(values: Tensor, lora_A: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """(N, K) e4m3 -> (K, N), contiguous; with A, (R, K), and its factor (K, N + border), as `lay_border` fills it."""
     if values.is_cuda:
-        turned: Tensor = _kernels().transposed(values, border)
+        turned: Tensor = _kernels().transposed(values, lora_A, factor)
         return turned
-    out = values.new_empty(values.shape[1], values.shape[0] + border)
-    out[:, : values.shape[0]] = values.T
-    return out
+    rows, width = values.shape
+    out = torch.zeros(width, rows + (0 if lora_A is None else border_of(lora_A.shape[0])), dtype=torch.uint8)
+    out[:, :rows] = values.view(torch.uint8).T
+    if lora_A is not None and factor is not None:
+        lay_border(lora_A.T, None, factor, out.view(E4M3)[:, rows:])
+    return out.view(E4M3)
 
 
 def product(a: Scaled, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -161,7 +173,7 @@ def fits(shape: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """W held in 8 bits; implements `ops.frozen.Frozen`, and `ops.frozen.Carrier` where it has a border."""
+    """W held in 8 bits; implements `ops.frozen.Frozen`. With a border it carries adapters: `ops.fp8_projection`."""
 
     values: Tensor
     """(d_out, d_in) e4m3; with a border, the first columns of `bordered`."""
@@ -177,7 +189,9 @@ class Fp8Weight:
     @classmethod
     def quantised(cls, weight: Tensor) -> Fp8Weight:
         """From a matrix, (d_out, d_in), whose dimensions `fits` accepts."""
-        scale = (weight.abs().amax(1, keepdim=True).float() / MOST).clamp_min(LEAST).log2().ceil().exp2()
+        largest = weight.abs().amax(1, keepdim=True).float()
+        # A row of zeros has no scale of its own, and one far below the others would send B over it out of range.
+        scale = upward(largest.clamp_min(largest.max() * _SMALLEST_ROW) * (1 / MOST)).clamp_min(LEAST)
         values = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
         for part in range(0, weight.shape[0], _PART):  # the float32 copy is of a few rows at a time
             rows = slice(part, part + _PART)
@@ -235,37 +249,20 @@ class Fp8Weight:
 
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
-        dx = product(quantise_rows(dy, self._rows()), transposed(self.values), self._columns(), dy.dtype)
+        dx = product(quantise_rows(dy, self.row_scale), transposed(self.values), self.column_scale, dy.dtype)
         return dx if onto is None else dx.add_(onto)
-
-    def forward_carrying(self, x: Tensor, bias: Tensor | None, inner: Tensor, lora_B: Tensor) -> Tensor:
-        """x Wᵀ + b + inner Bᵀ; inner: (N, R), lora_B: (d_out, R)."""
-        assert self.bordered is not None
-        factor = factor_of(lora_B, self.scale[:, 0], 1.0)
-        border = border_of(lora_B.shape[1])
-        d_in = self.shape[1]
-        lay_border(lora_B, self.scale[:, 0], factor, self.bordered[:, d_in : d_in + border])
-        rows = quantise_rows(x, None, Inner(inner, factor))
-        return product(rows, self.bordered[:, : d_in + border], self.scale[:, 0], x.dtype, bias)
-
-    def d_input_carrying(self, dy: Tensor, d_inner: Tensor, lora_A: Tensor) -> Tensor:
-        """dy W + d_inner A; d_inner: (N, R), lora_A: (R, d_in)."""
-        factor = factor_of(lora_A.T, None, LEAST)
-        d_out = self.shape[0]
-        turned = transposed(self.values, border_of(lora_A.shape[0]))
-        lay_border(lora_A.T, None, factor, turned[:, d_out:])
-        rows = quantise_rows(dy, self._rows(), Inner(d_inner, factor))
-        return product(rows, turned, self._columns(), dy.dtype)
 
     def dense(self) -> Tensor:
         """The numbers that the 8 bits stand for, in `dtype`."""
         return Scaled(self.values, self.scale).dense(self.dtype)
 
-    def _rows(self) -> Tensor:
+    @property
+    def row_scale(self) -> Tensor:
         """(d_out,), the scale as dy takes it up: bfloat16 where that is exact, which halves what is read of it."""
         return self.scale[:, 0] if self._factors is None else self._factors
 
-    def _columns(self) -> Tensor:
+    @property
+    def column_scale(self) -> Tensor:
         """(d_in,) ones, the scale of the backward's columns."""
         return self.scale.new_ones(self.shape[1]) if self._ones is None else self._ones
 

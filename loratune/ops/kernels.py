@@ -18,13 +18,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loratune.ops.measure import PIECES, Measure
+from loratune.ops.measure_kernels import leave, scaled
+
+_PLAIN, _SCALED = 1, 2
+
+
+def _asked(measure: Measure | None, unused: Tensor) -> tuple[Tensor, int]:
+    """What the kernels are told of a measure: its scale, or any tensor, and the kind."""
+    if measure is None or measure.scale is None:
+        return unused, 0 if measure is None else _PLAIN
+    return measure.scale, _SCALED
+
 
 def _warps(block: int) -> int:
     return 4 if block <= 2048 else 8 if block <= 4096 else 16
 
 
 @triton.jit
-def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, room, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(
+    x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, room, eps,
+    ADD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * d
     column = tl.arange(0, BLOCK)
@@ -38,31 +53,45 @@ def _rms_norm(x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, room, eps, ADD: t
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     unit = (x * inverse).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * (d + room) + column, unit * weight, mask=inside)
+    out_ptr += row * (d + room)
+    out = (unit * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, out, mask=inside)
+    if MEASURE > 0:
+        value = scaled(out, out_ptr, column, inside, False)
+        leave(out_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None) -> Tensor:
     """As `ops.layer.rms_norm`."""
     rows, d = x.shape
     x, out = x.contiguous(), x.new_empty(rows, d + room)
     block = triton.next_power_of_2(d)
-    _rms_norm[(rows,)](x, x, weight, out, out, d, room, eps, ADD=False, BLOCK=block, num_warps=_warps(block))
+    _rms_norm[(rows,)](
+        x, x, weight, out, out, d, room, eps, ADD=False, MEASURE=_asked(measure, x)[1], BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
     return out
 
 
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None
+) -> tuple[Tensor, Tensor]:
     """As `ops.layer.add_rms_norm`."""
     rows, d = x.shape
     x, y = x.contiguous(), y.contiguous()
     total, out = torch.empty_like(x), x.new_empty(rows, d + room)
     block = triton.next_power_of_2(d)
-    _rms_norm[(rows,)](x, y, weight, total, out, d, room, eps, ADD=True, BLOCK=block, num_warps=_warps(block))
+    _rms_norm[(rows,)](
+        x, y, weight, total, out, d, room, eps, ADD=True, MEASURE=_asked(measure, x)[1], BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
     return total, out
 
 
 @triton.jit
 def _rms_norm_backward(
-    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, d, residual_row, room, eps, BLOCK: tl.constexpr,
+    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, scale_ptr, d, residual_row, room, eps,
+    MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * d
@@ -74,13 +103,23 @@ def _rms_norm_backward(
     d_residual = tl.load(d_residual_ptr + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     unit = x * inverse
-    d_x = inverse * (d_unit - unit * (tl.sum(d_unit * unit) / d)) + d_residual
-    tl.store(d_x_ptr + row * (d + room) + column, d_x, mask=inside)
+    d_x = (inverse * (d_unit - unit * (tl.sum(d_unit * unit) / d)) + d_residual).to(d_x_ptr.dtype.element_ty)
+    d_x_ptr += row * (d + room)
+    tl.store(d_x_ptr + column, d_x, mask=inside)
+    if MEASURE > 0:
+        value = scaled(d_x, scale_ptr, column, inside, MEASURE == 2)
+        leave(d_x_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
     tl.store(out_ptr + at + column, unit.to(out_ptr.dtype.element_ty).to(tl.float32) * weight, mask=inside)
 
 
 def rms_norm_backward(
-    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float, room: int = 0
+    d_out: Tensor,
+    d_residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    room: int = 0,
+    measure: Measure | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.layer.rms_norm_backward`."""
     rows, d = x.shape
@@ -88,25 +127,34 @@ def rms_norm_backward(
     d_residual = d_residual if d_residual.stride(1) == 1 else d_residual.contiguous()
     d_x, out = x.new_empty(rows, d + room), torch.empty_like(x)
     block = triton.next_power_of_2(d)
+    scale, kind = _asked(measure, x)
     _rms_norm_backward[(rows,)](
-        d_out, d_residual, x, weight, d_x, out, d, d_residual.stride(0), room, eps, BLOCK=block,
+        d_out, d_residual, x, weight, d_x, out, scale, d, d_residual.stride(0), room, eps, MEASURE=kind, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return d_x, out
 
 
 @triton.jit
-def _swiglu(gate_up_ptr, out_ptr, width, room, BLOCK: tl.constexpr):
+def _swiglu(gate_up_ptr, out_ptr, width, room, MEASURE: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * (width + room) + column, silu * up, mask=inside)
+    out_ptr += row * (width + room)
+    out = (silu * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, out, mask=inside)
+    if MEASURE > 0:
+        value = scaled(out, out_ptr, column, inside, False)
+        leave(out_ptr + width, tl.max(tl.abs(value)), tl.sum(value * value), tl.program_id(1), tl.num_programs(1))
 
 
 @triton.jit
-def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, room, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, scale_ptr, width, room,
+    MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = row * 2 * width + column
@@ -115,30 +163,45 @@ def _swiglu_backward(gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, width, room
     d_out = tl.load(d_out_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    at += row * room
-    tl.store(d_gate_up_ptr + at, d_out * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
-    tl.store(d_gate_up_ptr + at + width, d_out * silu, mask=inside)
     tl.store(out_ptr + row * width + column, silu.to(out_ptr.dtype.element_ty).to(tl.float32) * up, mask=inside)
+    d_gate_up_ptr += row * (2 * width + room)
+    d_gate = (d_out * up * (sigmoid + silu * (1 - sigmoid))).to(d_gate_up_ptr.dtype.element_ty)
+    d_up = (d_out * silu).to(d_gate_up_ptr.dtype.element_ty)
+    tl.store(d_gate_up_ptr + column, d_gate, mask=inside)
+    tl.store(d_gate_up_ptr + width + column, d_up, mask=inside)
+    if MEASURE > 0:
+        a = scaled(d_gate, scale_ptr, column, inside, MEASURE == 2)
+        b = scaled(d_up, scale_ptr, width + column, inside, MEASURE == 2)
+        largest, squares = tl.max(tl.maximum(tl.abs(a), tl.abs(b))), tl.sum(a * a + b * b)
+        leave(d_gate_up_ptr + 2 * width, largest, squares, tl.program_id(1), tl.num_programs(1))
 
 
-_SWIGLU_BLOCK = 2048
+def _swiglu_block(width: int) -> int:
+    """Columns that a program takes; `PIECES` of them suffice for a row."""
+    return max(2048, int(triton.next_power_of_2(triton.cdiv(width, PIECES))))
 
 
-def swiglu(gate_up: Tensor, room: int = 0) -> Tensor:
+def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
     """As `ops.layer.swiglu`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width + room)
-    _swiglu[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](gate_up, out, width, room, BLOCK=_SWIGLU_BLOCK)
+    block = _swiglu_block(width)
+    _swiglu[(rows, triton.cdiv(width, block))](
+        gate_up, out, width, room, MEASURE=_asked(measure, out)[1], BLOCK=block
+    )
     return out
 
 
-def swiglu_backward(gate_up: Tensor, d_out: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    gate_up: Tensor, d_out: Tensor, room: int = 0, measure: Measure | None = None
+) -> tuple[Tensor, Tensor]:
     """As `ops.layer.swiglu_backward`."""
     rows, width = d_out.shape
     gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
     d_gate_up, out = gate_up.new_empty(rows, 2 * width + room), torch.empty_like(d_out)
-    _swiglu_backward[(rows, triton.cdiv(width, _SWIGLU_BLOCK))](
-        gate_up, d_out, d_gate_up, out, width, room, BLOCK=_SWIGLU_BLOCK
+    (scale, kind), block = _asked(measure, out), _swiglu_block(width)
+    _swiglu_backward[(rows, triton.cdiv(width, block))](
+        gate_up, d_out, d_gate_up, out, scale, width, room, MEASURE=kind, BLOCK=block
     )
     return d_gate_up, out
 
@@ -184,9 +247,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | N
 
 @triton.jit
 def _rotate_backward(
-    d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr,
+    d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr, scale_ptr,
     queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, room, eps,
-    NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, MEASURE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, j = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
@@ -220,9 +283,18 @@ def _rotate_backward(
         x_a, x_b, a, b = x_a * inverse, x_b * inverse, a * weight_a, b * weight_b
         mean = ((tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)) / (2 * HALF))[:, None]
         a, b = inverse * (a - x_a * mean), inverse * (b - x_b * mean)
-    at += token * room
-    tl.store(out_ptr + at, tl.where(head < rotated, a, a0), mask=inside)
-    tl.store(out_ptr + at + HALF, tl.where(head < rotated, b, b0), mask=inside)
+    out_ptr += token * (heads * 2 * HALF + room)
+    column = head * 2 * HALF + j
+    a = tl.where(head < rotated, a, a0).to(out_ptr.dtype.element_ty)
+    b = tl.where(head < rotated, b, b0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, a, mask=inside)
+    tl.store(out_ptr + column + HALF, b, mask=inside)
+    if MEASURE > 0:
+        there = inside & (j < HALF)
+        a = scaled(a, scale_ptr, column, there, MEASURE == 2)
+        b = scaled(b, scale_ptr, column + HALF, there, MEASURE == 2)
+        largest, squares = tl.max(tl.maximum(tl.abs(a), tl.abs(b))), tl.sum(a * a + b * b)
+        leave(out_ptr + heads * 2 * HALF, largest, squares, tl.program_id(1), tl.num_programs(1))
 
 
 def rotate_backward(
@@ -235,16 +307,20 @@ def rotate_backward(
     weight: Tensor | None,
     eps: float,
     room: int = 0,
+    measure: Measure | None = None,
 ) -> Tensor:
     """As `ops.layer.rotate_backward`, for halves of a power of two."""
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (d_query, d_key, d_value)]
     strides = [stride for part in parts for stride in part.stride()[:2]]
     (tokens, queries, dim), keys = parts[0].shape, parts[1].shape[1]
     out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + room)
+    scale, kind = _asked(measure, out)
     block = max(1, 1024 // dim)
+    if kind:  # as many programs as leave a measure each
+        block = max(block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
     _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
         *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
-        queries, keys, *strides, room, eps, NORM=weight is not None, HEADS=block, HALF=dim // 2,
+        scale, queries, keys, *strides, room, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,
     )  # fmt: skip
     return out
 

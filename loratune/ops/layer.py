@@ -6,7 +6,8 @@ what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` run
 (float64 for float64), outputs have the inputs' dtype.
 
 What goes on into a projection can be written with `room`: so many columns more than it has, whose values mean
-nothing yet and which `ops.projection` fills. The pass has to write its rows anyhow, and so they need no copy.
+nothing yet and which `ops.projection` fills. The pass has to write its rows anyhow, and so they need no copy. For a
+projection in 8 bits it leaves a `measure` of each row there (`ops.measure`).
 
 Source of the formulas: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; rotary positions in halves as in
 GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.05202.
@@ -21,6 +22,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from loratune.ops.measure import Measure, leave
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,24 +62,33 @@ def wide(x: Tensor) -> Tensor:
 
 
 @with_kernel(_half_on_gpu)
-def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + room)."""
     x32 = wide(x)
-    return _with_room(weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype), room)
+    unit = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return _with_room(weight * unit, room, measure)
 
 
 @with_kernel(_half_on_gpu)
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None
+) -> tuple[Tensor, Tensor]:
     """x + y, (N, d), and its norm, (N, d + room)."""
     total = x + y
     x32 = wide(total)
     unit = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return total, _with_room(weight * unit, room)
+    return total, _with_room(weight * unit, room, measure)
 
 
 @with_kernel(_half_on_gpu)
 def rms_norm_backward(
-    d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, eps: float, room: int = 0
+    d_out: Tensor,
+    d_residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    room: int = 0,
+    measure: Measure | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x through its norm and past it, and the norm once more (cheaper than to keep it).
 
@@ -90,18 +102,20 @@ def rms_norm_backward(
     unit = x32 * inverse
     d_unit = wide(d_out) * wide(weight)
     d_x = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return _with_room((d_x + wide(d_residual)).to(x.dtype), room), weight * unit.to(x.dtype)
+    return _with_room((d_x + wide(d_residual)).to(x.dtype), room, measure), weight * unit.to(x.dtype)
 
 
 @with_kernel(_half_on_gpu)
-def swiglu(gate_up: Tensor, room: int = 0) -> Tensor:
+def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
     """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + room)."""
     gate, up = gate_up.chunk(2, -1)
-    return _with_room(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, room)
+    return _with_room(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, room, measure)
 
 
 @with_kernel(_half_on_gpu)
-def swiglu_backward(gate_up: Tensor, d_out: Tensor, room: int = 0) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    gate_up: Tensor, d_out: Tensor, room: int = 0, measure: Measure | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradient of `gate_up`, (N, 2 m + room), and `swiglu(gate_up)` once more, (N, m)."""
     gate, up = gate_up.chunk(2, -1)
     gate32, up32, d32 = wide(gate), wide(up), wide(d_out)
@@ -109,7 +123,7 @@ def swiglu_backward(gate_up: Tensor, d_out: Tensor, room: int = 0) -> tuple[Tens
     silu = gate32 * sigmoid
     d_gate = d32 * up32 * (sigmoid + silu * (1 - sigmoid))
     d_gate_up = torch.cat([d_gate, d32 * silu], -1).to(gate.dtype)
-    return _with_room(d_gate_up, room), silu.to(gate.dtype) * up
+    return _with_room(d_gate_up, room, measure), silu.to(gate.dtype) * up
 
 
 @with_kernel(_whole_heads)
@@ -141,6 +155,7 @@ def rotate_backward(
     weight: Tensor | None,
     eps: float,
     room: int = 0,
+    measure: Measure | None = None,
 ) -> Tensor:
     """Gradient of the argument of `rotate` from those of its three parts.
 
@@ -157,7 +172,7 @@ def rotate_backward(
         inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         unit, d_unit = x32 * inverse, d_head * wide(weight)
         d_head = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return _with_room(torch.cat([d_head.to(d_value.dtype), d_value], 1).flatten(1), room)
+    return _with_room(torch.cat([d_head.to(d_value.dtype), d_value], 1).flatten(1), room, measure)
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
@@ -166,5 +181,8 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.cat([-b, a], -1)
 
 
-def _with_room(x: Tensor, room: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, room)) if room else x
+def _with_room(x: Tensor, room: int, measure: Measure | None) -> Tensor:
+    roomy = torch.nn.functional.pad(x, (0, room)) if room else x
+    if measure is not None:
+        leave(roomy, x.shape[1], measure)
+    return roomy

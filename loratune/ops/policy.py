@@ -80,6 +80,8 @@ class Plan:
     """The table of input embeddings lies in host memory, of which a row's own are read; not if the head shares it."""
     optimizer_on_host: bool = False
     """Masters and moments of the adapters lie in host memory, read and written once a step."""
+    both_ways: bool = False
+    """Weights in 8 bits that carry adapters are kept transposed as well, so that the backward need not turn them."""
 
     @classmethod
     def uniform(cls, level: Level, layers: int, tile: int = TILE) -> Plan:
@@ -107,10 +109,12 @@ class Plan:
         if len(runs) > 4:
             runs = [(level, self.levels.count(level)) for level in sorted(set(self.levels), reverse=True)]
         words = [f"{level.name.lower()} x {count}" for level, count in runs]
-        words += ["embeddings on the host"] * self.embeddings_on_host + [
-            "optimizer on the host"
-        ] * self.optimizer_on_host
-        return ", ".join(words)
+        said = {
+            "embeddings on the host": self.embeddings_on_host,
+            "optimizer on the host": self.optimizer_on_host,
+            "weights kept both ways": self.both_ways,
+        }
+        return ", ".join(words + [word for word, so in said.items() if so])
 
 
 def tiles(tokens: int, tile: int) -> Sequence[slice]:

@@ -13,7 +13,8 @@ and the low-rank part rides in the wide product: R more terms in each sum, padde
 passes that write x and dy leave `room` for the inner columns in each row (`ops.layer`), which are filled in here.
 Whether a row has room is told by its length. An x without room, such as attention's output, is copied on the way;
 onto the low-rank part of a dy without room the wide product is added, as it is without a border.
-An 8-bit weight has a border of its own (`ops.fp8`); one in 4 bits gets it for the length of a product (`ops.nf4`).
+A weight in 4 bits gets its border for the length of a product (`ops.nf4`); one in 8 bits has its own (`ops.fp8`), and
+with an adapter in it a projection of its own (`ops.fp8_projection`).
 
 The forward and the gradients are plain functions without autograd: `ops.block` puts them into its nodes.
 """
@@ -27,7 +28,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loratune.ops import layer
-from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
 from loratune.ops.thin import Members, gradients, narrow
@@ -54,6 +54,9 @@ class Projection:
     bordered: Tensor | None = None
     """(D + room, d_in + room), W with its border, of which the weight, `lora_A` and `lora_B` are views; its padding
     is zero. None where W is not a matrix, or nothing has an adapter."""
+    measure_x: None = None
+    measure_dy: None = None
+    """What rows are measured for (`ops.measure`): nothing."""
 
     @property
     def room(self) -> int:
@@ -89,8 +92,6 @@ class Projection:
         if self.lora_A is None or self.lora_B is None:
             return self.frozen.forward(x, self.bias), None
         inner = narrow(x, self.lora_A.T)
-        if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
-            return self.frozen.forward_carrying(x, self.bias, inner, self.lora_B), inner
         return self.frozen.forward(x, self.bias, inner @ self.lora_B.T), inner
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -129,8 +130,6 @@ class Projection:
             return self.frozen.d_input(dy)
         if isinstance(self.frozen, Nf4Weight) and dy.shape[1] > d_out:
             return self.frozen.d_input_carrying(dy, self.lora_A)
-        if isinstance(self.frozen, Fp8Weight) and self.frozen.carries:
-            return self.frozen.d_input_carrying(dy, d_inner, self.lora_A)
         return self.frozen.d_input(dy, d_inner @ self.lora_A)
 
     def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:

@@ -21,6 +21,16 @@ _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
 
 
+def height(rows: int, *, used_twice: bool) -> int:
+    """Rows of a tile of the wide operand, fewer where its numbers do not go into the product only.
+
+    From 64 rows on Hopper multiplies while the loop goes on, with operands in shared memory. For a load with a second
+    use Triton 3.6 keeps one buffer too few then, and the copy ahead overwrites the tile that is being multiplied
+    (triton-lang/triton#6691): other bits from run to run. Products of 32 rows are over before the loop goes on.
+    """
+    return 16 if rows < 1024 else 32 if used_twice else 64
+
+
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     return torch.zeros(_BLOCKS, dtype=torch.int32, device=device)
@@ -99,18 +109,22 @@ def narrow(
     (rows, terms), ranks = wide.shape, thin.shape[1]
     keep, spare = keep or tail is None, 0 if tail is None else tail.shape[1] - ranks
     kept = wide.new_empty(rows, ranks) if keep or tail is None else tail[:, :ranks]
-    height, step, width = (16 if rows < 1024 else 64), 128, min(64, max(16, triton.next_power_of_2(ranks)))
-    blocks, columns = triton.cdiv(rows, height), triton.cdiv(ranks, width)
+    tall, step, width = (
+        height(rows, used_twice=copy is not None),
+        128,
+        min(64, max(16, triton.next_power_of_2(ranks))),
+    )
+    blocks, columns = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * columns, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
-    partial = wide.new_empty(blocks * columns * pieces * height * width if pieces > 1 else 0, dtype=torch.float32)
+    partial = wide.new_empty(blocks * columns * pieces * tall * width if pieces > 1 else 0, dtype=torch.float32)
     filled = kept if tail is None else tail
     copied = wide if copy is None else copy
     _narrow[(blocks, pieces, columns)](
         wide, thin, filled, kept, copied, partial, _counters(wide.device), rows, terms, ranks,
         wide.stride(0), thin.stride(0), thin.stride(1), filled.stride(0), kept.stride(0), copied.stride(0), spare,
         TERMS_EACH=terms_each, PIECES=pieces, TAIL=tail is not None, KEEP=keep, COPY=copy is not None,
-        SPARE=triton.next_power_of_2(spare) if spare else 0,        ROWS=height, TERMS=step, RANKS=width,
+        SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return kept

@@ -15,6 +15,7 @@ keeps more is the faster; between policies the frontier is filled by giving the 
 from __future__ import annotations
 
 import functools
+import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -105,6 +106,9 @@ def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
     base = survey.base_bytes - (survey.embedding_bytes if plan.embeddings_on_host else 0)
     buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
     temporary += buffers + _WORKSPACES
+    if plan.both_ways:
+        assert survey.shape is not None
+        base += survey.layers * survey.shape.bytes_both_ways
     fixed = base + masters + survey.copies_bytes + optimizer
     slack = _HOLES + int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
     return Bytes(
@@ -147,7 +151,7 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
     """(gradients, kept, temporary) along one row, wherever the sum may be highest."""
     assert survey.shape is not None
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
-    layers = [_layer(survey, setting, level, plan.tile) for level in plan.levels]
+    layers = [_layer(survey, setting, level, plan.tile, plan.both_ways) for level in plan.levels]
     below, leaving = 0, [0, 0]  # of the two layers before, see `ops.host`
     for layer in layers:
         yield 0, below, layer.forward + stream + sum(leaving)
@@ -166,9 +170,9 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(survey: Survey, setting: Setting, level: Level, tile: int) -> Footprint:
+def _layer(survey: Survey, setting: Setting, level: Level, tile: int, both_ways: bool = False) -> Footprint:
     assert survey.shape is not None
-    return footprint(survey.shape, setting.tokens, level, tile, setting.documents)
+    return footprint(replace(survey.shape, both_ways=both_ways), setting.tokens, level, tile, setting.documents)
 
 
 def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> float:
@@ -181,6 +185,8 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
     passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
     unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
+    if survey.quantised == "fp8" and not plan.both_ways:  # each weight is turned for the backward
+        once += 2 * survey.layer_elements / device.bytes_per_second
     # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
     mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + (2.5 if survey.quantised == "nf4" else 0.0))
     tiling = (len(tiles(tokens, plan.tile)) - 1) * mlp / device.bytes_per_second
@@ -192,7 +198,9 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
             total += tiling
         if level >= Level.FULL:
             total += 2 * attention / device.flops
-        crossing += _layer(survey, setting, level, plan.tile).away / (device.host_bytes_per_second or 1.0)
+        crossing += _layer(survey, setting, level, plan.tile, plan.both_ways).away / (
+            device.host_bytes_per_second or 1.0
+        )
     # Copies hide behind the forward, a third of what a step computes once, as far as they fit there.
     total += max(0.0, crossing - 0.9 * survey.layers * once / 3) + 0.02 * crossing
     head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
@@ -244,11 +252,13 @@ def choose(
         host_limit: bytes of the host's memory that may be pinned; None for any number.
     """
     best: Choice | None = None
+    ways = (True, False) if survey.quantised == "fp8" else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
-        for family in _families(survey.layers):
+        for family, both_ways in itertools.product(_families(survey.layers), ways):
 
-            def plan_of(first: int, family: Family = family) -> Plan:
-                return replace(family(first), embeddings_on_host=embeddings, optimizer_on_host=optimizer)  # noqa: B023
+            def plan_of(first: int, family: Family = family, both_ways: bool = both_ways) -> Plan:
+                plan = replace(family(first), both_ways=both_ways)
+                return replace(plan, embeddings_on_host=embeddings, optimizer_on_host=optimizer)  # noqa: B023
 
             def fits(first: int, plan_of: Callable[[int], Plan] = plan_of) -> bool:
                 return peak(survey, setting, plan_of(first)).total <= limit

@@ -138,7 +138,8 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             frozen = module.frozen
-            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else int(_FP8_BYTES * _elements(module))
+            in_8_bits = rounded(_FP8_BYTES * _elements(module)) + rounded(4 * module.out_features)
+            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else in_8_bits
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in seen or name in ("lora_A", "lora_B"):
                 continue
@@ -169,5 +170,6 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
         element_bytes=dtype.itemsize,
         bordered=not quantised,
         carried=quantised != "fp8",
+        in_8_bits=quantised == "fp8",
         dense_bytes=dense * dtype.itemsize if quantised == "nf4" else 0,
     )

@@ -15,6 +15,8 @@ from loratune.base.load import load
 from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
 from loratune.ops.fp8 import E4M3, Fp8Weight
+from loratune.ops.fp8_projection import Fp8Projection, refresher
+from loratune.ops.thin import Members
 from tests.conftest import SMALL
 
 TOKENS = torch.arange(2, 40)[None]
@@ -247,18 +249,21 @@ def test_files_that_do_not_fit_their_configuration_are_an_error(tmp_path):
 
 
 def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
-    """Errors of x Wᵀ + h Bᵀ and dy W + g A with the low-rank part inside, for a weight that was taken over."""
+    """Errors of x (W + B A)ᵀ and dy (W + B A) with the low-rank part inside, for a weight that was taken over."""
     torch.manual_seed(0)
     values, scale, dense = (tensor.to(device) for tensor in quantise(torch.randn(1536, 1024)))
     each = scale.float().reshape(-1, 1).expand(1536, 1).contiguous()
     frozen = Fp8Weight.stacked([Fp8Weight(values, each, dtype)], 16)
     assert frozen.carries
-    lora_A, lora_B = torch.randn(16, 1024, device=device), torch.randn(1536, 16, device=device)
+    lora_A, lora_B = torch.randn(16, 1024, device=device) / 32, torch.randn(1536, 16, device=device)
     x, dy = torch.randn(64, 1024, device=device), torch.randn(64, 1536, device=device)
-    h, g = x @ lora_A.T / 32, dy @ lora_B / 32
-    out = frozen.forward_carrying(x.to(dtype), None, h.to(dtype), lora_B.to(dtype))
-    d_x = frozen.d_input_carrying(dy.to(dtype), g.to(dtype), lora_A.to(dtype))
-    return off(out, x @ dense.T + h @ lora_B.T), off(d_x, dy @ dense + g @ lora_A)
+    member = Members([slice(0, 1536)], [slice(0, 16)], [1.0])
+    adapter = lora_A.to(dtype), lora_B.to(dtype)
+    projection = Fp8Projection.around(frozen, None, adapter, member, both_ways=False)
+    refresher([projection])()
+    out, _ = projection.forward(x.to(dtype))
+    d_x = projection.d_input(dy.to(dtype), projection.d_inner(dy.to(dtype)))
+    return off(out, x @ (dense + lora_B @ lora_A).T), off(d_x, dy @ (dense + lora_B @ lora_A))
 
 
 @pytest.mark.parametrize("quantise", [by_rows, as_a_whole])

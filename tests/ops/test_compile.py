@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform"
+)
 
 CONSTANTS = {
     "_narrow": {
@@ -19,38 +24,74 @@ CONSTANTS = {
     },
     "_gradients": {"ROWS_EACH": 128, "PIECES": 2, "COLUMNS": 64, "ROWS": 64, "ALIGNED": 1},
 }
+STAGES = 3
 POINTERS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_a_kernel_compiles_and_reads_whole_vectors(name):
+def compiled(kernel, constants, pointers, num_warps=4):
+    """As a launch would have it for widths that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from loratune.ops import thin_kernels
-
-    kernel, constants = getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "thin_rank": 1}
     signature, hints = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
-        signature[argument] = POINTERS.get(argument, "*bf16") if argument.endswith("_ptr") else "i32"
-        hints[index,] = [["tt.divisibility", 16]]  # what a launch finds for widths that are multiples of 16
-    if name == "_gradients":
-        signature["out_ptr"] = "*fp32"
+        signature[argument] = pointers.get(argument, "*bf16") if argument.endswith("_ptr") else "i32"
+        hints[index,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "num_stages": 3},
+        options={"num_warps": num_warps, "num_stages": STAGES},
     )
-    assert "cp.async.cg" in compiled.asm["ptx"], "the loads of the loop are not 16 bytes each, started in advance"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+def overtaken(kernel):
+    """Whether copies ahead may reach what a product that still runs is reading.
+
+    While one product runs, the next tile is waited for and those after it are on their way: a buffer for each stage.
+    """
+    code = kernel.asm["ttgir"]
+    buffers = [int(count) for count in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", code)]
+    assert buffers, "nothing is copied ahead"
+    return "pendings = 1" in code and min(buffers) < STAGES
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_kernel_reads_whole_vectors_ahead(name):
+    from loratune.ops import thin_kernels
+
+    pointers = POINTERS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
+    kernel = compiled(getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "thin_rank": 1}, pointers)
+    assert "cp.async.cg" in kernel.asm["ptx"], "the loads of the loop are not 16 bytes each, started in advance"
+
+
+@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("copied", [False, True])
+def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
+    """The height that a launch takes for so many rows."""
+    from loratune.ops import thin_kernels
+
+    constants = CONSTANTS["_narrow"] | {"COPY": int(copied), "RANKS": ranks, "thin_rank": 1}
+    kernel = thin_kernels._narrow
+    tall = thin_kernels.height(rows, used_twice=copied)
+    assert not overtaken(compiled(kernel, constants | {"ROWS": tall}, POINTERS))
+    # If this fails Triton has mended it, and tiles may be as high as where there is no copy.
+    assert overtaken(compiled(kernel, constants | {"ROWS": 64}, POINTERS)) == copied
+
+
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_nothing_overtakes_the_product_that_makes_gradients(ranks):
+    from loratune.ops import thin_kernels
+
+    pointers = POINTERS | {"out_ptr": "*fp32"}
+    assert not overtaken(compiled(thin_kernels._gradients, CONSTANTS["_gradients"] | {"RANKS": ranks}, pointers))
+
+
 @pytest.mark.parametrize(("arch", "limit"), [(90, 227), (89, 99)])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arch, limit):
@@ -83,7 +124,6 @@ def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arc
         assert (arch == 90) == ("wgmma.mma_async" in compiled.asm["ptx"]), name
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
 @pytest.mark.parametrize("name", ["_square_sums", "_settle", "_update"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligned):
@@ -107,3 +147,44 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
     )
     wide = "ld.global.v4.b32" in compiled.asm["ptx"]
     assert wide == (aligned and name != "_settle")
+
+
+@pytest.mark.parametrize("side", [1, 2])
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side):
+    from loratune.ops import bank_kernels
+
+    kernel = bank_kernels._outer
+    constants = {"SIDE": side, "RANK": ranks, "BLOCK": bank_kernels.BLOCK, "WIDTH": bank_kernels.OUTER["width"]}
+    constants |= bank_kernels.CONSTANTS
+    pointers = {"gradient_ptr": "*fp32", "entries_ptr": "*i64", "scaling_ptr": "*fp32", "keep_ptr": "*fp32"}
+    pointers |= {"blocks_ptr": "*i32", "starts_ptr": "*i32"}
+    assert not overtaken(compiled(kernel, constants, pointers, bank_kernels.OUTER["num_warps"]))
+
+
+OF_FP8 = {
+    "found_ptr": "*fp32", "numbers_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
+} | POINTERS  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("rows", [512, 4096])
+def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ranks, scaled):
+    from loratune.ops import fp8_kernels, thin_kernels
+
+    constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
+    tall = thin_kernels.height(rows, used_twice=True)
+    kernel = compiled(fp8_kernels._lay, constants | {"ROWS": tall}, OF_FP8, fp8_kernels.WARPS)
+    assert not overtaken(kernel)
+    assert "cp.async.cg" in kernel.asm["ptx"]
+    assert "st.global.v4.b32" in kernel.asm["ptx"], "rows in 8 bits are not written 16 at a time"
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_borders_in_8_bits_are_written_sixteen_at_a_time(aligned):
+    from loratune.ops import fp8_kernels
+
+    constants = {"ALIGNED": aligned, "RANKS": 64, "BLOCK": 64}
+    kernel = compiled(fp8_kernels._borders, constants, OF_FP8)
+    assert ("st.global.v4.b32" in kernel.asm["ptx"]) == aligned

@@ -69,6 +69,21 @@ def test_the_choice_fits_and_is_faster_than_any_uniform_plan_that_fits(surveyed,
             assert choice.seconds <= seconds(surveyed, setting, plan, H200)
 
 
+def test_weights_in_8_bits_are_kept_both_ways_where_they_fit(seven_billion):
+    eight = survey_of(seven_billion, Wish("fp8", LoraConfig(), Setting(8192)))
+    setting = Setting(8192)
+    one, two = (Plan((Level.NONE,) * 32, both_ways=both) for both in (False, True))
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert peak(eight, setting, two).base - peak(eight, setting, one).base == pytest.approx(weights, rel=0.05)
+    assert seconds(eight, setting, two, H200) < seconds(eight, setting, one, H200)
+    whole = peak(eight, setting, two).total
+    for limit, both_ways in ((whole, True), (whole - 4 * GIB, False)):
+        choice = choose(eight, setting, H200, limit)
+        assert choice is not None
+        assert choice.plan.both_ways == both_ways
+        assert choice.bytes.total <= limit
+
+
 def test_nothing_is_chosen_where_even_the_weights_do_not_fit(surveyed):
     assert choose(surveyed, Setting(8192), H200, 12 * GIB) is None
 

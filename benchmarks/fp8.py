@@ -1,0 +1,194 @@
+"""A base in 8 bits: microseconds of each kernel at a model's widths beside what it replaced, and whole steps.
+
+    python -m benchmarks.fp8 OUT.jsonl [--shape l7b] [--tokens 8192] [--steps 12] [--kernels-only]
+
+One JSON object a row. Kernels, for each projection and direction of one layer, medians over rounds with a cold cache:
+
+    separate_us    what was done before: the thin product, and rows quantised in a pass of their own
+    laid_us        both in one reading (`ops.fp8.lay`), by warps
+    unmeasured_us  the same where no pass has measured the row: attention's output
+    product_us     the wide product that follows, which nothing here changes
+    turned_us      the weight turned for the backward, with and without its border
+
+then the passes with and without a measure, factors and borders of all layers at once (`refresh_us`), and the step:
+`benchmarks.ladder` for l7b 4 x 2048 and q8b 2 x 2048, weights kept one way and both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.ladder import CASES, measure, release
+from benchmarks.shapes import SHAPES
+from loratune.ops import fp8, fp8_kernels, layer
+from loratune.ops.fp8_projection import Fp8Projection, refresher
+from loratune.ops.measure import ROOM, Measure, behind, measured
+from loratune.ops.thin import Members, narrow
+
+BF16 = torch.bfloat16
+RANK = 16
+ROUNDS = 20
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Median microseconds on the device, the cache filled with other numbers before each round.
+
+    Recorded, because the host takes longer to launch some of these than the device to run them.
+    """
+    other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    found = []
+    for _ in range(ROUNDS):
+        other.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) * 1e3)
+    return round(statistics.median(found), 1)
+
+
+def roomy(x: Tensor, asked: Measure) -> Tensor:
+    """x with a measure behind its rows."""
+    out = torch.nn.functional.pad(x, (0, ROOM))
+    behind(out, x.shape[1]).copy_(measured(x, asked))
+    return out
+
+
+def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8Projection:
+    """Random weights with adapters of `members` layers."""
+    ranks = RANK * members
+    weight = torch.randn(d_out, d_in, device="cuda", dtype=BF16) * 0.02
+    held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(weight)], ranks)
+    adapter = torch.randn(ranks, d_in, device="cuda", dtype=BF16) / d_in**0.5
+    other = torch.randn(d_out, ranks, device="cuda", dtype=BF16) * 1e-3
+    member = Members([slice(0, d_out)], [slice(0, ranks)], [1.0])
+    return Fp8Projection.around(held, None, (adapter, other), member, both_ways=both_ways)
+
+
+def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) -> dict[str, object]:
+    """One projection in one direction."""
+    d_out, d_in = p.frozen.shape
+    width = d_out if backward else d_in
+    thin, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
+    numbers = p.numbers[2:] if backward else p.numbers[:2]
+    x = torch.randn(tokens, width, device="cuda", dtype=BF16)
+    with_measure = roomy(x, Measure(columns))
+    found: dict[str, object] = {"projection": name, "direction": "backward" if backward else "forward"}
+    found["separate_us"] = timed(lambda: (narrow(x, thin), fp8.quantise_rows(x, columns)))
+    found["thin_us"] = timed(lambda: narrow(x, thin))
+    by_warps = {}
+    before = fp8_kernels.WARPS
+    for fp8_kernels.WARPS in (4, 8):
+        by_warps[str(fp8_kernels.WARPS)] = timed(lambda: fp8.lay(with_measure, thin, columns, numbers))
+    fp8_kernels.WARPS = before
+    found["laid_us"] = by_warps
+    found["unmeasured_us"] = timed(lambda: fp8.lay(x, thin, columns, numbers))
+    rows, _ = fp8.lay(with_measure, thin, columns, numbers)
+    if backward:
+        turned = fp8.transposed(p.frozen.values, p.lora_A, numbers[:1])
+        found["turned_us"] = timed(lambda: fp8.transposed(p.frozen.values, p.lora_A, numbers[:1]))
+        found["turned_alone_us"] = timed(lambda: fp8.transposed(p.frozen.values))
+        found["product_us"] = timed(lambda: fp8.product(rows, turned, p.frozen.column_scale, BF16))
+    else:
+        found["product_us"] = timed(lambda: fp8.product(rows, p.bordered, p.frozen.scale[:, 0], BF16))
+    return found
+
+
+def of_passes(width: int, mlp: int, heads: tuple[int, int], tokens: int) -> list[dict[str, object]]:
+    """The passes, as they are for other bases and measuring."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=BF16)
+
+    x, y, z, weight, gate_up, d_active = (
+        random(tokens, width), random(tokens, width), random(tokens, width), random(width), random(tokens, 2 * mlp),
+        random(tokens, mlp),
+    )  # fmt: skip
+    parts = [random(tokens, count, 128) for count in (heads[0], heads[1], heads[1])]
+    cos, sin = random(tokens, 128), random(tokens, 128)
+    found: list[dict[str, object]] = []
+    for function, arguments, scaled in (
+        (layer.rms_norm, (x, weight, 1e-6), 0),
+        (layer.add_rms_norm, (x, y, weight, 1e-6), 0),
+        (layer.rms_norm_backward, (y, z, x, weight, 1e-6), width),
+        (layer.swiglu, (gate_up,), 0),
+        (layer.swiglu_backward, (gate_up, d_active), 2 * mlp),
+        (layer.rotate_backward, (*parts, cos, sin, None, None, 0.0), 128 * (heads[0] + 2 * heads[1])),
+    ):
+        asked = Measure(torch.ones(scaled, device="cuda", dtype=BF16) if scaled else None)
+        call: Callable[..., object] = function
+        found.append(
+            {
+                "pass": function.__name__,
+                "plain_us": timed(lambda: call(*arguments, ROOM)),  # noqa: B023
+                "measuring_us": timed(lambda: call(*arguments, ROOM, asked)),  # noqa: B023
+            }
+        )
+    return found
+
+
+def kernels(shape: str, tokens: int) -> list[dict[str, object]]:
+    """All rows of one model's widths."""
+    config = SHAPES[shape]
+    width, mlp, heads, key_value, layers = (
+        int(str(config[name]))
+        for name in (
+            "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+        )
+    )  # fmt: skip
+    dim = int(str(config.get("head_dim", width // heads)))
+    projections = {
+        "qkv": a_projection((heads + 2 * key_value) * dim, width, 3, both_ways=False),
+        "o": a_projection(width, heads * dim, 1, both_ways=False),
+        "gate_up": a_projection(2 * mlp, width, 2, both_ways=False),
+        "down": a_projection(width, mlp, 1, both_ways=False),
+    }
+    all_layers = refresher(list(projections.values()) * layers)  # one layer's, over and over
+    all_layers()
+    found = [
+        of_a_product(name, p, tokens, backward=backward)
+        for name, p in projections.items()
+        for backward in (False, True)
+    ]
+    found += of_passes(width, mlp, (heads, key_value), tokens)
+    found.append({"refresh_us": timed(all_layers), "projections": layers * len(projections)})
+    return [{"shape": shape, "tokens": tokens, "machine": torch.cuda.get_device_name(), **row} for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", default="l7b")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--kernels-only", action="store_true")
+    given = parser.parse_args()
+
+    def write(row: dict[str, object]) -> None:
+        print(json.dumps(row), flush=True)
+        with given.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    for row in kernels(given.shape, given.tokens):
+        write(row)
+    release()
+    for case in CASES if not given.kernels_only else []:
+        if case[3] == "fp8":
+            write(measure(*case, "graph", given.steps))
+            release()
+
+
+if __name__ == "__main__":
+    main()

@@ -418,7 +418,7 @@ def _libraries() -> Iterator[None]:
     """Around the imports of a verb: keeps the libraries quiet, and the garbage collector away.
 
     Imports make 600,000 objects that live to the end, and going through them again and again took a fifth of their
-    time; `freeze` spares the run from doing so later. And transformers imports whatever it finds installed, a fifth
+    time; `freeze` spares the run from doing so later. And transformers imports whatever it finds installed, a quarter
     of all modules for nothing here: it does not find those. Only a process of our own may decide that, hence here.
     """
     gc.disable()

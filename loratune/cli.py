@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
-NOT_FOR_TEXT = ("scipy", "sklearn", "torchvision")
-"""Packages that transformers imports where they are installed, and needs for images and assisted decoding only."""
+NOT_FOR_TEXT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torchvision")
+"""Packages that transformers imports where they are installed, and needs for sound, images and assisted decoding."""
 
 
 class Verb(NamedTuple):

@@ -1,72 +1,177 @@
-"""Seconds from the start of the process to the end of the first step, with a 7B model in a folder on disk.
+"""Seconds from the start of the process to the end of the first step, phase by phase, with a 7B model on disk.
 
-    python -m benchmarks.first_step [OUT.jsonl] [--shape l7b] [--precision auto] [--cold]
+    python -m benchmarks.first_step [OUT.jsonl] [--shape l7b] [--bytecode] [--cold] [--without NAME ...] [--imports]
 
-Writes a checkpoint of random weights (safetensors in shards, with a tokenizer) to the temporary directory, then
-starts the whole of training as `loratune train` does, in a process of its own, and says when its parts were done:
-imports, model in memory, everything prepared, first step of 4 x 2048 tokens. Warm: the files are in the page cache,
-as after a download. `--cold` drops the weights from the page cache first (Python's and PyTorch's files stay).
+Writes a checkpoint of random weights (safetensors in shards, with a tokenizer) to the temporary directory once, then
+runs `loratune train` in a process of its own, rows of 4 x 2048 tokens, and says how long each part took. The parts
+follow one another, so they add up to the end of the first step; recording is part of the last two.
+
+- Warm: the files are in the page cache, as after a download. `--cold` adds rows for which the weights and all of
+  Python's packages have been dropped from it.
+- `compiled` is the share of modules that had their bytecode on disk. Where that is 0 (PYTHONDONTWRITEBYTECODE, or
+  packages nobody may write to), each start compiles 3,000 modules, some eight seconds. `--bytecode` gives the
+  processes a folder for it, which the first row fills: later rows are what an ordinary machine's second start finds.
+- `--without` adds rows in which one thing is left out that makes the start faster: wake_gpu, read_ahead, not_found
+  (packages that transformers does not get to see), gc (no garbage collection while importing).
+- `--imports` adds which packages the imports' time goes to; measuring that doubles it.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import importlib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 TOKENS_PER_ROW = 8192
+WITHOUT = ("wake_gpu", "read_ahead", "not_found", "gc")
+_IMPORTS = """
+from loratune import cli
+with cli._libraries():
+    from loratune.screen import progress
+    from loratune.training.run import run
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+"""
 
 
-def measure(folder: str, data: str, precision: str, started: float) -> dict[str, object]:
-    """The child: `started` is when the parent started it, in seconds since the epoch."""
-    marks: dict[str, float] = {}
+class Phases:
+    """Seconds of parts that follow one another, from when the parent started the process."""
 
-    def mark(name: str) -> None:
-        marks[name] = round(time.time() - started, 2)
+    def __init__(self, started: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = started
 
-    mark("python")
+    def end(self, name: str) -> None:
+        """The part called `name` ends here; the first one of this name counts."""
+        now = time.time()
+        self.seconds.setdefault(name, round(now - self._last, 2))
+        self._last = now
+
+    def ends_with(self, owner: Any, function: str, name: str) -> None:
+        """The part called `name` ends when `owner.function` has returned and the device is done."""
+        plain = getattr(owner, function)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            result = plain(*arguments, **named)
+            _synchronize()
+            self.end(name)
+            return result
+
+        setattr(owner, function, timed)
+
+
+class _Torch:
+    """Finds torch as Python does, and says when it has been imported."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Of torch alone."""
+        if name != "torch":
+            return None
+        self._phases.end("before torch")
+        spec = PathFinder.find_spec(name, path)
+        assert spec is not None
+        self._phases.ends_with(spec.loader, "exec_module", "torch")
+        return spec
+
+
+def _synchronize() -> None:
     import torch
 
-    mark("torch")
-    from loratune.base import load as base
-    from loratune.config import RunConfig, from_dict
-    from loratune.training.loop import StepDone
-    from loratune.training.run import Prepared, run
-
-    mark("imports")
-    plain_load = base.load
-
-    def timed_load(*arguments: object) -> object:
-        mark("before_load")
-        model = plain_load(*arguments)  # type: ignore[arg-type]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        mark("loaded")
-        return model
 
-    base.load = timed_load  # type: ignore[assignment]
+
+def measure(folder: str, data: str, without: str, settings: list[str], started: float) -> dict[str, object]:
+    """The child: `started` is when the parent started it, in seconds since the epoch."""
+    phases = Phases(started)
+    phases.end("python")
+    sys.meta_path.insert(0, _Torch(phases))
+    import loratune.cli
+
+    cli: Any = loratune.cli
+    plain, recordings = cli._libraries, [0.0]
+    if without in ("wake_gpu", "read_ahead"):
+        setattr(cli, without, lambda _: None)
+    if without == "not_found":
+        cli.NOT_FOR_TEXT = ()
+    if without == "gc":
+        cli.gc = type("Always", (), dict.fromkeys(("disable", "enable", "freeze"), staticmethod(lambda: None)))
+
+    @contextlib.contextmanager
+    def libraries() -> Iterator[None]:
+        with plain():
+            yield
+        phases.end("other imports")
+        running: Any = importlib.import_module("loratune.training.run")
+        kind: Any = importlib.import_module("loratune.training.recordings").Recordings
+
+        for function, name in (("load_tokenizer", "tokenizer"), ("load", "weights")):
+            phases.ends_with(running.base, function, name)
+        for function, name in (
+            ("activate", "adapter"), ("prepare_forward", "layers fused and compared"), ("fit", "dry step"),
+            ("dataset_of", "data"),
+        ):  # fmt: skip
+            phases.ends_with(running, function, name)
+        phases.ends_with(running.Loop, "_step", "first step")
+        record = kind.record
+
+        def timed(*arguments: Any) -> bool:
+            start = time.perf_counter()
+            done: bool = record(*arguments)
+            _synchronize()
+            if "first step" not in phases.seconds:
+                recordings[0] += time.perf_counter() - start
+            return done
+
+        kind.record = timed
+
+    cli._libraries = libraries
     with tempfile.TemporaryDirectory() as out:
-        settings = {
-            "model": folder, "data": [data], "out": f"{out}/run", "precision": precision,
-            "lora": {"r": 16, "lora_alpha": 16}, "dataset": {"tokens_per_row": TOKENS_PER_ROW},
-            "training": {"max_steps": 3},
-        }  # fmt: skip
-        for event in run(from_dict(RunConfig, settings, "benchmark")):
-            if isinstance(event, Prepared):
-                mark("prepared")
-            if isinstance(event, StepDone):
-                mark(f"step_{event.step}")
-                if event.step == 2:
-                    break
+        words = ["train", folder, data, "--out", f"{out}/run", "--tokens-per-row", str(TOKENS_PER_ROW), "--r", "16"]
+        status = cli.main([*words, "--max-steps", "1", "--cache-dir", "", *settings])
+    if status:
+        raise SystemExit(status)
+    import torch
+
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    cached = [str(spec.cached) for spec in specs if spec is not None and spec.cached]
+    compiled = sum(os.path.exists(file) and os.path.getmtime(file) < started for file in cached) / len(cached)
+    seconds = phases.seconds
+    card = torch.cuda.is_available()
     return {
-        "system": "loratune", "precision": precision, "first_step_s": marks["step_1"], "marks": marks,
-        "tokens": TOKENS_PER_ROW, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "machine": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "first_step_s": round(sum(seconds.values()), 2), "phases": seconds, "recording_s": round(recordings[0], 2),
+        "modules": len(sys.modules), "compiled": round(compiled, 2),
+        "without": without, "tokens": TOKENS_PER_ROW, "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if card else "CPU",
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if card else 0,
     }  # fmt: skip
+
+
+def imports() -> dict[str, object]:
+    """Milliseconds and modules of each package, by Python's own account."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", _IMPORTS], capture_output=True, text=True)
+    took: collections.Counter[str] = collections.Counter()
+    modules: collections.Counter[str] = collections.Counter()
+    for microseconds, package in re.findall(r"import time: +(\d+) \| +\d+ \| +(\w+)", done.stderr):
+        took[package] += int(microseconds)
+        modules[package] += 1
+    most = {package: [round(us / 1e3), modules[package]] for package, us in took.most_common(16)}
+    return {"imports_s": round(took.total() / 1e6, 2), "ms_and_modules": most, "modules": modules.total()}
 
 
 def write_data(path: Path) -> None:
@@ -75,45 +180,83 @@ def write_data(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Lets the kernel forget the weights' files."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+def drop_from_cache(*folders: Path) -> None:
+    """Lets the kernel forget what is in these folders, but for what a process has mapped."""
+    os.sync()
+    for file in (file for folder in folders for file in folder.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def _packages() -> Path:
+    """Where torch is installed; found without importing it, which would map its files."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    return Path(str(spec.origin)).parent.parent
+
+
+def _folder(shape: str) -> Path:
+    """The model's folder: `shape` itself if it is one. Made in a process of its own; this one stays without torch."""
+    if Path(shape).is_dir():
+        return Path(shape)
+    made = [sys.executable, "-c", f"from benchmarks.peers import folder_of; print(folder_of({shape!r}))"]
+    return Path(subprocess.run(made, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--shape", default="l7b")
-    parser.add_argument("--precision", nargs="+", default=["auto"])
+    parser.add_argument("--shape", default="l7b", help="of benchmarks.shapes, or a folder")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--bytecode", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--without", nargs="*", default=[], choices=WITHOUT)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--imports", action="store_true")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    settings = ["--precision", given.precision]
     if given.child:
-        folder, data, precision, started = given.child
-        print(json.dumps(measure(folder, data, precision, float(started))))
+        folder, data, without, started = given.child
+        print(json.dumps(measure(folder, data, without, settings, float(started))))
         return
-    from benchmarks.peers import folder_of
 
-    folder, data = folder_of(given.shape), Path(tempfile.gettempdir()) / "first_step.jsonl"
-    write_data(data)
-    for precision in given.precision:
-        for cold in (False, True)[: 1 + given.cold]:
-            if cold:
-                drop_from_cache(folder)
-            command = [sys.executable, "-m", "benchmarks.first_step", "--child", str(folder), str(data), precision]
-            done = subprocess.run([*command, str(time.time())], capture_output=True, text=True)
-            if done.returncode:
-                print(done.stderr[-3000:], flush=True)
-                continue
-            row = json.loads(done.stdout.strip().splitlines()[-1]) | {"shape": given.shape, "cold": cold}
-            print(json.dumps(row), flush=True)
-            if given.out:
-                with given.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+    def say(row: dict[str, object]) -> None:
+        print(json.dumps(row), flush=True)
+        if given.out:
+            with given.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    model, temporary = _folder(given.shape), Path(tempfile.gettempdir())
+    write_data(temporary / "first_step.jsonl")
+    if given.bytecode:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(temporary / "bytecode")
+    command = [sys.executable, "-m", "benchmarks.first_step", "--precision", given.precision, "--child", str(model)]
+
+    def child(without: str) -> dict[str, object] | None:
+        words = [*command, str(temporary / "first_step.jsonl"), without, str(time.time())]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout[-2000:], done.stderr[-3000:], flush=True)
+            return None
+        found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    about = {"shape": given.shape, "precision": given.precision}
+    for number, (cold, without) in enumerate(
+        [(False, "")]  # finds files, bytecode and kernels as the machine has them; the rounds find what it left
+        + [(False, without) for _ in range(given.rounds) for without in ["", *given.without]]
+        + [(True, without) for _ in range(given.rounds * given.cold) for without in ["", *given.without]]
+    ):
+        if cold:
+            drop_from_cache(model, _packages(), temporary / "bytecode")
+        if (row := child(without)) is not None:
+            say(row | about | {"cold": cold, "round": number})
+    if given.imports:
+        say(imports())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratune.ahead import read_ahead
+from loratune.ahead import read_ahead, wake_gpu
 from loratune.errors import ConfigError, LoratuneError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+NOT_FOR_TEXT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torchvision")
+"""Packages that transformers imports where they are installed, and needs for sound, images and assisted decoding."""
 
 
 class Verb(NamedTuple):
@@ -88,6 +92,7 @@ def _train(words: list[str]) -> None:
         print(to_toml(config), end="")
         return
     read_ahead(config.model)
+    wake_gpu(config.device)
     with _libraries():
         from loratune.screen import progress
         from loratune.training.run import run
@@ -106,6 +111,7 @@ def _sweep(words: list[str]) -> None:
 
     plan = read_plan(given.jobs, model=given.model, out=given.out, precision=given.precision, device=given.device)
     read_ahead(given.model)
+    wake_gpu(plan.jobs[0].config.device)
     with _libraries():
         from loratune.screen import sweep as screen
         from loratune.training.sweep import sweep
@@ -412,15 +418,30 @@ def _libraries() -> Iterator[None]:
     """Around the imports of a verb: keeps the libraries quiet, and the garbage collector away.
 
     Imports make 600,000 objects that live to the end, and going through them again and again took a fifth of their
-    time; `freeze` spares the run from doing so later. Only a process of our own may decide that, hence here.
+    time; `freeze` spares the run from doing so later. And transformers imports whatever it finds installed, a quarter
+    of all modules for nothing here: it does not find those. Only a process of our own may decide that, hence here.
     """
     gc.disable()
     try:
-        _quiet_libraries()
-        yield
+        with _not_found(() if "transformers" in sys.modules else NOT_FOR_TEXT):
+            _quiet_libraries()
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _not_found(names: Sequence[str]) -> Iterator[None]:
+    """These packages are as if not installed meanwhile, as Python has it for a None in `sys.modules`."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    absent = [name for name in names if name not in modules]
+    modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for name in absent:
+            modules.pop(name, None)
 
 
 def _quiet_libraries() -> None:

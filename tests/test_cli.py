@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune.cli import VERBS
+from loratune.cli import NOT_FOR_TEXT, VERBS
 from loratune.config import RunConfig, from_dict
 from tests.cli_lab import CHAT, SHORT, finish, loratune, small_model, start, tree, write_jsonl
 
@@ -84,6 +84,26 @@ def test_help_comes_at_once() -> None:
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'matplotlib', 'pyarrow', 'numpy'}"
     check = f"import sys\n{code}\nsys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_imports_nothing_for_images_or_sound_and_hides_nothing_afterwards(tmp_path: Path) -> None:
+    """transformers imports what it finds installed; here it does not find it, and what comes later does."""
+    for name in NOT_FOR_TEXT:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    check = f"""
+import importlib, sys
+from loratune.cli import NOT_FOR_TEXT, _libraries
+sys.path.insert(0, {str(tmp_path)!r})
+with _libraries():
+    from transformers import PreTrainedModel
+    from loratune.training.run import run
+assert not sys.modules.keys() & set(NOT_FOR_TEXT), sys.modules.keys() & set(NOT_FOR_TEXT)
+for name in NOT_FOR_TEXT:
+    importlib.import_module(name)
+"""
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError
@@ -96,6 +97,33 @@ def test_nothing_is_allocated_by_switching(folders: dict[str, Path]) -> None:
         assert {(slot.room.data_ptr(), slot.room.numel()) for slot in store._slots} == rooms
         for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
             assert any(start <= parameter.data_ptr() < start + size for start, size in rooms)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what is done to tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_swap_in_is_one_copy_and_switching_to_it_is_none(folders: dict[str, Path]) -> None:
+    """However many tensors an adapter has: each operation would be a launch, beside a forward bound by launches."""
+    model, store = _stored(folders, slots=3)
+    for name in (*"abcde", *"abcde"):  # each has been in each slot
+        activate(model, name)
+    with _Operations() as ahead:
+        store.prefetch("a")
+    with _Operations() as switched:
+        activate(model, "a")
+    with _Operations() as on_demand:
+        activate(model, "b")
+    assert ahead.names == on_demand.names == ["slice", "copy_"]
+    assert switched.names == []
 
 
 def test_too_few_slots_is_said_and_changes_nothing(folders: dict[str, Path]) -> None:

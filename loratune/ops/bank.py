@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
-from loratune.ops.dropout import keep_mask
+from loratune.ops.dropout import keep_mask, row_key
 from loratune.ops.frozen import Frozen
 
 
@@ -280,8 +280,8 @@ def _probability(pool: Pool, segment: Segment) -> float:
 
 def _mask(pool: Pool, segment: Segment, lane: Lane) -> Tensor:
     assert segment.key is not None
-    shape = segment.stop - segment.start, lane.d_in
-    return keep_mask(segment.key, lane.salt, segment.position, shape, pool.dropout[segment.slot], pool.device)
+    row = row_key(segment.key, segment.position, pool.device)
+    return keep_mask(row, lane.salt, (segment.stop - segment.start, lane.d_in), pool.dropout[segment.slot])
 
 
 def _dropped(pool: Pool, segment: Segment, lane: Lane, x: Tensor) -> Tensor:

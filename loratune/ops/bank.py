@@ -138,6 +138,15 @@ class BankProjection:
     room: int = 0
     """Columns that x and dy have beyond their own (`ops.projection`): none."""
 
+    def dropping(self, _: Tensor) -> BankProjection:
+        """The same: the segments say what is dropped."""
+        return self
+
+    def at(self, first: int) -> BankProjection:
+        """The same: rows run whole (`base.fused`)."""
+        assert first == 0
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""
         if not self.pool.segments:

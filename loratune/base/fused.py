@@ -6,7 +6,8 @@ Qwen 2 and 3 and many others are built so. Whether the parts are also *used* so 
 takes the fused layers only if they reproduce the model's own hidden states.
 
 While rows run, each such layer is stood in for by a `FusedLayer` that shares all of its children, so parameter paths
-stay what they are. The adapters' float32 masters are cast once a forward into working copies.
+stay what they are. The adapters' float32 masters are cast once a forward into working copies, and while they train
+they drop what the modules would (`ops.dropout`).
 The frozen weights of projections that read the same input are laid side by side in memory (`base.border`).
 """
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.ops.dropout import GOLDEN, LEVELS, halves, threshold
-from loratune.ops.dropout_kernels import keeps
+from loratune.ops.dropout_kernels import hashed, keeps
 
 if TYPE_CHECKING:
     from loratune.ops.bank import BankProjection, Lane, Pool, Segment
@@ -50,7 +50,7 @@ OF_LAYERS = ["lane0", "lane1", "lane2", "salt0", "salt1", "salt2"]
 def kept(block_ptr, token, feature, salt, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
     """(tokens, features): which elements dropout keeps; `token` counts within the block."""
     position, low, high = tl.load(block_ptr + 1) + token, tl.load(block_ptr + 2), tl.load(block_ptr + 3) ^ salt
-    return keeps(position, low, high, feature, tl.load(block_ptr + 4), GOLDEN, LEVELS)
+    return keeps(hashed(position, low, high), feature, tl.load(block_ptr + 4), GOLDEN, LEVELS)
 
 
 @triton.jit

@@ -20,24 +20,25 @@ def _finalise(x):
 
 
 @triton.jit
-def keeps(position, low, high, feature, dropped, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
-    """(tokens, features): which elements dropout keeps.
-
-    All int32: positions, (tokens,); both halves of the key, the layer's salt in the high one; features, (features,);
-    the threshold.
-    """
+def hashed(position, low, high):
+    """(tokens,): what a layer's masks go by, of int32 positions and the key, the layer's salt in the high half."""
     low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
-    rows = _finalise(_finalise(position.to(tl.uint32, bitcast=True) ^ low) ^ high)
-    columns = (feature * GOLDEN).to(tl.uint32, bitcast=True)
-    hashed = _finalise(rows[:, None] ^ columns[None, :])
-    return ((hashed >> 8) & (LEVELS - 1)).to(tl.int32) >= dropped
+    return _finalise(_finalise(position.to(tl.uint32, bitcast=True) ^ low) ^ high)
 
 
 @triton.jit
-def keeps_in_row(row_ptr, token, feature, salt, dropped, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
-    """The same by a `row_key` in memory; `token` counts within the row."""
-    position, low, high = tl.load(row_ptr) + token, tl.load(row_ptr + 1), tl.load(row_ptr + 2) ^ salt
-    return keeps(position, low, high, feature, dropped, GOLDEN, LEVELS)
+def hashed_in_row(row_ptr, token, salt):
+    """The same by a `row_key` in memory; `token`, (tokens,), counts within the row."""
+    position, salt = tl.load(row_ptr) + token.to(tl.int32), salt.to(tl.int32)
+    return hashed(position, tl.load(row_ptr + 1), tl.load(row_ptr + 2) ^ salt)
+
+
+@triton.jit
+def keeps(tokens, feature, dropped, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
+    """(tokens, features): which elements dropout keeps; of `hashed` tokens, features and the threshold."""
+    columns = (feature.to(tl.int32) * GOLDEN).to(tl.uint32, bitcast=True)
+    elements = _finalise(tokens[:, None] ^ columns[None, :])
+    return ((elements >> 8) & (LEVELS - 1)).to(tl.int32) >= dropped
 
 
 @triton.jit(do_not_specialize=["salt", "first"])
@@ -47,7 +48,7 @@ def _keep_mask(
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    kept = keeps_in_row(row_ptr, first + token, feature, salt, dropped, GOLDEN, LEVELS)
+    kept = keeps(hashed_in_row(row_ptr, first + token, salt), feature, dropped, GOLDEN, LEVELS)
     inside = (token < tokens)[:, None] & (feature < features)[None, :]
     tl.store(out_ptr + token.to(tl.int64)[:, None] * features + feature[None, :], kept, mask=inside)
 

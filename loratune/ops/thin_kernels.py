@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.ops.dropout import GOLDEN, LEVELS, threshold
-from loratune.ops.dropout_kernels import keeps_in_row
+from loratune.ops.dropout_kernels import hashed_in_row, keeps
 from loratune.ops.thin import Drops, Members
 
 _BLOCKS = 264
@@ -55,12 +55,9 @@ def _summed(own, partial_ptr, counter_ptr, block, piece, PIECES: tl.constexpr, A
 
 
 @triton.jit
-def _dropped(
-    x, row_ptr, token, feature, salt, threshold, scale, first, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """x, (tokens, features), behind dropout; tokens count from the `first` in the row."""
-    token, feature, salt = (first + token).to(tl.int32), feature.to(tl.int32), salt.to(tl.int32)
-    kept = keeps_in_row(row_ptr, token, feature, salt, threshold, GOLDEN, LEVELS)
+def _dropped(x, tokens, feature, threshold, scale, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
+    """x, (tokens, features), behind dropout."""
+    kept = keeps(tokens, feature, threshold, GOLDEN, LEVELS)
     return tl.where(kept, x.to(tl.float32) * scale, 0.0).to(x.dtype)
 
 
@@ -85,6 +82,8 @@ def _narrow(
         part = parts_ptr + tl.program_id(2) * 3
         first_rank, end_rank, salt = tl.load(part), tl.load(part + 1), tl.load(part + 2)
     row, rank = block * ROWS + tl.arange(0, ROWS), first_rank + tl.arange(0, RANKS)
+    if DROP:
+        tokens = hashed_in_row(row_ptr, first + row, salt)
     total = tl.zeros((ROWS, RANKS), tl.float32)
     for above in range(0, TERMS_EACH, TERMS):
         term = piece * TERMS_EACH + above + tl.arange(0, TERMS)
@@ -94,7 +93,7 @@ def _narrow(
             copy_at = row[:, None] * copy_row + term[None, :]
             tl.store(copy_ptr + copy_at, wide, mask=(row < rows)[:, None] & (term < terms)[None, :])
         if DROP:
-            wide = _dropped(wide, row_ptr, row, term, salt, threshold, scale, first, GOLDEN, LEVELS)
+            wide = _dropped(wide, tokens, term, threshold, scale, GOLDEN, LEVELS)
         thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
         thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < end_rank)[None, :], other=0.0)
         total = tl.dot(wide, thin, total)
@@ -192,7 +191,8 @@ def _widen(
             thin_at = thin_ptr + rank[:, None].to(tl.int64) * thin_row + column[None, :]
             thin = tl.load(thin_at, mask=(rank < end_rank)[:, None] & inside, other=0.0)
             own = tl.dot(inner, thin, own)
-        total += _dropped(own, row_ptr, row, column, salt, threshold, scale, first, GOLDEN, LEVELS)
+        tokens = hashed_in_row(row_ptr, first + row, salt)
+        total += _dropped(own, tokens, column, threshold, scale, GOLDEN, LEVELS)
     tl.store(out_ptr + row[:, None] * columns + column[None, :], total, mask=there & inside)
 
 
@@ -226,7 +226,8 @@ def _outer(
         wide_at = row[:, None] * wide_row + column[None, :]
         wide = tl.load(wide_ptr + wide_at, mask=inside & (column < end)[None, :], other=0.0)
         if DROP:
-            wide = _dropped(wide, row_ptr, row, column, salt, threshold, scale, first, GOLDEN, LEVELS)
+            tokens = hashed_in_row(row_ptr, first + row, salt)
+            wide = _dropped(wide, tokens, column, threshold, scale, GOLDEN, LEVELS)
         thin_at = row[:, None] * thin_row + (first_rank + rank)[None, :]
         thin = tl.load(thin_ptr + thin_at, mask=inside & (rank < ranks)[None, :], other=0.0)
         total = tl.dot(tl.trans(wide), thin, total)

@@ -18,26 +18,34 @@ CONSTANTS = {
         "TERMS": 128,
     },
     "_gradients": {"ROWS_EACH": 128, "PIECES": 2, "COLUMNS": 64, "ROWS": 64, "ALIGNED": 1},
+    "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
-POINTERS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
+KINDS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
+KINDS |= {"row_ptr": "*i32", "parts_ptr": "*i32", "scale": "fp32"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_a_kernel_compiles_and_reads_whole_vectors(name):
+@pytest.mark.parametrize(
+    ("name", "drop"), [("_narrow", 0), ("_narrow", 1), ("_gradients", 0), ("_gradients", 1), ("_widen", 1)]
+)
+def test_a_kernel_compiles_and_reads_whole_vectors(name, drop):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from loratune.ops import thin_kernels
+    from loratune.ops.dropout import GOLDEN, LEVELS
 
-    kernel, constants = getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "thin_rank": 1}
+    kernel, constants = getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "DROP": drop}
+    constants |= {"GOLDEN": GOLDEN, "LEVELS": LEVELS, "thin_term" if drop else "thin_rank": 1}  # Aᵀ, or B
     signature, hints = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
-        signature[argument] = POINTERS.get(argument, "*bf16") if argument.endswith("_ptr") else "i32"
+        signature[argument] = KINDS.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
+        if argument == "scale":
+            continue
         hints[index,] = [["tt.divisibility", 16]]  # what a launch finds for widths that are multiples of 16
     if name == "_gradients":
         signature["out_ptr"] = "*fp32"

@@ -60,7 +60,7 @@ def surveyed(forward: PackedForward) -> Survey:
     """As `training.fit` does it."""
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True, dropout=0.0)
+    return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True)
 
 
 def cap_at(gib: float) -> None:

@@ -117,8 +117,7 @@ def survey_of(model: PreTrainedModel, wish: Wish) -> Survey:
     ranks = {target.base: target.r for target in selection.targets}
     trainable = sum(t.r * sum(t.layer_class.features(t.base)) for t in selection.targets)
     trainable += sum(p.numel() for place in selection.saved for p in place.module.parameters())
-    dropout = wish.lora.lora_dropout
-    return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=wish.on_gpu, dropout=dropout)
+    return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=wish.on_gpu)
 
 
 def _choice(what: Survey, wish: Wish, device: Device, limit: int, model: PreTrainedModel) -> Choice:

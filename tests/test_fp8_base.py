@@ -41,16 +41,22 @@ def a_row(seed=0):
     return make_row(documents, 64, 0)
 
 
-def losses(model, *, fused, steps=4):
-    attach(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"), name="default", seed=0)
+def losses(model, *, fused, steps=4, dropout=0.0):
+    lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, target_modules="all-linear")
+    attach(model, lora, name="default", seed=0)
     forward = prepare(model)
     assert fuse(forward) or not fused
     if not fused:
         forward.fused = None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig(learning_rate=3e-3))
+    for module in model.modules():
+        module.training = getattr(module, "lora_dropout", 0.0) > 0.0
     with forward.installed():
-        return [train_step(forward, [a_row()], parameters, optimizer, max_grad_norm=1.0).loss for _ in range(steps)]
+        return [
+            train_step(forward, [a_row()], parameters, optimizer, max_grad_norm=1.0, key=step).loss
+            for step in range(steps)
+        ]
 
 
 def test_everything_but_embeddings_and_head_is_in_8_bits(folder):
@@ -101,6 +107,11 @@ def test_what_layers_keep_changes_nothing_not_even_weights_kept_both_ways(folder
             again, same = one_step(model, forward, Plan(levels, both_ways=both_ways))
             assert torch.equal(again, loss)
             assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True)), (levels, both_ways)
+
+
+def test_fused_layers_drop_what_the_modules_drop(folder):
+    fused, modules = (losses(lt.load(folder, "fp8", "cpu"), fused=f, dropout=0.5) for f in (True, False))
+    assert fused == pytest.approx(modules, rel=2e-3)
 
 
 def test_an_adapter_is_switched_on_and_off_without_a_trace(folder):

@@ -6,7 +6,8 @@ Qwen 2 and 3 and many others are built so. Whether the parts are also *used* so 
 takes the fused layers only if they reproduce the model's own hidden states.
 
 While rows run, each such layer is stood in for by a `FusedLayer` that shares all of its children, so parameter paths
-stay what they are. The adapters' float32 masters are cast once a forward into working copies.
+stay what they are. The adapters' float32 masters are cast once a forward into working copies, and while they train
+they drop what the modules would (`ops.dropout`).
 The frozen weights of projections that read the same input are laid side by side in memory (`base.border`).
 """
 
@@ -26,6 +27,7 @@ from loratune.base.border import bordered, separate
 from loratune.base.quantised import QuantisedLinear, stackable, stacked
 from loratune.ops import attention, block, fp8_projection
 from loratune.ops.bank import BankProjection, Lane, Pool
+from loratune.ops.dropout import open_key, random_row_key
 from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.fp8_projection import Fp8Projection
 from loratune.ops.frozen import Dense, Frozen
@@ -132,6 +134,7 @@ class FusedLayer(nn.Module):
             block.Passage(down.room, down.measure_dy),
         )
         layer._options, layer.keep = options[attn], keep
+        layer._dropped = [module for part in (attn, mlp) for module in part.children() if _dropout(module)]
         if copies.pool is not None:  # the segments of a bank count from the start of the row
             layer.keep = replace(keep, tile=sys.maxsize)
         layer._masters = (
@@ -142,6 +145,8 @@ class FusedLayer(nn.Module):
         )
         return layer
 
+    _dropped: list[nn.Module]
+    """Those of its linear layers whose adapters have dropout."""
     _masters: tuple[list[Tensor], list[Tensor]]
     _options: dict[str, Any]
 
@@ -168,7 +173,12 @@ class FusedLayer(nn.Module):
             )
             return attended.reshape(tokens, -1)
 
-        out = block.decoder_layer(rows, cos, sin, self.before, self.behind, attend, self.keep, self._masters)
+        before, behind = self.before, self.behind
+        if any(module.training for module in self._dropped):
+            row = open_key()
+            row = random_row_key(rows.device) if row is None else row
+            before, behind = before.dropping(row), behind.dropping(row)
+        out = block.decoder_layer(rows, cos, sin, before, behind, attend, self.keep, self._masters)
         return out.view_as(hidden_states)
 
 
@@ -270,6 +280,7 @@ def _fusible(layer: nn.Module) -> bool:
     ]
     return (
         all(_plain(module) for module in linears)
+        and len({_dropout(module) for module in linears if _adapter(module) is not None}) <= 1
         and len({isinstance(module, QuantisedLinear) for module in linears}) == 1
         and all(n is None or (isinstance(getattr(n, "weight", None), Tensor) and _eps(n) > 0) for n in norms)
         and isinstance(getattr(attn, "head_dim", None), int)
@@ -278,13 +289,18 @@ def _fusible(layer: nn.Module) -> bool:
 
 
 def _plain(module: object) -> bool:
-    """A linear layer in floating point or quantised; a plain adapter (`lora.linear`) or none; no dropout."""
+    """A linear layer in floating point or quantised; a plain adapter (`lora.linear`) or none."""
     if isinstance(module, QuantisedLinear):
-        return stackable(module.frozen) and getattr(module, "lora_dropout", 0.0) == 0.0
+        return stackable(module.frozen)
     known = hasattr(module, "lora_A") or hasattr(module, "lane")
     if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and known):
         return False
-    return module.weight.is_floating_point() and getattr(module, "lora_dropout", 0.0) == 0.0
+    return module.weight.is_floating_point()
+
+
+def _dropout(module: nn.Module) -> float:
+    """Of the adapter in use, while it trains."""
+    return float(getattr(module, "lora_dropout", 0.0))
 
 
 def _adapter(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
@@ -308,7 +324,7 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProjec
         lora_A, lora_B = torch.zeros(total, d_in, **like), torch.zeros(d_out, total, **like)
     else:
         lora_A, lora_B = matrix[d_out : d_out + total, :d_in], matrix[:d_out, d_in : d_in + total]
-    rows, ranks, scalings = [], [], []
+    rows, ranks, scalings, salts = [], [], [], []
     row = rank = 0
     for member, adapter in zip(members, adapters, strict=True):
         at = slice(row, row + member.out_features)
@@ -320,14 +336,21 @@ def _projection(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProjec
         rows.append(at)
         ranks.append(columns)
         scalings.append(adapter[2])
+        salts.append(int(member.salt))  # type: ignore[arg-type]
         copies.masters += adapter[:2]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
         copies.scales += [1.0, adapter[2]]
-    if isinstance(frozen, Fp8Weight) and frozen.carries and (frozen.dtype.itemsize == 2 or not lora_A.is_cuda):
+    dropout = max(map(_dropout, members))
+    rides = isinstance(frozen, Fp8Weight) and frozen.carries and (frozen.dtype.itemsize == 2 or not lora_A.is_cuda)
+    if rides and not dropout:
         which = Members(rows, ranks, scalings)
-        copies.carried.append(Fp8Projection.around(frozen, bias, (lora_A, lora_B), which, both_ways=copies.both_ways))
+        copies.carried.append(
+            Fp8Projection.around(cast(Fp8Weight, frozen), bias, (lora_A, lora_B), which, both_ways=copies.both_ways)
+        )
         return copies.carried[-1]
-    return Projection(frozen, bias, lora_A, lora_B, rows, ranks, scalings, matrix)
+    return Projection(
+        frozen, bias, lora_A, lora_B, rows, ranks, scalings, bordered=matrix, dropout=dropout, salts=salts
+    )
 
 
 def _frozen(members: Sequence[nn.Linear], ranks: int, copies: Copies) -> tuple[Frozen, Tensor | None]:

@@ -3,7 +3,8 @@
 Where layers are not fused (`base.fused`), autograd keeps what every module asks for. A stand-in around each layer
 keeps less (`ops.policy`): the layer's input, from which the backward runs the layer again; with `selective` also the
 outputs of the attention kernel, so that this is not run twice; with `offload` the input waits on the host. Dropout is
-the same in both runs: the state of the random generators is kept beside the input.
+the same in both runs: it follows from the step's key (`ops.dropout`); where no key is open the state of the random
+generators is kept beside the input.
 
 While rows run, each layer is stood in for by a `Recomputed` that shares its children, so parameter paths stay what
 they are. Source: Chen et al. 2016, arXiv:1604.06174.
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from loratune.ops import capped
+from loratune.ops.dropout import open_key
 from loratune.ops.host import Host
 from loratune.ops.policy import Level, Plan
 
@@ -75,8 +77,8 @@ class Recomputed(nn.Module):
         return out
 
     def _random(self) -> bool:
-        """The frozen base has no dropout while it trains; an adapter may."""
-        return any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
+        """The frozen base has no dropout while it trains; an adapter may, by a key or by the generators."""
+        return open_key() is None and any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
-from loratune.ops.dropout import keep_mask
+from loratune.ops.dropout import keep_mask, row_key
 from loratune.ops.frozen import Frozen
 
 
@@ -140,6 +140,15 @@ class BankProjection:
     measure_x: None = None
     measure_dy: None = None
     """What rows are measured for: nothing."""
+
+    def dropping(self, _: Tensor) -> BankProjection:
+        """The same: the segments say what is dropped."""
+        return self
+
+    def at(self, first: int) -> BankProjection:
+        """The same: rows run whole (`base.fused`)."""
+        assert first == 0
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""
@@ -283,8 +292,8 @@ def _probability(pool: Pool, segment: Segment) -> float:
 
 def _mask(pool: Pool, segment: Segment, lane: Lane) -> Tensor:
     assert segment.key is not None
-    shape = segment.stop - segment.start, lane.d_in
-    return keep_mask(segment.key, lane.salt, segment.position, shape, pool.dropout[segment.slot], pool.device)
+    row = row_key(segment.key, segment.position, pool.device)
+    return keep_mask(row, lane.salt, (segment.stop - segment.start, lane.d_in), pool.dropout[segment.slot])
 
 
 def _dropped(pool: Pool, segment: Segment, lane: Lane, x: Tensor) -> Tensor:

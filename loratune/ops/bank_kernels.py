@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.ops.dropout import GOLDEN, LEVELS, halves, threshold
+from loratune.ops.dropout_kernels import hashed, keeps
 
 if TYPE_CHECKING:
     from loratune.ops.bank import BankProjection, Lane, Pool, Segment
@@ -46,23 +47,10 @@ OF_LAYERS = ["lane0", "lane1", "lane2", "salt0", "salt1", "salt2"]
 
 
 @triton.jit
-def _finalise(x):
-    """MurmurHash3's 32-bit finaliser, as `ops.dropout` has it."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def kept(block_ptr, token, feature, salt, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
     """(tokens, features): which elements dropout keeps; `token` counts within the block."""
-    position = (tl.load(block_ptr + 1) + token).to(tl.uint32, bitcast=True)
-    low = tl.load(block_ptr + 2).to(tl.uint32, bitcast=True)
-    high = (tl.load(block_ptr + 3) ^ salt).to(tl.uint32, bitcast=True)
-    rows = _finalise(_finalise(position ^ low) ^ high)
-    columns = (feature * GOLDEN).to(tl.uint32, bitcast=True)
-    hashed = _finalise(rows[:, None] ^ columns[None, :])
-    return ((hashed >> 8) & (LEVELS - 1)).to(tl.int32) >= tl.load(block_ptr + 4)
+    position, low, high = tl.load(block_ptr + 1) + token, tl.load(block_ptr + 2), tl.load(block_ptr + 3) ^ salt
+    return keeps(hashed(position, low, high), feature, tl.load(block_ptr + 4), GOLDEN, LEVELS)
 
 
 @triton.jit

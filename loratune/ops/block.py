@@ -16,7 +16,7 @@ The gradients are written by hand, and the modules that they stand in for are th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Before:
     down: Passage
     """To the layer below."""
 
+    def dropping(self, row: Tensor) -> Before:
+        """The same with dropout, see `ops.projection`."""
+        return replace(self, projection=self.projection.dropping(row))
+
 
 @dataclass(frozen=True)
 class Behind:
@@ -97,6 +101,15 @@ class Behind:
     eps: float
     up: Passage
     """From the layer above."""
+
+    def dropping(self, row: Tensor) -> Behind:
+        """The same with dropout, see `ops.projection`."""
+        output, gate_up, down = (p.dropping(row) for p in (self.output, self.gate_up, self.down))
+        return replace(self, output=output, gate_up=gate_up, down=down)
+
+    def at(self, part: slice) -> Behind:
+        """The same for the MLP of some of the row's tokens."""
+        return replace(self, gate_up=self.gate_up.at(part.start), down=self.down.at(part.start))
 
 
 @dataclass(frozen=True)
@@ -304,8 +317,9 @@ def _forward(
     del heads, attended
     outs, inners = [], []
     for part in tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile):
-        gate_up, inner_gate_up = behind.gate_up.forward(normed[part])
-        y, inner_down = behind.down.forward_swiglu(gate_up, behind.gate_up, inner_gate_up)
+        of_part = behind.at(part)
+        gate_up, inner_gate_up = of_part.gate_up.forward(normed[part])
+        y, inner_down = of_part.down.forward_swiglu(gate_up, of_part.gate_up, inner_gate_up)
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
@@ -358,12 +372,13 @@ def _mlp_backward(
     d_stream: Tensor | None = None
     sums: list[Tensor] = []
     for part in parts:
-        held = [kept.gate_up] if kept.gate_up is not None else [_gate_up(h[part], normed, part, behind)]
+        of_part = behind.at(part)
+        held = [kept.gate_up] if kept.gate_up is not None else [_gate_up(h[part], normed, part, of_part)]
         kept.gate_up = None
         if part.stop == h.shape[0]:
             normed = None
         inner_down = None if kept.inner_down is None else kept.inner_down[part]
-        d_part, gradients = _tile_backward(dy[part], h[part], held, inner_down, behind)
+        d_part, gradients = _tile_backward(dy[part], h[part], held, inner_down, of_part)
         if len(parts) == 1:
             return d_part, gradients
         d_stream = h.new_empty(h.shape[0], d_part.shape[1]) if d_stream is None else d_stream

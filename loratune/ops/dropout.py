@@ -14,10 +14,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from loratune.ops.layer import with_kernel
 
 _MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B9 - (1 << 32)
@@ -48,56 +49,63 @@ def threshold(probability: float) -> int:
     return round(probability * LEVELS)
 
 
-@dataclass
-class Stream:
-    """What the tokens of the row that is running count as."""
+def row_key(key: int, position: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """What dropout in one row goes by, (3,) int32: the number of its first token in the step, and the step's key.
 
-    key: int
-    position: int = 0
-    """Of the row's first token."""
+    A tensor, because a recorded step reads it where the host writes another one before each replay.
+    """
+    return torch.tensor([position, *halves(key)], dtype=torch.int32, device=device)
 
 
-_streams: list[Stream] = []
+def random_row_key(device: torch.device | str) -> Tensor:
+    """One from torch's global generator, for a row whose step nobody has named."""
+    return torch.randint(-(1 << 31), 1 << 31, (3,), dtype=torch.int32, device=device)
+
+
+_open: list[Tensor] = []
 
 
 @contextmanager
-def keyed(key: int) -> Iterator[Stream]:
-    """Inside, dropout that is drawn one adapter at a time follows `key`; whoever runs rows moves the position on."""
-    _streams.append(Stream(key))
+def keyed(row: Tensor) -> Iterator[None]:
+    """Inside, dropout that is drawn one adapter at a time follows `row`, a `row_key` on the row's device."""
+    _open.append(row)
     try:
-        yield _streams[-1]
+        yield
     finally:
-        _streams.pop()
+        _open.pop()
 
 
-def stream() -> Stream | None:
-    """The innermost stream that is open."""
-    return _streams[-1] if _streams else None
+def open_key() -> Tensor | None:
+    """The innermost that is open."""
+    return _open[-1] if _open else None
 
 
 def drop(x: Tensor, probability: float, salt: int) -> tuple[Tensor, Tensor]:
-    """Dropout of a row, (tokens, features), and which elements are kept: by the open stream or torch's generator."""
-    current = stream()
-    if current is None:
+    """Dropout of a row, (tokens, features), and which elements are kept: by the open key or torch's generator."""
+    row = open_key()
+    if row is None:
         return torch.native_dropout(x, probability, True)
-    kept = keep_mask(current.key, salt, current.position, (x.shape[0], x.shape[1]), probability, x.device)
+    kept = keep_mask(row, salt, (x.shape[0], x.shape[1]), probability)
     return (x * kept).mul_(1 / (1 - probability)), kept
 
 
-def keep_mask(
-    key: int, salt: int, position: int, shape: tuple[int, int], probability: float, device: torch.device | str = "cpu"
-) -> Tensor:
+def _on_gpu(row: Tensor, *_: object, **__: object) -> bool:
+    return row.is_cuda
+
+
+@with_kernel(_on_gpu, "dropout_kernels")
+def keep_mask(row: Tensor, salt: int, shape: tuple[int, int], probability: float, first: int = 0) -> Tensor:
     """Which elements stay: (tokens, features) bool, each True with 1 - probability.
 
     Args:
-        key: of the step, `dropout_key`.
+        row: `row_key`, on the device of the mask.
         salt: of the layer, `layer_salt`.
-        position: of the first token in the adapter's own step; the others follow.
         shape: tokens, features.
+        first: number of the first of these tokens in the row.
     """
-    low, high = halves(key)
-    tokens = torch.arange(position, position + shape[0], dtype=torch.int32, device=device)
-    features = torch.arange(shape[1], dtype=torch.int32, device=device).mul_(GOLDEN)
+    position, low, high = row.unbind()
+    tokens = torch.arange(first, first + shape[0], dtype=torch.int32, device=row.device) + position
+    features = torch.arange(shape[1], dtype=torch.int32, device=row.device).mul_(GOLDEN)
     rows = _finalise(_finalise(tokens ^ low) ^ (high ^ salt))
     hashed = _finalise(rows[:, None] ^ features)
     return ((hashed >> 8) & (LEVELS - 1)) >= threshold(probability)

@@ -74,6 +74,14 @@ class Fp8Projection:
         turned = transposed(frozen.values, lora_A, numbers.new_ones(1)) if both_ways else None
         return cls(frozen, bias, lora_A, lora_B, members.rows, members.ranks, members.scalings, numbers, turned)
 
+    def dropping(self, _: Tensor) -> Fp8Projection:
+        """The same: with dropout, A and B do not ride, and the weight is in an `ops.projection.Projection`."""
+        return self
+
+    def at(self, _: int) -> Fp8Projection:
+        """The same: without dropout it does not matter which tokens of the row run."""
+        return self
+
     @property
     def measure_x(self) -> Measure:
         """What x is to be measured for."""

@@ -47,9 +47,9 @@ def lora_linear(
             gradients come back in the masters' own.
         scaling: dimensionless; lora_alpha / r, or lora_alpha / √r with rsLoRA.
         dropout: probability in [0, 1) of zeroing an element of the adapter's input; the caller passes 0 outside of
-            training. Drawn from torch's global generator, as `torch.nn.functional.dropout` does, unless a stream of
+            training. Drawn from torch's global generator, as `torch.nn.functional.dropout` does, unless a key of
             `ops.dropout` is open.
-        salt: what sets this layer's dropout apart in such a stream.
+        salt: what sets this layer's dropout apart under such a key.
 
     Returns: (..., d_out), dtype of x.
     Raises: AdapterError: A and B disagree on r, or do not fit W.

@@ -16,13 +16,16 @@ onto the low-rank part of a dy without room the wide product is added, as it is 
 A weight in 4 bits gets its border for the length of a product (`ops.nf4`); one in 8 bits has its own (`ops.fp8`), and
 with an adapter in it a projection of its own (`ops.fp8_projection`).
 
+Dropout lies between x and A, so y rides as before. What it does to dx is a mask over (dy B) A, one for each member,
+and no longer a sum that the product could take up: the wide product is added onto it.
+
 The forward and the gradients are plain functions without autograd: `ops.block` puts them into its nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -30,7 +33,7 @@ from torch.nn.functional import linear
 from loratune.ops import layer
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
-from loratune.ops.thin import Members, gradients, narrow
+from loratune.ops.thin import Drops, Members, gradients, narrow, widen
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ class Projection:
     measure_x: None = None
     measure_dy: None = None
     """What rows are measured for (`ops.measure`): nothing."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of what an adapter reads."""
+    salts: Sequence[int] = ()
+    """`ops.dropout.layer_salt` of each member."""
+    drops: Drops | None = None
+    """The dropout of one forward and its backward; None for none."""
+
+    def dropping(self, row: Tensor) -> Projection:
+        """The same with dropout, in the row of that `ops.dropout.row_key`."""
+        return replace(self, drops=Drops(row, self.dropout, self.salts, self.ranks)) if self.dropout else self
+
+    def at(self, first: int) -> Projection:
+        """The same on tokens from the nth of the row on."""
+        return self if self.drops is None else replace(self, drops=replace(self.drops, first=first))
 
     @property
     def room(self) -> int:
@@ -87,11 +104,11 @@ class Projection:
         if border is not None and self.lora_A is not None:
             roomy = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.room)
             copy = None if roomy is x else roomy[:, :d_in]
-            inner = narrow(x[:, :d_in], self.lora_A.T, roomy[:, d_in:], copy=copy)
+            inner = narrow(x[:, :d_in], self.lora_A.T, roomy[:, d_in:], copy=copy, drops=self.drops)
             return self._wide(roomy), inner
         if self.lora_A is None or self.lora_B is None:
             return self.frozen.forward(x, self.bias), None
-        inner = narrow(x, self.lora_A.T)
+        inner = narrow(x, self.lora_A.T, drops=self.drops)
         return self.frozen.forward(x, self.bias, inner @ self.lora_B.T), inner
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +141,8 @@ class Projection:
     def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
         """Gradient of the input, (N, d_in); dy as `d_inner` left it."""
         d_out, d_in = self.frozen.shape
+        if self.drops is not None and d_inner is not None and self.lora_A is not None:
+            return self.frozen.d_input(dy[:, :d_out], widen(d_inner, self.lora_A, self.drops))
         if self.bordered is not None and dy.shape[1] > d_out:
             return dy @ self.bordered[:, :d_in]
         if d_inner is None or self.lora_A is None:
@@ -137,4 +156,4 @@ class Projection:
         if d_inner is None or inner is None:
             return []
         members = Members(self.rows, self.ranks, self.scalings)
-        return gradients(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members)
+        return gradients(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members, self.drops)

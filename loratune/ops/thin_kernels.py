@@ -1,9 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
 """Triton twins of `ops.thin`, for bfloat16 and float16 on a GPU.
 
-Both kernels cut their sums into pieces. Each block writes its piece, counts itself, and the one that finds itself the
-last adds up all pieces in their order and sets the counter back: the same bits each time, and one launch. The
-counters are shared by all launches of a device, which is right as long as they follow one another on one stream.
+`narrow` and `gradients` cut sums into pieces. Each block writes its piece, counts itself, and the one that finds
+itself the last adds up all pieces in their order and sets the counter back: the same bits each time, and one launch.
+The counters are shared by all launches of a device, which is right as long as they follow one another on one stream.
+
+With dropout no program may take the ranks of two adapters at once, since each sees an operand of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loratune.ops.thin import Members
+from loratune.ops.dropout import GOLDEN, LEVELS, threshold
+from loratune.ops.dropout_kernels import hashed_in_row, keeps
+from loratune.ops.thin import Drops, Members
 
 _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
@@ -61,6 +65,13 @@ def _summed(own, partial_ptr, counter_ptr, block, piece, PIECES: tl.constexpr, A
 
 
 @triton.jit
+def _dropped(x, tokens, feature, threshold, scale, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
+    """x, (tokens, features), behind dropout."""
+    kept = keeps(tokens, feature, threshold, GOLDEN, LEVELS)
+    return tl.where(kept, x.to(tl.float32) * scale, 0.0).to(x.dtype)
+
+
+@triton.jit
 def _clear(at, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
     """Zeros from each of the addresses `at`, (ROWS, 1), on."""
     column = tl.arange(0, COUNT)[None, :]
@@ -69,30 +80,39 @@ def _clear(at, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _narrow(
-    wide_ptr, thin_ptr, tail_ptr, kept_ptr, copy_ptr, partial_ptr, counter_ptr,
-    rows, terms, ranks, wide_row, thin_term, thin_rank, tail_row, kept_row, copy_row, spare,
+    wide_ptr, thin_ptr, tail_ptr, kept_ptr, copy_ptr, partial_ptr, counter_ptr, row_ptr, parts_ptr,
+    rows, terms, ranks, wide_row, thin_term, thin_rank, tail_row, kept_row, copy_row, spare, threshold, scale, first,
     TERMS_EACH: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr, COPY: tl.constexpr,
-    SPARE: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, RANKS: tl.constexpr,
+    SPARE: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, RANKS: tl.constexpr, DROP: tl.constexpr,
+    GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     block, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, rank = block * ROWS + tl.arange(0, ROWS), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    first_rank, end_rank, salt = tl.program_id(2) * RANKS, ranks, 0
+    if DROP:
+        part = parts_ptr + tl.program_id(2) * 3
+        first_rank, end_rank, salt = tl.load(part), tl.load(part + 1), tl.load(part + 2)
+    row, rank = block * ROWS + tl.arange(0, ROWS), first_rank + tl.arange(0, RANKS)
+    if DROP:
+        tokens = hashed_in_row(row_ptr, first + row, salt)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    for first in range(0, TERMS_EACH, TERMS):
-        term = piece * TERMS_EACH + first + tl.arange(0, TERMS)
+    for above in range(0, TERMS_EACH, TERMS):
+        term = piece * TERMS_EACH + above + tl.arange(0, TERMS)
         wide_at = row[:, None] * wide_row + term[None, :]
         wide = tl.load(wide_ptr + wide_at, mask=(row < rows)[:, None] & (term < terms)[None, :], other=0.0)
         if COPY:
             copy_at = row[:, None] * copy_row + term[None, :]
             tl.store(copy_ptr + copy_at, wide, mask=(row < rows)[:, None] & (term < terms)[None, :])
+        if DROP:
+            wide = _dropped(wide, tokens, term, threshold, scale, GOLDEN, LEVELS)
         thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
-        thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < ranks)[None, :], other=0.0)
+        thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < end_rank)[None, :], other=0.0)
         total = tl.dot(wide, thin, total)
     done = True
     if PIECES > 1:
         counted = block * tl.num_programs(2) + tl.program_id(2)
         total, done = _summed(total, partial_ptr, counter_ptr, counted, piece, PIECES, ROWS, RANKS)
     if done:
-        inside = (row < rows)[:, None] & (rank < ranks)[None, :]
+        inside = (row < rows)[:, None] & (rank < end_rank)[None, :]
         if TAIL:
             tl.store(tail_ptr + row[:, None] * tail_row + rank[None, :], total, mask=inside)
             if SPARE > 0:
@@ -101,48 +121,123 @@ def _narrow(
             tl.store(kept_ptr + row[:, None] * kept_row + rank[None, :], total, mask=inside)
 
 
+@functools.cache
+def _parts(places: tuple[tuple[int, int], ...], salts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """(parts, 3) int32: first rank, end and salt of each, none wider than `width` or of two adapters."""
+    table = [
+        [first, min(first + width, end), salt]
+        for (start, end), salt in zip(places, salts, strict=True)
+        for first in range(start, end, width)
+    ]
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def _parts_of(drops: Drops, width: int) -> Tensor:
+    return _parts(tuple((k.start, k.stop) for k in drops.ranks), tuple(drops.salts), width, drops.row.device)
+
+
+def _most_ranks(drops: Drops | None, total: int) -> int:
+    """Of those that one program may take, out of `total`."""
+    return total if drops is None else max(ranks.stop - ranks.start for ranks in drops.ranks)
+
+
+def _how(drops: Drops | None) -> tuple[int, float, int]:
+    """Threshold, scale and first token, as kernels take them."""
+    return (0, 1.0, 0) if drops is None else (threshold(drops.probability), drops.scale, drops.first)
+
+
 def narrow(
-    wide: Tensor, thin: Tensor, tail: Tensor | None = None, keep: bool = True, copy: Tensor | None = None
+    wide: Tensor,
+    thin: Tensor,
+    tail: Tensor | None = None,
+    keep: bool = True,
+    copy: Tensor | None = None,
+    drops: Drops | None = None,
 ) -> Tensor:
     """As `ops.thin.narrow`."""
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     (rows, terms), ranks = wide.shape, thin.shape[1]
     keep, spare = keep or tail is None, 0 if tail is None else tail.shape[1] - ranks
     kept = wide.new_empty(rows, ranks) if keep or tail is None else tail[:, :ranks]
-    tall, step, width = (
-        height(rows, used_twice=copy is not None),
-        128,
-        min(64, max(16, triton.next_power_of_2(ranks))),
-    )
-    blocks, columns = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
+    tall, step = height(rows, used_twice=copy is not None or drops is not None), 128  # a hash takes registers too
+    width = min(64, max(16, triton.next_power_of_2(_most_ranks(drops, ranks))))
+    row, parts = (wide, wide) if drops is None else (drops.row, _parts_of(drops, width))
+    blocks, columns = triton.cdiv(rows, tall), triton.cdiv(ranks, width) if drops is None else len(parts)
     pieces = _pieces(blocks * columns, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
     partial = wide.new_empty(blocks * columns * pieces * tall * width if pieces > 1 else 0, dtype=torch.float32)
     filled = kept if tail is None else tail
     copied = wide if copy is None else copy
     _narrow[(blocks, pieces, columns)](
-        wide, thin, filled, kept, copied, partial, _counters(wide.device), rows, terms, ranks,
+        wide, thin, filled, kept, copied, partial, _counters(wide.device), row, parts, rows, terms, ranks,
         wide.stride(0), thin.stride(0), thin.stride(1), filled.stride(0), kept.stride(0), copied.stride(0), spare,
-        TERMS_EACH=terms_each, PIECES=pieces, TAIL=tail is not None, KEEP=keep, COPY=copy is not None,
+        *_how(drops), TERMS_EACH=terms_each, PIECES=pieces, TAIL=tail is not None, KEEP=keep, COPY=copy is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
+        DROP=drops is not None, GOLDEN=GOLDEN, LEVELS=LEVELS,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return kept
 
 
 @triton.jit
-def _outer(
-    wide_ptr, thin_ptr, wide_row, thin_row, first, end, first_rank, ranks, rows, piece,
-    ROWS_EACH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+def _widen(
+    inner_ptr, thin_ptr, out_ptr, row_ptr, parts_ptr, rows, columns, inner_row, thin_row, threshold, scale, first,
+    MEMBERS: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over a piece of the rows of wide[:, first:end]ᵀ thin[:, first_rank:first_rank + ranks]."""
-    column, rank = first + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+    """out[n] = sum over the members of dropout of inner[n] thin, each over its own ranks, at most `MOST`."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there, inside = (row < rows)[:, None], (column < columns)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for member in tl.static_range(MEMBERS):
+        part = parts_ptr + member * 3
+        first_rank, end_rank, salt = tl.load(part), tl.load(part + 1), tl.load(part + 2)
+        own = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for above in range(0, MOST, RANKS):
+            rank = first_rank + above + tl.arange(0, RANKS)
+            inner_at = inner_ptr + row[:, None] * inner_row + rank[None, :]
+            inner = tl.load(inner_at, mask=there & (rank < end_rank)[None, :], other=0.0)
+            thin_at = thin_ptr + rank[:, None].to(tl.int64) * thin_row + column[None, :]
+            thin = tl.load(thin_at, mask=(rank < end_rank)[:, None] & inside, other=0.0)
+            own = tl.dot(inner, thin, own)
+        tokens = hashed_in_row(row_ptr, first + row, salt)
+        total += _dropped(own, tokens, column, threshold, scale, GOLDEN, LEVELS)
+    tl.store(out_ptr + row[:, None] * columns + column[None, :], total, mask=there & inside)
+
+
+def widen(inner: Tensor, thin: Tensor, drops: Drops) -> Tensor:
+    """As `ops.thin.widen`."""
+    inner, thin = (t if t.stride(1) == 1 else t.contiguous() for t in (inner, thin))
+    (rows, columns), (height, step) = (inner.shape[0], thin.shape[1]), (32, 128)
+    most = _most_ranks(drops, thin.shape[0])
+    out = inner.new_empty(rows, columns)
+    _widen[triton.cdiv(rows, height), triton.cdiv(columns, step)](
+        inner, thin, out, drops.row, _parts_of(drops, thin.shape[0]), rows, columns, inner.stride(0), thin.stride(0),
+        *_how(drops), MEMBERS=len(drops.ranks), MOST=most, ROWS=height, COLUMNS=step,
+        RANKS=min(32, max(16, triton.next_power_of_2(most))), GOLDEN=GOLDEN, LEVELS=LEVELS,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _outer(
+    wide_ptr, thin_ptr, row_ptr, wide_row, thin_row, first_column, end, first_rank, ranks, rows, piece,
+    salt, threshold, scale, first, ROWS_EACH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    RANKS: tl.constexpr, DROP: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Sum over a piece of the rows of wide[:, first_column:end]ᵀ thin[:, first_rank:first_rank + ranks]."""
+    column, rank = first_column + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
     total = tl.zeros((COLUMNS, RANKS), tl.float32)
     for above in range(0, ROWS_EACH, ROWS):
         row = (piece * ROWS_EACH + above + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None]
         wide_at = row[:, None] * wide_row + column[None, :]
         wide = tl.load(wide_ptr + wide_at, mask=inside & (column < end)[None, :], other=0.0)
+        if DROP:
+            tokens = hashed_in_row(row_ptr, first + row, salt)
+            wide = _dropped(wide, tokens, column, threshold, scale, GOLDEN, LEVELS)
         thin_at = row[:, None] * thin_row + (first_rank + rank)[None, :]
         thin = tl.load(thin_ptr + thin_at, mask=inside & (rank < ranks)[None, :], other=0.0)
         total = tl.dot(tl.trans(wide), thin, total)
@@ -151,29 +246,29 @@ def _outer(
 
 @triton.jit
 def _gradients(
-    x_ptr, d_inner_ptr, dy_ptr, inner_ptr, out_ptr, table_ptr, scale_ptr, partial_ptr, counter_ptr,
-    rows, x_row, d_inner_row, dy_row, inner_row,
+    x_ptr, d_inner_ptr, dy_ptr, inner_ptr, out_ptr, table_ptr, scale_ptr, partial_ptr, counter_ptr, row_ptr,
+    rows, x_row, d_inner_row, dy_row, inner_row, threshold, scale, first_token,
     ROWS_EACH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, DROP: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     task, piece = tl.program_id(0), tl.program_id(1)
     entry = table_ptr + task * 8
     is_b, first, end, first_rank, ranks = (
         tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
     )  # fmt: skip
-    out_at, stride = tl.load(entry + 5), tl.load(entry + 6)
+    out_at, stride, salt = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
     if ALIGNED:  # without this the compiler must take numbers one by one
         first, end = tl.multiple_of(first, 16), tl.multiple_of(end, 16)
         first_rank, ranks = tl.multiple_of(first_rank, 16), tl.multiple_of(ranks, 16)
     if is_b != 0:
         total = _outer(
-            dy_ptr, inner_ptr, dy_row, inner_row, first, end, first_rank, ranks, rows, piece,
-            ROWS_EACH, COLUMNS, ROWS, RANKS,
+            dy_ptr, inner_ptr, row_ptr, dy_row, inner_row, first, end, first_rank, ranks, rows, piece,
+            salt, threshold, scale, first_token, ROWS_EACH, COLUMNS, ROWS, RANKS, False, GOLDEN, LEVELS,
         )  # fmt: skip
     else:
         total = _outer(
-            x_ptr, d_inner_ptr, x_row, d_inner_row, first, end, first_rank, ranks, rows, piece,
-            ROWS_EACH, COLUMNS, ROWS, RANKS,
+            x_ptr, d_inner_ptr, row_ptr, x_row, d_inner_row, first, end, first_rank, ranks, rows, piece,
+            salt, threshold, scale, first_token, ROWS_EACH, COLUMNS, ROWS, RANKS, DROP, GOLDEN, LEVELS,
         )  # fmt: skip
     done = True
     if PIECES > 1:
@@ -193,20 +288,25 @@ _TASKS: dict[tuple[object, ...], tuple[Tensor, Tensor, int]] = {}
 """Tables on the device by what they follow from; a model has as many as it has kinds of projections."""
 
 
-def _tasks(members: Members, d_in: int, columns: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _tasks(
+    members: Members, d_in: int, columns: int, width: int, device: torch.device, salts: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor, int]:
     """(tasks, 8) int64 for the kernel, (tasks,) factors, and how many numbers the gradients are.
 
-    First dA of all members, which share the reading of x, then dB of each.
+    First dA of all members, which share the reading of x unless there is dropout, then dB of each.
     """
     places = tuple((r.start, r.stop, k.start, k.stop) for r, k in zip(members.rows, members.ranks, strict=True))
-    key = (places, tuple(members.scalings), d_in, columns, width, device)
+    key = (places, tuple(members.scalings), d_in, columns, width, device, salts)
     if key not in _TASKS:
         total, table = places[-1][-1], []
-        for k in range(0, total, width):
-            for first in range(0, d_in, columns):
-                table.append(
-                    [0, first, min(d_in, first + columns), k, min(width, total - k), k * d_in + first, d_in, 0]
-                )
+        readers = [(0, total, 0)]
+        if salts is not None:
+            readers = [(low, high, salt) for (_, _, low, high), salt in zip(places, salts, strict=True)]
+        for low, high, salt in readers:
+            for k in range(low, high, width):
+                for first in range(0, d_in, columns):
+                    end, ranks = min(d_in, first + columns), min(width, high - k)
+                    table.append([0, first, end, k, ranks, k * d_in + first, d_in, salt])
         scales, out = [1.0] * len(table), total * d_in
         for (top, bottom, low, high), scaling in zip(places, members.scalings, strict=True):
             rank = high - low
@@ -221,25 +321,28 @@ def _tasks(members: Members, d_in: int, columns: int, width: int, device: torch.
     return _TASKS[key]
 
 
-def gradients(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members) -> list[Tensor]:
+def gradients(
+    x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members, drops: Drops | None = None
+) -> list[Tensor]:
     """As `ops.thin.gradients`; the gradients are parts of one buffer."""
     x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in (x, d_inner, dy, inner))
     (rows, d_in), total = x.shape, members.ranks[-1].stop
-    width = min(64, max(16, triton.next_power_of_2(total)))
+    width = min(64, max(16, triton.next_power_of_2(_most_ranks(drops, total))))
     columns = 64
     places = [d_in, *(edge for part in (*members.rows, *members.ranks) for edge in (part.start, part.stop))]
     aligned = all(place % 16 == 0 for place in places)
-    table, scales, size = _tasks(members, d_in, columns, width, x.device)
+    salts = None if drops is None else tuple(drops.salts)
+    table, scales, size = _tasks(members, d_in, columns, width, x.device, salts)
     tasks, step = table.shape[0], 64
     pieces = _pieces(tasks, triton.cdiv(rows, step))
     rows_each = triton.cdiv(triton.cdiv(rows, pieces), step) * step
     out = torch.empty(size, device=x.device)
     partial = out.new_empty(tasks * pieces * columns * width if pieces > 1 else 0)
     _gradients[(tasks, pieces)](
-        x, d_inner, dy, inner, out, table, scales, partial, _counters(x.device),
-        rows, x.stride(0), d_inner.stride(0), dy.stride(0), inner.stride(0),
-        ROWS_EACH=rows_each,
-        PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, ALIGNED=aligned,
+        x, d_inner, dy, inner, out, table, scales, partial, _counters(x.device), x if drops is None else drops.row,
+        rows, x.stride(0), d_inner.stride(0), dy.stride(0), inner.stride(0), *_how(drops),
+        ROWS_EACH=rows_each, PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, ALIGNED=aligned,
+        DROP=drops is not None, GOLDEN=GOLDEN, LEVELS=LEVELS,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     dA, at, found = out[: total * d_in].view(total, d_in), total * d_in, []

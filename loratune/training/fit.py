@@ -142,8 +142,7 @@ def _limit(config: TrainConfig, device: torch.device) -> int:
 def _survey(forward: PackedForward, trainable: int) -> Survey:
     model = forward.model
     ranks = ranks_of(model)
-    found = survey(model, ranks, trainable, "auto", model.dtype, on_gpu=forward.fused is not None, dropout=0.0)
-    return found
+    return survey(model, ranks, trainable, "auto", model.dtype, on_gpu=forward.fused is not None)
 
 
 def _plans(
@@ -204,7 +203,7 @@ def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
 
 @contextmanager
 def _dropping(model: nn.Module) -> Iterator[None]:
-    """Dropout of the adapter as in training, since its masks take memory too."""
+    """Dropout of the adapter as in training, since in modules its masks take memory too."""
     modules = [m for m in model.modules() if getattr(m, "lora_dropout", 0.0) > 0.0 and not m.training]
     for module in modules:
         module.training = True

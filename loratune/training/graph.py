@@ -3,7 +3,8 @@
 A step of a small model is bound by launches, not by arithmetic: a Llama of 1B parameters takes 80 ms a step of 512
 tokens launched one by one and a tenth of that replayed. Since every row has the same number of tokens, one recording
 fits all rows. What still differs between rows are numbers, and these are read from buffers at fixed addresses:
-tokens, positions, borders, which positions are trained, their targets and weights, the normaliser, the rate.
+tokens, positions, borders, which positions are trained, their targets and weights, the normaliser, the rate, and the
+key of dropout, so that each replay drops anew and a run that is recorded drops what one that is not would have.
 
     layout   documents, longest, trained: upper bounds that are part of the recording. They grow in coarse steps and
              never shrink, so a run records two or three times at its start and then replays.
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
+from loratune.ops.dropout import keyed, row_key
 from loratune.training.objectives import Objective, sft
 from loratune.training.optim import JointAdamW
 from loratune.training.recordings import Recordings
@@ -78,6 +80,7 @@ class Inputs:
             "weights": (torch.float32, tokens),
             "borders": (torch.int32, tokens + 1),
             "normaliser": (torch.float32, 1),
+            "dropout": (torch.int32, 3),  # `ops.dropout.row_key`
         }
         size = sum(dtype.itemsize * count for dtype, count in fields.values())
         self._fields, self._size = fields, size
@@ -102,8 +105,14 @@ class Inputs:
         self.lay(row, layout, normaliser, nth)
         self.send(nth)
 
-    def send(self, buffer: int) -> None:
-        """What lies in that host buffer goes to the device; returns before it has arrived."""
+    def send(self, buffer: int, dropout: Tensor | None = None) -> None:
+        """What lies in that host buffer goes to the device; returns before it has arrived.
+
+        Args:
+            dropout: the `row_key` that goes with it.
+        """
+        if dropout is not None:
+            self._views(self._hosts[buffer], self._fields)["dropout"].copy_(dropout)
         self._device.copy_(self._hosts[buffer], non_blocking=True)
 
     def lay(self, row: Row, layout: Layout, normaliser: float, buffer: int) -> None:
@@ -216,23 +225,25 @@ class GraphStep:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm)
 
-    def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = ()) -> StepResult:
+    def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = (), *, key: int | None = None) -> StepResult:
         """One update from `rows`; must run inside `forward.installed()`.
 
         Args:
             upcoming: the rows of the next step, if they are known; they are laid out while the device works.
+            key: of the step's dropout, `ops.dropout.dropout_key`; None takes one from torch's generator.
         """
+        key = int(torch.randint(1 << 62, ())) if key is None else key
         ahead, self._ahead = self._ahead, None
         same = ahead is not None and len(rows) == len(ahead.rows) and all(map(operator.is_, rows, ahead.rows))
         laid = ahead if ahead is not None and same else self._lay(rows)
         assert self._inputs is not None
         if len(rows) == 1:
-            self._inputs.send(laid.buffers[0])
+            self._inputs.send(laid.buffers[0], row_key(key))
             layout = laid.layouts[0]
             self._recordings.run("whole", layout, lambda: self._whole(layout))
             self._forget_gradients()
         else:
-            self._several(laid, self._inputs)
+            self._several(laid, self._inputs, key)
         if upcoming and len(upcoming[0].tokens) == len(rows[0].tokens):
             self._ahead = self._lay(upcoming)
         loss, grad_norm, skipped = self._outcome.tolist()
@@ -250,15 +261,15 @@ class GraphStep:
 
     _gradients: list[Tensor | None] | None = None
 
-    def _several(self, laid: Laid, inputs: Inputs) -> None:
+    def _several(self, laid: Laid, inputs: Inputs, key: int) -> None:
         """Gradients live at fixed addresses, where the graphs of the rows add and that of the update reads."""
         self._outcome.zero_()
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None if self._gradients is None else self._gradients[index]
         if self._gradients is not None:
             torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
-        for layout, buffer in zip(laid.layouts, laid.buffers, strict=True):
-            inputs.send(buffer)
+        for nth, (layout, buffer) in enumerate(zip(laid.layouts, laid.buffers, strict=True)):
+            inputs.send(buffer, row_key(key, nth * len(laid.rows[0].tokens)))
             if self._gradients is None:
                 self._add_row(layout)
                 self._gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
@@ -287,9 +298,10 @@ class GraphStep:
         """Forward and backward of the row in the buffers; adds its loss to the outcome."""
         assert self._inputs is not None
         values = self._inputs.device
-        logprobs = logprobs_in(self._forward, values, layout)
-        loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
-        loss.backward()
+        with keyed(values["dropout"]):
+            logprobs = logprobs_in(self._forward, values, layout)
+            loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
+            loss.backward()
         self._outcome[0] += loss.detach()
 
     def _update(self) -> None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
-from loratune.ops.dropout import dropout_key, keyed
+from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
@@ -172,18 +172,18 @@ class Loop:
         return self._course.stepped(result, tokens, seconds, peak_memory_bytes(self.forward.model.device))
 
     def _take_step(self, rows: Sequence[Row]) -> StepResult:
+        key = dropout_key(self.config.seed, self.progress.step)
         if self._graph is not None and self._graph.why_not is None:
-            return self._graph(rows, self._course.next_rows(ahead=1))
-        # A document by itself does not know where in the row it is: there dropout is left to torch's generator.
-        one_row = self.forward.road != "one by one"
-        with keyed(dropout_key(self.config.seed, self.progress.step)) if one_row else nullcontext():
-            return train_step(
-                self.forward,
-                rows,
-                list(self.parameters.values()),
-                self._optimizer,
-                max_grad_norm=self.config.max_grad_norm,
-            )
+            return self._graph(rows, self._course.next_rows(ahead=1), key=key)
+        return train_step(
+            self.forward,
+            rows,
+            list(self.parameters.values()),
+            self._optimizer,
+            max_grad_norm=self.config.max_grad_norm,
+            # A document by itself does not know where in the row it is: there dropout is left to torch's generator.
+            key=None if self.forward.road == "one by one" else key,
+        )
 
     def _evaluate(self) -> Evaluated:
         started = time.perf_counter()

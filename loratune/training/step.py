@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
-from loratune.ops.dropout import stream
+from loratune.ops.dropout import keyed, row_key
 from loratune.training.objectives import Objective, sft
 
 
@@ -41,6 +42,7 @@ def train_step(
     *,
     max_grad_norm: float,
     objective: Objective = sft,
+    key: int | None = None,
 ) -> StepResult:
     """Accumulates the gradients of `rows`, clips them by global norm, and updates `parameters`.
 
@@ -49,15 +51,16 @@ def train_step(
     Args:
         rows: the micro-steps; together they are the batch of this step.
         max_grad_norm: 0 turns clipping off.
+        key: of the step's dropout, `ops.dropout.dropout_key`; None leaves dropout to torch's generator.
     """
     normaliser = sum(float(row.weights.sum()) for row in rows)
-    total = 0.0
+    total, position = 0.0, 0
     for row in rows:
-        loss = _row_objective(forward, row, objective) / normaliser
-        loss.backward()
+        with nullcontext() if key is None else keyed(row_key(key, position, forward.model.device)):
+            loss = _row_objective(forward, row, objective) / normaliser
+            loss.backward()
         total += float(loss.detach())
-        if (dropout := stream()) is not None:
-            dropout.position += len(row.tokens)
+        position += len(row.tokens)
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     finite = math.isfinite(total) and math.isfinite(grad_norm)
     if finite:

@@ -61,7 +61,6 @@ def survey(
     dtype: torch.dtype,
     *,
     on_gpu: bool,
-    dropout: float,
 ) -> Survey:
     """Reads a model, on any device.
 
@@ -71,11 +70,10 @@ def survey(
         precision: of the base as it will be held, as in `RunConfig`; "auto" is as it is.
         dtype: of the products.
         on_gpu: fused layers are for GPUs.
-        dropout: of the adapter; fused layers have none.
     """
     layers = decoder_layers(model)
     quantised = precision if precision in ("nf4", "fp8") else _quantised(layers)
-    fusible = on_gpu and dropout == 0.0 and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
+    fusible = on_gpu and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
     per_layer = [_trained_in(layer, ranks) for layer in layers]
     shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []
     head, config = model.get_output_embeddings(), model.config.get_text_config()

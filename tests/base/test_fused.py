@@ -9,12 +9,19 @@ from loratune.base import fused
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.lora.inject import activate
+from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, model_with_adapter, trainable
 
 FUSIBLE = ["llama", "qwen3", "mistral"]
+
+
+def training(model):
+    """Dropout as in a run (`training.loop`)."""
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
 
 
 def loss_and_gradients(model, forward, row):
@@ -29,14 +36,18 @@ def loss_and_gradients(model, forward, row):
 
 @pytest.mark.parametrize("name", FUSIBLE)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"], ["up_proj"]])
-@pytest.mark.parametrize("lora_alpha", [4, 10])
-def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha):
-    model = model_with_adapter(name, dtype=torch.float64, target_modules=targets, lora_alpha=lora_alpha)
+@pytest.mark.parametrize(("lora_alpha", "dropout"), [(4, 0.0), (10, 0.0), (10, 0.3)])
+def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, dropout):
+    model = model_with_adapter(
+        name, dtype=torch.float64, target_modules=targets, lora_alpha=lora_alpha, lora_dropout=dropout
+    )
     row = make_row(examples(7), 256, 0)
-    plain = loss_and_gradients(model, PackedForward(model, "documents", prepare(model).head), row)
     forward = prepare(model)
     assert fuse(forward)
-    got = loss_and_gradients(model, forward, row)
+    training(model)
+    with keyed(row_key(dropout_key(0, 3), 512)):
+        plain = loss_and_gradients(model, PackedForward(model, "documents", forward.head), row)
+        got = loss_and_gradients(model, forward, row)
     torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
     assert got[1].keys() == plain[1].keys()
     for path, gradient in plain[1].items():
@@ -96,3 +107,55 @@ def test_the_bare_base_and_changed_adapters_are_seen():
         bare = hidden(forward)
     with torch.no_grad(), plain.installed():
         torch.testing.assert_close(bare, hidden(plain), rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_follows_step_and_position_and_is_for_training():
+    model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+
+    def loss(key, position=0):
+        with forward.installed(), torch.no_grad(), keyed(row_key(key, position)):
+            return float(_row_objective(forward, row, sft))
+
+    resting = loss(1)
+    assert resting == loss(2)
+    training(model)
+    assert loss(1) == loss(1)
+    assert len({resting, loss(1), loss(2), loss(1, 128)}) == 4
+
+
+def test_without_a_key_dropout_is_from_the_generator_and_the_backward_sees_the_forward_s():
+    """The loss is a function of the masters, so its derivative along a direction is what gradients must add up to."""
+    model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+    training(model)
+    parameters = list(trainable(model).values())
+    directions = [torch.randn_like(p) for p in parameters]
+
+    def loss(seed, along=0.0):
+        torch.manual_seed(seed)
+        with forward.installed(), torch.no_grad():
+            for p, direction in zip(parameters, directions, strict=True):
+                p.add_(direction, alpha=along)
+            found = float(_row_objective(forward, row, sft))
+            for p, direction in zip(parameters, directions, strict=True):
+                p.add_(direction, alpha=-along)
+        return found
+
+    assert loss(1) == loss(1) != loss(2)
+    torch.manual_seed(1)
+    _, gradients = loss_and_gradients(model, forward, row)
+    expected = sum(float((g * d).sum()) for g, d in zip(gradients.values(), directions, strict=True))
+    step = 1e-4  # the modules' norms are in float32: noise of 6e-8 of the loss, over the step
+    assert (loss(1, step) - loss(1, -step)) / (2 * step) == pytest.approx(expected, rel=1e-2)
+
+
+def test_adapters_that_differ_in_dropout_do_not_qualify():
+    model = model_with_adapter("llama", lora_dropout=0.1)
+    assert fused.fusible(model)
+    model.model.layers[1].self_attn.q_proj.lora_dropout = 0.2
+    assert not fused.fusible(model)

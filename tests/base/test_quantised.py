@@ -23,8 +23,9 @@ from loratune.config import LoraConfig
 from loratune.data.pack import make_row
 from loratune.lora.inject import activate, attach, detach, merge, unmerge
 from loratune.ops import nf4
+from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.ops.nf4 import Nf4Weight
-from tests.base.test_fused import FUSIBLE, loss_and_gradients
+from tests.base.test_fused import FUSIBLE, loss_and_gradients, training
 from tests.conftest import build
 from tests.training.helpers import examples
 
@@ -90,17 +91,19 @@ def test_merge_and_unmerge():
     assert all(type(layer) is QuantisedLinear and layer.frozen is before[p] for p, layer in quantised_layers(model))
 
 
-@pytest.mark.parametrize("name", FUSIBLE)
-def test_fused_layers_take_codes(name):
+@pytest.mark.parametrize(("name", "dropout"), [*((name, 0.0) for name in FUSIBLE), ("llama", 0.3)])
+def test_fused_layers_take_codes(name, dropout):
     """Loss and gradients are those of the same fused layers over dense weights, in float64."""
     model = quantised(name, torch.float64)
     row = make_row(examples(7), 256, 0)
     results = []
     for base in (model, densified(model)):
-        attach(base, LoraConfig(r=4, init_lora_weights=False), name="a")
+        attach(base, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False), name="a")
         forward = prepare(base)
         assert fuse(forward)
-        results.append(loss_and_gradients(base, forward, row))
+        training(base)
+        with keyed(row_key(dropout_key(0, 0))):
+            results.append(loss_and_gradients(base, forward, row))
     (loss, gradients), (expected_loss, expected) = results
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for path, gradient in expected.items():  # another order of summation at most, in float64

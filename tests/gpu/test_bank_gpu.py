@@ -11,7 +11,7 @@ from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.bank import Bank
 from loratune.lora.inject import attach, detach, trainable_parameters
-from loratune.ops.dropout import dropout_key, keep_mask
+from loratune.ops.dropout import dropout_key, keep_mask, row_key
 from loratune.training.bank_graph import BankGraph
 from loratune.training.bank_step import BankStep, Part, join_parts, trim
 from loratune.training.objectives import sft
@@ -172,5 +172,6 @@ def test_the_recorded_step_learns_what_the_plain_step_learns():
 
 
 def test_dropout_has_the_same_bits_on_both_devices():
-    here, there = (keep_mask(dropout_key(3, 4), 99, 1000, (100, 300), 0.3, device) for device in ("cpu", "cuda"))
+    rows = [row_key(dropout_key(3, 4), 1000, device) for device in ("cpu", "cuda")]
+    here, there = (keep_mask(row, 99, (100, 300), 0.3, 5) for row in rows)
     assert torch.equal(here, there.cpu())

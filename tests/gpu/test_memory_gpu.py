@@ -20,7 +20,7 @@ from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop, RunsSlower
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
 from loratune.training.recordings import Recordings
-from tests.gpu.test_step_gpu import ROWS, a_row, small
+from tests.gpu.test_step_gpu import ROWS, a_row, small, training
 from tests.training.helpers import config, trainable
 
 pytestmark = [
@@ -35,9 +35,9 @@ PLANS = [Plan.uniform(level, LAYERS) for level in Level] + [
 MIB = 1 << 20
 
 
-def trained(name, plan, record, steps=12, fused=True):
+def trained(name, plan, record, steps=12, fused=True, dropout=0.0):
     """Losses, the adapter behind the last step, and the peak of memory above what the model takes."""
-    model = small(name)
+    model = small(name, dropout=dropout)
     parameters = list(trainable(model).values())
     on_host = plan is not None and plan.optimizer_on_host
     if on_host:
@@ -48,6 +48,7 @@ def trained(name, plan, record, steps=12, fused=True):
     forward = prepare(model)
     forward.plan = plan
     forward.fused = forward.fused if fused else None
+    training(model)
     step = GraphStep(forward, parameters, optimizer, 1.0, record=record)
     gc.collect()
     torch.cuda.empty_cache()
@@ -57,7 +58,7 @@ def trained(name, plan, record, steps=12, fused=True):
     with forward.installed():
         for index in range(steps):
             set_rate(optimizer, 3e-4 * (1 + index % 3))
-            found.append(step(ROWS[index % len(ROWS)]).loss)
+            found.append(step(ROWS[index % len(ROWS)], key=index).loss)
     assert step.why_not is None, step.why_not
     peak = torch.cuda.max_memory_allocated() - before
     return found, [p.detach().clone() for p in parameters], peak
@@ -72,13 +73,16 @@ def _deterministic(monkeypatch):
 
 
 @pytest.mark.usefixtures("_deterministic")
-@pytest.mark.parametrize(("name", "fused"), [("llama", True), ("qwen3", True), ("llama", False)])
-def test_every_policy_learns_the_same_to_the_bit(name, fused):
+@pytest.mark.parametrize(
+    ("name", "fused", "dropout"),
+    [("llama", True, 0.0), ("qwen3", True, 0.0), ("llama", False, 0.0), ("llama", True, 0.1), ("llama", False, 0.1)],
+)
+def test_every_policy_learns_the_same_to_the_bit(name, fused, dropout):
     """Each plan recorded, against everything kept and launched one by one."""
-    expected, adapter, most = trained(name, None, record=False, fused=fused)
+    expected, adapter, most = trained(name, None, record=False, fused=fused, dropout=dropout)
     for plan in PLANS:
         for record in (False, True):
-            losses, same, peak = trained(name, plan, record, fused=fused)
+            losses, same, peak = trained(name, plan, record, fused=fused, dropout=dropout)
             assert losses == expected, (str(plan), record)
             assert all(torch.equal(a, b) for a, b in zip(adapter, same, strict=True)), (str(plan), record)
             assert peak <= most + (1 << 20) or record, (str(plan), peak, most)

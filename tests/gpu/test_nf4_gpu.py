@@ -66,14 +66,18 @@ def test_riding_low_rank_parts_are_those_added_after(monkeypatch):
             assert float((got.double() - expected).norm() / expected.norm()) < 2**-8
 
 
-def steps(name: str, quantised: bool, record: bool, optim: str = "adamw") -> tuple[list[float], dict]:
+def steps(
+    name: str, quantised: bool, record: bool, optim: str = "adamw", dropout: float = 0.0
+) -> tuple[list[float], dict]:
     model = build(name)
     if quantised:
         quantise_linears(model, skip=[model.get_output_embeddings()])
     model = model.to("cuda", torch.bfloat16)
-    attach(model, LoraConfig(r=4), name="default", seed=0)
+    attach(model, LoraConfig(r=4, lora_dropout=dropout), name="default", seed=0)
     forward = prepare(model)
     assert forward.fused is not None
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
     parameters = list(trainable(model).values())
     optimizer = optimizer_of(parameters, TrainConfig(learning_rate=1e-2, optim=optim))
     step = GraphStep(forward, parameters, optimizer, 1.0, record=record)
@@ -81,18 +85,18 @@ def steps(name: str, quantised: bool, record: bool, optim: str = "adamw") -> tup
     with forward.installed():
         for index in range(8):
             set_rate(optimizer, 1e-2)
-            losses.append(step([make_row(examples(5, seed=index % 3), 256, 0)]).loss)
+            losses.append(step([make_row(examples(5, seed=index % 3), 256, 0)], key=index).loss)
     assert step.why_not is None
     return losses, {path: p.detach().clone() for path, p in trainable(model).items()}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
-def test_a_recorded_step_over_codes_is_the_step(name, optim):
+@pytest.mark.parametrize(("optim", "dropout"), [("adamw", 0.0), ("adamw", 0.1), ("adamw_8bit", 0.0)])
+def test_a_recorded_step_over_codes_is_the_step(name, optim, dropout):
     """The pieces of a weight live in the recording's own memory; replayed, they are what they were."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        (recorded, a), (eager, b) = (steps(name, True, record, optim) for record in (True, False))
+        (recorded, a), (eager, b) = (steps(name, True, record, optim, dropout) for record in (True, False))
     finally:
         torch.use_deterministic_algorithms(False)
     assert recorded == eager

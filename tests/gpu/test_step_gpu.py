@@ -19,7 +19,9 @@ from loratune.data.pack import make_row
 from loratune.lora.inject import attach
 from loratune.ops import layer, thin
 from loratune.ops.attention import document_attention
+from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.ops.logprobs import token_logprobs
+from loratune.ops.policy import Level, Plan
 from loratune.training.course import Evaluated, Rows, StepDone
 from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop, RunsSlower
@@ -45,7 +47,7 @@ def assert_as_good(fast, plain, exact, what):
     assert off(fast, exact) <= 2 * off(plain, exact) + 1e-4, (what, off(fast, exact), off(plain, exact))
 
 
-def small(name="llama", dim=64, **settings):
+def small(name="llama", dim=64, dropout=0.0, **settings):
     """A model wide enough for the GPU's kernels, in bfloat16, with an adapter whose B is not zero."""
     shape = {
         "hidden_size": 512,
@@ -78,13 +80,20 @@ def small(name="llama", dim=64, **settings):
     torch.manual_seed(0)
     model = kind[name]().to(BF16).requires_grad_(False).eval().cuda()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "gptoss" else "all-linear"
-    attach(model, LoraConfig(r=16, lora_alpha=24, target_modules=targets), name="default", seed=0)
+    lora = LoraConfig(r=16, lora_alpha=24, lora_dropout=dropout, target_modules=targets)
+    attach(model, lora, name="default", seed=0)
     for path, parameter in model.named_parameters():
         if path.endswith("lora_B"):
             parameter.data.normal_(0.0, 0.02)
         elif path.endswith("sinks"):
             parameter.data.normal_(3.0, 2.0)
     return model
+
+
+def training(model):
+    """Dropout as in a run (`training.loop`)."""
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
 
 
 def a_row(lengths, seed=0, tokens=TOKENS, prompt=0.3):
@@ -126,6 +135,27 @@ def test_fused_layers_are_as_exact_as_the_modules(name, lengths):
     plain = gradients(model, PackedForward(model, "one by one", forward.head), row)
     wide = copy.deepcopy(model).double()
     exact = gradients(wide, PackedForward(wide, "one by one", forward.head), row)
+    assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")
+    for path, gradient in exact[1].items():
+        assert_as_good(fast[1][path], plain[1][path], gradient, path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("plan", [None, Plan((Level.FULL,) * 4, tile=300), Plan((Level.OFFLOAD,) * 4)], ids=str)
+def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
+    """Under one key all drop the same; in float64 the masks are the plain ones."""
+    model = small(name, dropout=0.3)
+    row = a_row((300, 17, 512, 1, 100))
+    forward = prepare(model)
+    assert forward.fused is not None
+    forward.plan = plan
+    wide = copy.deepcopy(model).double()
+    training(model)
+    training(wide)
+    with keyed(row_key(dropout_key(0, 3), 4096, "cuda")):
+        fast = gradients(model, forward, row)
+        plain = gradients(model, PackedForward(model, "documents", forward.head), row)
+        exact = gradients(wide, PackedForward(wide, "documents", forward.head), row)
     assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")
     for path, gradient in exact[1].items():
         assert_as_good(fast[1][path], plain[1][path], gradient, path)
@@ -223,10 +253,15 @@ def test_products_with_a_thin_operand(tokens, d_in, d_outs):
     )
     lora_A, lora_B = matrix[d_out : d_out + ranks, :d_in].T, matrix[:d_out, d_in : d_in + ranks]
     inner = x[:, d_in : d_in + ranks]
+    row = row_key(dropout_key(5, 6), 70, "cuda")
+    drops = thin.Drops(row, 0.3, [-7, 99, 1 << 30][: len(d_outs)], members.ranks, 192)
     for function, arguments in (
         (thin.narrow, (x[:, :d_in], lora_A)),
         (thin.narrow, (dy[:, :d_out], lora_B)),
         (thin.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members)),
+        (thin.narrow, (x[:, :d_in], lora_A, None, True, None, drops)),
+        (thin.widen, (inner, lora_A.T, drops)),
+        (thin.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members, drops)),
     ):
         reference = function.__wrapped__
         exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -244,25 +279,41 @@ ROWS = [
 ]
 
 
-def losses(model, record, rows_of_steps, plain=False, rate=3e-4, **forward_settings):
+def losses(model, record, rows_of_steps, plain=False, rate=3e-4, fused=True):
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters, config())
     forward = prepare(model)
+    if not fused:
+        forward.fused = None
+    training(model)
     step = GraphStep(forward, parameters, optimizer, 1.0, record=record)
     results = []
     with forward.installed():
         for index, rows in enumerate(rows_of_steps):
             set_rate(optimizer, rate * (1 + index % 3))
+            key = dropout_key(config().seed, index)
             results.append(
-                train_step(forward, rows, parameters, optimizer, max_grad_norm=1.0) if plain else step(rows)
+                train_step(forward, rows, parameters, optimizer, max_grad_norm=1.0, key=key)
+                if plain
+                else step(rows, key=key)
             )
     assert step.why_not is None, step.why_not
     return results, [p.detach().clone() for p in parameters], step
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("name", "dropout", "fused"),
+    [
+        ("llama", 0.0, True),
+        ("qwen3", 0.0, True),
+        ("mistral", 0.0, True),
+        ("llama", 0.1, True),
+        ("qwen3", 0.1, True),
+        ("llama", 0.1, False),
+    ],
+)
 @pytest.mark.parametrize("micro_steps", [1, 3])
-def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, micro_steps, monkeypatch):
+def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, dropout, fused, micro_steps, monkeypatch):
     """With deterministic kernels; different borders, rates and numbers of trained tokens in one recording."""
     rows = [[row for (row,) in ROWS[i : i + micro_steps]] for i in range(0, 18, micro_steps)] * (
         1 if micro_steps == 1 else 2
@@ -270,13 +321,35 @@ def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, micro_steps, mo
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)  # attention's usual backward adds in the order in which blocks finish
     try:
-        eager, adapter, _ = losses(small(name), False, rows)
-        recorded, same, step = losses(small(name), True, rows)
+        eager, adapter, _ = losses(small(name, dropout=dropout), False, rows, fused=fused)
+        recorded, same, step = losses(small(name, dropout=dropout), True, rows, fused=fused)
     finally:
         torch.use_deterministic_algorithms(False)
     assert any(graph is not None for graph in step._graphs.values())
     assert [r.loss for r in recorded] == [r.loss for r in eager]
     assert all(torch.equal(a, b) for a, b in zip(adapter, same, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "modules"])
+def test_each_replay_drops_anew(fused):
+    """The key alone decides: the first of a kind is eager, the second recorded, the others replayed."""
+    model = small(dropout=0.3)
+    parameters = list(trainable(model).values())
+    optimizer, forward = adamw(parameters, config()), prepare(model)
+    assert forward.fused is not None
+    forward.fused = forward.fused if fused else None
+    training(model)
+    set_rate(optimizer, 0.0)
+    step, row = GraphStep(forward, parameters, optimizer, 1.0), ROWS[0][0]
+    with forward.installed():
+        for rows in ([row], [row, row]):
+            found = [step(rows, key=key).loss for key in (1, 2, 3, 1, 2, 3)]
+            assert len(set(found)) == 3
+            assert found[:3] == found[3:]
+        alone = step([row], key=1).loss
+        assert step([row, row], key=1).loss != pytest.approx(alone, rel=1e-6)  # the second row drops something else
+    assert any(graph is not None for graph in step._graphs.values())
+    assert step.why_not is None
 
 
 def test_the_recorded_step_learns_what_train_step_learns():
@@ -321,17 +394,19 @@ def test_a_model_that_waits_for_the_device_goes_on_without_a_recording():
     assert fuse(forward) is False
 
 
-def test_a_run_takes_the_recording_by_itself():
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_run_takes_the_recording_by_itself(dropout):
     """The loop, as `loratune train` drives it, with held-out rows between the steps."""
-    model = small()
+    model = small(dropout=dropout)
     rows = Rows(lambda epoch: [row for (row,) in ROWS], [a_row((200, 300), 99)])
     settings = config(max_steps=18, eval_every_steps=6, learning_rate=3e-4)
     loop = Loop(prepare(model), "default", trainable(model), rows, settings, None)
+    assert loop.forward.fused is not None
     events = list(loop.run())
     assert not [e for e in events if isinstance(e, RunsSlower)]
     assert any(graph is not None for graph in loop._graph._graphs.values())
     held_out = [e.eval_loss for e in events if isinstance(e, Evaluated)]
-    plain, _, _ = losses(small(), False, ROWS[:1], plain=True)
+    plain, _, _ = losses(small(dropout=dropout), False, ROWS[:1], plain=True)
     assert next(e for e in events if isinstance(e, StepDone)).loss == pytest.approx(plain[0].loss, rel=2e-3)
     assert len(held_out) == 3
     assert held_out[-1] == pytest.approx(held_out[0], rel=0.1)

@@ -13,7 +13,7 @@ from loratune.lora.bank import Bank
 from loratune.lora.files import adapter_tensors, load_adapter
 from loratune.lora.inject import attach, detach, trainable_parameters
 from loratune.ops.bank import Segment
-from loratune.ops.dropout import dropout_key, keyed
+from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
 from tests.conftest import build
@@ -76,8 +76,7 @@ def test_each_slot_computes_what_its_adapter_does_alone(fused):
         attach(model, config, seed=slot)
         forward = prepare(model)
         model.train()
-        with forward.installed(), keyed(dropout_key(slot, 5)) as stream:
-            stream.position = 3
+        with forward.installed(), keyed(row_key(dropout_key(slot, 5), 3)):
             loss = _row_objective(forward, parts[slot], sft)
             loss.backward()
         model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.ops.attended import Attended
+from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.ops.policy import Level, Plan
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
@@ -57,12 +59,17 @@ def held_bytes(loss):
     return sum(storages.values())
 
 
-@pytest.fixture(params=["llama", "qwen3", "mistral"])
-def fused(request) -> tuple[torch.nn.Module, PackedForward]:
-    model = model_with_adapter(request.param)
+@pytest.fixture(params=[("llama", 0.0), ("llama", 0.3), ("qwen3", 0.0), ("mistral", 0.3)], ids=str)
+def fused(request) -> Iterator[tuple[torch.nn.Module, PackedForward]]:
+    """With dropout under a key, so that what is computed again has to find the same masks."""
+    name, dropout = request.param
+    model = model_with_adapter(name, lora_dropout=dropout)
     forward = prepare(model)
     assert fuse(forward)
-    return model, forward
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
+    with keyed(row_key(dropout_key(0, 1), 7)):
+        yield model, forward
 
 
 def test_every_policy_gives_the_same_bits_and_holds_less(fused):

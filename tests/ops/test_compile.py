@@ -23,12 +23,14 @@ CONSTANTS = {
         "TERMS": 128,
     },
     "_gradients": {"ROWS_EACH": 128, "PIECES": 2, "COLUMNS": 64, "ROWS": 64, "ALIGNED": 1},
+    "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
 STAGES = 3
-POINTERS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
+KINDS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
+KINDS |= {"row_ptr": "*i32", "parts_ptr": "*i32", "scale": "fp32"}
 
 
-def compiled(kernel, constants, pointers, num_warps=4):
+def compiled(kernel, constants, kinds, num_warps=4):
     """As a launch would have it for widths that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -39,8 +41,9 @@ def compiled(kernel, constants, pointers, num_warps=4):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
-        signature[argument] = pointers.get(argument, "*bf16") if argument.endswith("_ptr") else "i32"
-        hints[index,] = [["tt.divisibility", 16]]
+        signature[argument] = kinds.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
+        if signature[argument] != "fp32":
+            hints[index,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
     return triton.compile(
         ASTSource(kernel, signature, values, hints),
@@ -49,24 +52,42 @@ def compiled(kernel, constants, pointers, num_warps=4):
     )
 
 
+def thin(name, drop, **constants):
+    """A kernel of `ops.thin_kernels`."""
+    from loratune.ops import thin_kernels
+    from loratune.ops.dropout import GOLDEN, LEVELS
+
+    constants = CONSTANTS[name] | {"RANKS": 16, "DROP": drop, "GOLDEN": GOLDEN, "LEVELS": LEVELS} | constants
+    constants["thin_term" if drop else "thin_rank"] = 1  # Aᵀ, or B
+    kinds = KINDS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
+    return compiled(getattr(thin_kernels, name), constants, kinds)
+
+
 def overtaken(kernel):
     """Whether copies ahead may reach what a product that still runs is reading.
 
     While one product runs, the next tile is waited for and those after it are on their way: a buffer for each stage.
+    A tile that goes through registers into a product is read when the loop goes on, and needs one less.
     """
     code = kernel.asm["ttgir"]
-    buffers = [int(count) for count in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", code)]
+    buffers = re.findall(r"(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", code)
     assert buffers, "nothing is copied ahead"
-    return "pendings = 1" in code and min(buffers) < STAGES
+    runs_on = any(int(pending) for pending in re.findall(r"pendings = (\d+)", code))
+    return runs_on and any(int(count) < STAGES for name, count in buffers if _multiplied(name, code))
 
 
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_a_kernel_reads_whole_vectors_ahead(name):
-    from loratune.ops import thin_kernels
+def _multiplied(buffer, code):
+    """Whether a product reads tiles of this buffer where they lie."""
+    tiles = re.findall(rf"(%\w+) = ttg.memdesc_index {re.escape(buffer)}\[", code)
+    readers = [line for line in code.splitlines() if re.search(r"warp_group_dot |memdesc_(trans|subslice) ", line)]
+    return any(re.search(rf"{re.escape(tile)}\b", line) for tile in tiles for line in readers)
 
-    pointers = POINTERS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
-    kernel = compiled(getattr(thin_kernels, name), CONSTANTS[name] | {"RANKS": 16, "thin_rank": 1}, pointers)
-    assert "cp.async.cg" in kernel.asm["ptx"], "the loads of the loop are not 16 bytes each, started in advance"
+
+@pytest.mark.parametrize(
+    ("name", "drop"), [("_narrow", 0), ("_narrow", 1), ("_gradients", 0), ("_gradients", 1), ("_widen", 1)]
+)
+def test_a_kernel_reads_whole_vectors_ahead(name, drop):
+    assert "cp.async.cg" in thin(name, drop).asm["ptx"], "the loads of the loop are not 16 bytes each, in advance"
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
@@ -76,20 +97,23 @@ def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
     """The height that a launch takes for so many rows."""
     from loratune.ops import thin_kernels
 
-    constants = CONSTANTS["_narrow"] | {"COPY": int(copied), "RANKS": ranks, "thin_rank": 1}
-    kernel = thin_kernels._narrow
     tall = thin_kernels.height(rows, used_twice=copied)
-    assert not overtaken(compiled(kernel, constants | {"ROWS": tall}, POINTERS))
+    assert not overtaken(thin("_narrow", 0, COPY=int(copied), RANKS=ranks, ROWS=tall))
     # If this fails Triton has mended it, and tiles may be as high as where there is no copy.
-    assert overtaken(compiled(kernel, constants | {"ROWS": 64}, POINTERS)) == copied
+    assert overtaken(thin("_narrow", 0, COPY=int(copied), RANKS=ranks, ROWS=64)) == copied
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
-def test_nothing_overtakes_the_product_that_makes_gradients(ranks):
+@pytest.mark.parametrize("drop", [0, 1])
+def test_nothing_overtakes_the_product_that_makes_gradients(drop, ranks):
+    assert not overtaken(thin("_gradients", drop, RANKS=ranks))
+
+
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_nothing_overtakes_a_thin_product_with_dropout(ranks):
     from loratune.ops import thin_kernels
 
-    pointers = POINTERS | {"out_ptr": "*fp32"}
-    assert not overtaken(compiled(thin_kernels._gradients, CONSTANTS["_gradients"] | {"RANKS": ranks}, pointers))
+    assert not overtaken(thin("_narrow", 1, COPY=1, RANKS=ranks, ROWS=thin_kernels.height(4096, used_twice=True)))
 
 
 @pytest.mark.parametrize(("arch", "limit"), [(90, 227), (89, 99)])
@@ -164,7 +188,7 @@ def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side)
 
 OF_FP8 = {
     "found_ptr": "*fp32", "numbers_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
-} | POINTERS  # fmt: skip
+} | KINDS  # fmt: skip
 
 
 @pytest.mark.parametrize("scaled", [False, True])

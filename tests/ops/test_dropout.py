@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from loratune.ops.dropout import dropout_key, keep_mask, layer_salt
+from loratune.ops.dropout import dropout_key, keep_mask, layer_salt, row_key
 
 SHAPE = (400, 256)
 
+COMPARE = """
+import torch
+from loratune.ops import dropout_kernels
+from loratune.ops.dropout import keep_mask, row_key
+
+for key, position, salt, shape, probability, first in (
+    (0, 0, 0, (1, 1), 0.5, 0), (3 << 61 | 5, 1000, -77, (37, 300), 0.05, 64), (1 << 31, 7, 1 << 30, (16, 256), 0.9, 3)
+):
+    row = row_key(key, position)
+    asked = row, salt, shape, probability, first
+    assert torch.equal(dropout_kernels.keep_mask(*asked), keep_mask(*asked))
+"""
+
 
 def mask(seed=0, step=0, path="layers.0.q_proj", position=0, shape=SHAPE, probability=0.5):
-    return keep_mask(dropout_key(seed, step), layer_salt(path), position, shape, probability)
+    return keep_mask(row_key(dropout_key(seed, step), position), layer_salt(path), shape, probability)
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
@@ -33,6 +51,8 @@ def test_whatever_it_is_keyed_by_changes_half_of_it(other):
 def test_a_token_is_treated_alike_wherever_it_is_computed():
     whole = mask(position=1000)
     assert torch.equal(whole[37:90], mask(position=1037, shape=(53, SHAPE[1])))
+    row = row_key(dropout_key(0, 0), 1000)
+    assert torch.equal(whole[37:90], keep_mask(row, layer_salt("layers.0.q_proj"), (53, SHAPE[1]), 0.5, first=37))
     assert torch.equal(whole, mask(position=1000))
 
 
@@ -44,3 +64,10 @@ def test_the_same_numbers_in_every_version():
         [0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1],
         [0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+def test_the_kernel_gives_the_same_bits():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

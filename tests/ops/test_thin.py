@@ -17,6 +17,7 @@ MEMBERS = Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 21)], 
 COMPARE = """
 import torch
 from loratune.ops import thin, thin_kernels
+from loratune.ops.dropout import dropout_key, row_key
 from tests.ops.test_thin import MEMBERS
 
 torch.manual_seed(0)
@@ -53,6 +54,29 @@ for rows in (1, 130, 1100):
     for a, b in zip(got, exact, strict=True):
         assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
         close(a, b, "gradient")
+assert not thin_kernels._counters(torch.device("cpu")).any()
+
+places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one of them beyond what a program takes at once
+of_two = thin.Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
+for rows, first in ((35, 3), (130, 64)):
+    drops = thin.Drops(row_key(dropout_key(1, 2), 1000), 0.3, [-7, 99, 1 << 30], places, first)
+    wide, factor = half(rows, 260 + 9)[:, :260], half(91, 260 + 5)[:, :260]
+    exact = thin.narrow.__wrapped__(wide.double(), factor.double().T, drops=drops)
+    tail, copy = half(rows, 128), torch.zeros(rows, 260, dtype=torch.float16)
+    kept = thin_kernels.narrow(wide, factor.T, tail, copy=copy, drops=drops)
+    close(kept, exact, "dropped")
+    assert torch.equal(copy, wide) and torch.equal(tail[:, :91], kept) and not tail[:, 91:].any()
+
+    inner = half(rows, 128)[:, :91]
+    exact = thin.widen.__wrapped__(inner.double(), factor.double(), drops)
+    close(thin_kernels.widen(inner, factor, drops), exact, "widened")
+
+    two = thin.Drops(drops.row, 0.3, [5, -5], of_two.ranks, first)
+    x, dy, d_inner, inner = half(rows, 170), half(rows, 170), half(rows, 75), half(rows, 75)
+    exact = thin.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), of_two, two)
+    for a, b in zip(thin_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
+        assert a.shape == b.shape
+        close(a, b, "gradient behind dropout")
 assert not thin_kernels._counters(torch.device("cpu")).any()
 """
 

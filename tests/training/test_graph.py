@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.base.forward import prepare
+from loratune.base.forward import fuse, prepare
 from loratune.data.pack import make_row
+from loratune.ops.dropout import dropout_key
 from loratune.training.graph import GraphStep
 from loratune.training.optim import JointAdamW, adamw
 from loratune.training.step import train_step
 from tests.training.helpers import config, examples, model_with_adapter, trainable
 
 
-def run(rows_of_steps, graph, name="llama", joint=False, **lora):
+def run(rows_of_steps, graph, name="llama", joint=False, fused=False, **lora):
     model = model_with_adapter(name, dtype=torch.float64, **lora)
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters, config())
@@ -22,22 +23,27 @@ def run(rows_of_steps, graph, name="llama", joint=False, **lora):
             parameters, **{k: optimizer.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")}
         )
     forward = prepare(model)
+    assert not fused or fuse(forward)
+    for module in model.modules():
+        module.training = getattr(module, "lora_dropout", 0.0) > 0.0
     step = GraphStep(forward, parameters, optimizer, 0.05, record=False)
     with forward.installed():
         results = [
-            step(rows) if graph else train_step(forward, rows, parameters, optimizer, max_grad_norm=0.05)
-            for rows in rows_of_steps
+            step(rows, key=dropout_key(3, n))
+            if graph
+            else train_step(forward, rows, parameters, optimizer, max_grad_norm=0.05, key=dropout_key(3, n))
+            for n, rows in enumerate(rows_of_steps)
         ]
     return results, [p.detach().clone() for p in parameters]
 
 
-def assert_same(a, b):
+def assert_same(a, b, atol=1e-8):
     for x, y in zip(a[0], b[0], strict=True):
         assert x.loss == pytest.approx(y.loss, rel=1e-6)
         assert x.grad_norm == pytest.approx(y.grad_norm, rel=1e-6)
         assert (x.trained_tokens, x.skipped) == (y.trained_tokens, y.skipped)
     for x, y in zip(a[1], b[1], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
@@ -46,6 +52,36 @@ def test_equals_train_step(micro_steps, name):
     """Rows of different borders and different numbers of trained tokens, with clipping at work."""
     rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
     assert_same(run(rows, True, name), run(rows, False, name))
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dropout_is_that_of_train_step_in_modules_and_fused(micro_steps, name):
+    """One stream for all: rows of a step and steps are keyed apart, and who computes them makes no difference."""
+    rows = [[make_row(examples(3), 256, 0)] * micro_steps] * 3
+    expected = run(rows, False, name, lora_dropout=0.3)
+    assert_same(run(rows, True, name, lora_dropout=0.3), expected)
+    if name == "llama":  # the modules' norms are in float32, and AdamW divides by the gradient; a step is 5e-3
+        assert_same(run(rows, True, name, fused=True, lora_dropout=0.3), expected, atol=1e-6)
+        assert_same(run(rows, False, name, fused=True, lora_dropout=0.3), expected, atol=1e-6)
+
+
+def test_the_same_row_is_dropped_anew_in_each_step_and_micro_step():
+    row = make_row(examples(3), 256, 0)
+    model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
+    forward, parameters = prepare(model), list(trainable(model).values())
+    assert fuse(forward)
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
+    resting = torch.optim.SGD(parameters, lr=0.0)
+
+    def losses(rows, keys):
+        with forward.installed():
+            return [train_step(forward, rows, parameters, resting, max_grad_norm=0.0, key=key).loss for key in keys]
+
+    first, other, again = losses([row], (1, 2, 1))
+    assert first == again != other
+    assert losses([row, row], (1,))[0] != pytest.approx(first, rel=1e-9)  # or the second would have the first's masks
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])

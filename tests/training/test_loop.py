@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.base.forward import prepare
+from loratune.base.forward import fuse, prepare
 from loratune.lora.files import load_adapter
 from loratune.training import checkpoint
 from loratune.training.course import Evaluated, StepDone
@@ -16,9 +16,11 @@ from tests.training.helpers import config, examples, model_with_adapter, rows, t
 TRAIN, HELD_OUT = examples(40), examples(6, seed=9)
 
 
-def make_loop(settings, folder=None, model=None, held_out=HELD_OUT, tokens_per_row=64, **lora):
+def make_loop(settings, folder=None, model=None, held_out=HELD_OUT, tokens_per_row=64, fused=False, **lora):
     model = model or model_with_adapter(lora_dropout=0.1, **lora)
-    return Loop(prepare(model), "default", trainable(model), rows(TRAIN, held_out, tokens_per_row), settings, folder)
+    forward = prepare(model)
+    assert not fused or fuse(forward)
+    return Loop(forward, "default", trainable(model), rows(TRAIN, held_out, tokens_per_row), settings, folder)
 
 
 def state_of(loop):
@@ -45,16 +47,24 @@ def test_it_learns():
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "optim"), [(4, "adamw"), (7, "adamw"), (11, "adamw"), (7, "adamw_8bit"), (7, "adamw_offload")]
+    ("killed_at", "optim", "fused"),
+    [
+        (4, "adamw", False),
+        (7, "adamw", False),
+        (7, "adamw", True),
+        (11, "adamw", False),
+        (7, "adamw_8bit", False),
+        (7, "adamw_offload", False),
+    ],
 )
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim):
-    """The process dies without warning after some step; the run goes on from the last checkpoint."""
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim, fused):
+    """With dropout. The process dies without warning after some step; the run goes on from the last checkpoint."""
     every = {"save_every_steps": 3, "eval_every_steps": 5}
     settings = config(max_steps=14, gradient_accumulation_steps=2, optim=optim, **every)
-    whole = make_loop(settings, tmp_path / "whole")
+    whole = make_loop(settings, tmp_path / "whole", fused=fused)
     whole_losses = losses_of(list(whole.run()))
 
-    killed = make_loop(settings, tmp_path / "killed")
+    killed = make_loop(settings, tmp_path / "killed", fused=fused)
     for event in killed.run():
         if isinstance(event, StepDone) and event.step == killed_at:
             break  # the generator is dropped where it stands, as in a crash
@@ -63,7 +73,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim):
     newest = checkpoint.newest(tmp_path / "killed")
     model = build("llama")
     load_adapter(model, newest, name="default")
-    resumed = make_loop(settings, tmp_path / "killed", model)
+    resumed = make_loop(settings, tmp_path / "killed", model, fused=fused)
     resumed.resume(newest)
     assert 0 < resumed.progress.step <= killed_at
     start = resumed.progress.step
@@ -148,3 +158,11 @@ def test_dropout_does_not_touch_the_callers_random_state():
     before = torch.get_rng_state()
     list(loop.run())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_fused_layers_take_the_same_course_as_the_modules():
+    """With dropout; float32, in which sums of other orders part slowly."""
+    modules, fused = (losses_of(list(make_loop(config(max_steps=6), fused=fused).run())) for fused in (False, True))
+    assert fused == pytest.approx(modules, rel=1e-4)
+    other = losses_of(list(make_loop(config(max_steps=6), model=model_with_adapter()).run()))
+    assert max(abs(a - b) for a, b in zip(modules, other, strict=True)) > 1e-3 * modules[0]  # dropout is seen at all

@@ -177,9 +177,9 @@ def _transpose(
     TILE: tl.constexpr, BORDER: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1).to(tl.int64) * TILE
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     tiles = tl.cdiv(rows, TILE)
     if tl.program_id(0) < tiles:
+        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         column = first + tl.arange(0, TILE)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         tile = tl.load(x_ptr + row[:, None] * x_step + column[None, :], mask=inside)
@@ -188,11 +188,11 @@ def _transpose(
         kind = like_ptr.dtype.element_ty
         place = tl.arange(0, BORDER)[None, :]
         # A few columns for each program, or this would cost the transpose its registers, and end long after it.
-        column = (first + (tl.program_id(0) - tiles) * FEW + tl.arange(0, FEW))[:, None]
-        at = column * low_step_n + place % ranks * low_step_r
-        v = tl.load(low_ptr + at, mask=(column < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
+        beside = (first + (tl.program_id(0) - tiles) * FEW + tl.arange(0, FEW))[:, None]
+        at = beside * low_step_n + place % ranks * low_step_r
+        v = tl.load(low_ptr + at, mask=(beside < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
         low = _split_low(v * one_over(tl.load(factor_ptr)), place, ranks, kind).to(tl.uint8, bitcast=True)
-        tl.store(out_ptr + column * out_step + rows + place, low, mask=(column < width) & (place < border))
+        tl.store(out_ptr + beside * out_step + rows + place, low, mask=(beside < width) & (place < border))
 
 
 def transposed(values: Tensor, lora_A: Tensor | None, factor: Tensor | None) -> Tensor:

@@ -5,16 +5,13 @@ The interpreter is chosen when kernels are defined, so the comparison runs in a 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from loratune.ops.adamw import Held, Settings, clipped_adamw
+from tests.ops.twins import compare, needs_triton
 
 SHAPES = [(16, 300), (300, 16), (7,), (1, 1)]
 SETTINGS = Settings(0.9, 0.99, 1e-8, 0.1)
@@ -67,15 +64,6 @@ def test_what_is_not_finite_changes_nothing(where: str) -> None:
 
 COMPARE = """
 import math, torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patch_with_bounds(tensor, scope):  # Triton 3.6's interpreter and NumPy 2.4 disagree about int() of one element
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-interpreter._patch_lang_tensor = patch_with_bounds
 from loratune.ops.adamw import Held, Settings, clipped_adamw
 from loratune.ops import adamw_kernels
 from loratune.ops.adamw_kernels import Updates
@@ -130,8 +118,6 @@ course([(1, 3)] * 5 + [(5, 4096)], 0.5)  # more tensors and sums than the settli
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_the_kernels_equal_the_reference() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)

@@ -5,16 +5,10 @@ The interpreter is chosen when kernels are defined, so the comparison runs in a 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.ops.twins import compare, needs_triton
 
 COMPARE = """
 import torch
-import tests.ops.interpreted
 from loratune.ops import bank
 from loratune.ops.bank import BankProjection, Lane, Part, Pool, Segment
 from loratune.ops.bank_kernels import Tables
@@ -160,8 +154,6 @@ assert not twins[1][:5064].any() and torch.equal(twins[1][5064:12000], flats[1][
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_kernels_equal_their_references_and_keep_slots_apart():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)

@@ -5,20 +5,15 @@ The interpreter is chosen when kernels are defined, so what needs it runs in a p
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from loratune.ops.attention import document_attention
 from loratune.ops.capped import Spans
+from tests.ops.twins import compare, needs_triton
 
 COMPARE = """
 import torch
-import tests.ops.interpreted
 from loratune.ops.attention import explicit
 from loratune.ops.capped import Spans, attend
 from tests.ops.test_attention import masked_product
@@ -80,7 +75,6 @@ compare(SHORT, 2, 1, 8, 5, None, False)
 MODELS = """
 import torch
 import transformers as tf
-import tests.ops.interpreted
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig
 from loratune.lora.inject import attach
@@ -138,12 +132,10 @@ for name, model in models.items():
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 @pytest.mark.parametrize("program", [COMPARE, MODELS], ids=["against one masked product", "whole models"])
 def test_in_the_interpreter(program):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(program)
 
 
 def test_spans_are_where_documents_begin_and_end():

@@ -30,6 +30,11 @@ KINDS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "sc
 KINDS |= {"row_ptr": "*i32", "parts_ptr": "*i32", "scale": "fp32"}
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 def compiled(kernel, constants, kinds, num_warps=4):
     """As a launch would have it for widths that are multiples of 16."""
     import triton

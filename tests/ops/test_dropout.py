@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from loratune.ops.dropout import dropout_key, keep_mask, layer_salt, row_key
+from tests.ops.twins import compare, needs_triton
 
 SHAPE = (400, 256)
 
@@ -66,8 +62,6 @@ def test_the_same_numbers_in_every_version():
     ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_the_kernel_gives_the_same_bits():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -15,6 +10,7 @@ from loratune.ops.fp8 import MOST, Fp8Weight, quantise_rows
 from loratune.ops.fp8_projection import Fp8Projection
 from loratune.ops.measure import ROOM
 from loratune.ops.thin import Members
+from tests.ops.twins import compare, needs_triton
 
 HALF_STEP = 2.0**-4
 """Half of the distance between neighbours of e4m3, relative to the smaller one."""
@@ -263,8 +259,6 @@ for heads in (7, 300):  # 300: more than 16 programs would take 18
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_every_kernel_equals_its_reference():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)

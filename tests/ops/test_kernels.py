@@ -5,12 +5,7 @@ The interpreter is chosen when kernels are defined, so the comparison runs in a 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.ops.twins import compare, needs_triton
 
 COMPARE = """
 import torch
@@ -59,8 +54,6 @@ assert not block[:, :2].any() and not block[:, 6:].any()
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_every_kernel_equals_its_reference():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)

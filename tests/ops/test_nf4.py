@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from loratune.ops import nf4
 from loratune.ops.frozen import Dense, frozen_linear
+from tests.ops.twins import compare, needs_triton
 
 OF_BITSANDBYTES = {  # (dtype, nested): digests of codes, absmax and the dequantised matrix
     (torch.float32, True): ("9b79207f277e3d75", "97b66224b7d2fcb1", "da736ce1951ff71a"),
@@ -150,13 +148,9 @@ for dtype in (torch.float32, torch.float16):  # the interpreter cuts off where b
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_the_kernel_gives_the_bits_of_the_reference():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    compare(COMPARE)
 
 
 def test_absmax_halfway_between_two_codes_take_the_even_one():

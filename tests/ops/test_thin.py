@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
 
 from loratune.ops.thin import Members, gradients, narrow
+from tests.ops.twins import compare, needs_triton
 
 MEMBERS = Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 21)], [1.0, 0.5])
 
@@ -81,11 +76,9 @@ assert not thin_kernels._counters(torch.device("cpu")).any()
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+@needs_triton
 def test_every_kernel_equals_its_reference():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    compare(COMPARE)
 
 
 def test_narrow_fills_the_room_it_is_given():

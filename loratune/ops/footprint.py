@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loratune.ops.pieces import piece_elements
 from loratune.ops.policy import Level, tiles
 
 ROUND = 512
@@ -58,8 +59,8 @@ class LayerShape:
     """Whether weights lie in memory with a border for the adapters (`ops.projection`), padded to whole tiles."""
     carried: bool = True
     """Whether operands have room for the inner columns: with a border, in memory or for the length of a product."""
-    dense_bytes: int = 0
-    """What the widest quantised weight takes while it is dense; 0 where weights are held dense."""
+    in_4_bits: bool = False
+    """Whether weights are made dense in pieces, each for its product (`ops.nf4`)."""
     in_8_bits: bool = False
     """Whether products run in 8 bits (`ops.fp8`)."""
     both_ways: bool = False
@@ -242,10 +243,12 @@ def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents
 def _product(
     ledger: Ledger, sizes: _Sizes, projection: int, tokens: int | None = None, *, backward: bool = False
 ) -> None:
-    """What lives for the nth product alone: W dense, or what goes into a product in 8 bits."""
+    """What lives for the nth product alone: a piece of W dense, or what goes into a product in 8 bits."""
     shape, tokens = sizes.shape, sizes.tokens if tokens is None else tokens
-    if shape.dense_bytes:
-        ledger.brief(dense=shape.dense_bytes)
+    if shape.in_4_bits:
+        d_in, d_out = shape.sides(projection)
+        length, other = (d_in, d_out) if backward else (d_out, d_in)
+        ledger.brief(dense=piece_elements(length, other, shape.room(projection), tokens) * shape.element_bytes)
     if shape.in_8_bits:
         border = shape.border(projection)
         terms = shape.sides(projection)[backward] + border

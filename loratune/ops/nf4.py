@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loratune.ops.frozen import Dense
+from loratune.ops.pieces import PIECE_STEP, pieces
 
 BLOCK = 64
 """Elements that share an absmax."""
@@ -35,10 +36,6 @@ BLOCK = 64
 GROUP = 256
 """Blocks whose absmax share a scale."""
 
-PIECE_ELEMENTS = 1 << 25
-"""At most this many elements of a weight are dense at a time on a GPU: 64 MiB in bfloat16."""
-
-_PIECE_STEP = 256  # rows or columns of a piece, so that its product fills whole tiles of the GPU's
 _QUANTISED_AT_ONCE = 1 << 22  # elements
 
 NF4_BOOK = (
@@ -114,11 +111,11 @@ class Nf4Weight:
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         d_out, d_in = self.shape
-        pieces = _pieces(d_out, d_in, _PIECE_STEP) if self._by_kernel else [slice(0, d_out)]
-        if len(pieces) == 1:
+        parts = pieces(d_out, d_in, x.shape[0]) if self._by_kernel else [slice(0, d_out)]
+        if len(parts) == 1:
             return Dense(self.dense()).forward(x, bias, onto)
         y = x.new_empty(x.shape[0], d_out) if onto is None else onto
-        for rows in pieces:
+        for rows in parts:
             part = self._rectangle(rows, slice(0, d_in)).T
             if onto is not None:
                 y[:, rows].addmm_(x, part)
@@ -132,12 +129,11 @@ class Nf4Weight:
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in). Pieces are columns, so that no partial sum is rounded."""
         d_out, d_in = self.shape
-        step = max(_PIECE_STEP, self.block)
-        pieces = _pieces(d_in, d_out, step) if self._by_kernel else [slice(0, d_in)]
-        if len(pieces) == 1:
+        parts = self._columns(dy.shape[0])
+        if len(parts) == 1:
             return Dense(self.dense()).d_input(dy, onto)
         dx = dy.new_empty(dy.shape[0], d_in) if onto is None else onto
-        for columns in pieces:
+        for columns in parts:
             part = self._rectangle(slice(0, d_out), columns)
             if onto is not None:
                 dx[:, columns].addmm_(dy, part)
@@ -153,9 +149,9 @@ class Nf4Weight:
     def forward_carrying(self, x: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b; x (N, d_in + R), lora_B (d_out, R) -> (N, d_out)."""
         d_out, d_in = self.shape
-        pieces = _pieces(d_out, x.shape[1], _PIECE_STEP) if self._by_kernel else [slice(0, d_out)]
+        parts = pieces(d_out, d_in, x.shape[0]) if self._by_kernel else [slice(0, d_out)]
         y = x.new_empty(x.shape[0], d_out)
-        for rows in pieces:
+        for rows in parts:
             part = x.new_empty(rows.stop - rows.start, x.shape[1])
             self._rectangle(rows, slice(0, d_in), part[:, :d_in])
             part[:, d_in:] = lora_B[rows]
@@ -169,16 +165,18 @@ class Nf4Weight:
     def d_input_carrying(self, dy: Tensor, lora_A: Tensor) -> Tensor:
         """[dy, dy B] [W; A]; dy (N, d_out + R), lora_A (R, d_in) -> (N, d_in)."""
         d_out, d_in = self.shape
-        step = max(_PIECE_STEP, self.block)
-        pieces = _pieces(d_in, dy.shape[1], step) if self._by_kernel else [slice(0, d_in)]
         dx = dy.new_empty(dy.shape[0], d_in)
-        for columns in pieces:
+        for columns in self._columns(dy.shape[0]):
             part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
             self._rectangle(slice(0, d_out), columns, part[:d_out])
             part[d_out:] = lora_A[:, columns]
             torch.mm(dy, part, out=dx[:, columns])
             del part
         return dx
+
+    def _columns(self, tokens: int) -> list[slice]:
+        d_out, d_in = self.shape
+        return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
 
     def dense(self) -> Tensor:
         """W in `dtype`, made now."""
@@ -348,19 +346,6 @@ def _alike(weight: Nf4Weight, other: Nf4Weight) -> bool:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a, b)
-
-
-def dense_elements(d_out: int, d_in: int, ranks: int) -> int:
-    """The most of a weight that is dense at a time on a GPU, with the adapters' ranks that ride along."""
-    forward = int(_pieces(d_out, d_in + ranks, _PIECE_STEP)[0].stop) * (d_in + ranks)
-    return max(forward, int(_pieces(d_in, d_out + ranks, _PIECE_STEP)[0].stop) * (d_out + ranks))
-
-
-def _pieces(length: int, other: int, step: int) -> list[slice]:
-    """Cuts `length` rows (or columns) of `other` elements each into pieces of nearly equal size."""
-    count = -(-length * other // PIECE_ELEMENTS)
-    size = -(-length // (count * step)) * step
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -155,8 +155,6 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
     at = {name: getattr(attn if hasattr(attn, name) else mlp, name) for names in _PROJECTIONS for name in names}
     of_each = [sum(ranks.get(at[name], 0) for name in names) for names in _PROJECTIONS]
     dim, width = int(attn.head_dim), int(at["q_proj"].in_features)  # type: ignore[arg-type]
-    sizes = [(sum(int(at[n].out_features) for n in names), int(at[names[0]].in_features)) for names in _PROJECTIONS]
-    dense = max(nf4.dense_elements(*size, rank) for size, rank in zip(sizes, of_each, strict=True))
     return LayerShape(
         width=width,
         query_heads=int(at["q_proj"].out_features) // dim,
@@ -169,5 +167,5 @@ def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dty
         bordered=not quantised,
         carried=quantised != "fp8",
         in_8_bits=quantised == "fp8",
-        dense_bytes=dense * dtype.itemsize if quantised == "nf4" else 0,
+        in_4_bits=quantised == "nf4",
     )

@@ -11,7 +11,7 @@ from loratune.base.quantised import quantise_linears, quantised_layers
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import make_row
 from loratune.lora.inject import attach
-from loratune.ops import nf4
+from loratune.ops import nf4, pieces
 from loratune.training.graph import GraphStep
 from loratune.training.optim import optimizer_of, set_rate
 from tests.conftest import build
@@ -43,7 +43,7 @@ def test_products_in_pieces_are_products(monkeypatch, bias):
         return weight.forward(x, b), weight.d_input(dy), *onto
 
     whole = products()
-    monkeypatch.setattr(nf4, "PIECE_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 1 << 18)
     for got, expected in zip(products(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
 
@@ -56,7 +56,7 @@ def test_riding_low_rank_parts_are_those_added_after(monkeypatch):
     x, dy = torch.randn(300, 2048, **half), torch.randn(300, 1024, **half)
     inner, d_inner = x @ lora_A.T, dy @ lora_B
     for elements in (1 << 30, 1 << 18):
-        monkeypatch.setattr(nf4, "PIECE_ELEMENTS", elements)
+        monkeypatch.setattr(pieces, "PIECE_ELEMENTS", elements)
         y = weight.forward_carrying(torch.cat([x, inner], 1), None, lora_B)
         dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
         for got, expected in (

@@ -164,14 +164,6 @@ def test_absmax_halfway_between_two_codes_take_the_even_one():
     assert codes[1 + 57] == 58
 
 
-def test_pieces_cover_everything_once():
-    for length, other, step in ((22016, 4096, 256), (4096, 11008, 256), (100, 7, 64), (4096, 22016, 256)):
-        pieces = nf4._pieces(length, other, step)
-        assert [p.start for p in pieces[1:]] == [p.stop for p in pieces[:-1]]
-        assert (pieces[0].start, pieces[-1].stop) == (0, length)
-        assert all((p.stop - p.start) * other <= nf4.PIECE_ELEMENTS + step * other for p in pieces)
-
-
 def test_low_rank_parts_ride_in_the_products():
     """Both ways the same as a product and a sum after it, in float64, where only the order of summation differs."""
     weight = nf4.quantise(random(96, 128)).to(dtype=torch.float64)
@@ -184,13 +176,3 @@ def test_low_rank_parts_ride_in_the_products():
     torch.testing.assert_close(y, weight.forward(x, bias) + inner @ lora_B.T, rtol=1e-12, atol=1e-14)
     dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
     torch.testing.assert_close(dx, weight.d_input(dy) + d_inner @ lora_A, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("d_out", "d_in", "ranks"), [(22016, 4096, 32), (57344, 8192, 32), (256, 256, 8), (4096, 11008, 0)]
-)
-def test_what_is_dense_at_a_time_is_what_the_widest_piece_of_either_direction_takes(d_out, d_in, ranks):
-    found = nf4.dense_elements(d_out, d_in, ranks)
-    forward = [(p.stop - p.start) * (d_in + ranks) for p in nf4._pieces(d_out, d_in + ranks, 256)]
-    backward = [(p.stop - p.start) * (d_out + ranks) for p in nf4._pieces(d_in, d_out + ranks, 256)]
-    assert found == max(forward + backward)

@@ -11,7 +11,7 @@ follow one another, so they add up to the end of the first step; recording is pa
 - `compiled` is the share of modules that had their bytecode on disk. Where that is 0 (PYTHONDONTWRITEBYTECODE, or
   packages nobody may write to), each start compiles 3,000 modules, some eight seconds. `--bytecode` gives the
   processes a folder for it, which the first row fills: later rows are what an ordinary machine's second start finds.
-- `--without` adds rows in which one thing is left out that makes the start faster: wake_gpu, read_ahead, not_found
+- `--without` adds rows in which one thing is left out that makes the start faster: read_ahead, not_found
   (packages that transformers does not get to see), gc (no garbage collection while importing).
 - `--imports` adds which packages the imports' time goes to; measuring that doubles it.
 """
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS_PER_ROW = 8192
-WITHOUT = ("wake_gpu", "read_ahead", "not_found", "gc")
+WITHOUT = ("read_ahead", "not_found", "gc")
 _IMPORTS = """
 from loratune import cli
 with cli._libraries():
@@ -105,8 +105,8 @@ def measure(folder: str, data: str, without: str, settings: list[str], started: 
 
     cli: Any = loratune.cli
     plain, recordings = cli._libraries, [0.0]
-    if without in ("wake_gpu", "read_ahead"):
-        setattr(cli, without, lambda _: None)
+    if without == "read_ahead":
+        cli.read_ahead = lambda _: None
     if without == "not_found":
         cli.NOT_FOR_TEXT = ()
     if without == "gc":

@@ -1,18 +1,14 @@
-"""What can be done while Python is still importing: reading a model's files, and waking the GPU.
+"""What can be done while Python is still importing: reading a model's files.
 
 Importing PyTorch and transformers takes seconds of one core. From a disk that has not been read since the machine
 started, the weights take seconds more, and the two need not wait for each other: the kernel is told which files will
 be wanted, and reads them into its cache. It cuts what it is told at once down to one window of read-ahead, so it is
 told in pieces, which may wait for the disk, and so from a thread of its own that nobody waits for.
-
-Nor need the driver of the GPU wait for PyTorch. Its start and the making of a context take a process's first call of
-CUDA a good part of a second. A device has one primary context, which PyTorch uses and which may be there before it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 from pathlib import Path
@@ -48,27 +44,3 @@ def _announce(files: list[Path]) -> None:
             with file.open("rb") as stream:
                 for at in range(0, file.stat().st_size, _PIECE):
                     os.posix_fadvise(stream.fileno(), at, _PIECE, os.POSIX_FADV_WILLNEED)
-
-
-def wake_gpu(device: str | None) -> threading.Thread | None:
-    """Starts the driver and makes the context of a GPU in a thread, which holds no lock of Python's; returns at once.
-
-    Args:
-        device: as the user named it; None is the first GPU, if there is one.
-
-    Returns: the thread, or None for what is no GPU.
-    """
-    kind, _, number = (device or "cuda").partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
-        return None
-    thread = threading.Thread(target=_wake, args=(int(number or 0),), name="wake the GPU", daemon=True)
-    thread.start()
-    return thread
-
-
-def _wake(number: int) -> None:
-    with contextlib.suppress(OSError):  # no driver; whoever needs a GPU says that there is none
-        driver = ctypes.CDLL("libcuda.so.1")
-        handle, context = ctypes.c_int(), ctypes.c_void_p()
-        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(handle), number) == 0:
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)

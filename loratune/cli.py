@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratune.ahead import read_ahead, wake_gpu
+from loratune.ahead import read_ahead
 from loratune.errors import ConfigError, LoratuneError, nearest
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ def _train(words: list[str]) -> None:
         print(to_toml(config), end="")
         return
     read_ahead(config.model)
-    wake_gpu(config.device)
     with _libraries():
         from loratune.screen import progress
         from loratune.training.run import run
@@ -111,7 +110,6 @@ def _sweep(words: list[str]) -> None:
 
     plan = read_plan(given.jobs, model=given.model, out=given.out, precision=given.precision, device=given.device)
     read_ahead(given.model)
-    wake_gpu(plan.jobs[0].config.device)
     with _libraries():
         from loratune.screen import sweep as screen
         from loratune.training.sweep import sweep

@@ -1,14 +1,13 @@
-"""Weights are in the system's cache before anybody has read them, and the GPU has a context before PyTorch asks."""
+"""Weights are in the system's cache before anybody has read them."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 
 import pytest
 
-from loratune.ahead import read_ahead, wake_gpu
+from loratune.ahead import read_ahead
 
 SIZE = 24 << 20
 
@@ -53,53 +52,3 @@ def test_what_is_no_folder_with_weights_is_left_alone(tmp_path):
     assert read_ahead(str(tmp_path)) is None
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     assert read_ahead(str(tmp_path)) is None
-
-
-class Driver:
-    """Stands for libcuda.so.1; `number` of its devices."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.calls = number, []
-
-    def cuInit(self, flags):
-        self.calls.append("init")
-        return 0
-
-    def cuDeviceGet(self, handle, number):
-        self.calls.append(f"device {number}")
-        return 0 if number < self.number else 101
-
-    def cuDevicePrimaryCtxRetain(self, context, handle):
-        self.calls.append("context")
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("device", "calls"),
-    [
-        (None, ["init", "device 0", "context"]),
-        ("cuda", ["init", "device 0", "context"]),
-        ("cuda:1", ["init", "device 1", "context"]),
-        ("cuda:2", ["init", "device 2"]),  # there are two; who loads the model says so
-        ("cpu", []),
-        ("cuda:first", []),
-    ],
-)
-def test_the_gpu_that_was_named_is_woken(monkeypatch, device, calls):
-    driver = Driver(2)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    thread = wake_gpu(device)
-    assert (thread is None) == (not calls)
-    if thread is not None:
-        thread.join()
-    assert driver.calls == calls
-
-
-def test_without_a_driver_nothing_is_said(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: ctypes.cdll.LoadLibrary("libno-such-driver.so.1"))
-    failed = []
-    monkeypatch.setattr("threading.excepthook", failed.append)
-    thread = wake_gpu(None)
-    assert thread is not None
-    thread.join()
-    assert not failed

@@ -3,7 +3,8 @@
     python -m benchmarks.peers SYSTEM SHAPE BATCH TOKENS [STEPS]
     python -m benchmarks.peers --all OUT.jsonl [SHAPE:BATCH:TOKENS[:SYSTEM] ...]   ours and them, one after the other
 
-SYSTEM is peft, peft+liger or unsloth; `+gc` behind it recomputes activations, `+nf4` holds the base in 4 bits.
+SYSTEM is peft, peft+liger or unsloth; `+gc` behind it recomputes activations, `+nf4` holds the base in 4 bits. With
+`--all` also loratune, which is `benchmarks.ladder`.
 
 Random weights, r = 16 on all seven projections, AdamW (fused), `batch` sequences of `tokens` tokens, all
 tokens trained. Each system in a process of its own, with what its own documentation calls for to be fast: PEFT with
@@ -31,6 +32,7 @@ STARTED = time.perf_counter()
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = ("l7b:4:2048", "l1b:1:512", "l1b:4:2048", "q0_6b:2:2048", "q8b:2:2048", "l7b:1:512")
 SYSTEMS = ("peft", "peft+liger", "unsloth")
+OURS = "loratune"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
 
@@ -166,9 +168,10 @@ def _all(out: Path, cases: list[str]) -> None:
     with out.open("a") as file:
         for case in cases:
             *shape, last = [*case.split(":"), ""][:4]
-            asked = [last] if last else [*SYSTEMS, ""]
+            asked = [last] if last else [*SYSTEMS, OURS]
             commands = [
-                ["benchmarks.peers", s, *shape] if s else ["benchmarks.ladder", *shape, "graph"] for s in asked
+                ["benchmarks.ladder", *shape, "graph"] if s == OURS else ["benchmarks.peers", s, *shape]
+                for s in asked
             ]
             for command in commands:
                 done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)

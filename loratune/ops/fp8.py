@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from loratune.ops.frozen import Dense, Frozen
-from loratune.ops.measure import LEAST, MOST, Measure, behind, measured, scales, upward
+from loratune.ops.measure import LEAST, PER_MOST, Measure, behind, measured, scales, upward
 
 E4M3 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of both dimensions of a product, asked by the hardware
@@ -75,7 +75,7 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None) -> Scaled:
     if x.is_cuda:
         return Scaled(*_kernels().quantise_rows(x, columns))
     wide = x.float() if columns is None else x.float() * columns.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(LEAST)
+    scale = (wide.abs().amax(-1, keepdim=True) * PER_MOST).clamp_min(LEAST)
     return Scaled((wide * scale.reciprocal()).to(E4M3), scale)
 
 
@@ -118,7 +118,7 @@ def numbers_of(lora_A: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
         bound of what lies behind x; of the backward, the factor of A, and the bound of what lies behind dy.
     """
     a, b = lora_A.float(), lora_B.float() / scale
-    of_b, of_a = (upward(m.abs().amax() * (1 / MOST)) for m in (b, a))
+    of_b, of_a = (upward(m.abs().amax() * PER_MOST) for m in (b, a))
     of_b, of_a = of_b.clamp_min(1.0), of_a.clamp_min(LEAST)
     return torch.stack([of_b, MARGIN * of_b * a.norm(dim=1).max(), of_a, MARGIN * of_a * b.norm(dim=0).max()])
 
@@ -191,7 +191,7 @@ class Fp8Weight:
         """From a matrix, (d_out, d_in), whose dimensions `fits` accepts."""
         largest = weight.abs().amax(1, keepdim=True).float()
         # A row of zeros has no scale of its own, and one far below the others would send B over it out of range.
-        scale = upward(largest.clamp_min(largest.max() * _SMALLEST_ROW) * (1 / MOST)).clamp_min(LEAST)
+        scale = upward(largest.clamp_min(largest.max() * _SMALLEST_ROW) * PER_MOST).clamp_min(LEAST)
         values = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
         for part in range(0, weight.shape[0], _PART):  # the float32 copy is of a few rows at a time
             rows = slice(part, part + _PART)

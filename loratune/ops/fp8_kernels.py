@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loratune.ops import measure, measure_kernels
 from loratune.ops.fp8 import MARGIN, border_of
-from loratune.ops.measure_kernels import LEAST, MOST, one_over, scales, upward
+from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
 from loratune.ops.thin_kernels import _counters, _pieces, _summed, height
 
 WARPS = 4
@@ -29,7 +29,6 @@ _GROUP = 16
 """Ranks whose norms one program finds: of B they are a sector of memory in each row."""
 _E4M3 = torch.float8_e4m3fn
 _MEASURED = tl.constexpr(measure.PIECES)
-_PER_MOST = tl.constexpr(1 / measure.MOST)
 _MARGIN = tl.constexpr(MARGIN)
 
 
@@ -43,7 +42,7 @@ def _quantise(
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         x *= tl.load(columns_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), MOST), LEAST)
+    scale = tl.maximum(tl.max(tl.abs(x)) * PER_MOST, LEAST)
     tl.store(out_ptr + row * width + column, (x * one_over(scale)).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + row, scale)
 
@@ -267,8 +266,8 @@ def _numbers(table_ptr, found_ptr, BLOCK: tl.constexpr):
     first, ranks = tl.load(entry + 1), tl.load(entry + 2)
     rank = tl.arange(0, BLOCK)
     at, inside = found_ptr + (first + rank) * 4, rank < ranks
-    of_a = tl.maximum(upward(tl.max(tl.load(at, mask=inside, other=0.0)) * _PER_MOST), LEAST)
-    of_b = tl.maximum(upward(tl.max(tl.load(at + 2, mask=inside, other=0.0)) * _PER_MOST), 1.0)
+    of_a = tl.maximum(upward(tl.max(tl.load(at, mask=inside, other=0.0)) * PER_MOST), LEAST)
+    of_b = tl.maximum(upward(tl.max(tl.load(at + 2, mask=inside, other=0.0)) * PER_MOST), 1.0)
     tl.store(numbers_ptr, of_b)
     tl.store(numbers_ptr + 1, _MARGIN * of_b * tl.max(tl.load(at + 1, mask=inside, other=0.0)))
     tl.store(numbers_ptr + 2, of_a)

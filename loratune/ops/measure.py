@@ -29,6 +29,8 @@ from torch import Tensor
 
 MOST = 448.0
 """The largest number of e4m3."""
+PER_MOST = 1 / MOST
+"""Scales are found by multiplying: PyTorch divides by a number on a CPU, and multiplies by its inverse on a GPU."""
 LEAST = 2.0**-50
 """The smallest scale, for rows of zeros. Numbers whose squares vanish in float32, below 2^-63, are far below it."""
 PIECES = 16
@@ -67,7 +69,7 @@ def scales(found: Tensor, bound: Tensor | float) -> Tensor:
     """(N, 2 PIECES) -> (N, 1) float32, of which neither the row nor bound · |row|₂ is more than `MOST`."""
     largest = found[:, :PIECES].amax(1, keepdim=True).clamp_min(MOST * LEAST)
     norm = found[:, PIECES:].sum(1, keepdim=True).sqrt()
-    return largest / MOST * upward((norm * bound / largest).clamp_min(1.0))
+    return largest * PER_MOST * upward((norm * bound / largest).clamp_min(1.0))
 
 
 def upward(v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from loratune.ops import measure
 
 PIECES = tl.constexpr(measure.PIECES)
 MOST = tl.constexpr(measure.MOST)
+PER_MOST = tl.constexpr(measure.PER_MOST)
 LEAST = tl.constexpr(measure.LEAST)
 
 
@@ -44,7 +45,7 @@ def scales(largest, squares, bound):
     """The scales of rows."""
     largest = tl.maximum(largest, MOST * LEAST)
     ratio = tl.div_rn(tl.sqrt_rn(squares) * bound, largest)
-    return tl.div_rn(largest, MOST) * upward(tl.maximum(ratio, 1.0))
+    return largest * PER_MOST * upward(tl.maximum(ratio, 1.0))
 
 
 @triton.jit

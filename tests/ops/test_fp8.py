@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loratune.ops.footprint import LayerShape
-from loratune.ops.fp8 import MOST, Fp8Weight, quantise_rows
+from loratune.ops.fp8 import Fp8Weight, quantise_rows
 from loratune.ops.fp8_projection import Fp8Projection
-from loratune.ops.measure import ROOM
+from loratune.ops.measure import MOST, ROOM
 from loratune.ops.thin import Members
 from tests.ops.twins import compare, needs_triton
 

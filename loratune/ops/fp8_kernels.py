@@ -20,7 +20,7 @@ from torch import Tensor
 from loratune.ops import measure, measure_kernels
 from loratune.ops.fp8 import MARGIN, border_of
 from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
-from loratune.ops.thin_kernels import _counters, _pieces, _summed, height
+from loratune.ops.thin_kernels import _counters, _pieces, _summed, height, through_registers
 
 WARPS = 4
 """Of `lay`."""
@@ -112,7 +112,7 @@ def _lay(
         tl.store(out_at + term[None, :], value.to(kind), mask=inside & (part == 0))
         thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
         thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < ranks)[None, :], other=0.0)
-        total = tl.dot(wide, thin, total)
+        total = tl.dot(through_registers(wide, there), thin, total)
     done = True
     if PIECES > 1:
         counted = block * tl.num_programs(2) + part
@@ -144,7 +144,7 @@ def lay(
     (rows, terms), ranks = x.shape, thin.shape[1]
     border = border_of(ranks)
     spare = border - 3 * ranks
-    tall, step, width = height(rows, used_twice=True), 128, min(64, max(16, triton.next_power_of_2(ranks)))
+    tall, step, width = height(rows), 128, min(64, max(16, triton.next_power_of_2(ranks)))
     blocks, parts = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * parts, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step

@@ -178,7 +178,7 @@ def _swiglu_backward(
 
 def _swiglu_block(width: int) -> int:
     """Columns that a program takes; `PIECES` of them suffice for a row."""
-    return max(2048, int(triton.next_power_of_2(triton.cdiv(width, PIECES))))
+    return max(2048 if width <= 8192 else 4096, int(triton.next_power_of_2(triton.cdiv(width, PIECES))))
 
 
 def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
@@ -187,7 +187,7 @@ def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Te
     gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width + room)
     block = _swiglu_block(width)
     _swiglu[(rows, triton.cdiv(width, block))](
-        gate_up, out, width, room, MEASURE=_asked(measure, out)[1], BLOCK=block
+        gate_up, out, width, room, MEASURE=_asked(measure, out)[1], BLOCK=block, num_warps=_warps(block)
     )
     return out
 
@@ -201,7 +201,7 @@ def swiglu_backward(
     d_gate_up, out = gate_up.new_empty(rows, 2 * width + room), torch.empty_like(d_out)
     (scale, kind), block = _asked(measure, out), _swiglu_block(width)
     _swiglu_backward[(rows, triton.cdiv(width, block))](
-        gate_up, d_out, d_gate_up, out, scale, width, room, MEASURE=kind, BLOCK=block
+        gate_up, d_out, d_gate_up, out, scale, width, room, MEASURE=kind, BLOCK=block, num_warps=_warps(block)
     )
     return d_gate_up, out
 
@@ -316,8 +316,8 @@ def rotate_backward(
     out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + room)
     scale, kind = _asked(measure, out)
     block = max(1, 1024 // dim)
-    if kind:  # as many programs as leave a measure each
-        block = max(block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
+    if kind:  # as many programs as leave a measure each, and fewer sums across threads
+        block = max(2 * block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
     _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
         *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
         scale, queries, keys, *strides, room, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,

@@ -25,14 +25,9 @@ _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
 
 
-def height(rows: int, *, used_twice: bool) -> int:
-    """Rows of a tile of the wide operand, fewer where its numbers do not go into the product only.
-
-    From 64 rows on Hopper multiplies while the loop goes on, with operands in shared memory. For a load with a second
-    use Triton 3.6 keeps one buffer too few then, and the copy ahead overwrites the tile that is being multiplied
-    (triton-lang/triton#6691): other bits from run to run. Products of 32 rows are over before the loop goes on.
-    """
-    return 16 if rows < 1024 else 32 if used_twice else 64
+def height(rows: int, *, hashed: bool = False) -> int:
+    """Rows of a tile of the wide operand; fewer behind dropout, whose hash takes registers too."""
+    return 16 if rows < 1024 else 32 if hashed else 64
 
 
 @functools.cache
@@ -62,6 +57,17 @@ def _summed(own, partial_ptr, counter_ptr, block, piece, PIECES: tl.constexpr, A
             own += tl.load(partial_ptr + (block * PIECES + other) * A * B + at, cache_modifier=".cg")
         tl.store(counter_ptr + block, 0)
     return own, last
+
+
+@triton.jit
+def through_registers(tile, inside):
+    """The same numbers, zero outside as they were; to be multiplied where a tile is also used for something else.
+
+    From 64 rows on Hopper multiplies while the loop goes on, with operands in shared memory. For a load with a second
+    use Triton 3.6 keeps one buffer too few then, and the copy ahead overwrites the tile that is being multiplied
+    (triton-lang/triton#6691): other bits from run to run. What has gone through registers is multiplied from there.
+    """
+    return tl.where(inside, tile, 0.0)
 
 
 @triton.jit
@@ -102,6 +108,7 @@ def _narrow(
         if COPY:
             copy_at = row[:, None] * copy_row + term[None, :]
             tl.store(copy_ptr + copy_at, wide, mask=(row < rows)[:, None] & (term < terms)[None, :])
+            wide = through_registers(wide, (row < rows)[:, None])
         if DROP:
             wide = _dropped(wide, tokens, term, threshold, scale, GOLDEN, LEVELS)
         thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
@@ -159,7 +166,7 @@ def narrow(
     (rows, terms), ranks = wide.shape, thin.shape[1]
     keep, spare = keep or tail is None, 0 if tail is None else tail.shape[1] - ranks
     kept = wide.new_empty(rows, ranks) if keep or tail is None else tail[:, :ranks]
-    tall, step = height(rows, used_twice=copy is not None or drops is not None), 128  # a hash takes registers too
+    tall, step = height(rows, hashed=drops is not None), 128
     width = min(64, max(16, triton.next_power_of_2(_most_ranks(drops, ranks))))
     row, parts = (wide, wide) if drops is None else (drops.row, _parts_of(drops, width))
     blocks, columns = triton.cdiv(rows, tall), triton.cdiv(ranks, width) if drops is None else len(parts)

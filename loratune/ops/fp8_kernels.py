@@ -24,6 +24,8 @@ from loratune.ops.thin_kernels import _counters, _pieces, _summed, height, throu
 
 WARPS = 4
 """Of `lay`."""
+TILES = {False: (128, 3), True: (256, 2)}
+"""Of `lay`, by whether columns have factors: terms, and how many tiles are on their way or in use (measured)."""
 _TILE = 128
 _GROUP = 16
 """Ranks whose norms one program finds: of B they are a sector of memory in each row."""
@@ -144,7 +146,8 @@ def lay(
     (rows, terms), ranks = x.shape, thin.shape[1]
     border = border_of(ranks)
     spare = border - 3 * ranks
-    tall, step, width = height(rows), 128, min(64, max(16, triton.next_power_of_2(ranks)))
+    step, stages = TILES[columns is not None]
+    tall, width = height(rows), min(64, max(16, triton.next_power_of_2(ranks)))
     blocks, parts = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * parts, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
@@ -156,7 +159,7 @@ def lay(
         rows, terms, ranks, border, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
-        num_warps=WARPS, num_stages=3,
+        num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     return out, scale, kept
 

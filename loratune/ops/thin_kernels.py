@@ -23,6 +23,8 @@ from loratune.ops.thin import Drops, Members
 
 _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
+TILES = {16: (64, 64, 5), 32: (128, 32, 5), 64: (64, 32, 6)}
+"""Of gradients, by ranks: columns, rows, and how many tiles are on their way or in use (measured)."""
 
 
 def height(rows: int, *, hashed: bool = False) -> int:
@@ -335,12 +337,12 @@ def gradients(
     x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in (x, d_inner, dy, inner))
     (rows, d_in), total = x.shape, members.ranks[-1].stop
     width = min(64, max(16, triton.next_power_of_2(_most_ranks(drops, total))))
-    columns = 64
+    columns, step, stages = TILES[width]
     places = [d_in, *(edge for part in (*members.rows, *members.ranks) for edge in (part.start, part.stop))]
     aligned = all(place % 16 == 0 for place in places)
     salts = None if drops is None else tuple(drops.salts)
     table, scales, size = _tasks(members, d_in, columns, width, x.device, salts)
-    tasks, step = table.shape[0], 64
+    tasks = table.shape[0]
     pieces = _pieces(tasks, triton.cdiv(rows, step))
     rows_each = triton.cdiv(triton.cdiv(rows, pieces), step) * step
     out = torch.empty(size, device=x.device)
@@ -350,7 +352,7 @@ def gradients(
         rows, x.stride(0), d_inner.stride(0), dy.stride(0), inner.stride(0), *_how(drops),
         ROWS_EACH=rows_each, PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, ALIGNED=aligned,
         DROP=drops is not None, GOLDEN=GOLDEN, LEVELS=LEVELS,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     dA, at, found = out[: total * d_in].view(total, d_in), total * d_in, []
     for place, rank in zip(members.rows, members.ranks, strict=True):

@@ -22,7 +22,7 @@ CONSTANTS = {
         "ROWS": 64,
         "TERMS": 128,
     },
-    "_gradients": {"ROWS_EACH": 128, "PIECES": 2, "COLUMNS": 64, "ROWS": 64, "ALIGNED": 1},
+    "_gradients": {"ROWS_EACH": 256, "PIECES": 2, "ALIGNED": 1},
     "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
 STAGES = 3
@@ -35,7 +35,7 @@ def nothing_is_left_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(kernel, constants, kinds, num_warps=4):
+def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES):
     """As a launch would have it for widths that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -53,7 +53,7 @@ def compiled(kernel, constants, kinds, num_warps=4):
     return triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "num_stages": STAGES},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 
@@ -65,10 +65,13 @@ def thin(name, drop, **constants):
     constants = CONSTANTS[name] | {"RANKS": 16, "DROP": drop, "GOLDEN": GOLDEN, "LEVELS": LEVELS} | constants
     constants["thin_term" if drop else "thin_rank"] = 1  # Aᵀ, or B
     kinds = KINDS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
-    return compiled(getattr(thin_kernels, name), constants, kinds)
+    stages = STAGES
+    if name == "_gradients":
+        constants["COLUMNS"], constants["ROWS"], stages = thin_kernels.TILES[constants["RANKS"]]
+    return compiled(getattr(thin_kernels, name), constants, kinds, num_stages=stages)
 
 
-def overtaken(kernel):
+def overtaken(kernel, stages=STAGES):
     """Whether copies ahead may reach what a product that still runs is reading.
 
     While one product runs, the next tile is waited for and those after it are on their way: a buffer for each stage.
@@ -78,7 +81,7 @@ def overtaken(kernel):
     buffers = re.findall(r"(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", code)
     assert buffers, "nothing is copied ahead"
     runs_on = any(int(pending) for pending in re.findall(r"pendings = (\d+)", code))
-    return runs_on and any(int(count) < STAGES for name, count in buffers if _multiplied(name, code))
+    return runs_on and any(int(count) < stages for name, count in buffers if _multiplied(name, code))
 
 
 def _multiplied(buffer, code):
@@ -107,10 +110,12 @@ def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
     assert ("wgmma" in kernel.asm["ptx"]) == (rows > 1024)
 
 
-@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("ranks", [16, 32, 64])
 @pytest.mark.parametrize("drop", [0, 1])
 def test_nothing_overtakes_the_product_that_makes_gradients(drop, ranks):
-    assert not overtaken(thin("_gradients", drop, RANKS=ranks))
+    from loratune.ops import thin_kernels
+
+    assert not overtaken(thin("_gradients", drop, RANKS=ranks), thin_kernels.TILES[ranks][2])
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
@@ -202,9 +207,10 @@ def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ra
     from loratune.ops import fp8_kernels, thin_kernels
 
     constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
-    tall = thin_kernels.height(rows)
-    kernel = compiled(fp8_kernels._lay, constants | {"ROWS": tall}, OF_FP8, fp8_kernels.WARPS)
-    assert not overtaken(kernel)
+    terms, stages = fp8_kernels.TILES[scaled]
+    constants |= {"ROWS": thin_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
+    kernel = compiled(fp8_kernels._lay, constants, OF_FP8, fp8_kernels.WARPS, stages)
+    assert not overtaken(kernel, stages)
     assert "cp.async.cg" in kernel.asm["ptx"]
     assert "st.global.v4.b32" in kernel.asm["ptx"], "rows in 8 bits are not written 16 at a time"
 

@@ -315,9 +315,9 @@ def rotate_backward(
     (tokens, queries, dim), keys = parts[0].shape, parts[1].shape[1]
     out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + room)
     scale, kind = _asked(measure, out)
-    block = max(1, 1024 // dim)
-    if kind:  # as many programs as leave a measure each, and fewer sums across threads
-        block = max(2 * block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
+    block = max(1, 2048 // dim)
+    if kind:  # as many programs as leave a measure each
+        block = max(block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
     _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
         *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
         scale, queries, keys, *strides, room, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,

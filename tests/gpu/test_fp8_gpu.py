@@ -54,8 +54,11 @@ def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
     torch.manual_seed(0)
     x, thin_matrix = random(tokens, width), random(width, ranks, size=width**-0.5)
     columns = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
-    numbers = torch.tensor([4.0, 0.7], device="cuda")
     for scale in (None, columns):
+        bound = (
+            (thin_matrix.float() if scale is None else thin_matrix.float() / scale.float()[:, None]).norm(dim=0).max()
+        )
+        numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8.MARGIN * bound])
         asked = Measure(scale)
         found = measure.measured(x, asked)
         roomy = torch.nn.functional.pad(x, (0, ROOM))

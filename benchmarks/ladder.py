@@ -104,7 +104,7 @@ def measure(
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_step_s": round(first, 1), "imported_s": round(IMPORTED, 1), "built_s": round(built, 1),
         "prepared_s": round(prepared, 1), "second_step_s": round(seconds[1], 2),
-        "limit_share": round(speed / limit_tok_s(model, tokens, batch), 3),
+        "limit_share": round(speed / limit_tok_s(shape, batch, tokens, precision), 3),
         "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
         "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip

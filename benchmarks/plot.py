@@ -31,9 +31,10 @@ SYSTEMS = {
     ("peft+liger", "bf16"): ("PEFT + Liger", "#9a9a9a"),
     ("unsloth", "bf16"): ("Unsloth", "#e0a458"),
     ("loratune", "bf16"): ("loratune", "#3b7dd8"),
+    ("loratune", "nf4"): ("loratune, NF4 base", "#8fb8ec"),
     ("loratune", "fp8"): ("loratune, FP8 base", "#173f7a"),
 }
-_OURS = (None, "graph", "none")
+OURS = (None, "graph", "none")
 Row = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ def speed(out: str, files: list[str]) -> None:
     """Bars of tokens a second, one small picture for each shape, since they differ tenfold."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows_of(files):
-        if "tok_s" in row and row.get("policy") in _OURS:
+        if "tok_s" in row and row.get("policy") in OURS:
             key = row["shape"], row["batch"], row["tokens"], row["system"], row.get("precision", "bf16")
             found[key] = row
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.0))

@@ -59,7 +59,7 @@ def main() -> None:
         "shape": shape, "batch": batch, "tokens": tokens, "precision": precision,
         "parts_ms_and_launches": {part: [round(ms, 3), count] for part, (ms, count) in parts.items()},
         "total_ms": round(sum(ms for ms, _ in parts.values()), 2),
-        "bound_ms": round(1e3 * batch * tokens / limit_tok_s(model, tokens, batch), 2),
+        "bound_ms": round(1e3 * batch * tokens / limit_tok_s(shape, batch, tokens, precision), 2),
         "kernels": [[e.key[:90], e.count, round(e.device_time_total / 1e3, 3)] for e in kernels[:32]],
     }  # fmt: skip
     print(json.dumps(result))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Linear
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,11 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from loratune.base.quantised import QuantisedLinear, quantise_linears
+from loratune.base.quantised import quantise_linears
 from loratune.data.examples import Example
 from loratune.data.pack import Row, make_row
 from loratune.ops import nf4
-from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nested, Nf4Weight
 
@@ -121,17 +119,16 @@ def row_of(lengths: list[int], capacity: int, seed: int, prompt: float = 0.0) ->
     return make_row(documents, capacity, 0)
 
 
-def limit_tok_s(model: PreTrainedModel, tokens: int, batch: int) -> float:
+def limit_tok_s(shape: str, batch: int, tokens: int, precision: str = "bf16") -> float:
     """Tokens a second that the arithmetic allows: frozen products twice and attention, or reading every weight twice
     at 4.3 TB/s, whichever is slower. Products run at 692 TFLOP/s, in 8 bits at 1,315 (measured on one H200)."""
-    seconds, read = 0.0, 0.0
-    for module in model.modules():
-        if isinstance(module, Linear | QuantisedLinear):
-            weight = module.in_features * module.out_features
-            in_8_bits = isinstance(module, QuantisedLinear) and isinstance(module.frozen, Fp8Weight)
-            seconds += batch * tokens * 4 * weight / (1315e12 if in_8_bits else 692e12)
-            read += 2 * weight * (1 if in_8_bits else 2)
-    config = model.config
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    attention = config.num_hidden_layers * width * tokens / 2 * (4 + 10)  # causal; forward 2 products, backward 5
-    return batch * tokens / max(seconds + batch * tokens * attention / 692e12, read / 4.3e12)
+    config = {name: value for name, value in SHAPES[shape].items() if isinstance(value, int)}
+    width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    dim = config.get("head_dim", width // heads)
+    query, key_value = heads * dim, config["num_key_value_heads"] * dim
+    weights = layers * width * (2 * query + 2 * key_value + 3 * config["intermediate_size"])
+    head = config["vocab_size"] * width
+    attention = layers * query * tokens / 2 * (4 + 10)  # causal; forward 2 products, backward 5
+    rate, size = (1315e12, 1) if precision == "fp8" else (692e12, 2)
+    arithmetic = batch * tokens * (4 * weights / rate + (4 * head + attention) / 692e12)
+    return batch * tokens / max(arithmetic, 2 * (size * weights + 2 * head) / 4.3e12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -197,6 +199,30 @@ def test_a_slot_is_one_tensor_that_can_be_copied_cleared_and_filled_again():
     assert bank.master(1).data_ptr() == address
     total = sum(float(t.square().sum()) for t in kept.values())
     assert float(bank.master(1).square().sum()) == pytest.approx(total, rel=1e-5)  # zero beyond the adapter's own
+
+
+def live() -> int:
+    """Bytes of all tensors there are, each memory once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
+def test_eight_adapters_hold_the_base_once(fused):
+    """What comes to it are masters, gradients and working copies, and less than a quarter of the base beside."""
+    model, config, row = build("llama"), LoraConfig(r=1), make_row(examples(3), 144, 0)
+    base, before = sum(p.numel() * p.element_size() for p in model.parameters()), live()
+    bank = Bank.attach(model, [config], 8)
+    for slot in range(8):
+        bank.place(slot, config, seed=slot)
+    forward = prepare(model)
+    assert not fused or fuse(forward)
+    with forward.installed(), bank.row([Segment(slot, 18 * slot, 18 * slot + 18) for slot in range(8)]):
+        forward.hidden_states(row.tokens, row.position_ids, row.cu_seqlens).sum().backward()
+        assert bank.gradient(0).any()
+        own = 3 * 8 * bank.master(0).numel() * bank.master(0).element_size()
+        assert live() - before < own + base / 4
 
 
 def test_detach_gives_the_very_layers_back():

@@ -50,14 +50,13 @@ def differing(a, b):
     ("width", "ranks"), [(4096, 16), (4096, 48), (11008, 16), (12288, 48), (22016, 32), (4096, 80)]
 )
 def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
-    """To the bit, but for a lo between two neighbours, where the compiler fuses the subtraction with the product."""
+    """To the bit, but for lo, where the compiler fuses a subtraction with a product: few, and the signs of zeros."""
     torch.manual_seed(0)
     x, thin_matrix = random(tokens, width), random(width, ranks, size=width**-0.5)
     columns = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
     for scale in (None, columns):
-        bound = (
-            (thin_matrix.float() if scale is None else thin_matrix.float() / scale.float()[:, None]).norm(dim=0).max()
-        )
+        over = thin_matrix.float() if scale is None else thin_matrix.float() / scale.float()[:, None]
+        bound = over.norm(dim=0).max()
         numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8.MARGIN * bound])
         asked = Measure(scale)
         found = measure.measured(x, asked)
@@ -74,10 +73,10 @@ def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
         wide = x.float() if scale is None else x.float() * scale.float()
         assert differing(rows.values[:, :width], (wide * inverse).to(fp8.E4M3)) == 0.0
         hi, lo = fp8._split(inner.float() * (inverse * numbers[0]))
-        border, near = rows.values[:, width:], slice(ranks, 2 * ranks)
-        assert bool(((border[:, near].float() - lo.float()).abs() <= lo.float().abs() / 8 + 2.0**-9).all())
-        border[:, near] = lo
-        assert differing(border, fp8._joined(hi[:, :0], hi, lo, hi)) == 0.0
+        border, expected = rows.values[:, width:], fp8._joined(hi[:, :0], hi, lo, hi)
+        assert float((border.float() != expected.float()).float().mean()) < 1e-3
+        for exact in (slice(0, ranks), slice(2 * ranks, None)):
+            assert differing(border[:, exact], expected[:, exact]) == 0.0
         exact = x.double() @ thin_matrix.double()
         assert off(inner, exact) <= 2 * off(x @ thin_matrix, exact)
         unmeasured, _ = fp8.lay(x, thin_matrix, scale, numbers)

@@ -1,6 +1,7 @@
 """To be imported before any kernel is defined, in a process with TRITON_INTERPRET=1; `tests.ops.twins` does it.
 
-Triton 3.6's interpreter and NumPy 2.4 disagree about int() of one element, which is what a loop is bounded by.
+Leaves what was launched, and with what, in the file that `LAUNCHES` names. And mends one thing: Triton 3.6's
+interpreter and NumPy 2.4 disagree about int() of one element, which is what a loop is bounded by.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ CONSTANTS = {
     "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
 STAGES = 3
+LIMITS = [(90, 227), (89, 99)]
+"""Compute capability, and KiB of shared memory that a block may have there."""
 KINDS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
 KINDS |= {"row_ptr": "*i32", "parts_ptr": "*i32", "scale": "fp32"}
 
@@ -35,7 +37,7 @@ def nothing_is_left_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES):
+def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES, arch=90):
     """As a launch would have it for widths that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -52,12 +54,12 @@ def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES):
     values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
     return triton.compile(
         ASTSource(kernel, signature, values, hints),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 
-def thin(name, drop, **constants):
+def thin(name, drop, arch=90, **constants):
     """A kernel of `ops.thin_kernels`."""
     from loratune.ops import thin_kernels
     from loratune.ops.dropout import GOLDEN, LEVELS
@@ -68,7 +70,17 @@ def thin(name, drop, **constants):
     stages = STAGES
     if name == "_gradients":
         constants["COLUMNS"], constants["ROWS"], stages = thin_kernels.TILES[constants["RANKS"]]
-    return compiled(getattr(thin_kernels, name), constants, kinds, num_stages=stages)
+    return compiled(getattr(thin_kernels, name), constants, kinds, num_stages=stages, arch=arch)
+
+
+def laid(ranks, rows, scaled, arch=90):
+    """`lay` of `ops.fp8_kernels`, as it is launched."""
+    from loratune.ops import fp8_kernels, thin_kernels
+
+    terms, stages = fp8_kernels.TILES[scaled]
+    constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
+    constants |= {"ROWS": thin_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
+    return compiled(fp8_kernels._lay, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
 
 
 def overtaken(kernel, stages=STAGES):
@@ -125,7 +137,18 @@ def test_nothing_overtakes_a_thin_product_with_dropout(ranks):
     assert not overtaken(thin("_narrow", 1, COPY=1, RANKS=ranks, ROWS=thin_kernels.height(4096, hashed=True)))
 
 
-@pytest.mark.parametrize(("arch", "limit"), [(90, 227), (89, 99)])
+@pytest.mark.parametrize(("arch", "limit"), LIMITS)
+@pytest.mark.parametrize("ranks", [16, 32, 64])
+def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
+    from loratune.ops import thin_kernels
+
+    kernels = [thin("_gradients", drop, arch, RANKS=ranks) for drop in (0, 1)]
+    kernels += [thin("_narrow", 0, arch, RANKS=ranks, COPY=copy, ROWS=thin_kernels.height(4096)) for copy in (0, 1)]
+    kernels += [laid(ranks, 4096, scaled, arch) for scaled in (False, True)]
+    assert max(kernel.metadata.shared for kernel in kernels) <= limit << 10
+
+
+@pytest.mark.parametrize(("arch", "limit"), LIMITS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arch, limit):
     import triton
@@ -204,13 +227,10 @@ OF_FP8 = {
 @pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("rows", [512, 4096])
 def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ranks, scaled):
-    from loratune.ops import fp8_kernels, thin_kernels
+    from loratune.ops import fp8_kernels
 
-    constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
-    terms, stages = fp8_kernels.TILES[scaled]
-    constants |= {"ROWS": thin_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
-    kernel = compiled(fp8_kernels._lay, constants, OF_FP8, fp8_kernels.WARPS, stages)
-    assert not overtaken(kernel, stages)
+    kernel = laid(ranks, rows, scaled)
+    assert not overtaken(kernel, fp8_kernels.TILES[scaled][1])
     assert "cp.async.cg" in kernel.asm["ptx"]
     assert "st.global.v4.b32" in kernel.asm["ptx"], "rows in 8 bits are not written 16 at a time"
 

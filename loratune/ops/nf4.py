@@ -111,7 +111,7 @@ class Nf4Weight:
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         d_out, d_in = self.shape
-        parts = pieces(d_out, d_in, x.shape[0]) if self._by_kernel else [slice(0, d_out)]
+        parts = self._rows(x.shape[0])
         if len(parts) == 1:
             return Dense(self.dense()).forward(x, bias, onto)
         y = x.new_empty(x.shape[0], d_out) if onto is None else onto
@@ -149,9 +149,8 @@ class Nf4Weight:
     def forward_carrying(self, x: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b; x (N, d_in + R), lora_B (d_out, R) -> (N, d_out)."""
         d_out, d_in = self.shape
-        parts = pieces(d_out, d_in, x.shape[0]) if self._by_kernel else [slice(0, d_out)]
         y = x.new_empty(x.shape[0], d_out)
-        for rows in parts:
+        for rows in self._rows(x.shape[0]):
             part = x.new_empty(rows.stop - rows.start, x.shape[1])
             self._rectangle(rows, slice(0, d_in), part[:, :d_in])
             part[:, d_in:] = lora_B[rows]
@@ -173,6 +172,10 @@ class Nf4Weight:
             torch.mm(dy, part, out=dx[:, columns])
             del part
         return dx
+
+    def _rows(self, tokens: int) -> list[slice]:
+        d_out, d_in = self.shape
+        return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
 
     def _columns(self, tokens: int) -> list[slice]:
         d_out, d_in = self.shape

@@ -34,7 +34,7 @@ SYSTEMS = {
     ("loratune", "nf4"): ("loratune, NF4 base", "#8fb8ec"),
     ("loratune", "fp8"): ("loratune, FP8 base", "#173f7a"),
 }
-OURS = (None, "graph", "none")
+_UNRECOMPUTED = (None, "graph", "none")
 Row = dict[str, Any]
 
 
@@ -44,13 +44,18 @@ def rows_of(files: Iterable[str]) -> list[Row]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
+def ladder_of(files: Iterable[str]) -> dict[tuple[object, ...], Row]:
+    """(shape, batch, tokens, system, precision) -> the last row of it without recomputation."""
+    return {
+        (row["shape"], row["batch"], row["tokens"], row["system"], row.get("precision", "bf16")): row
+        for row in rows_of(files)
+        if "tok_s" in row and row.get("policy") in _UNRECOMPUTED
+    }
+
+
 def speed(out: str, files: list[str]) -> None:
     """Bars of tokens a second, one small picture for each shape, since they differ tenfold."""
-    found: dict[tuple[object, ...], Row] = {}
-    for row in rows_of(files):
-        if "tok_s" in row and row.get("policy") in OURS:
-            key = row["shape"], row["batch"], row["tokens"], row["system"], row.get("precision", "bf16")
-            found[key] = row
+    found = ladder_of(files)
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.0))
     for axis, case in zip(axes.flat, CASES, strict=True):
         bars = [(name, color, found.get((*case, *system))) for system, (name, color) in SYSTEMS.items()]

@@ -12,30 +12,25 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.plot import CASES, OURS, SHAPES, SYSTEMS, Row, rows_of
+from benchmarks.plot import CASES, SHAPES, SYSTEMS, Row, ladder_of
 from benchmarks.shapes import limit_tok_s
 
 
-def table(rows: list[Row]) -> list[str]:
+def table(found: dict[tuple[object, ...], Row]) -> list[str]:
     """Lines of Markdown."""
     lines = [
         "| shape, batch x tokens | system | tok/s | over the best peer | of the limit | peak GiB | first step, s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for shape, batch, tokens in CASES:
-        of_case = {
-            (row["system"], row.get("precision", "bf16")): row
-            for row in rows
-            if (row.get("shape"), row.get("batch"), row.get("tokens")) == (shape, batch, tokens)
-            and row.get("policy") in OURS
-        }
-        peers = [row["tok_s"] for (system, _), row in of_case.items() if system != "loratune"]
-        for (system, precision), (name, _) in SYSTEMS.items():
-            row = of_case.get((system, precision))
+    for case in CASES:
+        shape, batch, tokens = case
+        peers = [found[*case, *system]["tok_s"] for system in SYSTEMS if _peer(system) and (*case, *system) in found]
+        for system, (name, _) in SYSTEMS.items():
+            row = found.get((*case, *system))
             if row is None:
                 continue
-            ratio = f"{row['tok_s'] / max(peers):.2f}" if peers and system == "loratune" else ""
-            share = row["tok_s"] / limit_tok_s(shape, batch, tokens, precision)
+            ratio = "" if _peer(system) or not peers else f"{row['tok_s'] / max(peers):.2f}"
+            share = row["tok_s"] / limit_tok_s(shape, batch, tokens, system[1])
             lines.append(
                 f"| {SHAPES[shape]}, {batch} x {tokens} | {name} | {row['tok_s']:,} | {ratio} | {share:.2f} "
                 f"| {row['peak_gib']} | {row['first_step_s']} |"
@@ -43,10 +38,14 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _peer(system: tuple[str, str]) -> bool:
+    return system[0] != "loratune"
+
+
 def main() -> None:
-    rows = rows_of(sys.argv[1:])
-    print("\n".join(table(rows)))
-    machines = sorted({str(row["machine"]) for row in rows})
+    found = ladder_of(sys.argv[1:])
+    print("\n".join(table(found)))
+    machines = sorted({str(row["machine"]) for row in found.values()})
     print(f"\nMeasured on {', '.join(machines)}; r = 16 on all seven projections, whole optimizer steps.")
 
 

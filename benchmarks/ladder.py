@@ -50,7 +50,7 @@ def measure(
     from loratune.base.quantising import FORMS
     from loratune.config import LoraConfig, TrainConfig
     from loratune.lora.inject import attach
-    from loratune.ops import attention
+    from loratune.ops import attention, flash
     from loratune.ops.policy import Level, Plan
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
@@ -106,6 +106,7 @@ def measure(
         "prepared_s": round(prepared, 1), "second_step_s": round(seconds[1], 2),
         "limit_share": round(speed / limit_tok_s(shape, batch, tokens, precision), 3),
         "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
+        "attention": "flash4" if flash.usable(model.device, model.config.head_dim) else "pytorch",
         "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
 

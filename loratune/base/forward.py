@@ -29,7 +29,7 @@ from loratune.base import fused as fusing
 from loratune.base import recompute
 from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
-from loratune.ops import attention
+from loratune.ops import attention, flash
 from loratune.ops.capped import Spans
 from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.host import Host, is_mapped, mapped
@@ -66,12 +66,15 @@ class PackedForward:
     record: bool = True
     """Whether steps may become CUDA graphs; False where these were found to have no room (`training.fit`)."""
     _copies: fusing.Copies | None = None
+    _contained: bool = False
+    """As in `ops.attention.document_attention`: where adapters share a row."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Switches the model's attention implementation to the packed one, and back on exit."""
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
+            self._contained = fusing.holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
                 _embeddings_to_host(self.model)
             if self.fused is not None and fusing.fusible(self.model):
@@ -122,10 +125,35 @@ class PackedForward:
         backbone = _backbone(self.model)
         if self._copies is not None:
             self._copies.refresh()
-        return _run(self.road, lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens, longest)
+        return self._run(lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens, longest)
 
     def _full_logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, at: Tensor) -> Tensor:
-        return _run(self.road, lambda **k: self.model(**k).logits, tokens, position_ids, cu_seqlens)[at]
+        return self._run(lambda **k: self.model(**k).logits, tokens, position_ids, cu_seqlens)[at]
+
+    def _run(
+        self,
+        call: Callable[..., Tensor],
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        longest: int | None = None,
+    ) -> Tensor:
+        """Runs one row, (T,) tokens to (T, ...) outputs, on the road that was found."""
+        if self.road == "one by one":
+            bounds = cu_seqlens.tolist()
+            parts = [
+                call(input_ids=tokens[None, a:b], use_cache=False)[0] for a, b in itertools.pairwise(bounds) if b > a
+            ]
+            return torch.cat(parts)
+        row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
+        if self.road == "documents":
+            if longest is None:
+                longest = int(cu_seqlens.diff().max())
+                cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
+            row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            row |= {"max_length_q": longest, "max_length_k": longest}
+            row |= {"spans": Spans(cu_seqlens), "contained": self._contained}
+        return call(**row).squeeze(0)
 
 
 def prepare(model: PreTrainedModel) -> PackedForward:
@@ -151,6 +179,8 @@ def prepare(model: PreTrainedModel) -> PackedForward:
         forward.head = _find_head(model, expected, tokens, cu_seqlens)
         if tokens.is_cuda:
             fuse(forward)
+            if (why := flash.why_not(tokens.device)) is not None:
+                notes.append(why)
     if forward.head is None:
         notes.append(f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held")
     return forward
@@ -209,31 +239,6 @@ def _find_head(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, cu_seqlen
         if _relative_error(logits, expected) <= _tolerance(hidden.dtype, model):
             return Head(float(scale), float(softcap) if softcap else None)
     return None
-
-
-def _run(
-    road: str,
-    call: Callable[..., Tensor],
-    tokens: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    longest: int | None = None,
-) -> Tensor:
-    """Runs one row, (T,) tokens to (T, ...) outputs, on the given road."""
-    if road == "one by one":
-        bounds = cu_seqlens.tolist()
-        parts = [
-            call(input_ids=tokens[None, a:b], use_cache=False)[0] for a, b in itertools.pairwise(bounds) if b > a
-        ]
-        return torch.cat(parts)
-    row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
-    if road == "documents":
-        if longest is None:
-            longest = int(cu_seqlens.diff().max())
-            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
-        row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        row |= {"max_length_q": longest, "max_length_k": longest, "spans": Spans(cu_seqlens)}
-    return call(**row).squeeze(0)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class FusedLayer(nn.Module):
             raise NotImplementedError("fused layers run packed rows, without a cache and with rotary positions")
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q", "spans")}
+        borders = {k: v for k, v in kwargs.items() if k in ("cu_seq_lens_q", "max_length_q", "spans", "contained")}
         tokens = rows.shape[0]  # and not `rows` below: what `attend` closes over lives until the backward
 
         def attend(*heads: Tensor) -> Tensor:
@@ -373,6 +373,11 @@ def _bias(members: Sequence[nn.Linear], frozen: Frozen) -> Tensor | None:
 def _lane(member: nn.Linear) -> Lane | None:
     """The member's place in a bank, if it is a stand-in of `lora.bank`. Known by its attributes, as an adapter is."""
     return getattr(member, "lane", None)
+
+
+def holds_bank(model: nn.Module) -> bool:
+    """True if rows of this model hold several adapters' documents."""
+    return any(isinstance(module, nn.Linear) and _lane(module) is not None for module in model.modules())
 
 
 def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjection:

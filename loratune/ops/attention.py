@@ -10,9 +10,9 @@ Source of the variants: sliding windows as in Mistral (a token sees itself and t
 caps as in Gemma 2 (arXiv:2408.00118), attention sinks as in gpt-oss (a learned logit per head beside the keys).
 
 On a GPU nothing here may wait for the device, or a step could not be one CUDA graph. So the borders stay there, and
-three kernels that take them are used: cuDNN's where all documents are of one length (it is the fastest, and its batch
-is then a view of the row), FlashAttention's variable-length one otherwise, and our own (`ops.capped`) for soft caps
-and sinks, which the other two do not know.
+kernels that take them are used: FlashAttention 4 where it is installed (`ops.flash`); else cuDNN's where all
+documents are of one length (its batch is then a view of the row), and PyTorch's FlashAttention otherwise; and our own
+(`ops.capped`) for soft caps and sinks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
+from loratune.ops import flash
 from loratune.ops.capped import Spans, attend
 
 IMPLEMENTATION = "loratune_documents"
@@ -59,6 +60,7 @@ def document_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     spans: Spans | None = None,
+    contained: bool = False,
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -76,6 +78,8 @@ def document_attention(
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
         max_length_q: a bound of the documents' lengths, for the kernels of a GPU.
         spans: of the same borders, made once for all layers; without, each layer makes its own where it needs them.
+        contained: that a document which is not finite leaves the others as they are, to the bit. FlashAttention 4
+            reads on behind a document's end, and adds zero times what it finds there.
         position_bias: not supported.
 
     Returns: (1, T, heads, head_dim), and None in place of the attention weights.
@@ -86,7 +90,9 @@ def document_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
         if softcap is None and s_aux is None:
-            return _on_gpu(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+            newer = not contained and flash.usable(query.device, query.shape[-1])
+            run = _flash4 if newer else _pytorch
+            return run(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
         if s_aux is None or not s_aux.requires_grad:
             spans = spans or Spans(cu_seq_lens_q)
             return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
@@ -121,14 +127,28 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.is_cuda and half and dim == value.shape[-1] and dim % 8 == 0 and dim <= 256
 
 
-def _on_gpu(
+def _flash4(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    """As `_pytorch`."""
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    even, windowed = _kind(query, window, cu_seqlens, longest)
+    return flash.attend(q, k, v, scaling, window if windowed else None, None if even else cu_seqlens, longest)[None]
+
+
+def _kind(query: Tensor, window: int | None, cu_seqlens: Tensor, longest: int) -> tuple[bool, bool]:
+    """Whether all documents are as long as the longest, and whether the window matters in any."""
+    return longest * (cu_seqlens.shape[0] - 1) == query.shape[2], window is not None and window < longest
+
+
+def _pytorch(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
     """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
     # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
     total, documents = query.shape[2], cu_seqlens.shape[0] - 1
-    windowed = window is not None and window < longest
-    if longest * documents == total and not windowed and query.shape[-1] <= 128:
+    even, windowed = _kind(query, window, cu_seqlens, longest)
+    if even and not windowed and query.shape[-1] <= 128:
         q, k, v = (
             tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value)
         )

@@ -373,9 +373,12 @@ def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
 
 def _attention_backward(ledger: Ledger, sizes: _Sizes) -> None:
     shape = sizes.shape
-    # Gradients of key and value are made for each query head, then summed; the gradient of query gathers in float32,
-    # and the kernel for documents of different lengths pads each of them for that.
-    expanded = 2 * sizes.query if shape.key_value_heads != shape.query_heads else 0
-    float32 = (sizes.tokens + _PADDING * sizes.documents) * shape.query * 4
-    ledger.take(d_heads=sizes.heads, expanded=expanded, gathering=float32, row_sums=sizes.logsumexp)
-    ledger.free("expanded", "gathering", "row_sums")
+    # The gradient of query gathers in float32, and kernels for documents of different lengths pad each of them for
+    # that. Where heads share keys and values, their gradients are made for each query head and then summed, or gather
+    # likewise (`ops.flash`): whichever takes more.
+    padded = 4 * (sizes.tokens + _PADDING * sizes.documents)
+    shared = shape.key_value_heads != shape.query_heads
+    of_keys = max(2 * sizes.query, 2 * padded * shape.key_value_heads * shape.head_dim) if shared else 0
+    row_sums = 2 * padded * shape.query_heads
+    ledger.take(d_heads=sizes.heads, of_keys=of_keys, gathering=padded * shape.query, row_sums=row_sums)
+    ledger.free("of_keys", "gathering", "row_sums")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from loratune.errors import AdapterError
 from loratune.lora.bank import Bank
 from loratune.lora.files import adapter_tensors, load_adapter
 from loratune.lora.inject import attach, detach, trainable_parameters
+from loratune.ops import attention
+from loratune.ops.attention import document_attention
 from loratune.ops.bank import Segment
 from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.training.objectives import sft
@@ -130,6 +133,28 @@ def test_a_slot_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(fuse
     for slot in (1, 2, 3):
         assert torch.equal(sick[slot][0], sound[slot][0])
         assert all(torch.equal(sick[slot][1][name], gradient) for name, gradient in sound[slot][1].items())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
+@pytest.mark.parametrize("banked", [False, True])
+def test_attention_is_asked_to_contain_what_is_not_finite(monkeypatch, fused, banked):
+    """FlashAttention 4 does not; `tests/gpu/test_bank_gpu.py` shows it where that is installed."""
+    model, parts, asked = build("llama"), rows(), set()
+    bank = filled(model) if banked else None
+    forward = prepare(model)
+    assert not fused or fuse(forward)
+
+    def listening(*tensors, contained, **options):
+        asked.add(contained)
+        return document_attention(*tensors, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "document_attention", listening)
+        attention.register()
+        with torch.no_grad(), forward.installed(), bank.row([Segment(3, 0, 144, 7)]) if bank else nullcontext():
+            _row_objective(forward, parts[3], sft)
+    attention.register()
+    assert asked == {banked}
 
 
 def test_dropout_is_that_of_its_key_and_stays_away_without_one():

@@ -1,0 +1,127 @@
+"""Attention by document alone: microseconds forward and backward, and the error of each, with one JSON object a row.
+
+    python -m benchmarks.attention [OUT.jsonl]
+
+`kernel` is flash4 (`ops.flash`, where it is installed) or pytorch, which is cuDNN's where documents are of one length
+and FlashAttention 2 otherwise. Calls are recorded ten at a time, so the host does not count. Uneven documents are as
+in the instruction data of `benchmarks.instruction`: log-normal lengths, most of them below 500 tokens. `error` is the
+norm of the difference to float64 over that of the result: output, and the gradients of query, key and value.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratune.ops import flash
+from loratune.ops.attended import Attended
+from loratune.ops.attention import document_attention
+
+SHAPES = {
+    "Llama-2-7B 4 x 2048": (32, 32, 128, 8192),
+    "Llama-3.2-1B 4 x 2048": (32, 8, 64, 8192),
+    "Llama-3.2-1B 1 x 512": (32, 8, 64, 512),
+    "Qwen3-8B 2 x 2048": (32, 8, 128, 4096),
+    "Qwen3-0.6B 2 x 2048": (16, 8, 128, 4096),
+    "heads of 256, 2 x 2048": (8, 4, 256, 4096),
+}
+"""Query heads, key and value heads, head_dim, tokens."""
+CALLS = 10
+
+
+def lengths_of(even: bool, tokens: int) -> list[int]:
+    """Of documents that fill a row."""
+    if even:
+        return [min(2048, tokens)] * max(1, tokens // 2048)
+    generator, lengths, left = torch.Generator().manual_seed(1), list[int](), tokens
+    while left:
+        drawn = int(torch.exp(5.19 + 0.9 * torch.randn(1, generator=generator)).clamp(16, 1500))
+        lengths.append(min(drawn, left))
+        left -= lengths[-1]
+    return lengths
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    """Of one of `CALLS` recorded calls, the median of ten replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            work()
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return round(statistics.median(seconds) / CALLS * 1e6, 1)
+
+
+def measure(name: str, even: bool) -> list[dict[str, object]]:
+    """A row for each kernel."""
+    heads, kv_heads, dim, tokens = SHAPES[name]
+    lengths = lengths_of(even, tokens)
+    torch.manual_seed(0)
+    stacked = torch.randn(tokens, heads + 2 * kv_heads, dim, device="cuda", dtype=torch.bfloat16)
+    incoming = torch.randn(tokens, heads * dim, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    bound = lengths[0] if even else 1 << (max(lengths) - 1).bit_length()  # as `training.graph` rounds it
+
+    def forward(stacked: Tensor, **kernel: int) -> Attended:
+        def attend(*heads: Tensor) -> Tensor:
+            qkv = (tensor.transpose(0, 1)[None] for tensor in heads)
+            out, _ = document_attention(torch.nn.Identity(), *qkv, None, cu_seq_lens_q=ends, **kernel)
+            return out.reshape(tokens, -1)
+
+        return Attended(attend, stacked, [heads, kv_heads, kv_heads])
+
+    def both(stacked: Tensor, **kernel: int) -> list[Tensor]:
+        attended = forward(stacked, **kernel)
+        return [attended.out, *attended.backward(incoming.to(stacked.dtype))]
+
+    exact = both(stacked.double())
+    usable, rows = flash.usable, []
+    for kernel in ("pytorch", *(["flash4"] if usable(stacked.device, dim) else [])):
+        flash.usable = usable if kernel == "flash4" else lambda *_: False
+        got = both(stacked, max_length_q=bound)
+        error = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
+        taken = microseconds(lambda: forward(stacked, max_length_q=bound))
+        altogether = microseconds(lambda: both(stacked, max_length_q=bound))
+        rows.append(
+            {
+                "shape": name, "documents": len(lengths), "even": even, "kernel": kernel, "forward_us": taken,
+                "backward_us": round(altogether - taken, 1), "error": [round(e, 5) for e in error],
+                "machine": torch.cuda.get_device_name(), "torch": torch.__version__,
+                "flash_attn_4": importlib.metadata.version("flash-attn-4") if kernel == "flash4" else None,
+            }
+        )  # fmt: skip
+    flash.usable = usable
+    return rows
+
+
+def main() -> None:
+    for name, (*_, tokens) in SHAPES.items():
+        for even in (True, False) if tokens > 512 else (True,):
+            for row in measure(name, even):
+                print(json.dumps(row), flush=True)
+                if len(sys.argv) > 1:
+                    with Path(sys.argv[1]).open("a") as out:
+                        out.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

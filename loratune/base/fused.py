@@ -121,6 +121,7 @@ class FusedLayer(nn.Module):
             into[0].out_features // dim, into[1].out_features // dim, dim, *_head_norm(attn, dim, into)
         )
         layer.before = block.Before(_projection(into, copies), _weight(first), _eps(first), heads, below)
+        below.above = layer.before.above
         down = _projection([_linear(mlp, "down_proj")], copies)
         gate_up = _projection([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], copies)
         if isinstance(gate_up, BankProjection) and isinstance(down, BankProjection) and down.pool.tables is not None:

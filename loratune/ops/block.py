@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +50,21 @@ class Heads:
 
 @dataclass
 class Passage:
-    """The gradient of the residual stream, from one layer down to the next, with room for what the lower one adds.
+    """Between a layer and the one above it, what autograd has no place for.
 
-    Autograd hands a gradient on in the shape of its tensor, so the buffer around it takes this way beside it.
+    Down goes the gradient of the residual stream, with room for what the lower layer adds: autograd hands a gradient
+    on in the shape of its tensor, so the buffer around it takes this way beside it. Up goes the stream as the upper
+    layer's first norm makes it, for the pass that ends the lower layer has it in hand.
     """
 
     room: int
     """Columns that the lower layer's down projection wants, see `ops.projection`."""
     measure: Measure | None = None
     """What it wants to know of each row, see `ops.measure`."""
+    above: Above | None = None
     _buffer: Tensor | None = None
+    _ahead: tuple[Tensor, int, Tensor] | None = None
+    """The stream, its version, and its norm."""
 
     def enter(self, gradient: Tensor) -> Tensor:
         """(T, d + room) -> its first d columns, to be returned to autograd."""
@@ -73,6 +78,32 @@ class Passage:
             return gradient
         return buffer
 
+    def sum(self, h: Tensor, y: Tensor) -> Tensor:
+        """h + y, (T, d), the stream that leaves the lower layer; y may be written to."""
+        if self.above is None or y.is_inference():  # an inference tensor does not tell whether it was changed
+            return y.add_(h)
+        stream, normed = layer.add_rms_norm(h, y, *self.above)
+        self._ahead = stream, stream._version, normed
+        return stream
+
+    def normed(self, stream: Tensor) -> Tensor | None:
+        """The norm of the stream that reached the upper layer, if it is what left the lower one. Given once."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        left, version, normed = ahead
+        same = left.data_ptr() == stream.data_ptr() and left.shape == stream.shape and version == stream._version
+        return normed if same else None
+
+
+class Above(NamedTuple):
+    """The first norm of the upper layer, and how what reads its result wants it written."""
+
+    norm: Tensor
+    eps: float
+    room: int
+    measure: Measure | None
+
 
 @dataclass(frozen=True)
 class Before:
@@ -84,6 +115,11 @@ class Before:
     heads: Heads
     down: Passage
     """To the layer below."""
+
+    @property
+    def above(self) -> Above:
+        """What the layer below is to know."""
+        return Above(self.norm, self.eps, *_room(self.projection))
 
     def dropping(self, row: Tensor) -> Before:
         """The same with dropout, see `ops.projection`."""
@@ -315,19 +351,21 @@ def _forward(
     if level.keeps_attended:
         kept.heads, kept.attended, kept.stream = heads, attended, (h, inner_output)
     del heads, attended
-    outs, inners = [], []
-    for part in tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile):
+    ys, inners = [], []
+    parts = tiles(x.shape[0], x.shape[0] if level.keeps_gate_up else keep.tile)
+    for part in parts:
         of_part = behind.at(part)
         gate_up, inner_gate_up = of_part.gate_up.forward(normed[part])
+        if part is parts[-1]:
+            del normed
         y, inner_down = of_part.down.forward_swiglu(gate_up, of_part.gate_up, inner_gate_up)
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
-        outs.append(y.add_(h[part]))
+        ys.append(y if len(parts) == 1 else y.add_(h[part]))
         inners.append(inner_down)
-    del normed, h
     kept.inner_down = None if inners[0] is None else _joined([inner for inner in inners if inner is not None])
-    return _joined(outs), kept
+    return behind.up.sum(h, ys.pop()) if len(parts) == 1 else torch.cat(ys), kept
 
 
 def _room(projection: AnyProjection) -> tuple[int, Measure | None]:
@@ -341,8 +379,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
     """Residual stream to stacked query, key and value."""
-    heads = before.heads
-    y, inner = before.projection.forward(layer.rms_norm(x, before.norm, before.eps, *_room(before.projection)))
+    heads, normed = before.heads, before.down.normed(x)
+    y, inner = before.projection.forward(layer.rms_norm(x, *before.above) if normed is None else normed)
     return _rotated(y.view(x.shape[0], -1, heads.dim), cos, sin, inner, heads)
 
 

@@ -298,6 +298,8 @@ def _forward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
         count = part.stop - part.start
         ledger.take(gate_up=sizes.columns(2 * shape.mlp, count), inner_gate_up=sizes.inner(_GATE_UP, count))
         _product(ledger, sizes, _GATE_UP, count)
+        if part is parts[-1]:
+            ledger.free("normed")
         ledger.take(active=sizes.columns(shape.mlp + shape.room(_DOWN), count))
         ledger.take(**{f"out{part.start}": sizes.columns(shape.width, count)})
         ledger.take(**{f"inner_down{part.start}": sizes.inner(_DOWN, count)})
@@ -305,12 +307,11 @@ def _forward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
         ledger.free("active")
         if not level.keeps_gate_up:
             ledger.free("gate_up", "inner_gate_up")
-    ledger.free("normed", *([] if level.keeps_attended else ["stream"]))
-    if len(parts) > 1:
+    if len(parts) == 1:  # the sum, and its norm for the layer above
+        ledger.take(out=sizes.stream, ahead=sizes.operand(_QKV))
+    else:
         ledger.take(out=sizes.stream)
-    for part in parts:
-        ledger.free(f"out{part.start}")
-    ledger.take(out=sizes.stream)
+    ledger.free(*(f"out{part.start}" for part in parts), "ahead", *([] if level.keeps_attended else ["stream"]))
 
 
 def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:

@@ -9,7 +9,9 @@ from loratune.base import fused
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.lora.inject import activate
+from loratune.ops.block import Passage
 from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.policy import Level, Plan
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
@@ -159,3 +161,57 @@ def test_adapters_that_differ_in_dropout_do_not_qualify():
     assert fused.fusible(model)
     model.model.layers[1].self_attn.q_proj.lora_dropout = 0.2
     assert not fused.fusible(model)
+
+
+def ahead_and_not(monkeypatch, model, forward, row):
+    """Loss and gradients with what a layer norms for the one above it, and how often that was taken; then without."""
+    taken = []
+
+    def counting(self, stream, real=Passage.normed):
+        normed = real(self, stream)
+        taken.append(normed is not None)
+        return normed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passage, "normed", counting)
+        got = loss_and_gradients(model, forward, row)
+    with monkeypatch.context() as patch:
+        patch.setattr(Passage, "sum", lambda self, h, y: y.add_(h))
+        plain = loss_and_gradients(model, forward, row)
+    return got, plain, taken
+
+
+def assert_same_bits(got, plain):
+    assert torch.equal(got[0], plain[0])
+    assert all(torch.equal(got[1][path], gradient) for path, gradient in plain[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [Level.NONE, Level.WIDE, Level.FULL])
+def test_what_a_layer_norms_for_the_one_above_it_is_what_that_would(monkeypatch, level, dtype):
+    model = model_with_adapter("qwen3", dtype=dtype)
+    layers = model.config.num_hidden_layers
+    forward = prepare(model)
+    assert fuse(forward)
+    forward.plan = Plan.uniform(level, layers)
+    got, plain, taken = ahead_and_not(monkeypatch, model, forward, make_row(examples(7), 256, 0))
+    assert_same_bits(got, plain)
+    assert taken.count(True) == layers - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda out: out.mul_(1.5), lambda out: out * 1.5, lambda out: out.clone()],
+    ids=["in place", "new", "copy"],
+)
+def test_a_stream_that_was_changed_between_layers_is_normed_anew(monkeypatch, change):
+    model = model_with_adapter("llama")
+    forward = prepare(model)
+    assert fuse(forward)
+    row = make_row(examples(7), 256, 0)
+    with monkeypatch.context() as patch:
+        real = fused.FusedLayer.forward
+        patch.setattr(fused.FusedLayer, "forward", lambda self, *given, **more: change(real(self, *given, **more)))
+        got, plain, taken = ahead_and_not(monkeypatch, model, forward, row)
+    assert_same_bits(got, plain)
+    assert not any(taken)

@@ -260,14 +260,10 @@ def _rotate_backward(
     query_at = d_query_ptr + token * query_token + head * query_head + j
     key_at = d_key_ptr + token * key_token + (head - queries) * key_head + j
     value_at = d_value_ptr + token * value_token + (head - rotated) * value_head + j
-    is_query, is_value = head < queries, inside & (head >= rotated)
-    is_key = (head >= queries) & (head < rotated)
-    a0 = tl.load(query_at, mask=is_query, other=0.0).to(tl.float32)
-    a0 += tl.load(key_at, mask=is_key, other=0.0).to(tl.float32)
-    a0 += tl.load(value_at, mask=is_value, other=0.0).to(tl.float32)
-    b0 = tl.load(query_at + HALF, mask=is_query, other=0.0).to(tl.float32)
-    b0 += tl.load(key_at + HALF, mask=is_key, other=0.0).to(tl.float32)
-    b0 += tl.load(value_at + HALF, mask=is_value, other=0.0).to(tl.float32)
+    # One load of three places: three loads, each masked, would wait for one another.
+    from_at = tl.where(head < queries, query_at, tl.where(head < rotated, key_at, value_at))
+    a0 = tl.load(from_at, mask=inside, other=0.0).to(tl.float32)
+    b0 = tl.load(from_at + HALF, mask=inside, other=0.0).to(tl.float32)
     angle = token * 2 * HALF + j
     cos_a, cos_b = tl.load(cos_ptr + angle).to(tl.float32), tl.load(cos_ptr + angle + HALF).to(tl.float32)
     sin_a, sin_b = tl.load(sin_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle + HALF).to(tl.float32)

@@ -1,7 +1,7 @@
 """Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
 
-    python -m benchmarks.ladder SHAPE BATCH TOKENS [graph|eager|modules|written] [STEPS] [--precision P] [--both-ways]
-    python -m benchmarks.ladder --all OUT.jsonl [graph|eager|modules] [STEPS]        the table of issue 3
+    python -m benchmarks.ladder SHAPE BATCH TOKENS [VARIANT] [STEPS] [--precision P] [--both-ways]
+    python -m benchmarks.ladder --all OUT.jsonl [VARIANT] [STEPS]        the table of issue 3
 
 P is bf16, nf4 or fp8; with `--both-ways` weights in 8 bits are kept transposed as well, as `loratune train` does
 where they fit. The table has the 8-bit rows with and without.
@@ -12,7 +12,8 @@ those before is left out.
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
 `loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear;
-`written` leaves soft caps without their kernel (`ops.capped`), the scores written out document by document.
+`written` leaves soft caps without their kernel (`ops.capped`), the scores written out document by document;
+`separate` leaves layers that are not fused with norms and activations as transformers writes them (`base.one_pass`).
 The peers are measured by their own scripts on the same machine; see benchmarks/NOTES.md.
 """
 
@@ -69,6 +70,8 @@ def measure(
     forward = prepare(model)
     if variant == "modules":
         forward.fused = None
+    if variant in ("modules", "separate"):
+        forward.one_pass = False
     if both_ways:
         forward.plan = Plan((Level.NONE,) * model.config.num_hidden_layers, both_ways=True)
     torch.cuda.synchronize()

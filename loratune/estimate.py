@@ -154,7 +154,8 @@ def module_bytes(model: PreTrainedModel, what: Survey, wish: Wish, plan: Plan, b
     dtype = model.dtype
     copy = without_data(model.config, dtype)
     attach(copy, wish.lora, name="estimate", seed=0)
-    return peak_of_modules(what, wish.setting, imagine(copy, wish.setting.tokens, plan), baseline)
+    activations = imagine(copy, wish.setting.tokens, plan, on_gpu=baseline is None)
+    return peak_of_modules(what, wish.setting, activations, baseline)
 
 
 def resident_bytes() -> int:

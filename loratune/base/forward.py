@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune.base import fused as fusing
-from loratune.base import recompute
+from loratune.base import one_pass, recompute
 from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
 from loratune.ops import attention, flash
@@ -61,6 +61,8 @@ class PackedForward:
     """What a user should know, one line each; empty when everything took the fast road."""
     fused: fusing.Options | None = None
     """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
+    one_pass: bool = False
+    """Whether norms and gated activations of layers that are not fused run as `base.one_pass` has them."""
     plan: Plan | None = None
     """What each decoder layer keeps for its backward; None for everything."""
     record: bool = True
@@ -79,9 +81,12 @@ class PackedForward:
                 _embeddings_to_host(self.model)
             if self.fused is not None and fusing.fusible(self.model):
                 self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
-            elif self.plan is not None:
-                once = self.road != "one by one"  # else a layer runs several times a row, and has several inputs
-                stack.enter_context(recompute.installed(self.model, self.plan, Host() if once else None))
+            else:
+                if self.one_pass:
+                    stack.enter_context(one_pass.installed(self.model))
+                if self.plan is not None:
+                    once = self.road != "one by one"  # else a layer runs several times a row, and has several inputs
+                    stack.enter_context(recompute.installed(self.model, self.plan, Host() if once else None))
             yield
         self._copies = None
 
@@ -178,7 +183,8 @@ def prepare(model: PreTrainedModel) -> PackedForward:
             notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
         forward.head = _find_head(model, expected, tokens, cu_seqlens)
         if tokens.is_cuda:
-            fuse(forward)
+            if not fuse(forward) and expected.dtype.itemsize == 2:
+                take_one_pass(forward)
             if (why := flash.why_not(tokens.device)) is not None:
                 notes.append(why)
     if forward.head is None:
@@ -198,6 +204,19 @@ def fuse(forward: PackedForward) -> bool:
     if _disagreement(forward, *row, expected) is not None:
         forward.fused = None
     return forward.fused is not None
+
+
+@torch.no_grad()
+def take_one_pass(forward: PackedForward) -> bool:
+    """Lets norms and gated activations run in one pass each, if the model gives its own hidden states so."""
+    if forward.road == "one by one":
+        return False
+    row = _probe_row(forward.model)
+    with forward.installed():
+        expected = forward.hidden_states(*row)
+    forward.one_pass = True
+    forward.one_pass = _disagreement(forward, *row, expected) is None
+    return forward.one_pass
 
 
 def why_not_packed(model: PreTrainedModel) -> str:

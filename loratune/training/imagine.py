@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from loratune.base import recompute
+from loratune.base import one_pass, recompute
 from loratune.ops import attention
 from loratune.ops.host import Host
 from loratune.ops.logprobs import token_logprobs
@@ -76,8 +77,11 @@ def without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     return made
 
 
-def imagine(model: PreTrainedModel, tokens: int, plan: Plan) -> Imagined:
+def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) -> Imagined:
     """One row of `tokens` tokens forward and backward through a model on the meta device with an adapter in use.
+
+    Args:
+        on_gpu: that norms and activations are imagined as they run there (`base.one_pass`).
 
     Raises: NotImplementedError, RuntimeError: the model does something that cannot be done without data.
     """
@@ -86,7 +90,8 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan) -> Imagined:
     model.set_attn_implementation(_ATTENTION)
     meter = Meter()
     try:
-        with recompute.installed(model, plan, Host()), meter:
+        passes = one_pass.installed(model) if on_gpu and model.dtype.itemsize == 2 else nullcontext()
+        with passes, recompute.installed(model, plan, Host()), meter:
             loss = _loss(model, tokens)
             kept = meter.live
             loss.backward()

@@ -149,7 +149,7 @@ def test_an_imagined_row_holds_what_a_real_one_holds(name):
     copy, real = without_data(config, torch.float32), build(name)
     for model in (copy, real):
         attach(model, LoraConfig(r=4), name="default", seed=0)
-    expected = imagine(copy, 256, Plan.uniform(Level.NONE, 2)).kept
+    expected = imagine(copy, 256, Plan.uniform(Level.NONE, 2), on_gpu=False).kept
     held: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
 
@@ -171,7 +171,7 @@ def test_soft_caps_and_sinks_take_no_square_of_scores_in_half_precision(name):
     """Their kernel holds what grows with T alone; a square of scores would be 16 times as much."""
     model = without_data(build(name).config, torch.bfloat16)
     attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), name="default", seed=0)
-    short, long = (imagine(model, tokens, Plan.uniform(Level.NONE, 2)).kept for tokens in (256, 1024))
+    short, long = (imagine(model, tokens, Plan.uniform(Level.NONE, 2), on_gpu=False).kept for tokens in (256, 1024))
     assert long < 4.2 * short
 
 

@@ -185,8 +185,7 @@ def prepare(model: PreTrainedModel) -> PackedForward:
         if tokens.is_cuda:
             if not fuse(forward) and expected.dtype.itemsize == 2:
                 take_one_pass(forward)
-            if (why := flash.why_not(tokens.device)) is not None:
-                notes.append(why)
+            notes += flash.why_not(tokens.device)
     if forward.head is None:
         notes.append(f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held")
     return forward

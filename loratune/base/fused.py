@@ -378,7 +378,7 @@ def _lane(member: nn.Linear) -> Lane | None:
 
 def holds_bank(model: nn.Module) -> bool:
     """True if rows of this model hold several adapters' documents."""
-    return any(isinstance(module, nn.Linear) and _lane(module) is not None for module in model.modules())
+    return any(isinstance(getattr(module, "lane", None), Lane) for module in model.modules())
 
 
 def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjection:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from loratune.ops import passes
 _EPS = ("variance_epsilon", "eps", "epsilon")
 _EXACT = 1e-5
 """Relative error of float32 that counts as the same formula."""
+_LARGE = 1e4
+"""Factor of numbers that a module is asked with as well: some clamp."""
 # What modules raise that cannot be run on a few numbers of ours.
-_REFUSALS = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,17 @@ class Norm(nn.Module):
         norm._base, norm._form, norm._weight = (base,), form, form.weight(weight)
         return norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        if x.dtype != self.weight.dtype:
-            return cast(Tensor, self._base[0](x))
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        """(..., d) -> (..., d); asked for more, such as a gate, it is the module that answers."""
+        if more or named or x.dtype != self.weight.dtype:
+            return self._base[0](x, *more, **named)
         return passes.rms_norm(x, self._weight, self._form.eps)
 
 
 class GatedMlp(nn.Module):
     """Stands in for down(activation(gate(x)) * up(x)), where gate and up may be one projection."""
 
+    _base: tuple[nn.Module]
     _kind: passes.Kind
 
     @classmethod
@@ -78,11 +81,13 @@ class GatedMlp(nn.Module):
         """The stand-in for `base`, which has that activation."""
         mlp = cls.__new__(cls)
         mlp.__dict__.update(base.__dict__)
-        mlp._kind = kind
+        mlp._base, mlp._kind = (base,), kind
         return mlp
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        """(..., d) -> (..., d), as `Norm`."""
+        if more or named:
+            return self._base[0](x, *more, **named)
         if "gate_up_proj" in self._modules:
             gate, up = self._project("gate_up_proj", x).chunk(2, -1)
         else:
@@ -102,13 +107,13 @@ _TOGETHER = {"gate_up_proj": (32, 8), "down_proj": (8, 16)}
 def installed(model: nn.Module) -> Iterator[int]:
     """Puts the stand-ins where they are of use, gives their number, and puts the modules back on exit."""
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            stand_in = _stand_in(child)
-            if stand_in is not None:
-                swapped.append((parent, name, child))
-                parent._modules[name] = stand_in
     try:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                stand_in = _stand_in(child)
+                if stand_in is not None:
+                    swapped.append((parent, name, child))
+                    parent._modules[name] = stand_in
         yield len(swapped)
     finally:
         for parent, name, child in swapped:
@@ -116,13 +121,18 @@ def installed(model: nn.Module) -> Iterator[int]:
 
 
 def _stand_in(module: nn.Module) -> nn.Module | None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if _hooked(module):
         return None
     form = norm_form(module)
     if form is not None:
         return Norm.from_base(module, form)
     kind = gated_kind(module)
     return None if kind is None else GatedMlp.from_base(module, kind)
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, hooks))
 
 
 @torch.no_grad()
@@ -139,19 +149,23 @@ def norm_form(module: nn.Module) -> Form | None:
     generator = torch.Generator().manual_seed(0)
     trial, x = (torch.randn(n, len(weight), generator=generator) for n in (1, 3))
     trial, x = trial[0], x * eps**0.5  # so small that eps counts
-    got = _asked(module, {"weight": trial}, {}, x)
-    for plus_one in (False, True):
-        form = Form(eps, plus_one, rounded=False)
-        if got is not None and _off(got, passes.norm(x, form.weight(trial), eps)) < _EXACT:
-            break
-    else:
+    form = next((form for one in (False, True) if _is_norm(module, form := Form(eps, one, False), trial, x)), None)
+    if form is None:
         return None
     half, x = trial.bfloat16(), x.bfloat16()
     got = _asked(module, {"weight": half}, {}, x)
     if got is None or got.dtype != x.dtype:
         return None
-    forms = [form] if plus_one else [form, Form(eps, plus_one, rounded=True)]
+    forms = [form] if form.plus_one else [form, replace(form, rounded=True)]
     return min(forms, key=lambda form: _off(got, passes.norm(x, form.weight(half), eps)))
+
+
+def _is_norm(module: nn.Module, form: Form, weight: Tensor, x: Tensor) -> bool:
+    for rows in (x, _LARGE * x):
+        got = _asked(module, {"weight": weight}, {}, rows)
+        if got is None or _off(got, passes.norm(rows, form.weight(weight), form.eps)) > _EXACT:
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -164,8 +178,10 @@ def gated_kind(module: nn.Module) -> passes.Kind | None:
     (name,) = names - set(shapes)
     activation = module._modules[name]
     assert activation is not None
-    generator = torch.Generator().manual_seed(0)
+    if _hooked(activation):
+        return None
     at = torch.linspace(-6, 6, 97)
+    at = torch.cat([at, *(sign * at[-1:] * 10**k for k in range(1, 5) for sign in (-1, 1))])
     found = _asked(activation, {}, {}, at)
     kinds = (
         kind for kind in passes.KINDS if found is not None and torch.allclose(found, passes.activation(at, kind))
@@ -173,13 +189,16 @@ def gated_kind(module: nn.Module) -> passes.Kind | None:
     kind = next(kinds, None)
     if kind is None:
         return None
-    layers = {name: nn.Linear(d_in, d_out, bias=False) for name, (d_out, d_in) in shapes.items()}
+    generator = torch.Generator().manual_seed(0)
+    layers = {n: torch.nn.utils.skip_init(nn.Linear, *shape[::-1], bias=False) for n, shape in shapes.items()}
     for layer in layers.values():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
-    x = torch.randn(3, 8, generator=generator)
-    got = _asked(module, {}, {**layers, name: activation}, x)
-    expected = _asked(GatedMlp.from_base(module, kind), {}, {**layers, name: activation}, x)
-    return kind if got is not None and expected is not None and _off(got, expected) < _EXACT else None
+    children, x = {**layers, name: activation}, torch.randn(3, 8, generator=generator)
+    for rows in (x, _LARGE * x):
+        got, expected = (_asked(m, {}, children, rows) for m in (module, GatedMlp.from_base(module, kind)))
+        if got is None or expected is None or _off(got, expected) > _EXACT:
+            return None
+    return kind
 
 
 def _asked(

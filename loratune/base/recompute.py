@@ -2,7 +2,8 @@
 
 Where layers are not fused (`base.fused`), autograd keeps what every module asks for. A stand-in around each layer
 keeps less (`ops.policy`): the layer's input, from which the backward runs the layer again; with `selective` also the
-outputs of the attention kernel, so that this is not run twice; with `offload` the input waits on the host. Dropout is
+outputs of the attention kernel, so that this is not run twice (FlashAttention 4 is no operator of PyTorch's and runs
+twice all the same); with `offload` the input waits on the host. Dropout is
 the same in both runs: it follows from the step's key (`ops.dropout`); where no key is open the state of the random
 generators is kept beside the input.
 

@@ -80,7 +80,7 @@ class Passage:
 
     def sum(self, h: Tensor, y: Tensor) -> Tensor:
         """h + y, (T, d), the stream that leaves the lower layer; y may be written to."""
-        if self.above is None or y.is_inference():  # an inference tensor does not tell whether it was changed
+        if self.above is None:
             return y.add_(h)
         stream, normed = layer.add_rms_norm(h, y, *self.above)
         self._ahead = stream, stream._version, normed
@@ -379,9 +379,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
     """Residual stream to stacked query, key and value."""
-    heads, normed = before.heads, before.down.normed(x)
-    y, inner = before.projection.forward(layer.rms_norm(x, *before.above) if normed is None else normed)
+    heads = before.heads
+    y, inner = before.projection.forward(_normed(x, before))
     return _rotated(y.view(x.shape[0], -1, heads.dim), cos, sin, inner, heads)
+
+
+def _normed(x: Tensor, before: Before) -> Tensor:
+    """The first norm of the stream, (T, d + room), which the layer below may have made."""
+    normed = before.down.normed(x)
+    return layer.rms_norm(x, *before.above) if normed is None else normed
 
 
 def _rotated(y: Tensor, cos: Tensor, sin: Tensor, inner: Tensor | None, heads: Heads) -> _Turned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import os
 import warnings
 from pathlib import Path
@@ -26,16 +26,22 @@ _HEADS = (64, 96, 128, 256)
 """Sizes of heads that it was tried with (tests/gpu/test_flash_gpu.py). Version 4.0.0b36 takes 40 and is wrong."""
 
 
+_REFUSED: list[str] = []
+"""Why it was not taken where it could have been."""
+
+
 @functools.cache
 def _found() -> tuple[ModuleType | None, str | None]:
     """The package; or None, and if it is installed what keeps it from being used, in one line."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # both are read when it is imported
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(home) / "loratune" / "flash_attention"))
-    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # its compiler, about each of its kernels
     try:
-        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            return None, None
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None, None
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # both are read when it is imported
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(home) / "loratune" / "flash_attention"))
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # its compiler, about each of its kernels
         return importlib.import_module("flash_attn.cute"), None
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # native code, and others' versions of it
         return None, f"flash-attn-4 is installed but cannot be imported, so slower attention runs: {error!r:.200}"
@@ -46,9 +52,17 @@ def usable(device: torch.device, head_dim: int) -> bool:
     return head_dim in _HEADS and _fits(device) and _found()[0] is not None
 
 
-def why_not(device: torch.device) -> str | None:
-    """A line for a person who has installed it for this GPU in vain, else None."""
-    return _found()[1] if _fits(device) else None
+def refuse(why: str) -> None:
+    """It is not to be used after all."""
+    line = f"flash-attn-4 is installed but is not used, so slower attention runs: {why}"
+    if line not in _REFUSED:
+        _REFUSED.append(line)
+
+
+def why_not(device: torch.device) -> list[str]:
+    """Lines for a person who has installed it for this GPU in vain."""
+    broken = _found()[1] if _fits(device) else None
+    return [*([] if broken is None else [broken]), *_REFUSED]
 
 
 def _fits(device: torch.device) -> bool:

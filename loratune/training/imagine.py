@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,7 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) ->
     model.set_attn_implementation(_ATTENTION)
     meter = Meter()
     try:
-        passes = one_pass.installed(model) if on_gpu and model.dtype.itemsize == 2 else nullcontext()
-        with passes, recompute.installed(model, plan, Host()), meter:
+        with _passes(model, on_gpu), recompute.installed(model, plan, Host()), meter:
             loss = _loss(model, tokens)
             kept = meter.live
             loss.backward()
@@ -100,6 +99,12 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) ->
         for parameter in model.parameters():
             parameter.grad = None
     return Imagined(kept, meter.peak)
+
+
+def _passes(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[object]:
+    """As `base.forward.take_one_pass` will have it; a convolution along the row means one document at a time."""
+    along = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return one_pass.installed(model) if on_gpu and model.dtype.itemsize == 2 and not along else nullcontext()
 
 
 def _loss(model: PreTrainedModel, tokens: int) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
+from transformers.activations import ACT2FN
 
 from loratune.base import one_pass
 from loratune.base.forward import prepare, take_one_pass
@@ -133,11 +135,26 @@ class Deaf(Biased):
         return out * 1.0 if self.eps == 1e-6 else out
 
 
+class Gated(Biased):
+    """As of layers that carry a state along the row."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x) if gate is None else super().forward(x * gate)
+
+    def change(self, out):
+        return out
+
+
+class Clumsy(Deaf):
+    def change(self, out):
+        raise IndexError("only for batches")
+
+
 class Mlp(nn.Module):
-    def __init__(self, limit):
+    def __init__(self, limit, act_fn=None):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
-        self.act_fn, self.limit = nn.SiLU(), limit
+        self.act_fn, self.limit = act_fn or nn.SiLU(), limit
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=self.limit) * self.up_proj(x))
@@ -150,18 +167,73 @@ def test_what_does_more_or_else_stays():
     assert norm_form(nn.LayerNorm(12)) is None
     trained = Deaf(weight).requires_grad_(True)
     assert norm_form(trained) is None
-    assert gated_kind(Mlp(1e9)) == "silu"
-    assert gated_kind(Mlp(1.0)) is None
+    assert norm_form(Clumsy(weight)) is None
     assert gated_kind(nn.Linear(3, 3)) is None
+
+
+def test_limits_far_out_are_seen():
+    assert gated_kind(Mlp(float("inf"))) == "silu"
+    assert gated_kind(Mlp(float("inf"), ACT2FN["gelu_pytorch_tanh"])) == "gelu_tanh"
+    for limit in (1.0, 10.0, 1000.0):
+        assert gated_kind(Mlp(limit)) is None
+    assert gated_kind(Mlp(float("inf"), ACT2FN["gelu_10"])) is None
+
+
+def test_who_asks_a_norm_for_more_is_answered_by_the_norm():
+    module, x, gate = Gated(torch.randn(12)), torch.randn(3, 12), torch.randn(3, 12)
+    model = nn.ModuleDict({"norm": module})
+    with one_pass.installed(model) as count:
+        assert count == 1
+        assert torch.equal(model["norm"](x, gate), module(x, gate))
+        assert torch.equal(model["norm"](x, gate=gate), module(x, gate))
+        torch.testing.assert_close(model["norm"](x), module(x))
+
+
+def test_models_that_run_one_document_at_a_time_are_imagined_as_they_are():
+    model = without_data(tf.BambaConfig(**BAMBA), torch.bfloat16)
+    attach(model, LoraConfig(r=4), name="default", seed=0)
+    rows = [imagine(model, 128, Plan.uniform(Level.NONE, 2), on_gpu=on_gpu) for on_gpu in (False, True)]
+    assert rows[0] == rows[1]
+
+
+BAMBA = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
+    "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+    "mamba_n_groups": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+"""With a norm that is asked for its gate, too."""
+
+
+def test_nothing_is_left_behind_if_something_goes_wrong(monkeypatch):
+    model, asked = build("gemma2"), []
+
+    def failing(module):
+        asked.append(module)
+        if len(asked) > 20:
+            raise MemoryError
+        return norm_form(module)
+
+    before = dict(model.named_modules())
+    monkeypatch.setattr(one_pass, "norm_form", failing)
+    with pytest.raises(MemoryError), one_pass.installed(model):
+        pass
+    assert dict(model.named_modules()) == before
+
+
+def test_random_numbers_are_not_used_up():
+    model, state = build("phi3"), torch.random.get_rng_state()
+    with one_pass.installed(model):
+        assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_hooks_are_heard():
     model, heard = build("gemma2"), []
     model.model.norm.register_forward_hook(lambda *_: heard.append(1))
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: heard.append(2))
     with one_pass.installed(model) as count:
         model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert count == FOUND["gemma2"] - 1
-    assert heard == [1]
+    assert count == FOUND["gemma2"] - 2
+    assert heard == [2, 1]
 
 
 def test_a_form_that_does_not_give_the_model_s_own_states_is_not_taken(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.ops import flash
+from loratune.ops import attention, flash
 from loratune.ops.attended import Attended
 from loratune.ops.attention import document_attention
 
@@ -107,6 +107,16 @@ def test_a_recording_is_replayed_over_other_borders(documents):
     finally:
         torch.use_deterministic_algorithms(False)
     assert not torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 8, 64), (8, 4, 256)])
+def test_it_is_found_to_agree_and_a_size_where_it_is_wrong_is_not(monkeypatch, heads, kv_heads, dim):
+    monkeypatch.setattr(flash, "_REFUSED", [])
+    device = torch.device("cuda", 0)
+    assert attention._agrees.__wrapped__(device, BF16, heads, kv_heads, dim)
+    assert not flash.why_not(device)
+    assert not attention._agrees.__wrapped__(device, BF16, 3, 1, 40)
+    assert len(flash.why_not(device)) == 1
 
 
 def test_attention_takes_it(monkeypatch):

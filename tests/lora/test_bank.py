@@ -21,6 +21,7 @@ from loratune.ops.bank import Segment
 from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
+from tests.base.test_quantised import quantised
 from tests.conftest import build
 from tests.training.helpers import examples
 
@@ -137,9 +138,10 @@ def test_a_slot_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(fuse
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize("banked", [False, True])
-def test_attention_is_asked_to_contain_what_is_not_finite(monkeypatch, fused, banked):
+@pytest.mark.parametrize("base", [build, quantised])
+def test_attention_is_asked_to_contain_what_is_not_finite(monkeypatch, base, fused, banked):
     """FlashAttention 4 does not; `tests/gpu/test_bank_gpu.py` shows it where that is installed."""
-    model, parts, asked = build("llama"), rows(), set()
+    model, parts, asked = base("llama"), rows(), set()
     bank = filled(model) if banked else None
     forward = prepare(model)
     assert not fused or fuse(forward)

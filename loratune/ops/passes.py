@@ -96,14 +96,33 @@ def _rounding(x: Tensor, weight: Tensor) -> torch.dtype:
     return x.dtype if weight.dtype == x.dtype else wide(x).dtype
 
 
+class _Layout:
+    """The rows of a tensor in the order in which they lie in memory: heads may have changed places with tokens."""
+
+    def __init__(self, x: Tensor) -> None:
+        strides = x.stride()
+        self._order = [*sorted(range(x.dim() - 1), key=lambda place: -strides[place]), x.dim() - 1]
+        self._back = [self._order.index(place) for place in range(x.dim())]
+        self._shape = [x.shape[place] for place in self._order]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(N, d); a copy only where x is not laid out like the tensor that the layout is of."""
+        return x.permute(self._order).reshape(-1, x.shape[-1])
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """(N, d), contiguous, in the shape and the layout of the tensor."""
+        return rows.view(self._shape).permute(self._back)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         if x.is_meta:  # where bytes are counted, and the formula's own would be too
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+            return torch.empty_like(x)
+        layout = _Layout(x)
+        return layout.whole(norm(layout.rows(x), weight, eps))
 
     @staticmethod
     @once_differentiable
@@ -111,12 +130,8 @@ class _RmsNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if x.is_meta:
             return torch.empty_like(d_out), None, None
-        width = x.shape[-1]
-        return (
-            norm_backward(d_out.reshape(-1, width), x.reshape(-1, width), weight, ctx.eps).view(x.shape),
-            None,
-            None,
-        )
+        layout = _Layout(x)
+        return layout.whole(norm_backward(layout.rows(d_out), layout.rows(x), weight, ctx.eps)), None, None
 
 
 class _Gated(torch.autograd.Function):

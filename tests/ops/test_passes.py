@@ -36,6 +36,20 @@ def test_a_norm_and_its_gradient(shape):
     assert torch.autograd.gradcheck(lambda x: passes.rms_norm(x, weight, 1e-3), x)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3)])
+def test_a_norm_leaves_heads_where_they_lie(order):
+    """As transformers' operators do: heads that have changed places with tokens come out so, without a copy."""
+    made = torch.randn(1, 6, 3, 8, requires_grad=True)
+    x = made.permute(order)
+    out = passes.rms_norm(x, torch.ones(8), 1e-6)
+    assert out.stride() == (x * 2).stride()
+    torch.testing.assert_close(out, functional.rms_norm(x, (8,), torch.ones(8), 1e-6))
+    incoming = torch.randn(out.shape)
+    (got,) = torch.autograd.grad(out, made, incoming)
+    (expected,) = torch.autograd.grad(functional.rms_norm(x, (8,), torch.ones(8), 1e-6), made, incoming)
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_weight_s_dtype_says_what_is_rounded():
     x, weight = torch.randn(50, 64).bfloat16(), torch.randn(64).bfloat16()
     unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)

@@ -31,6 +31,7 @@ from loratune.ops.host import Host
 from loratune.ops.measure import Measure
 from loratune.ops.policy import TILE, Level, tiles
 from loratune.ops.projection import Projection
+from loratune.ops.thin import Work, gradients_of
 
 AnyProjection = Projection | Fp8Projection | BankProjection
 """What `d_inner` gives is handed on to `d_input` and `d_adapters` of the same projection; each kind has its own."""
@@ -287,7 +288,8 @@ class _Layer(torch.autograd.Function):
         (h, inner), kept.stream = kept.stream, None
         del h
         d_inner: Any = behind.output.d_inner(d_stream)
-        of_output = behind.output.d_adapters(d_stream, d_inner, attended.out, inner)
+        of_behind = _gradients([behind.output.d_adapters(d_stream, d_inner, attended.out, inner), *of_mlp])
+        of_mlp.clear()  # what it was made of
         below: Tensor | None = None
         of_heads: list[Tensor] = []
         if ctx.needs_heads:
@@ -297,7 +299,7 @@ class _Layer(torch.autograd.Function):
             heads.turned = None
             del d_attended, attended
             below, of_heads = _heads_backward(d_stream, d_heads, x, cos, sin, heads, before, ctx.needs_input_grad[0])
-        return below, None, None, None, None, None, None, None, *of_heads, *of_output, *of_mlp
+        return below, None, None, None, None, None, None, None, *of_heads, *of_behind
 
 
 def _leave(kept: _Kept, keep: Keep) -> None:
@@ -399,10 +401,19 @@ def _split(heads: Heads) -> tuple[int, int, int]:
     return heads.query, heads.key_value, heads.key_value
 
 
+def _gradients(asked: Sequence[Work | list[Tensor]]) -> list[Tensor]:
+    """Of the masters of several projections, one after the other; what is not made yet is made in one launch."""
+    made = iter(gradients_of([part for part in asked if isinstance(part, Work)]))
+    return [gradient for part in asked for gradient in (next(made) if isinstance(part, Work) else part)]
+
+
 def _mlp_backward(
     dy: Tensor, attended: Tensor, kept: _Kept, behind: Behind, keep: Keep
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of the stream h, and of the adapters of gate, up and down; fills `kept.stream` if it is not held."""
+) -> tuple[Tensor, list[Work | list[Tensor]]]:
+    """Gradient of the stream h, and what makes those of the adapters of gate, up and down.
+
+    Fills `kept.stream` if it is not held.
+    """
     normed: Tensor | None = None
     if kept.stream is None:
         assert kept.x is not None
@@ -422,18 +433,19 @@ def _mlp_backward(
         if part.stop == h.shape[0]:
             normed = None
         inner_down = None if kept.inner_down is None else kept.inner_down[part]
-        d_part, gradients = _tile_backward(dy[part], h[part], held, inner_down, of_part)
+        d_part, asked = _tile_backward(dy[part], h[part], held, inner_down, of_part)
         if len(parts) == 1:
-            return d_part, gradients
+            return d_part, asked
+        gradients = _gradients(asked)
         d_stream = h.new_empty(h.shape[0], d_part.shape[1]) if d_stream is None else d_stream
         d_stream[part] = d_part
         if sums:
             torch._foreach_add_(sums, gradients)
         else:
             sums = gradients
-        del d_part, gradients  # or the next tile would be made beside them
+        del d_part, asked, gradients  # or the next tile would be made beside them
     assert d_stream is not None
-    return d_stream, sums
+    return d_stream, [sums]
 
 
 def _gate_up(h: Tensor, normed: Tensor | None, part: slice, behind: Behind) -> tuple[Tensor, Tensor | None]:
@@ -448,8 +460,8 @@ def _tile_backward(
     held: list[tuple[Tensor, Tensor | None]],
     inner_down: Tensor | None,
     behind: Behind,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of the stream and of the adapters of the MLP, from one tile of tokens; empties `held`."""
+) -> tuple[Tensor, list[Work | list[Tensor]]]:
+    """Gradient of the stream, and what makes those of the adapters, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
     d_inner: Any = behind.down.d_inner(dy)
     d_inner_gate_up: Any
@@ -465,7 +477,7 @@ def _tile_backward(
     room, measure = behind.output.room, behind.output.measure_dy
     d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, room, measure)
     of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
-    return d_h, [*of_gate_up, *of_down]
+    return d_h, [of_gate_up, of_down]
 
 
 def _heads_backward(
@@ -496,4 +508,4 @@ def _heads_backward(
         below = down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)
-    return below, before.projection.d_adapters(dy, d_inner, normed, heads.inner)
+    return below, _gradients([before.projection.d_adapters(dy, d_inner, normed, heads.inner)])

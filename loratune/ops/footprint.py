@@ -326,6 +326,9 @@ def _backward(ledger: Ledger, sizes: _Sizes, level: Level, tile: int) -> None:
     _mlp_backward(ledger, sizes, tiles(tokens, tokens if level.keeps_gate_up else tile))
     ledger.free("stream", "normed")
     ledger.take(of_output=shape.gradient_bytes(_OUTPUT))
+    if "active" in ledger.sizes:  # then those of the MLP are made with them
+        ledger.take(of_mlp=shape.gradient_bytes(_DOWN) + shape.gradient_bytes(_GATE_UP))
+        ledger.free("active", "normed_again", "d_gate_up", "inner_gate_up")
     ledger.take(d_attended=sizes.query)
     _product(ledger, sizes, _OUTPUT, backward=True)
     if "heads" not in ledger.sizes:
@@ -357,17 +360,18 @@ def _mlp_backward(ledger: Ledger, sizes: _Sizes, parts: object) -> None:
         ledger.take(d_gate_up=sizes.columns(2 * shape.mlp + shape.room(_GATE_UP), count))
         ledger.take(active=sizes.columns(shape.mlp, count))
         ledger.free("gate_up", "d_active")
-        ledger.take(of_down=shape.gradient_bytes(_DOWN))
-        ledger.free("active")
         ledger.take(d_normed=sizes.columns(shape.width, count))
         _product(ledger, sizes, _GATE_UP, count, backward=True)
         ledger.take(d_part=sizes.columns(shape.width + shape.room(_OUTPUT), count))
-        ledger.take(normed_again=sizes.columns(shape.width, count), of_gate_up=shape.gradient_bytes(_GATE_UP))
-        ledger.free("normed_again", "d_gate_up", "d_normed", "inner_gate_up")
+        ledger.take(normed_again=sizes.columns(shape.width, count))
+        ledger.free("d_normed")
         if len(parts) > 1:
+            of_part = shape.gradient_bytes(_DOWN) + shape.gradient_bytes(_GATE_UP)
+            ledger.take(of_part=of_part)
+            ledger.free("active", "normed_again", "d_gate_up", "inner_gate_up")
             ledger.take(d_stream=sizes.operand(_OUTPUT))
-            ledger.free("d_part", "of_down", "of_gate_up")
-            ledger.take(of_mlp=shape.gradient_bytes(_DOWN) + shape.gradient_bytes(_GATE_UP))
+            ledger.free("d_part", "of_part")
+            ledger.take(of_mlp=of_part)
     if len(parts) == 1:
         ledger.sizes["d_stream"] = ledger.sizes.pop("d_part")
 

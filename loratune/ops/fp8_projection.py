@@ -21,7 +21,7 @@ from torch import Tensor
 from loratune.ops import layer
 from loratune.ops.fp8 import Fp8Weight, Scaled, border_of, lay, lay_border, numbers_of, product, transposed
 from loratune.ops.measure import ROOM, Measure
-from loratune.ops.thin import Members, gradients
+from loratune.ops.thin import Members, Work
 
 
 @dataclass
@@ -128,11 +128,11 @@ class Fp8Projection:
             turned = transposed(self.frozen.values, self.lora_A, self.numbers[2:3])
         return product(rows, turned, self.frozen.column_scale, dy.dtype)
 
-    def d_adapters(self, dy: Tensor, d_inner: Laid, x: Tensor, inner: Tensor | None) -> list[Tensor]:
-        """Gradients of the masters: A, B of the first member with an adapter, then of the next. x may have room."""
+    def d_adapters(self, dy: Tensor, d_inner: Laid, x: Tensor, inner: Tensor | None) -> Work:
+        """As `Projection.d_adapters`."""
         assert inner is not None
         members = Members(self.rows, self.ranks, self.scalings)
-        return gradients(x[:, : self.frozen.shape[1]], self._lay(dy, d_inner), dy, inner, members)
+        return Work(x[:, : self.frozen.shape[1]], self._lay(dy, d_inner), dy, inner, members)
 
     def _lay(self, dy: Tensor, d_inner: Laid) -> Tensor:
         if d_inner.values is None:

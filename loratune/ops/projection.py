@@ -33,7 +33,7 @@ from torch.nn.functional import linear
 from loratune.ops import layer
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
-from loratune.ops.thin import Drops, Members, gradients, narrow, widen
+from loratune.ops.thin import Drops, Members, Work, narrow, widen
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,12 @@ class Projection:
             return self.frozen.d_input_carrying(dy, self.lora_A)
         return self.frozen.d_input(dy, d_inner @ self.lora_A)
 
-    def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
-        """Gradients of the masters: A, B of the first member with an adapter, then of the next. x may have room."""
+    def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> Work | list[Tensor]:
+        """What makes the gradients of the masters: A, B of the first member with an adapter, then of the next.
+
+        x may have room.
+        """
         if d_inner is None or inner is None:
             return []
         members = Members(self.rows, self.ranks, self.scalings)
-        return gradients(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members, self.drops)
+        return Work(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members, self.drops)

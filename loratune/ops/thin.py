@@ -7,7 +7,7 @@
 Libraries cut the long sum of such a product into pieces to fill a GPU, with a launch to clear memory before and one
 to add the pieces behind, and at 512 tokens that costs more than the product. On a GPU in half precision the twins in
 `ops.thin_kernels` run: one launch each, where the block that comes last adds up the pieces, in their order, so that
-the result does not depend on which block that is.
+the result does not depend on which block that is. Gradients of several projections are one launch, too.
 
 With dropout each adapter reads an x of its own (`Drops`). The kernels mask it as it is read, or as it is about to be
 written, so that no dropped x and no mask is ever held.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,6 +131,27 @@ def gradients(
         dB = _product(dy[:, rows].T, inner[:, ranks])
         found += [dA[ranks], dB if scaling == 1.0 else dB.mul_(scaling)]
     return found
+
+
+class Work(NamedTuple):
+    """What the gradients of one projection's adapters are made of: the arguments of `gradients`."""
+
+    x: Tensor
+    d_inner: Tensor
+    dy: Tensor
+    inner: Tensor
+    members: Members
+    drops: Drops | None = None
+
+
+def _all_halves_on_gpu(works: Sequence[Work]) -> bool:
+    return len(works) > 0 and all(_halves_on_gpu(*work[:4]) for work in works)
+
+
+@with_kernel(_all_halves_on_gpu, "thin_kernels")
+def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
+    """`gradients` of several projections that have run on the same tokens."""
+    return [gradients(*work) for work in works]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ With dropout no program may take the ranks of two adapters at once, since each s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from loratune.ops.dropout import GOLDEN, LEVELS, threshold
 from loratune.ops.dropout_kernels import hashed_in_row, keeps
-from loratune.ops.thin import Drops, Members
+from loratune.ops.thin import Drops, Members, Work
 
 _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
@@ -254,29 +256,58 @@ def _outer(
 
 
 @triton.jit
+def _chosen(which, a, b, c, d, e, f, PAIRS: tl.constexpr):
+    """One of `PAIRS` values."""
+    chosen = tl.where(which == 0, a, b)
+    if PAIRS > 2:
+        chosen = tl.where(which < 2, chosen, tl.where(which == 2, c, d))
+    if PAIRS > 4:
+        chosen = tl.where(which < 4, chosen, tl.where(which == 4, e, f))
+    return chosen
+
+
+@triton.jit
 def _gradients(
-    x_ptr, d_inner_ptr, dy_ptr, inner_ptr, out_ptr, table_ptr, scale_ptr, partial_ptr, counter_ptr, row_ptr,
-    rows, x_row, d_inner_row, dy_row, inner_row, threshold, scale, first_token,
+    x0_ptr, dy0_ptr, x1_ptr, dy1_ptr, x2_ptr, dy2_ptr,
+    d_inner0_ptr, inner0_ptr, d_inner1_ptr, inner1_ptr, d_inner2_ptr, inner2_ptr,
+    x0_row, dy0_row, x1_row, dy1_row, x2_row, dy2_row,
+    d_inner0_row, inner0_row, d_inner1_row, inner1_row, d_inner2_row, inner2_row,
+    out_ptr, table_ptr, scale_ptr, partial_ptr, counter_ptr, row_ptr, rows, threshold, scale, first_token,
     ROWS_EACH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
-    ALIGNED: tl.constexpr, DROP: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
+    ALIGNED: tl.constexpr, PAIRS: tl.constexpr, DROP: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
+    """Sums over rows of products of wide operands with the thin ones that stand in their places, see `_tasks`."""
     task, piece = tl.program_id(0), tl.program_id(1)
     entry = table_ptr + task * 8
-    is_b, first, end, first_rank, ranks = (
+    which, first, end, first_rank, ranks = (
         tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
     )  # fmt: skip
     out_at, stride, salt = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+    is_b = which % 2
     if ALIGNED:  # without this the compiler must take numbers one by one
         first, end = tl.multiple_of(first, 16), tl.multiple_of(end, 16)
         first_rank, ranks = tl.multiple_of(first_rank, 16), tl.multiple_of(ranks, 16)
-    if is_b != 0:
+    if not DROP:
+        wide = _chosen(which, x0_ptr, dy0_ptr, x1_ptr, dy1_ptr, x2_ptr, dy2_ptr, PAIRS)
+        thin = _chosen(
+            which, d_inner0_ptr, inner0_ptr, d_inner1_ptr, inner1_ptr, d_inner2_ptr, inner2_ptr, PAIRS
+        )  # fmt: skip
+        wide_row = _chosen(which, x0_row, dy0_row, x1_row, dy1_row, x2_row, dy2_row, PAIRS)
+        thin_row = _chosen(
+            which, d_inner0_row, inner0_row, d_inner1_row, inner1_row, d_inner2_row, inner2_row, PAIRS
+        )  # fmt: skip
         total = _outer(
-            dy_ptr, inner_ptr, row_ptr, dy_row, inner_row, first, end, first_rank, ranks, rows, piece,
+            wide, thin, row_ptr, wide_row, thin_row, first, end, first_rank, ranks, rows, piece,
+            salt, threshold, scale, first_token, ROWS_EACH, COLUMNS, ROWS, RANKS, False, GOLDEN, LEVELS,
+        )  # fmt: skip
+    elif is_b != 0:
+        total = _outer(
+            dy0_ptr, inner0_ptr, row_ptr, dy0_row, inner0_row, first, end, first_rank, ranks, rows, piece,
             salt, threshold, scale, first_token, ROWS_EACH, COLUMNS, ROWS, RANKS, False, GOLDEN, LEVELS,
         )  # fmt: skip
     else:
         total = _outer(
-            x_ptr, d_inner_ptr, row_ptr, x_row, d_inner_row, first, end, first_rank, ranks, rows, piece,
+            x0_ptr, d_inner0_ptr, row_ptr, x0_row, d_inner0_row, first, end, first_rank, ranks, rows, piece,
             salt, threshold, scale, first_token, ROWS_EACH, COLUMNS, ROWS, RANKS, DROP, GOLDEN, LEVELS,
         )  # fmt: skip
     done = True
@@ -297,66 +328,111 @@ _TASKS: dict[tuple[object, ...], tuple[Tensor, Tensor, int]] = {}
 """Tables on the device by what they follow from; a model has as many as it has kinds of projections."""
 
 
-def _tasks(
-    members: Members, d_in: int, columns: int, width: int, device: torch.device, salts: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor, int]:
+def _tasks(works: Sequence[Work], columns: int, width: int) -> tuple[Tensor, Tensor, int]:
     """(tasks, 8) int64 for the kernel, (tasks,) factors, and how many numbers the gradients are.
 
-    First dA of all members, which share the reading of x unless there is dropout, then dB of each.
+    Of each work first dA of all members, which share the reading of x unless there is dropout, then dB of each.
     """
-    places = tuple((r.start, r.stop, k.start, k.stop) for r, k in zip(members.rows, members.ranks, strict=True))
-    key = (places, tuple(members.scalings), d_in, columns, width, device, salts)
+    device = works[0].x.device
+    key = (columns, width, device, *(_place(work) for work in works))
     if key not in _TASKS:
-        total, table = places[-1][-1], []
-        readers = [(0, total, 0)]
-        if salts is not None:
-            readers = [(low, high, salt) for (_, _, low, high), salt in zip(places, salts, strict=True)]
-        for low, high, salt in readers:
-            for k in range(low, high, width):
-                for first in range(0, d_in, columns):
-                    end, ranks = min(d_in, first + columns), min(width, high - k)
-                    table.append([0, first, end, k, ranks, k * d_in + first, d_in, salt])
-        scales, out = [1.0] * len(table), total * d_in
-        for (top, bottom, low, high), scaling in zip(places, members.scalings, strict=True):
-            rank = high - low
-            for k in range(low, high, width):
-                ranks = min(width, high - k)
-                for first in range(top, bottom, columns):
-                    end = min(bottom, first + columns)
-                    table.append([1, first, end, k, ranks, out + (first - top) * rank + k - low, rank, 0])
-                    scales.append(scaling)
-            out += rank * (bottom - top)
+        table: list[list[int]] = []
+        scales: list[float] = []
+        out = 0
+        for pair, (members, d_in, salts) in enumerate(map(_place, works)):
+            places, scalings = members
+            total = places[-1][-1]
+            readers = [(0, total, 0)]
+            if salts is not None:
+                readers = [(low, high, salt) for (_, _, low, high), salt in zip(places, salts, strict=True)]
+            for low, high, salt in readers:
+                for k in range(low, high, width):
+                    for first in range(0, d_in, columns):
+                        end, ranks = min(d_in, first + columns), min(width, high - k)
+                        table.append([2 * pair, first, end, k, ranks, out + k * d_in + first, d_in, salt])
+            scales += [1.0] * (len(table) - len(scales))
+            out += total * d_in
+            for (top, bottom, low, high), scaling in zip(places, scalings, strict=True):
+                rank = high - low
+                for k in range(low, high, width):
+                    ranks = min(width, high - k)
+                    for first in range(top, bottom, columns):
+                        end = min(bottom, first + columns)
+                        place = out + (first - top) * rank + k - low
+                        table.append([2 * pair + 1, first, end, k, ranks, place, rank, 0])
+                        scales.append(scaling)
+                out += rank * (bottom - top)
         _TASKS[key] = torch.tensor(table, device=device), torch.tensor(scales, device=device), out
     return _TASKS[key]
+
+
+def _place(work: Work) -> tuple[Any, ...]:
+    """What the tasks of a work follow from."""
+    members, drops = work.members, work.drops
+    places = tuple((r.start, r.stop, k.start, k.stop) for r, k in zip(members.rows, members.ranks, strict=True))
+    return (places, tuple(members.scalings)), work.x.shape[1], None if drops is None else tuple(drops.salts)
 
 
 def gradients(
     x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members, drops: Drops | None = None
 ) -> list[Tensor]:
-    """As `ops.thin.gradients`; the gradients are parts of one buffer."""
-    x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in (x, d_inner, dy, inner))
-    (rows, d_in), total = x.shape, members.ranks[-1].stop
-    width = min(64, max(16, triton.next_power_of_2(_most_ranks(drops, total))))
+    """As `ops.thin.gradients`."""
+    return gradients_of([Work(x, d_inner, dy, inner, members, drops)])[0]
+
+
+_TOGETHER = 3
+"""Works that one launch takes."""
+_FEW = 4096
+"""Rows up to which works are made together; of more, each fills a GPU by itself, and has the tiles that suit it."""
+
+
+def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
+    """As `ops.thin.gradients_of`; gradients that are made in one launch are parts of one buffer."""
+    if len(works) > 1 and (works[0].x.shape[0] > _FEW or any(work.drops is not None for work in works)):
+        return [found for work in works for found in gradients_of([work])]
+    if len(works) > _TOGETHER:
+        return gradients_of(works[:_TOGETHER]) + gradients_of(works[_TOGETHER:])
+    works = [_with_whole_rows(work) for work in works]
+    drops, rows = works[0].drops, works[0].x.shape[0]
+    assert all(tensor.shape[0] == rows for work in works for tensor in work[:4])
+    most = max(_most_ranks(drops, work.members.ranks[-1].stop) for work in works)
+    width = min(64, max(16, triton.next_power_of_2(most)))
     columns, step, stages = TILES[width]
-    places = [d_in, *(edge for part in (*members.rows, *members.ranks) for edge in (part.start, part.stop))]
-    aligned = all(place % 16 == 0 for place in places)
-    salts = None if drops is None else tuple(drops.salts)
-    table, scales, size = _tasks(members, d_in, columns, width, x.device, salts)
+    table, scales, size = _tasks(works, columns, width)
     tasks = table.shape[0]
     pieces = _pieces(tasks, triton.cdiv(rows, step))
     rows_each = triton.cdiv(triton.cdiv(rows, pieces), step) * step
-    out = torch.empty(size, device=x.device)
+    out = torch.empty(size, device=works[0].x.device)
     partial = out.new_empty(tasks * pieces * columns * width if pieces > 1 else 0)
+    three = [works[min(nth, len(works) - 1)] for nth in range(_TOGETHER)]
+    wide = [tensor for work in three for tensor in (work.x, work.dy)]
+    thin = [tensor for work in three for tensor in (work.d_inner, work.inner)]
     _gradients[(tasks, pieces)](
-        x, d_inner, dy, inner, out, table, scales, partial, _counters(x.device), x if drops is None else drops.row,
-        rows, x.stride(0), d_inner.stride(0), dy.stride(0), inner.stride(0), *_how(drops),
-        ROWS_EACH=rows_each, PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width, ALIGNED=aligned,
-        DROP=drops is not None, GOLDEN=GOLDEN, LEVELS=LEVELS,
+        *wide, *thin, *(tensor.stride(0) for tensor in (*wide, *thin)), out, table, scales, partial,
+        _counters(out.device), wide[0] if drops is None else drops.row, rows, *_how(drops),
+        ROWS_EACH=rows_each, PIECES=pieces, COLUMNS=columns, ROWS=step, RANKS=width,
+        ALIGNED=all(map(_aligned, works)), PAIRS=2 * len(works), DROP=drops is not None, GOLDEN=GOLDEN, LEVELS=LEVELS,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
-    dA, at, found = out[: total * d_in].view(total, d_in), total * d_in, []
-    for place, rank in zip(members.rows, members.ranks, strict=True):
-        size = (place.stop - place.start) * (rank.stop - rank.start)
-        found += [dA[rank], out[at : at + size].view(place.stop - place.start, -1)]
-        at += size
+    found, at = [], 0
+    for work in works:
+        d_in, total = work.x.shape[1], work.members.ranks[-1].stop
+        dA, of_work = out[at : at + total * d_in].view(total, d_in), []
+        at += total * d_in
+        for place, rank in zip(work.members.rows, work.members.ranks, strict=True):
+            size = (place.stop - place.start) * (rank.stop - rank.start)
+            of_work += [dA[rank], out[at : at + size].view(place.stop - place.start, -1)]
+            at += size
+        found.append(of_work)
     return found
+
+
+def _with_whole_rows(work: Work) -> Work:
+    x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in work[:4])
+    return work._replace(x=x, d_inner=d_inner, dy=dy, inner=inner)
+
+
+def _aligned(work: Work) -> bool:
+    """Whether all that its tasks are bounded by is a multiple of 16."""
+    parts = (*work.members.rows, *work.members.ranks)
+    return all(edge % 16 == 0 for edge in (work.x.shape[1], *(e for part in parts for e in (part.start, part.stop))))

@@ -22,7 +22,7 @@ CONSTANTS = {
         "ROWS": 64,
         "TERMS": 128,
     },
-    "_gradients": {"ROWS_EACH": 256, "PIECES": 2, "ALIGNED": 1},
+    "_gradients": {"ROWS_EACH": 256, "PIECES": 2, "ALIGNED": 1, "PAIRS": 6},
     "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
 STAGES = 3
@@ -69,6 +69,7 @@ def thin(name, drop, arch=90, **constants):
     kinds = KINDS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
     stages = STAGES
     if name == "_gradients":
+        constants["PAIRS"] = 2 if drop else constants["PAIRS"]
         constants["COLUMNS"], constants["ROWS"], stages = thin_kernels.TILES[constants["RANKS"]]
     return compiled(getattr(thin_kernels, name), constants, kinds, num_stages=stages, arch=arch)
 

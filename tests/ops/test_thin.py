@@ -51,6 +51,22 @@ for rows in (1, 130, 1100):
         close(a, b, "gradient")
 assert not thin_kernels._counters(torch.device("cpu")).any()
 
+narrow_one = thin.Members([slice(0, 48)], [slice(0, 16)], [1.0])
+for count in (2, 3, 4):  # in one launch, and one more than fit into it
+    works = []
+    for nth in range(count):
+        of = MEMBERS if nth == 1 else narrow_one
+        d_in, d_out, total = 33 + 16 * nth, of.rows[-1].stop, of.ranks[-1].stop
+        works.append(thin.Work(half(130, d_in + 3)[:, :d_in], half(130, total), half(130, d_out), half(130, 64), of))
+    together = thin_kernels.gradients_of(works)
+    assert len({gradients[0].untyped_storage().data_ptr() for gradients in together}) == (2 if count > 3 else 1)
+    for got, work in zip(together, works, strict=True):
+        exact = thin.gradients.__wrapped__(*(t.double() for t in work[:4]), work.members)
+        for a, b in zip(got, exact, strict=True):
+            assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
+            close(a, b, "gradient beside others")
+assert not thin_kernels._counters(torch.device("cpu")).any()
+
 places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one of them beyond what a program takes at once
 of_two = thin.Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
 for rows, first in ((35, 3), (130, 64)):
@@ -72,6 +88,14 @@ for rows, first in ((35, 3), (130, 64)):
     for a, b in zip(thin_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
         assert a.shape == b.shape
         close(a, b, "gradient behind dropout")
+    works = [thin.Work(x, d_inner, dy, inner, of_two, two), thin.Work(x, d_inner, dy, inner, of_two)]
+    for got, work in zip(thin_kernels.gradients_of(works), works, strict=True):
+        for a, b in zip(got, thin_kernels.gradients(*work), strict=True):
+            assert torch.equal(a, b)
+works = [thin.Work(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), narrow_one)] * 2
+apart = thin_kernels.gradients_of(works)  # so many rows that each fills a GPU
+assert torch.equal(apart[0][1], apart[1][1])
+assert apart[0][0].untyped_storage().data_ptr() != apart[1][0].untyped_storage().data_ptr()
 assert not thin_kernels._counters(torch.device("cpu")).any()
 """
 

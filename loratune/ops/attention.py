@@ -31,6 +31,8 @@ from loratune.ops import flash
 from loratune.ops.capped import Spans, attend
 
 IMPLEMENTATION = "loratune_documents"
+_AGREES = 0.03
+"""Relative difference of two kernels in half precision that counts as the same; ten times what it is."""
 
 
 def register() -> None:
@@ -142,14 +144,15 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
 
     It is young, compiled for each kind of heads on the machine itself, and was seen to be wrong without a word.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    like: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
-    ends = torch.tensor([0, 5, 135, 140], dtype=torch.int32, device=device)
-    stacked, incoming = torch.randn(140, heads + 2 * kv_heads, dim, **like), torch.randn(1, 140, heads, dim, **like)
     found: list[list[Tensor]] = []
     try:
-        # The hooks of whoever asks for attention first (`ops.attended`) have no business here.
-        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        # Whoever asks for attention first may be in any mode, and have hooks (`ops.attended`).
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+            generator = torch.Generator(device).manual_seed(0)
+            like: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+            ends = torch.tensor([0, 5, 135, 140], dtype=torch.int32, device=device)
+            stacked = torch.randn(140, heads + 2 * kv_heads, dim, **like)
+            incoming = torch.randn(1, 140, heads, dim, **like)
             for run in (_flash4, _pytorch):
                 qkv = [t.transpose(0, 1)[None].detach() for t in stacked.split([heads, kv_heads, kv_heads], 1)]
                 query, key, value = (tensor.requires_grad_() for tensor in qkv)
@@ -165,8 +168,8 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     return True
 
 
-_AGREES = 0.03
-"""Relative difference of two kernels in half precision that counts as the same; a few times what it is."""
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _flash4(

@@ -87,7 +87,7 @@ def test_it_is_tried_against_pytorch_s_kernel_before_it_is_used(monkeypatch, ker
     monkeypatch.setattr(attention, "_pytorch", attention_of)
     monkeypatch.setattr(flash, "_REFUSED", [])
     monkeypatch.setattr(flash, "_fits", lambda device: True)
-    with torch.no_grad():
+    with torch.inference_mode():
         assert attention._agrees.__wrapped__(torch.device("cpu"), torch.bfloat16, 4, 2, 16) == (said is None)
     notes = flash.why_not(torch.device("cpu"))
     assert len(notes) == (said is not None)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from loratune.base import one_pass
 from loratune.base.border import bordered, separate
 from loratune.base.quantised import QuantisedLinear, stackable, stacked
 from loratune.ops import attention, block, fp8_projection
@@ -183,22 +184,6 @@ class FusedLayer(nn.Module):
         return out.view_as(hidden_states)
 
 
-class FusedNorm(nn.Module):
-    """Stands in for the norm behind the last layer, with the same weight."""
-
-    @classmethod
-    def from_base(cls, base: nn.Module) -> FusedNorm:
-        """The stand-in for `base`, a norm of the kind that the layers have."""
-        norm = cls.__new__(cls)
-        norm.__dict__.update(base.__dict__)
-        return norm
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(1, T, d) -> (1, T, d)."""
-        rows = hidden_states.view(-1, hidden_states.shape[-1])
-        return block.last_norm(rows, _weight(self), _eps(self)).view_as(hidden_states)
-
-
 def fusible(model: PreTrainedModel) -> bool:
     """True if every decoder layer is made of the parts of a Llama layer, and its adapters are plain LoRA."""
     layers = _layers(model)
@@ -230,7 +215,8 @@ def attention_options(model: PreTrainedModel, run: Callable[[], object]) -> Opti
 def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None) -> Iterator[Copies]:
     """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit.
 
-    `plan` says what each of them keeps for its backward; None keeps everything.
+    The norm behind the last layer runs in one pass, unless it trains. `plan` says what each layer keeps for its
+    backward; None keeps everything.
     """
     layers = _layers(model)
     assert layers is not None
@@ -246,8 +232,8 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
             layer = layers[index] = FusedLayer.from_base(base, copies, options, keep, below)
             below = layer.behind.up
         del layer  # or its matrices would live on beside the weights that `copies.end` separates from them
-        if type(norm) is type(getattr(before[0], "input_layernorm", None)) and isinstance(norm, nn.Module):
-            decoder.norm = FusedNorm.from_base(norm)
+        if isinstance(norm, nn.Module):
+            decoder.norm = one_pass.stand_in(norm) or norm
         yield copies
     finally:
         if norm is not None:

@@ -110,17 +110,18 @@ def installed(model: nn.Module) -> Iterator[int]:
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                stand_in = _stand_in(child)
-                if stand_in is not None:
+                other = stand_in(child)
+                if other is not None:
                     swapped.append((parent, name, child))
-                    parent._modules[name] = stand_in
+                    parent._modules[name] = other
         yield len(swapped)
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
 
 
-def _stand_in(module: nn.Module) -> nn.Module | None:
+def stand_in(module: nn.Module) -> nn.Module | None:
+    """For a norm or a gated MLP that is one of the forms of `ops.passes` and nothing else, or None."""
     if _hooked(module):
         return None
     form = norm_form(module)

@@ -190,26 +190,6 @@ def decoder_layer(
     return out
 
 
-def last_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm behind the last layer; (T, d) -> (T, d). Keeps its input and nothing in float32."""
-    out: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return layer.rms_norm(x, weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        return layer.rms_norm_backward(dy, torch.zeros_like(x), x, weight, ctx.eps)[0], None, None
-
-
 @dataclass
 class _Kept:
     """What a layer holds from its forward for its backward; None for what will be computed again."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.base import fused
+from loratune.base import fused, one_pass
 from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.config import LoraConfig
 from loratune.data.pack import make_row
-from loratune.lora.inject import activate
+from loratune.lora.inject import activate, attach
 from loratune.ops.block import Passage
 from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.ops.policy import Level, Plan
 from loratune.training.objectives import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
-from tests.training.helpers import examples, model_with_adapter, trainable
+from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
 
 FUSIBLE = ["llama", "qwen3", "mistral"]
 
@@ -24,16 +25,6 @@ def training(model):
     """Dropout as in a run (`training.loop`)."""
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
-
-
-def loss_and_gradients(model, forward, row):
-    with forward.installed():
-        loss = _row_objective(forward, row, sft)
-        loss.backward()
-    found = {path: p.grad for path, p in trainable(model).items()}
-    for p in model.parameters():
-        p.grad = None
-    return loss.detach(), found
 
 
 @pytest.mark.parametrize("name", FUSIBLE)
@@ -56,6 +47,30 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, 
         torch.testing.assert_close(
             got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path
         )
+
+
+def test_the_last_norm_is_trained_where_it_is_asked_for():
+    model = build("llama", dtype=torch.float64)
+    attach(model, LoraConfig(r=4, modules_to_save=["norm"]), name="default", seed=0)
+    row, forward = make_row(examples(7), 256, 0), prepare(model)
+    plain = loss_and_gradients(model, forward, row)
+    assert fuse(forward)
+    got = loss_and_gradients(model, forward, row)
+    gradient = plain[1]["model.norm.weight"]
+    assert float(gradient.norm()) > 0  # of float32, which the module's norm is in
+    atol = 1e-6 * float(gradient.abs().max())
+    torch.testing.assert_close(got[1]["model.norm.weight"], gradient, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_last_norm_runs_in_one_pass_unless_it_trains(trained):
+    model = model_with_adapter("llama")
+    norm, forward = model.model.norm, prepare(model)
+    assert fuse(forward)
+    norm.requires_grad_(trained)
+    with forward.installed():
+        assert isinstance(model.model.norm, one_pass.Norm) != trained
+    assert model.model.norm is norm
 
 
 @pytest.mark.parametrize("name", CAUSAL)

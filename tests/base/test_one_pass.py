@@ -16,26 +16,14 @@ from loratune.lora.inject import attach
 from loratune.lora.peft_config import LoraConfig
 from loratune.ops.policy import Level, Plan
 from loratune.training.imagine import imagine, without_data
-from loratune.training.objectives import sft
-from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
-from tests.training.helpers import examples, model_with_adapter, trainable
+from tests.training.helpers import examples, loss_and_gradients, model_with_adapter
 
 FOUND = {
     "llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mistral": 7, "gpt2": 0, "gptneox": 0, "phi3": 7,
     "cohere": 2, "granite": 7, "gptoss": 5, "mixtral": 5, "bloom": 0, "mamba": 3,
 }  # fmt: skip
 """Stand-ins in two layers and the last norm."""
-
-
-def loss_and_gradients(model, forward, row):
-    with forward.installed():
-        loss = _row_objective(forward, row, sft)
-        loss.backward()
-    found = {path: p.grad for path, p in trainable(model).items()}
-    for p in model.parameters():
-        p.grad = None
-    return loss.detach(), found
 
 
 @pytest.mark.parametrize("name", CAUSAL)

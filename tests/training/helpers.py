@@ -10,6 +10,8 @@ from loratune.data.examples import Example
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
 from loratune.training.course import Rows
+from loratune.training.objectives import sft
+from loratune.training.step import _row_objective
 from tests.conftest import build
 
 
@@ -49,6 +51,17 @@ def model_with_adapter(name: str = "llama", seed: int = 0, dtype: torch.dtype = 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
     """Path to Parameter of everything that trains."""
     return {path: p for path, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_and_gradients(model, forward, row) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Of everything that trains, on one row; the model is left without gradients."""
+    with forward.installed():
+        loss = _row_objective(forward, row, sft)
+        loss.backward()
+    found = {path: p.grad for path, p in trainable(model).items()}
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found
 
 
 def config(**settings) -> TrainConfig:

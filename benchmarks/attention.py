@@ -3,9 +3,9 @@
     python -m benchmarks.attention [OUT.jsonl]
 
 `kernel` is flash4 (`ops.flash`, where it is installed) or pytorch, which is cuDNN's where documents are of one length
-and FlashAttention 2 otherwise. Calls are recorded ten at a time, so the host does not count. Uneven documents are as
-in the instruction data of `benchmarks.instruction`: log-normal lengths, most of them below 500 tokens. `error` is the
-norm of the difference to float64 over that of the result: output, and the gradients of query, key and value.
+and FlashAttention 2 otherwise. Calls are recorded ten at a time, so the host does not count. Uneven documents are
+like the instruction data of `benchmarks.instruction`: log-normal lengths, most of them below 500 tokens. `error` is
+the norm of the difference to float64 over that of the result: output, and the gradients of query, key and value.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def measure(name: str, even: bool) -> list[dict[str, object]]:
 
     exact = both(stacked.double())
     usable, rows = flash.usable, []
-    for kernel in ("pytorch", *(["flash4"] if usable(stacked.device, dim) else [])):
+    for kernel in ("pytorch", *(["flash4"] if flash.fits(stacked.device, dim) else [])):
         flash.usable = usable if kernel == "flash4" else lambda *_: False
         got = both(stacked, max_length_q=bound)
         error = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]

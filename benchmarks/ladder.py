@@ -110,7 +110,7 @@ def measure(
         "limit_share": round(speed / limit_tok_s(shape, batch, tokens, precision), 3),
         "losses": [round(loss, 5) for loss in losses[:8]], "fused": forward.fused is not None, "note": step.why_not,
         "attention": "capped" if getattr(model.config, "attn_logit_softcapping", None) is not None
-        else "flash4" if flash.usable(model.device, model.config.head_dim) else "pytorch",
+        else "flash4" if flash.fits(model.device, model.config.head_dim) else "pytorch",
         "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
 

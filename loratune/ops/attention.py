@@ -17,13 +17,9 @@ documents are of one length (its batch is then a view of the row), and PyTorch's
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -31,8 +27,6 @@ from loratune.ops import flash
 from loratune.ops.capped import Spans, attend
 
 IMPLEMENTATION = "loratune_documents"
-_AGREES = 0.03
-"""Relative difference of two kernels in half precision that counts as the same; ten times what it is."""
 
 
 def register() -> None:
@@ -96,34 +90,13 @@ def document_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
         if softcap is None and s_aux is None:
-            run = _flash4 if not contained and _newer(query, key) else _pytorch
+            newer = not contained and flash.usable(query, key, _pytorch)
+            run = flash.attend if newer else _pytorch
             return run(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
         if s_aux is None or not s_aux.requires_grad:
             spans = spans or Spans(cu_seq_lens_q)
             return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # its backward takes a quarter of the time
-        query, key, value = query.float(), key.float(), value.float()
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = cu_seq_lens_q.diff().tolist()
-    outputs = []
-    # `split` rather than slices: its backward is one concatenation, that of a slice a row-sized tensor of zeros.
-    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        length = q.shape[2]
-        if softcap is not None or s_aux is not None:
-            out = explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
-        elif sliding_window is not None and sliding_window < length:
-            visible = _visible(length, sliding_window, q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+    return _one_by_one(query, key, value, scaling, dropout, sliding_window, softcap, s_aux, cu_seq_lens_q), None
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -132,67 +105,13 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.is_cuda and half and dim == value.shape[-1] and dim % 8 == 0 and dim <= 256
 
 
-def _newer(query: Tensor, key: Tensor) -> bool:
-    """Whether FlashAttention 4 is to be had for such heads, and to be trusted with them."""
-    device, dim = query.device, query.shape[-1]
-    return flash.usable(device, dim) and _agrees(device, query.dtype, query.shape[1], key.shape[1], dim)
-
-
-@functools.cache
-def _agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
-    """Whether FlashAttention 4 gives what PyTorch's kernel gives on a row of three documents; if not it is refused.
-
-    It is young, compiled for each kind of heads on the machine itself, and was seen to be wrong without a word.
-    """
-    found: list[list[Tensor]] = []
-    try:
-        # Whoever asks for attention first may be in any mode, and have hooks (`ops.attended`).
-        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            generator = torch.Generator(device).manual_seed(0)
-            like: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
-            ends = torch.tensor([0, 5, 135, 140], dtype=torch.int32, device=device)
-            stacked = torch.randn(140, heads + 2 * kv_heads, dim, **like)
-            incoming = torch.randn(1, 140, heads, dim, **like)
-            for run in (_flash4, _pytorch):
-                qkv = [t.transpose(0, 1)[None].detach() for t in stacked.split([heads, kv_heads, kv_heads], 1)]
-                query, key, value = (tensor.requires_grad_() for tensor in qkv)
-                out = run(query, key, value, dim**-0.5, None, ends, 130)
-                found.append([out, *torch.autograd.grad(out, (query, key, value), incoming)])
-    except Exception as error:  # noqa: BLE001 (compilers and native code fail in as many ways as there are)
-        flash.refuse(f"with {heads} and {kv_heads} heads of {dim}, {error!r:.200}")
-        return False
-    off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
-    if not off < _AGREES:
-        flash.refuse(f"with {heads} and {kv_heads} heads of {dim} it is {off:.1g} from what PyTorch's kernel gives")
-        return False
-    return True
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _flash4(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
-) -> Tensor:
-    """As `_pytorch`."""
-    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    even, windowed = _kind(query, window, cu_seqlens, longest)
-    return flash.attend(q, k, v, scaling, window if windowed else None, None if even else cu_seqlens, longest)[None]
-
-
-def _kind(query: Tensor, window: int | None, cu_seqlens: Tensor, longest: int) -> tuple[bool, bool]:
-    """Whether all documents are as long as the longest, and whether the window matters in any."""
-    return longest * (cu_seqlens.shape[0] - 1) == query.shape[2], window is not None and window < longest
-
-
 def _pytorch(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
     """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
     # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
     total, documents = query.shape[2], cu_seqlens.shape[0] - 1
-    even, windowed = _kind(query, window, cu_seqlens, longest)
+    even, windowed = longest * documents == total, window is not None and window < longest
     if even and not windowed and query.shape[-1] <= 128:
         q, k, v = (
             tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value)
@@ -210,6 +129,43 @@ def _pytorch(
         q, k, v, **bounds, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scaling, **reach
     )[0]
     return attended[None]
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """(1, T, heads, head_dim), document by document."""
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # its backward takes a quarter of the time
+        query, key, value = query.float(), key.float(), value.float()
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    # `split` rather than slices: its backward is one concatenation, that of a slice a row-sized tensor of zeros.
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        length = q.shape[2]
+        if softcap is not None or sinks is not None:
+            out = explicit(q, k, v, scaling, dropout, window, softcap, sinks)
+        elif window is not None and window < length:
+            visible = _visible(length, window, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
 def explicit(

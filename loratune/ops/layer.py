@@ -47,13 +47,14 @@ def with_kernel(usable: Callable[..., bool], module: str = "kernels") -> Callabl
     return mark
 
 
-def _half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
+def half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
+    """Whether a pass over rows like these has a Triton twin."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= 1 << 16
 
 
 def _whole_heads(x: Tensor, *_: object, **__: object) -> bool:
     half = x.shape[-1] // 2
-    return _half_on_gpu(x) and half & (half - 1) == 0
+    return half_on_gpu(x) and half & (half - 1) == 0
 
 
 def wide(x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(half_on_gpu)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + room)."""
     x32 = wide(x)
@@ -69,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Meas
     return _with_room(weight * unit, room, measure)
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(half_on_gpu)
 def add_rms_norm(
     x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def add_rms_norm(
     return total, _with_room(weight * unit, room, measure)
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(half_on_gpu)
 def rms_norm_backward(
     d_out: Tensor,
     d_residual: Tensor,
@@ -105,14 +106,14 @@ def rms_norm_backward(
     return _with_room((d_x + wide(d_residual)).to(x.dtype), room, measure), weight * unit.to(x.dtype)
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(half_on_gpu)
 def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
     """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + room)."""
     gate, up = gate_up.chunk(2, -1)
     return _with_room(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, room, measure)
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(half_on_gpu)
 def swiglu_backward(
     gate_up: Tensor, d_out: Tensor, room: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loratune.ops.layer import wide, with_kernel
+from loratune.ops.layer import half_on_gpu, wide, with_kernel
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
 KINDS: tuple[Kind, ...] = ("silu", "gelu", "gelu_tanh")
@@ -47,11 +47,7 @@ def activation(x: Tensor, kind: Kind) -> Tensor:
     return functional.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def _half_on_gpu(x: Tensor, *_: object) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= 1 << 16
-
-
-@with_kernel(_half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "passes_kernels")
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(N, d) -> (N, d)."""
     x32 = wide(x)
@@ -59,7 +55,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * unit).to(x.dtype)
 
 
-@with_kernel(_half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "passes_kernels")
 def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of x, (N, d)."""
     x32 = wide(x)
@@ -68,13 +64,13 @@ def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return (inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))).to(x.dtype)
 
 
-@with_kernel(_half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "passes_kernels")
 def gated_product(gate: Tensor, up: Tensor, kind: Kind) -> Tensor:
     """(N, m) -> (N, m); rows may lie apart."""
     return activation(wide(gate), kind).to(gate.dtype) * up
 
 
-@with_kernel(_half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "passes_kernels")
 def gated_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (N, m) each."""
     g, d = wide(gate), wide(d_out)

@@ -78,17 +78,63 @@ def broken(*_):
     ("kernel", "said"),
     [
         (attention_of, None),
-        (wrong, "with 4 and 2 heads of 16 it is 1 from what PyTorch's kernel gives"),
+        (wrong, "with 4 and 2 heads of 16, it is 1 from what PyTorch's kernel gives"),
         (broken, "AssertionError('Unsupported compute capability')"),
     ],
 )
 def test_it_is_tried_against_pytorch_s_kernel_before_it_is_used(monkeypatch, kernel, said):
-    monkeypatch.setattr(attention, "_flash4", kernel)
-    monkeypatch.setattr(attention, "_pytorch", attention_of)
+    monkeypatch.setattr(flash, "attend", kernel)
     monkeypatch.setattr(flash, "_REFUSED", [])
-    monkeypatch.setattr(flash, "_fits", lambda device: True)
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
     with torch.inference_mode():
-        assert attention._agrees.__wrapped__(torch.device("cpu"), torch.bfloat16, 4, 2, 16) == (said is None)
+        assert flash._agrees.__wrapped__(attention_of, torch.device("cpu"), torch.bfloat16, 4, 2, 16) == (
+            said is None
+        )
     notes = flash.why_not(torch.device("cpu"))
     assert len(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+class Package:
+    """The two functions of the package that are called, as it describes them, in plain PyTorch."""
+
+    def __init__(self):
+        self.asked = []
+
+    def flash_attn_func(self, q, k, v, *, softmax_scale, causal, window_size, deterministic):
+        assert causal
+        self.asked.append("even")
+        of_each = [self._document(*row, softmax_scale, window_size) for row in zip(q, k, v, strict=True)]
+        return torch.stack(of_each), None
+
+    def flash_attn_varlen_func(
+        self, q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
+        deterministic,
+    ):  # fmt: skip
+        assert causal
+        assert cu_seqlens_q is cu_seqlens_k
+        assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
+        self.asked.append("uneven")
+        parts = (t.split(cu_seqlens_q.diff().tolist()) for t in (q, k, v))
+        return torch.cat(
+            [self._document(*part, softmax_scale, window_size) for part in zip(*parts, strict=True)]
+        ), None
+
+    def _document(self, q, k, v, scale, window):
+        """(n, heads, dim) each; a window of (left, right) sees so many tokens on each side."""
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        left = None if window == (None, None) else window[0] + 1
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        return attention.explicit(q, k, v, scale, 0.0, left, None, None)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize(("lengths", "road"), [([7, 7, 7], "even"), ([5, 1, 15], "uneven"), ([21], "even")])
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_it_is_asked_for_what_attention_is(monkeypatch, lengths, road, window):
+    package = Package()
+    monkeypatch.setattr(flash, "_found", lambda: (package, None))
+    query, key, value = (torch.randn(1, heads, 21, 16) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    got = flash.attend(query, key, value, 0.3, window, cu_seqlens, max(lengths))
+    torch.testing.assert_close(got, attention_of(query, key, value, 0.3, window, cu_seqlens, max(lengths)))
+    assert package.asked == [road]

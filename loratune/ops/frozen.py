@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from loratune.ops.products import mm
+
 
 class Frozen(Protocol):
     """W, (d_out, d_in), that never receives a gradient."""
@@ -73,13 +75,13 @@ class Dense:
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         if onto is None:
-            return linear(x, self.weight, bias)
+            return mm(x, self.weight.T) if bias is None else linear(x, self.weight, bias)
         onto.addmm_(x, self.weight.T)
         return onto if bias is None else onto.add_(bias)
 
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
-        return dy @ self.weight if onto is None else onto.addmm_(dy, self.weight)
+        return mm(dy, self.weight) if onto is None else onto.addmm_(dy, self.weight)
 
     def dense(self) -> Tensor:
         """The matrix."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loratune.ops.layer import wide, with_kernel
+from loratune.ops.products import mm
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
 MAX_CHUNK_ELEMENTS_GPU = 1 << 26  # 128 MiB in bfloat16, or `MIN_CHUNK_ROWS` where a vocabulary is very large
@@ -98,10 +99,10 @@ def _on_gpu(
     step = chunk_rows(hidden.shape[0], weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
-        logits = nn.functional.linear(hidden[rows], weight, bias)
+        logits = mm(hidden[rows], weight.T) if bias is None else nn.functional.linear(hidden[rows], weight, bias)
         logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
         if gradient is not None:
-            torch.mm(slope, weight, out=gradient[rows])
+            mm(slope, weight, out=gradient[rows])
         del logits, slope  # or the next chunk would be made beside them
 
 

@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 
 from loratune.ops.frozen import Dense
 from loratune.ops.pieces import PIECE_STEP, pieces
+from loratune.ops.products import mm
 
 BLOCK = 64
 """Elements that share an absmax."""
@@ -120,7 +121,7 @@ class Nf4Weight:
             if onto is not None:
                 y[:, rows].addmm_(x, part)
             elif bias is None:
-                torch.mm(x, part, out=y[:, rows])
+                mm(x, part, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, part, out=y[:, rows])
             del part  # so that the next piece takes its place
@@ -138,7 +139,7 @@ class Nf4Weight:
             if onto is not None:
                 dx[:, columns].addmm_(dy, part)
             else:
-                torch.mm(dy, part, out=dx[:, columns])
+                mm(dy, part, out=dx[:, columns])
             del part
         return dx
 
@@ -155,7 +156,7 @@ class Nf4Weight:
             self._rectangle(rows, slice(0, d_in), part[:, :d_in])
             part[:, d_in:] = lora_B[rows]
             if bias is None:
-                torch.mm(x, part.T, out=y[:, rows])
+                mm(x, part.T, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, part.T, out=y[:, rows])
             del part  # so that the next piece takes its place
@@ -169,7 +170,7 @@ class Nf4Weight:
             part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
             self._rectangle(slice(0, d_out), columns, part[:d_out])
             part[d_out:] = lora_A[:, columns]
-            torch.mm(dy, part, out=dx[:, columns])
+            mm(dy, part, out=dx[:, columns])
             del part
         return dx
 

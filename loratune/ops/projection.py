@@ -33,6 +33,7 @@ from torch.nn.functional import linear
 from loratune.ops import layer
 from loratune.ops.frozen import Frozen
 from loratune.ops.nf4 import Nf4Weight
+from loratune.ops.products import mm
 from loratune.ops.thin import Drops, Members, Work, narrow, widen
 
 
@@ -93,7 +94,8 @@ class Projection:
     def _wide(self, roomy: Tensor) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b, where there is a border."""
         if self.bordered is not None:
-            return linear(roomy, self.bordered[: self.frozen.shape[0]], self.bias)
+            weight = self.bordered[: self.frozen.shape[0]]
+            return mm(roomy, weight.T) if self.bias is None else linear(roomy, weight, self.bias)
         assert isinstance(self.frozen, Nf4Weight)
         assert self.lora_B is not None
         return self.frozen.forward_carrying(roomy, self.bias, self.lora_B)
@@ -144,7 +146,7 @@ class Projection:
         if self.drops is not None and d_inner is not None and self.lora_A is not None:
             return self.frozen.d_input(dy[:, :d_out], widen(d_inner, self.lora_A, self.drops))
         if self.bordered is not None and dy.shape[1] > d_out:
-            return dy @ self.bordered[:, :d_in]
+            return mm(dy, self.bordered[:, :d_in])
         if d_inner is None or self.lora_A is None:
             return self.frozen.d_input(dy)
         if isinstance(self.frozen, Nf4Weight) and dy.shape[1] > d_out:

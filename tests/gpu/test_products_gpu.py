@@ -1,0 +1,115 @@
+"""cuBLASLt's kernels for a product, whichever of them is taken (`ops.products`)."""
+
+import pytest
+import torch
+
+from loratune.ops import products
+from loratune.ops.products import choosing, mm
+
+pytestmark = pytest.mark.gpu
+
+N, K, M, ROOM = 768, 512, 1024, 64
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch):
+    monkeypatch.setattr(products, "_chosen", {})
+
+
+@pytest.fixture
+def _whatever_it_takes(monkeypatch):
+    """One of the candidates is taken, even if it is slower."""
+    monkeypatch.setattr(products, "_FASTER", 100.0)
+    monkeypatch.setattr(products, "_FASTER_IN_OTHER_BITS", 100.0)
+
+
+def operands(kind, dtype):
+    """x, W with borders of their own, and where the result goes."""
+    torch.manual_seed(0)
+    x = torch.randn(N, K + ROOM, device="cuda", dtype=dtype)
+    weight = torch.randn(M + ROOM, K + ROOM, device="cuda", dtype=dtype)
+    wide = torch.empty(N, 2 * M, device="cuda", dtype=dtype)
+    return {
+        "forward with a border": (x, weight[:M].T, None),
+        "forward": (x[:, :K], weight[:M, :K].T, None),
+        "backward": (torch.randn(N, M + ROOM, device="cuda", dtype=dtype), weight[:, :K], None),
+        "into columns": (x, weight[:M].T, wide[:, M:]),
+        "of columns": (torch.randn(K, N, device="cuda", dtype=dtype).T, weight[:K, :M], None),
+    }[kind]
+
+
+KINDS = ["forward with a border", "forward", "backward", "into columns", "of columns"]
+
+
+@pytest.mark.usefixtures("_whatever_it_takes")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_taken_is_as_near_as_the_usual_product(kind, dtype):
+    a, b, out = operands(kind, dtype)
+    with choosing():
+        mm(a, b, out)
+    assert [kernel is not None for kernel in products._chosen.values()] == [True]
+    exact = a.double() @ b.double()
+    usual = (a @ b - exact).norm()
+    assert (mm(a, b, out) - exact).norm() <= 1.01 * usual
+
+
+@pytest.mark.usefixtures("_whatever_it_takes")
+def test_every_candidate_without_a_workspace_gives_the_same_bits():
+    a, b, _ = operands("forward with a border", torch.bfloat16)
+    out = torch.empty(N, M, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for kernel in products._candidates(a, b, out):
+        assert kernel(a, b, out)
+        results.append(out.clone())
+    assert len(results) > 1
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("_whatever_it_takes")
+def test_it_can_be_recorded():
+    a, b, _ = operands("backward", torch.bfloat16)
+    with choosing():
+        expected = mm(a, b).clone()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out = mm(a, b)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.usefixtures("_whatever_it_takes")
+def test_trying_takes_no_memory_beyond_a_few_rows():
+    a, b, _ = operands("forward", torch.bfloat16)
+    out = torch.empty(N, M, device="cuda", dtype=torch.bfloat16)
+    torch.mm(a, b, out=out)  # PyTorch's own workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with choosing():
+        mm(a, b, out)
+    assert torch.cuda.max_memory_allocated() - before <= 1 << 16
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_what_is_not_tried_is_the_usual_product(monkeypatch):
+    """Where nobody asks for it, where a run is to be the same each time, and where memory is not aligned."""
+    a, b, _ = operands("forward", torch.bfloat16)
+    monkeypatch.setattr(products, "_fastest", lambda *_: pytest.fail("tried"))
+    assert torch.equal(mm(a, b), a @ b)
+    with choosing():
+        odd = torch.randn(N, K + 3, device="cuda", dtype=torch.bfloat16)[:, 3:]
+        assert torch.equal(mm(odd, b), odd @ b)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.equal(mm(a, b), a @ b)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_a_product_too_small_or_of_mixed_types_stays_with_pytorch():
+    small = torch.randn(8, 8, device="cuda", dtype=torch.bfloat16)
+    with choosing():
+        assert torch.equal(mm(small, small), small @ small)
+    assert list(products._chosen.values()) == [None]

@@ -330,21 +330,24 @@ def _logprobs_of(
     softcap,
     vocabulary: tl.constexpr,
     CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
+    """One program, one row. Each of its lanes has `EACH` neighbours at once, so that what it has summed is brought to
+    a new maximum once for all of them: exponentials take as long here as memory does."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary
     target = tl.load(targets_ptr + row)
-    column = tl.arange(0, BLOCK)
-    most, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    column = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None]
+    most, total = tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.float32)
+    for start in range(0, vocabulary, LANES * EACH):
         z = tl.load(logits_ptr + start + column, mask=start + column < vocabulary, other=float("-inf")).to(tl.float32)
         z = z * scale
         if CAP:
             z = tl.where(start + column < vocabulary, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), float("-inf"))
-        higher = tl.maximum(most, z)
+        higher = tl.maximum(most, tl.max(z, 1))
         reference = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(most - reference) + tl.exp(z - reference)
+        total = total * tl.exp(most - reference) + tl.sum(tl.exp(z - reference[:, None]), 1)
         most = higher
     top = tl.max(most)
     normaliser = top + tl.log(tl.sum(total * tl.exp(most - top)))
@@ -352,7 +355,7 @@ def _logprobs_of(
     if CAP:
         chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
     tl.store(logprobs_ptr + row, chosen - normaliser)
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, vocabulary, LANES * EACH):
         inside = start + column < vocabulary
         z = tl.load(logits_ptr + start + column, mask=inside, other=0.0).to(tl.float32) * scale
         slope = scale
@@ -366,9 +369,10 @@ def _logprobs_of(
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """As `ops.logprobs.logprobs_of`; the gradient takes the place of the logits."""
     logprobs = torch.empty(logits.shape[0], device=logits.device)
+    lanes = min(4096, max(32, triton.next_power_of_2(logits.shape[1]) // 8))
     _logprobs_of[(logits.shape[0],)](
-        logits, targets, logprobs, scale, softcap or 1.0, logits.shape[1], CAP=softcap is not None, BLOCK=4096,
-        num_warps=8,
+        logits, targets, logprobs, scale, softcap or 1.0, logits.shape[1], CAP=softcap is not None,
+        LANES=lanes, EACH=8, num_warps=max(1, lanes // 128),
     )  # fmt: skip
     return logprobs, logits
 

@@ -33,6 +33,8 @@ PLANS = [Plan.uniform(level, LAYERS) for level in Level] + [
     Plan.mixed(Level.STAGED, 2, Level.WIDE, LAYERS),
 ]
 MIB = 1 << 20
+SPLITS = 4 * MIB
+"""A cached block of which less than 1 MiB would be left is given whole, and counts as a whole."""
 
 
 def trained(name, plan, record, steps=12, fused=True, dropout=0.0):
@@ -86,7 +88,7 @@ def test_every_policy_learns_the_same_to_the_bit(name, fused, dropout):
             losses, same, peak = trained(name, plan, record, fused=fused, dropout=dropout)
             assert losses == expected, (str(plan), record)
             assert all(torch.equal(a, b) for a, b in zip(adapter, same, strict=True)), (str(plan), record)
-            assert peak <= most + (1 << 20) or record, (str(plan), peak, most)
+            assert peak <= most + SPLITS or record, (str(plan), peak, most)
 
 
 def test_embeddings_and_optimizer_on_the_host_change_nothing():

@@ -338,6 +338,9 @@ def _logprobs_of(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary
     target = tl.load(targets_ptr + row)
+    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale  # before the gradient takes its place
+    if CAP:
+        chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
     column = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None]
     most, total = tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.float32)
     for start in range(0, vocabulary, LANES * EACH):
@@ -351,9 +354,6 @@ def _logprobs_of(
         most = higher
     top = tl.max(most)
     normaliser = top + tl.log(tl.sum(total * tl.exp(most - top)))
-    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale
-    if CAP:
-        chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
     tl.store(logprobs_ptr + row, chosen - normaliser)
     for start in range(0, vocabulary, LANES * EACH):
         inside = start + column < vocabulary

@@ -5,10 +5,10 @@ that cuBLASLt names for the same product (benchmarks/NOTES.md, 26 November); whi
 know either. A training step asks for the same dozen products thousands of times, so each is tried where it first
 occurs within `choosing`, on its own operands and into its own result: ten to a hundred milliseconds.
 
-What is tried needs no workspace, so it takes no memory and does not cut its sums into pieces: all such kernels add
-the terms in one order and give the same bits, whichever of them was a little faster on the day. Where PyTorch's own
-choice is as fast, or gives other bits and is nearly as fast, it stays. On a CPU, under
-`torch.use_deterministic_algorithms`, and for whatever was never tried, these are PyTorch's products.
+What is tried needs no workspace, so it takes next to no memory and does not cut its sums into pieces: on the GPUs
+seen so far all such kernels give the same bits, whichever of them was a little faster on the day. Where PyTorch's own
+choice is as fast it stays, and where that gives other bits, since it has cut its sums, if it is nearly as fast. On a
+CPU, under `torch.use_deterministic_algorithms`, and for whatever was never tried, these are PyTorch's products.
 
 cuBLASLt is called through its C interface (docs.nvidia.com/cuda/cublas), in the library that PyTorch has loaded.
 """
@@ -31,10 +31,12 @@ _SMALLEST = 64
 """Rows, columns and terms from which a product is worth it."""
 _CANDIDATES = 16
 """Kernels asked for; cuBLASLt of CUDA 13.0 names eight at most."""
+_SAMPLE = 8
+"""Rows by which results are compared."""
 _FASTER, _FASTER_IN_OTHER_BITS = 0.99, 0.95
 """Part of the time of PyTorch's choice that another one may take at most to be taken."""
 _ROUNDS, _BEST, _ROUND_MS, _MOST_RUNS = 2, 3, 0.3, 20
-"""Candidates run by turns, each for about so long, and the best of them for as many rounds again beside PyTorch's."""
+"""Candidates run by turns, so many rounds of about so long, and the best three times as many beside PyTorch's."""
 _AHEAD = 400_000
 """Clocks that the device waits first, so that the host's launches are not what is measured."""
 
@@ -73,14 +75,15 @@ class _Kernel:
     product: c_void_p
     layouts: Sequence[c_void_p]
     """Of the left operand, the right one, and the result."""
-    algo: _Result
+    found: _Result
+    """Its first field is what cuBLASLt wants to see again."""
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor) -> bool:
         """Fills `out`; False if it cannot."""
         left, right, result = self.layouts
         status: int = self.library.cublasLtMatmul(
             torch.cuda.current_blas_handle(), self.product, byref(_ONE), b.data_ptr(), left, a.data_ptr(), right,
-            byref(_ZERO), out.data_ptr(), result, out.data_ptr(), result, byref(self.algo), None, 0,
+            byref(_ZERO), out.data_ptr(), result, out.data_ptr(), result, byref(self.found), None, 0,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         return status == 0
@@ -104,19 +107,26 @@ def choosing() -> Iterator[None]:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, (N, K) (K, M) -> (N, M), as `torch.mm`."""
-    if not a.is_cuda or (not _chosen and not _is_choosing) or torch.are_deterministic_algorithms_enabled():
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    key = a.shape, b.shape[1], a.stride(), b.stride(), out.stride(), a.dtype, a.device
-    kernel = _chosen.get(key)
-    if not _aligned(a, b, out) or a.device.index != torch.cuda.current_device():
-        kernel = None
-    elif kernel is None and _is_choosing and key not in _chosen and not torch.cuda.is_current_stream_capturing():
-        kernel = _chosen[key] = _fastest(a, b, out)
-    if kernel is None or not kernel(a, b, out):
-        torch.mm(a, b, out=out)
-    return out
+    """a b, (N, K) (K, M) -> (N, M), as `torch.mm`; called where no gradient is recorded."""
+    if a.is_cuda and (_chosen or _is_choosing) and not torch.are_deterministic_algorithms_enabled():
+        key = (a.device, *((t.shape, t.stride(), t.dtype, t.is_cuda) for t in (a, b, out) if t is not None))
+        kernel = _kernel(key, a, b, out)
+        if kernel is not None:
+            result = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+            if kernel(a, b, result):
+                return result
+            _chosen[key] = None
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def _kernel(key: tuple[object, ...], a: Tensor, b: Tensor, out: Tensor | None) -> _Kernel | None:
+    """What was chosen for such a product, or is now; None for PyTorch's."""
+    matrices = [matrix for matrix in (a, b, out) if matrix is not None]
+    if any(matrix.data_ptr() % _ALIGNMENT for matrix in matrices) or a.device.index != torch.cuda.current_device():
+        return None
+    if key not in _chosen and _is_choosing and not torch.cuda.is_current_stream_capturing():
+        _chosen[key] = _fastest(a, b, a.new_empty(a.shape[0], b.shape[1]) if out is None else out)
+    return _chosen.get(key)
 
 
 def stored(matrix: Tensor) -> Stored | None:
@@ -134,11 +144,6 @@ def stored(matrix: Tensor) -> Stored | None:
     return None
 
 
-def _aligned(*matrices: Tensor) -> bool:
-    """Whether they begin where the candidates were asked to be able to."""
-    return all(matrix.data_ptr() % _ALIGNMENT == 0 for matrix in matrices)
-
-
 def _fastest(a: Tensor, b: Tensor, out: Tensor) -> _Kernel | None:
     """Tried on these operands; `out` holds one result or another afterwards."""
     candidates = _candidates(a, b, out)
@@ -146,20 +151,20 @@ def _fastest(a: Tensor, b: Tensor, out: Tensor) -> _Kernel | None:
         return None
     usual = functools.partial(torch.mm, a, b, out=out)
     usual()
-    expected = out[:8].clone()  # if sums were split, many of them show it
-    limits = [_limit(kernel(a, b, out), torch.equal(out[:8], expected)) for kernel in candidates]
-    works: list[Callable[[], object]] = [functools.partial(kernel, a, b, out) for kernel in candidates]
+    sample = out[:: max(1, len(out) // _SAMPLE)]  # if sums were cut, many elements show it
+    expected = sample.clone()
+    works, limits = list[Callable[[], object]](), list[float]()
+    able = [kernel for kernel in candidates if kernel(a, b, out)]
+    for kernel in able:
+        works.append(functools.partial(kernel, a, b, out))
+        works[-1]()
+        limits.append(_FASTER if torch.equal(sample, expected) else _FASTER_IN_OTHER_BITS)
     runs = max(1, min(_MOST_RUNS, int(_ROUND_MS / max(1e-3, _milliseconds(usual, 1)))))
     times = _by_turns(works, runs, _ROUNDS)
-    best = sorted((nth for nth, limit in enumerate(limits) if limit), key=times.__getitem__)[:_BEST]
-    own, *times = _by_turns([usual, *(works[nth] for nth in best)], runs, _BEST * _ROUNDS)
+    best = sorted(range(len(able)), key=times.__getitem__)[:_BEST]
+    own, *times = _by_turns([usual, *(works[nth] for nth in best)], runs, 3 * _ROUNDS)
     allowed = [(time, nth) for time, nth in zip(times, best, strict=True) if time < own * limits[nth]]
-    return candidates[min(allowed)[1]] if allowed else None
-
-
-def _limit(works: bool, same_bits: bool) -> float:
-    """Part of the time of PyTorch's choice that a kernel may take."""
-    return (_FASTER if same_bits else _FASTER_IN_OTHER_BITS) if works else 0.0
+    return able[min(allowed)[1]] if allowed else None
 
 
 def _by_turns(works: Sequence[Callable[[], object]], runs: int, rounds: int) -> list[float]:
@@ -190,32 +195,29 @@ def _candidates(a: Tensor, b: Tensor, out: Tensor) -> list[_Kernel]:
     if left is None or right is None or result is None or result.transposed:
         return []
     product, preference = c_void_p(), c_void_p()
-    _check(library.cublasLtMatmulDescCreate(byref(product), _COMPUTE_32F, _R_32F))
+    status = [library.cublasLtMatmulDescCreate(byref(product), _COMPUTE_32F, _R_32F)]
     for attribute, matrix in ((_TRANS_A, left), (_TRANS_B, right)):
         value = c_int32(matrix.transposed)
-        _check(library.cublasLtMatmulDescSetAttribute(product, attribute, byref(value), ctypes.sizeof(value)))
-    layouts = [_layout(library, matrix, a.dtype) for matrix in (left, right, result)]
-    _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
+        status.append(library.cublasLtMatmulDescSetAttribute(product, attribute, byref(value), ctypes.sizeof(value)))
+    layouts = [c_void_p() for _ in range(3)]
+    for layout, matrix in zip(layouts, (left, right, result), strict=True):
+        sizes = c_uint64(matrix.rows), c_uint64(matrix.columns), c_int64(matrix.leading)
+        status.append(library.cublasLtMatrixLayoutCreate(byref(layout), _TYPES[a.dtype], *sizes))
+    status.append(library.cublasLtMatmulPreferenceCreate(byref(preference)))
     limits = [(_MAX_WORKSPACE, c_uint64(0)), *((side, c_int32(_ALIGNMENT)) for side in _MIN_ALIGNMENTS)]
     for attribute, limit in limits:
-        _check(
-            library.cublasLtMatmulPreferenceSetAttribute(preference, attribute, byref(limit), ctypes.sizeof(limit))
-        )
+        size = ctypes.sizeof(limit)
+        status.append(library.cublasLtMatmulPreferenceSetAttribute(preference, attribute, byref(limit), size))
+    if any(status):
+        return []
     found, count = (_Result * _CANDIDATES)(), c_int()
-    status = library.cublasLtMatmulAlgoGetHeuristic(
+    failed = library.cublasLtMatmulAlgoGetHeuristic(
         torch.cuda.current_blas_handle(), product, *layouts, layouts[2], preference, _CANDIDATES, found, byref(count)
     )
     library.cublasLtMatmulPreferenceDestroy(preference)
-    if status != 0:
+    if failed:
         return []
     return [_Kernel(library, product, layouts, found[nth]) for nth in range(count.value) if found[nth].state == 0]
-
-
-def _layout(library: ctypes.CDLL, matrix: Stored, dtype: torch.dtype) -> c_void_p:
-    layout = c_void_p()
-    sizes = c_uint64(matrix.rows), c_uint64(matrix.columns), c_int64(matrix.leading)
-    _check(library.cublasLtMatrixLayoutCreate(byref(layout), _TYPES[dtype], *sizes))
-    return layout
 
 
 @functools.cache
@@ -234,7 +236,3 @@ def _library() -> ctypes.CDLL | None:
     library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, c_int, pointer, c_size_t]
     library.cublasLtMatmulPreferenceDestroy.argtypes = [pointer]
     return library
-
-
-def _check(status: int) -> None:
-    assert status == 0, f"cuBLASLt answered {status} to a description of matrices"

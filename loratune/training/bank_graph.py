@@ -26,6 +26,7 @@ from loratune.data.pack import Row
 from loratune.lora.bank import Bank
 from loratune.ops.bank import Segment
 from loratune.ops.bank_adamw import IDLE, Settings, bank_adamw
+from loratune.ops.products import choosing
 from loratune.training.bank_step import BankStep, Part, join_parts
 from loratune.training.checkpoint import MOMENTS
 from loratune.training.graph import Inputs, Layout, layout_for, logprobs_in
@@ -112,6 +113,7 @@ class BankGraph:
         self._jobs.pop(slot, None)
         self._bank.clear(slot)
 
+    @choosing()
     def run(
         self, parts: Sequence[Part], rates: Mapping[int, float], upcoming: Callable[[], Sequence[Part]] = tuple
     ) -> dict[int, StepResult]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.ops.dropout import keyed, row_key
+from loratune.ops.products import choosing
 from loratune.training.objectives import Objective, sft
 from loratune.training.optim import JointAdamW
 from loratune.training.recordings import Recordings
@@ -225,6 +226,7 @@ class GraphStep:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm)
 
+    @choosing()
     def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = (), *, key: int | None = None) -> StepResult:
         """One update from `rows`; must run inside `forward.installed()`.
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from loratune.ops.products import choosing
-
 _MAX_RECORDINGS = 4
 _BROKEN: list[torch.cuda.CUDAGraph] = []
 """Graphs whose recording could not be ended: PyTorch's pool of pinned memory goes on asking them about streams."""
@@ -43,12 +41,10 @@ class Recordings:
         """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
         key = part, layout
         if not self._record or self.why_not is not None:
-            with choosing():
-                work()
+            work()
         elif key not in self._seen:
             self.forget()
-            with choosing():
-                work()
+            work()
             self._seen.add(key)
         elif key in self.graphs or self.record(part, layout, work):
             self.graphs[key].replay()

@@ -42,7 +42,9 @@ for norm in (None, table):
     for room in (0, 8):
         both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6, room)
 for softcap in (None, 3.0):
-    both("logprobs_of", 4 * half(6, 5003), torch.randint(5003, (6,)), 0.5, softcap, module=logprobs)
+    for tokens, vocabulary in ((6, 5003), (2, 40001)):  # within what a program has at once, and beyond
+        targets = torch.randint(vocabulary, (tokens,))
+        both("logprobs_of", 4 * half(tokens, vocabulary), targets, 0.5, softcap, module=logprobs)
 
 sources = [torch.randn(4, 50), torch.randn(300, 4)]
 block = torch.zeros(300, 9, dtype=torch.float16)

@@ -109,7 +109,7 @@ def choosing() -> Iterator[None]:
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, (N, K) (K, M) -> (N, M), as `torch.mm`; called where no gradient is recorded."""
     if a.is_cuda and (_chosen or _is_choosing) and not torch.are_deterministic_algorithms_enabled():
-        key = (a.device, *((t.shape, t.stride(), t.dtype, t.is_cuda) for t in (a, b, out) if t is not None))
+        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (a, b, out) if t is not None)
         kernel = _kernel(key, a, b, out)
         if kernel is not None:
             result = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
@@ -153,12 +153,12 @@ def _fastest(a: Tensor, b: Tensor, out: Tensor) -> _Kernel | None:
     usual()
     sample = out[:: max(1, len(out) // _SAMPLE)]  # if sums were cut, many elements show it
     expected = sample.clone()
-    works, limits = list[Callable[[], object]](), list[float]()
-    able = [kernel for kernel in candidates if kernel(a, b, out)]
-    for kernel in able:
-        works.append(functools.partial(kernel, a, b, out))
-        works[-1]()
-        limits.append(_FASTER if torch.equal(sample, expected) else _FASTER_IN_OTHER_BITS)
+    able, limits = list[_Kernel](), list[float]()
+    for kernel in candidates:
+        if kernel(a, b, out):
+            able.append(kernel)
+            limits.append(_FASTER if torch.equal(sample, expected) else _FASTER_IN_OTHER_BITS)
+    works: list[Callable[[], object]] = [functools.partial(kernel, a, b, out) for kernel in able]
     runs = max(1, min(_MOST_RUNS, int(_ROUND_MS / max(1e-3, _milliseconds(usual, 1)))))
     times = _by_turns(works, runs, _ROUNDS)
     best = sorted(range(len(able)), key=times.__getitem__)[:_BEST]

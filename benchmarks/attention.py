@@ -2,7 +2,8 @@
 
     python -m benchmarks.attention [OUT.jsonl]
 
-`kernel` is flash4 (`ops.flash`, where it is installed) or pytorch, which is cuDNN's where documents are of one length
+`kernel` is flash4 (`ops.attention.flash`, where it is installed) or pytorch, which is cuDNN's where documents are
+of one length
 and FlashAttention 2 otherwise. Calls are recorded ten at a time, so the host does not count. Uneven documents are
 like the instruction data of `benchmarks.instruction`: log-normal lengths, most of them below 500 tokens. `error` is
 the norm of the difference to float64 over that of the result: output, and the gradients of query, key and value.
@@ -21,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratune.ops import flash
-from loratune.ops.attended import Attended
-from loratune.ops.attention import document_attention
+from loratune.ops.attention import flash
+from loratune.ops.attention.attended import Attended
+from loratune.ops.attention.documents import document_attention
 
 SHAPES = {
     "Llama-2-7B 4 x 2048": (32, 32, 128, 8192),

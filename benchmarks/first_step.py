@@ -41,7 +41,7 @@ _IMPORTS = """
 from loratune import cli
 with cli._libraries():
     from loratune.screen import progress
-    from loratune.training.run import run
+    from loratune.runs.run import run
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 """
 
@@ -117,7 +117,7 @@ def measure(folder: str, data: str, without: str, settings: list[str], started: 
         with plain():
             yield
         phases.end("other imports")
-        running: Any = importlib.import_module("loratune.training.run")
+        running: Any = importlib.import_module("loratune.runs.run")
         kind: Any = importlib.import_module("loratune.training.recordings").Recordings
 
         for function, name in (("load_tokenizer", "tokenizer"), ("load", "weights")):

@@ -5,7 +5,7 @@
 One JSON object a row. Kernels, for each projection and direction of one layer, medians over rounds with a cold cache:
 
     separate_us    what was done before: the thin product, and rows quantised in a pass of their own
-    laid_us        both in one reading (`ops.fp8.lay`), by warps
+    laid_us        both in one reading (`precision.fp8.lay`), by warps
     unmeasured_us  the same where no pass has measured the row: attention's output
     product_us     the wide product that follows, which nothing here changes
     turned_us      the weight turned for the backward, with and without its border
@@ -27,10 +27,11 @@ from torch import Tensor
 
 from benchmarks.ladder import CASES, measure, release
 from benchmarks.shapes import SHAPES
-from loratune.ops import fp8, fp8_kernels, layer
-from loratune.ops.fp8_projection import Fp8Projection, refresher
+from loratune.ops import layer
 from loratune.ops.measure import ROOM, Measure, behind, measured
 from loratune.ops.thin import Members, narrow
+from loratune.precision import fp8, fp8_kernels
+from loratune.precision.fp8_projection import Fp8Projection, refresher
 
 BF16 = torch.bfloat16
 RANK = 16

@@ -18,9 +18,9 @@ import loratune as lt
 from loratune.base.load import POCKET, stop_ids
 from loratune.box import TASKS, data_file
 from loratune.data.records import read_records
+from loratune.runs.evaluation import answers
+from loratune.runs.run import Note, RunResult, run
 from loratune.training.course import StepDone
-from loratune.training.evaluation import answers
-from loratune.training.run import Note, RunResult, run
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ those before is left out.
 Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
 tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
 `loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear;
-`written` leaves soft caps without their kernel (`ops.capped`), the scores written out document by document;
+`written` leaves soft caps without their kernel (`ops.attention.capped`), the scores written out document by document;
 `separate` leaves layers that are not fused with norms and activations as transformers writes them (`base.one_pass`).
 The peers are measured by their own scripts on the same machine; see benchmarks/NOTES.md.
 """
@@ -42,17 +42,18 @@ CASES = [
 def measure(
     shape: str, batch: int, tokens: int, precision: str, both_ways: bool, variant: str, steps: int
 ) -> dict[str, object]:
-    """One variant on one shape; `both_ways` as in `ops.policy.Plan`."""
+    """One variant on one shape; `both_ways` as in `fused.policy.Plan`."""
     import torch
     import transformers
 
     from benchmarks.shapes import limit_tok_s, model_of, row_of
     from loratune.base.forward import prepare
-    from loratune.base.quantising import FORMS
     from loratune.config import LoraConfig, TrainConfig
+    from loratune.fused.policy import Level, Plan
     from loratune.lora.inject import attach
-    from loratune.ops import attention, flash
-    from loratune.ops.policy import Level, Plan
+    from loratune.ops.attention import documents as attention
+    from loratune.ops.attention import flash
+    from loratune.precision.loading import FORMS
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step

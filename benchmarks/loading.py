@@ -103,7 +103,7 @@ def compare(folder: str, theirs: Any) -> dict[str, object]:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    from loratune.base.quantised import quantised_layers
+    from loratune.precision.linear import quantised_layers
 
     model, found = ours(folder)
     layers = dict(quantised_layers(model))

@@ -24,10 +24,10 @@ import transformers
 from benchmarks.shapes import model_of, row_of
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
-from loratune.lora.bank import Bank
 from loratune.lora.inject import attach, detach
-from loratune.training.bank_graph import BankGraph
-from loratune.training.bank_step import Part
+from loratune.many.bank import Bank
+from loratune.many.graph import BankGraph
+from loratune.many.step import Part
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
 

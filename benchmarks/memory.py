@@ -47,10 +47,10 @@ from benchmarks.memory_lab import (
 )
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
-from loratune.ops.policy import Level
-from loratune.training.budget import Setting, peak
-from loratune.training.devices import present
-from loratune.training.fit import fit
+from loratune.fused.policy import Level
+from loratune.memory.budget import Setting, peak
+from loratune.memory.devices import present
+from loratune.memory.fit import fit
 
 UNIFORM = [*(level.name.lower() for level in Level), "wide/2048", "full/2048", "offload/2048"]
 SHARES = (0.02, 0.2, 0.4, 0.7, 1.1)
@@ -58,7 +58,7 @@ SHARES = (0.02, 0.2, 0.4, 0.7, 1.1)
 
 
 def capped(forward: PackedForward, batch: int, tokens: int, cap: float, steps: int = 3) -> Found:
-    """What a run under `--memory` takes: chosen and tried by `training.fit`, then measured under the same cap."""
+    """What a run under `--memory` takes: chosen and tried by `memory.fit`, then measured under the same cap."""
     parameters = {path: p for path, p in forward.model.named_parameters() if p.requires_grad}
     start = time.perf_counter()
     fitted = fit(forward, parameters, TrainConfig(memory=f"{cap}GiB"), batch * tokens)

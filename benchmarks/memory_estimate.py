@@ -19,12 +19,12 @@ from benchmarks.memory_lab import GIB, TARGETS, Found, attempt, cut, fresh, meas
 from benchmarks.shapes import model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
-from loratune.estimate import Wish, estimate, survey_of
+from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
-from loratune.ops.policy import Level, Plan
-from loratune.training.budget import Setting, peak
-from loratune.training.devices import Device
-from loratune.training.imagine import without_data
+from loratune.memory.budget import Setting, peak
+from loratune.memory.devices import Device
+from loratune.memory.estimate import Wish, estimate, survey_of
+from loratune.memory.imagine import without_data
 from loratune.training.optim import adamw
 from loratune.training.step import train_step
 

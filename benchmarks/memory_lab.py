@@ -15,13 +15,13 @@ from benchmarks.shapes import SHAPES, model_of, nf4_model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.errors import TrainingError
+from loratune.fused.policy import TILE, Level, Plan
 from loratune.lora.inject import attach
+from loratune.memory.budget import CONTEXT, Setting
+from loratune.memory.survey import Survey, ranks_of, survey
 from loratune.ops.host import is_mapped
-from loratune.ops.policy import TILE, Level, Plan
-from loratune.training.budget import CONTEXT, Setting
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
-from loratune.training.survey import Survey, ranks_of, survey
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 1 << 30
@@ -57,7 +57,7 @@ def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
 
 
 def surveyed(forward: PackedForward) -> Survey:
-    """As `training.fit` does it."""
+    """As `memory.fit` does it."""
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True)

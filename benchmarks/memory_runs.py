@@ -16,15 +16,15 @@ from loratune.box import TASKS, data_file
 from loratune.config import DataConfig, LoraConfig, TrainConfig
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
-from loratune.training.budget import Setting, choose, largest
+from loratune.many.room import free_bytes
+from loratune.memory.budget import Setting, choose, largest
+from loratune.memory.devices import named
+from loratune.memory.survey import Survey
+from loratune.runs.run import dataset_of
 from loratune.training.course import Rows, StepDone
-from loratune.training.devices import named
 from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop
 from loratune.training.optim import set_rate
-from loratune.training.room import free_bytes
-from loratune.training.run import dataset_of
-from loratune.training.survey import Survey
 
 TO_BEAT = {8: 2_972, 12: 21_848, 24: 78_475, 80: 342_733}
 """GiB -> tokens: what Unsloth publishes for QLoRA of Llama-3.1-8B, with its own gradient checkpointing."""

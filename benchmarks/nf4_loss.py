@@ -33,7 +33,7 @@ from loratune.data.feed import rows_of_epoch
 from loratune.data.pack import Row
 from loratune.lora.files import save
 from loratune.lora.inject import attach, trainable_parameters
-from loratune.training.evaluation import pad_id
+from loratune.runs.evaluation import pad_id
 from loratune.training.optim import adamw, learning_rate, set_rate
 from loratune.training.step import evaluate_loss, train_step
 

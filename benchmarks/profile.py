@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import limit_tok_s, model_of, row_of
 from loratune.base.forward import prepare
-from loratune.base.quantising import FORMS
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach
+from loratune.precision.loading import FORMS
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw
 

@@ -18,12 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from loratune.base.quantised import quantise_linears
 from loratune.data.examples import Example
 from loratune.data.pack import Row, make_row
-from loratune.ops import nf4
 from loratune.ops.frozen import Frozen
-from loratune.ops.nf4 import Nested, Nf4Weight
+from loratune.precision import nf4
+from loratune.precision.linear import quantise_linears
+from loratune.precision.nf4 import Nested, Nf4Weight
 
 SHAPES: dict[str, dict[str, object]] = {
     "l7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,

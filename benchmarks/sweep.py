@@ -28,10 +28,10 @@ import torch
 
 from loratune.base.load import POCKET
 from loratune.box import data_file
-from loratune.training import metrics
-from loratune.training.plan import Plan, read_plan
-from loratune.training.run import run
-from loratune.training.sweep import SweepResult, sweep
+from loratune.runs import metrics
+from loratune.runs.run import run
+from loratune.sweep.plan import Plan, read_plan
+from loratune.sweep.run import SweepResult, sweep
 
 HELD_OUT = 40  # records
 JOBS = """\

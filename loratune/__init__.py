@@ -15,6 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratune.adapters.combine import combine as combine
+    from loratune.adapters.combine import resize as resize
+    from loratune.adapters.extract import extract as extract
     from loratune.base.load import load as load
     from loratune.base.load import load_tokenizer as load_tokenizer
     from loratune.config import DataConfig as DataConfig
@@ -24,9 +27,6 @@ if TYPE_CHECKING:
     from loratune.errors import LoratuneError as LoratuneError
     from loratune.export.quantised import save_quantised as save_quantised
     from loratune.infer.engine import generate as generate
-    from loratune.lora.combine import combine as combine
-    from loratune.lora.combine import resize as resize
-    from loratune.lora.extract import extract as extract
     from loratune.lora.files import load_adapter as load_adapter
     from loratune.lora.files import save as save
     from loratune.lora.inject import activate as activate
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from loratune.lora.inject import unmerge as unmerge
     from loratune.lora.replace import replace as replace
     from loratune.lora.store import Store as Store
-    from loratune.training.run import train as train
+    from loratune.runs.run import train as train
 
 __version__ = "0.1.0"
 
@@ -50,9 +50,9 @@ _HOME = {
     "LoratuneError": "loratune.errors",
     "save_quantised": "loratune.export.quantised",
     "generate": "loratune.infer.engine",
-    "combine": "loratune.lora.combine",
-    "resize": "loratune.lora.combine",
-    "extract": "loratune.lora.extract",
+    "combine": "loratune.adapters.combine",
+    "resize": "loratune.adapters.combine",
+    "extract": "loratune.adapters.extract",
     "load_adapter": "loratune.lora.files",
     "save": "loratune.lora.files",
     "replace": "loratune.lora.replace",
@@ -62,7 +62,7 @@ _HOME = {
     "detach": "loratune.lora.inject",
     "merge": "loratune.lora.inject",
     "unmerge": "loratune.lora.inject",
-    "train": "loratune.training.run",
+    "train": "loratune.runs.run",
 }
 
 __all__ = sorted(_HOME)

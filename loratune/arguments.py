@@ -358,7 +358,7 @@ def parse_sweep(words: list[str]) -> Sweep:
 
 def _begun(out: str) -> Sweep:
     """What the sweep in `out` was begun with. Raises ConfigError: there is none."""
-    from loratune.training.sweep_folder import JOBS_FILE, STATE_FILE, read_state
+    from loratune.sweep.folder import JOBS_FILE, STATE_FILE, read_state
 
     folder = Path(out)
     if not (folder / STATE_FILE).is_file():

@@ -93,8 +93,8 @@ def _train(words: list[str]) -> None:
         return
     read_ahead(config.model)
     with _libraries():
+        from loratune.runs.run import run
         from loratune.screen import progress
-        from loratune.training.run import run
 
     console = _console()
     with _stop_on_signals(console) as stop:
@@ -106,13 +106,13 @@ def _sweep(words: list[str]) -> None:
     from loratune.arguments import parse_sweep
 
     given = parse_sweep(words)
-    from loratune.training.plan import read_plan
+    from loratune.sweep.plan import read_plan
 
     plan = read_plan(given.jobs, model=given.model, out=given.out, precision=given.precision, device=given.device)
     read_ahead(given.model)
     with _libraries():
         from loratune.screen import sweep as screen
-        from loratune.training.sweep import sweep
+        from loratune.sweep.run import sweep
 
     console = _console()
     with _stop_on_signals(console) as stop:
@@ -136,8 +136,8 @@ def _preview(words: list[str]) -> None:
     with _libraries():
         from loratune.base import load as base
         from loratune.data.feed import prepare, rows_of_epoch
+        from loratune.runs.evaluation import pad_id
         from loratune.screen.preview import draw_preview
-        from loratune.training.evaluation import pad_id
 
     tokenizer = base.load_tokenizer(given.model, given.dataset.chat_template)
     stop_ids = base.stop_ids(given.model, tokenizer)
@@ -162,8 +162,8 @@ def _eval(words: list[str]) -> None:
         from loratune.config import DataConfig
         from loratune.data.records import read_records
         from loratune.infer.opened import open_folders
+        from loratune.runs.evaluation import evaluate
         from loratune.screen.evaluate import as_json, draw
-        from loratune.training.evaluation import evaluate
 
     records = read_records(given.data, given.format)[: given.limit]
     opened = open_folders([given.adapter], model=given.model, precision=given.precision, device=given.device)
@@ -221,8 +221,8 @@ def _merge(words: list[str]) -> None:
         from loratune.export.merge import merge_checkpoint
         from loratune.infer.opened import open_folders
         from loratune.lora.files import read_config
-        from loratune.training.card import render_merged_card
-        from loratune.training.evaluation import real_prompts
+        from loratune.runs.card import render_merged_card
+        from loratune.runs.evaluation import real_prompts
 
     opened = open_folders([given.adapter], model=given.model)
     if not opened.adapters:
@@ -252,7 +252,7 @@ def _combine(words: list[str]) -> None:
 
     given = parse(Combine, words, "combine")
     with _libraries():
-        from loratune.lora.combine import combine
+        from loratune.adapters.combine import combine
 
     made = combine(
         given.adapters,
@@ -274,7 +274,7 @@ def _resize(words: list[str]) -> None:
 
     given = parse(Resize, words, "resize")
     with _libraries():
-        from loratune.lora.combine import resize
+        from loratune.adapters.combine import resize
 
     made = resize(given.adapter, given.out, given.rank, overwrite=given.overwrite)
     _console().print(str(made), markup=False, soft_wrap=True)
@@ -285,7 +285,7 @@ def _extract(words: list[str]) -> None:
 
     given = parse(Extract, words, "extract")
     with _libraries():
-        from loratune.lora.extract import extract
+        from loratune.adapters.extract import extract
 
     made = extract(
         given.tuned,
@@ -319,10 +319,10 @@ def _estimate(words: list[str]) -> None:
 
     given = parse(Estimate, words, "estimate")
     with _libraries():
-        from loratune import estimate
+        from loratune.memory import estimate
+        from loratune.memory.budget import Setting
+        from loratune.memory.devices import at_hand, named
         from loratune.screen.estimate import as_json, draw
-        from loratune.training.budget import Setting
-        from loratune.training.devices import at_hand, named
         from loratune.units import bytes_of
 
     device = named(given.gpu) if given.gpu else at_hand()

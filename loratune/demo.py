@@ -35,12 +35,12 @@ from loratune.export.merge import merge_checkpoint
 from loratune.infer.evaluate import ExactMatch
 from loratune.lora.files import load_adapter
 from loratune.lora.inject import activate
+from loratune.runs.evaluation import answers, real_prompts
+from loratune.runs.folder import RunResult
+from loratune.runs.metrics import losses_of
+from loratune.runs.run import run
 from loratune.screen import progress
 from loratune.screen.text import curve
-from loratune.training.evaluation import answers, real_prompts
-from loratune.training.folder import RunResult
-from loratune.training.metrics import losses_of
-from loratune.training.run import run
 from loratune.units import duration
 
 TRAINING = TrainConfig(learning_rate=2e-3, max_steps=120, eval_every_steps=30, warmup_ratio=0.1)

@@ -99,7 +99,7 @@ from loratune.cli import NOT_FOR_TEXT, _libraries
 sys.path.insert(0, {str(tmp_path)!r})
 with _libraries():
     from transformers import PreTrainedModel
-    from loratune.training.run import run
+    from loratune.runs.run import run
 assert not sys.modules.keys() & set(NOT_FOR_TEXT), sys.modules.keys() & set(NOT_FOR_TEXT)
 for name in NOT_FOR_TEXT:
     importlib.import_module(name)

@@ -9,15 +9,15 @@ import transformers as tf
 import loratune as lt
 from loratune.base import load as loading
 from loratune.base.forward import fuse, prepare
-from loratune.base.quantised import quantised_layers
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.examples import Example
 from loratune.data.pack import make_row
 from loratune.errors import ModelError
+from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
-from loratune.ops.fp8 import Fp8Weight
-from loratune.ops.policy import Level, Plan
-from loratune.training.objectives import sft
+from loratune.precision.fp8 import Fp8Weight
+from loratune.precision.linear import quantised_layers
+from loratune.training.objectives.sft import sft
 from loratune.training.optim import adamw
 from loratune.training.step import _row_objective, train_step
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from loratune.base.load import load
-from loratune.base.quantised import quantised_layers
 from loratune.infer.opened import open_folders
+from loratune.precision.linear import quantised_layers
 from tests.cli_lab import CHAT, SHORT, loratune, small_model, write_jsonl
 
 TRAIN = ["train", "base", "chat.jsonl", *SHORT, "--precision", "nf4", "--device", "cpu", "--learning-rate", "0.01"]

@@ -4,7 +4,7 @@ transformers has hundreds of architectures, and nothing here knows them by name.
 on a few tokens of the very model that is to be trained, from fast to slow, and the first whose result equals that
 of the documents run one at a time is taken:
 
-1. our attention by document, through transformers' attention interface (`ops.attention`);
+1. our attention by document, through transformers' attention interface (`ops.attention.documents`);
 2. the model's own attention, with the mask that transformers derives from the restarting positions;
 3. one document at a time, for models whose layers carry state along the row (state-space and linear attention).
 
@@ -25,16 +25,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune.base import fused as fusing
 from loratune.base import one_pass, recompute
-from loratune.base.quantised import quantised_layers
 from loratune.errors import ModelError
-from loratune.ops import attention, flash
-from loratune.ops.capped import Spans
-from loratune.ops.fp8 import Fp8Weight
+from loratune.fused import layer as fusing
+from loratune.fused.policy import Plan
+from loratune.fused.stacking import Copies, holds_bank
+from loratune.ops.attention import documents as attention
+from loratune.ops.attention import flash
+from loratune.ops.attention.capped import Spans
 from loratune.ops.host import Host, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
-from loratune.ops.policy import Plan
+from loratune.precision.fp8 import Fp8Weight
+from loratune.precision.linear import quantised_layers
 
 _PROBE_LENGTHS = (7, 12, 4)
 _ROADS = ("documents", "positions", "one by one")
@@ -60,23 +62,23 @@ class PackedForward:
     notes: list[str] = field(default_factory=list)
     """What a user should know, one line each; empty when everything took the fast road."""
     fused: fusing.Options | None = None
-    """What attention layers ask for, if decoder layers run as `base.fused` has them; None if they do not."""
+    """What attention layers ask for, if decoder layers run as `fused.layer` has them; None if they do not."""
     one_pass: bool = False
     """Whether norms and gated activations of layers that are not fused run as `base.one_pass` has them."""
     plan: Plan | None = None
     """What each decoder layer keeps for its backward; None for everything."""
     record: bool = True
-    """Whether steps may become CUDA graphs; False where these were found to have no room (`training.fit`)."""
-    _copies: fusing.Copies | None = None
+    """Whether steps may become CUDA graphs; False where these were found to have no room (`memory.fit`)."""
+    _copies: Copies | None = None
     _contained: bool = False
-    """As in `ops.attention.document_attention`: where adapters share a row."""
+    """As in `ops.attention.documents.document_attention`: where adapters share a row."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Switches the model's attention implementation to the packed one, and back on exit."""
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
-            self._contained = fusing.holds_bank(self.model)
+            self._contained = holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
                 _embeddings_to_host(self.model)
             if self.fused is not None and fusing.fusible(self.model):

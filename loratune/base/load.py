@@ -27,11 +27,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import hub
-from loratune.base.quantising import FORMS, form_of_files, load_quantised
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
-from loratune.ops import attention, fp8
+from loratune.ops.attention import documents as attention
+from loratune.precision import fp8
+from loratune.precision.loading import FORMS, form_of_files, load_quantised
 
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""

@@ -1,7 +1,8 @@
 """Activation policies for decoder layers of any architecture: each layer under `torch.utils.checkpoint`.
 
-Where layers are not fused (`base.fused`), autograd keeps what every module asks for. A stand-in around each layer
-keeps less (`ops.policy`): the layer's input, from which the backward runs the layer again; with `selective` also the
+Where layers are not fused (`fused.layer`), autograd keeps what every module asks for. A stand-in around each layer
+keeps less (`fused.policy`): the layer's input, from which the backward runs the layer again; with `selective` also
+the
 outputs of the attention kernel, so that this is not run twice (FlashAttention 4 is no operator of PyTorch's and runs
 twice all the same); with `offload` the input waits on the host. Dropout is
 the same in both runs: it follows from the step's key (`ops.dropout`); where no key is open the state of the random
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from loratune.ops import capped
+from loratune.fused.policy import Level, Plan
+from loratune.ops.attention import capped
 from loratune.ops.dropout import open_key
 from loratune.ops.host import Host
-from loratune.ops.policy import Level, Plan
 
 _ATTENTION = {
     getattr(torch.ops.aten, name).default

@@ -38,10 +38,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.base.load import load_config
-from loratune.base.quantised import count_parameters, dense_state_dict, quantised_layers
 from loratune.errors import DataError, ModelError, OutputError
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
+from loratune.precision.linear import count_parameters, dense_state_dict, quantised_layers
 from loratune.units import size
 
 SLACK = 4.0

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
-from loratune.base import nf4_files
-from loratune.base.quantised import count_parameters, quantised_layers
 from loratune.errors import AdapterError, ModelError, OutputError
 from loratune.lora.state import find
-from loratune.ops.nf4 import Nf4Weight
+from loratune.precision import nf4_files
+from loratune.precision.linear import count_parameters, quantised_layers
+from loratune.precision.nf4 import Nf4Weight
 from loratune.units import size
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.load import load, load_tokenizer, resolve, stop_ids
-from loratune.base.quantising import FORMS
 from loratune.config import Precision, RunConfig, from_dict, read_toml
 from loratune.errors import AdapterError, ModelError
 from loratune.lora.files import load_adapter, read_config, read_info
 from loratune.lora.inject import activate
 from loratune.lora.store import Store
+from loratune.precision.loading import FORMS
 
 RESIDENT = 8
 """Adapters that are on the device at a time; if there are more, they rest in host memory."""

@@ -16,13 +16,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from loratune.base.quantised import frozen_of
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.layers import LoraEmbedding
 from loratune.lora.linear import LoraLayer
 from loratune.lora.select import Place, Selection, Target
 from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
+from loratune.precision.linear import frozen_of
 
 
 def build(

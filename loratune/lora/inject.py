@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from loratune.base.quantised import QuantisedLinear, count_parameters
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.build import build
@@ -26,6 +25,7 @@ from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, Adapters, find, identity, install, require, ties, uninstall
 from loratune.lora.switch import is_plain, place_module, switch
 from loratune.ops.dropout import layer_salt
+from loratune.precision.linear import QuantisedLinear, count_parameters
 
 
 @dataclass(frozen=True)

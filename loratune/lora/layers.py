@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
-from loratune.base.quantised import QuantisedLinear
 from loratune.errors import AdapterError
 from loratune.lora.linear import LoraLayer, LoraLinear
 from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.lora import lora_linear
+from loratune.precision.linear import QuantisedLinear
 
 
 class Unadaptable(AdapterError):

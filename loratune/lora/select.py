@@ -20,11 +20,11 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratune.base.quantised import QuantisedLinear
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
 from loratune.lora.layers import Unadaptable, layer_class
 from loratune.lora.linear import LoraLayer
+from loratune.precision.linear import QuantisedLinear
 
 ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("score", "classifier")  # of transformers' classification models

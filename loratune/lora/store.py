@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loratune.base.quantised import frozen_of
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.files import read_adapter
 from loratune.lora.inject import check_name, join
@@ -34,6 +33,7 @@ from loratune.lora.layers import LoraEmbedding
 from loratune.lora.select import Selection
 from loratune.lora.state import Adapter, Adapters, find, require
 from loratune.ops.host import pinned
+from loratune.precision.linear import frozen_of
 
 _ALIGNMENT = 256
 """Bytes at which each tensor begins in a slot, as PyTorch's own allocations do."""

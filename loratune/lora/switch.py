@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loratune.base.quantised import frozen_of
 from loratune.lora.state import Adapter, Adapters, LayerWeights, Plan
+from loratune.precision.linear import frozen_of
 
 
 def switch(model: nn.Module, state: Adapters, weights: dict[str, float]) -> None:

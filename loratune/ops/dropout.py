@@ -93,7 +93,7 @@ def _on_gpu(row: Tensor, *_: object, **__: object) -> bool:
     return row.is_cuda
 
 
-@with_kernel(_on_gpu, "dropout_kernels")
+@with_kernel(_on_gpu, "ops.dropout_kernels")
 def keep_mask(row: Tensor, salt: int, shape: tuple[int, int], probability: float, first: int = 0) -> Tensor:
     """Which elements stay: (tokens, features) bool, each True with 1 - probability.
 

@@ -1,13 +1,14 @@
 """A frozen weight, in whichever form it is held: what a LoRA layer needs of W, and nothing else.
 
 A LoRA layer multiplies with W once forward and once backward and never changes it, so W need not be a matrix of
-floating-point numbers: it may be 4-bit codes that become a matrix for the length of one product (`ops.nf4`), or
-8-bit numbers that the product takes as they are (`ops.fp8`). Every form answers the same three questions.
+floating-point numbers: it may be 4-bit codes that become a matrix for the length of one product (`precision.nf4`), or
+8-bit numbers that the product takes as they are (`precision.fp8`). Every form answers the same three questions.
 
 Both products can be added `onto` a tensor of their shape and dtype, such as the low-rank part of the layer: where the
 form can, inside the product, so that the total is rounded once. Added to a product that has been rounded already,
 most of what is smaller than half a unit in its last place is lost. A CPU sums so; on an H100 cuBLAS was seen to round
-the product first after all (benchmarks/NOTES.md, 25 November), and only a border (`ops.projection`) avoids it there.
+the product first after all (benchmarks/NOTES.md, 25 November), and only a border (`precision.projection`) avoids it
+there.
 The result may take the place of `onto`, which must not be read afterwards. A bias comes last: added to `onto` first,
 it would round it away.
 """

@@ -2,12 +2,12 @@
 
 Between its matrix products a decoder layer reads and writes whole activations many times for next to no arithmetic.
 Each function here is one pass over them, forward or backward, written in plain PyTorch: that is the reference, and
-what a CPU runs. On a GPU in half precision its Triton twin in `ops.kernels` runs instead. Sums are taken in float32
-(float64 for float64), outputs have the inputs' dtype.
+what a CPU runs. On a GPU in half precision its Triton twin in `ops.layer_kernels` runs instead. Sums are taken in
+float32 (float64 for float64), outputs have the inputs' dtype.
 
 What goes on into a projection can be written with `room`: so many columns more than it has, whose values mean
-nothing yet and which `ops.projection` fills. The pass has to write its rows anyhow, and so they need no copy. For a
-projection in 8 bits it leaves a `measure` of each row there (`ops.measure`).
+nothing yet and which `precision.projection` fills. The pass has to write its rows anyhow, and so they need no copy.
+For a projection in 8 bits it leaves a `measure` of each row there (`ops.measure`).
 
 Source of the formulas: RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; rotary positions in halves as in
 GPT-NeoX, Su et al. 2021, arXiv:2104.09864; SwiGLU, Shazeer 2020, arXiv:2002.05202.
@@ -29,15 +29,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_kernel(usable: Callable[..., bool], module: str = "kernels") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Marks a reference that has a Triton twin of the same name in that module of `ops`, and what the twin can do."""
+def with_kernel(
+    usable: Callable[..., bool], module: str = "ops.layer_kernels"
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Marks a reference that has a Triton twin of the same name in `loratune.<module>`.
+
+    Args:
+        usable: whether the twin can take these arguments.
+    """
 
     def mark(reference: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(reference)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if usable(*args, **kwargs):
                 # Imported here because Triton is installed with PyTorch for CUDA only.
-                kernels = importlib.import_module(f"loratune.ops.{module}")
+                kernels = importlib.import_module(f"loratune.{module}")
                 twin: Callable[P, R] = getattr(kernels, reference.__name__)
                 return twin(*args, **kwargs)
             return reference(*args, **kwargs)

@@ -1,6 +1,7 @@
 """What a pass leaves behind each row that it writes, so that a product in 8 bits knows the row's scale beforehand.
 
-A row goes into 8 bits over a scale t, and where an adapter rides in the product (`ops.fp8`) t covers its columns too:
+A row goes into 8 bits over a scale t, and where an adapter rides in the product (`precision.fp8`) t covers its
+columns too:
 inner = row Aᵀ times a factor that both operands know. So t would be known only when all of inner is, and the row
 would be read twice: once for inner, once to be quantised. Instead t is taken from what the pass that writes the row
 has in its registers anyhow, the largest magnitude and the sum of squares, since by Cauchy and Schwarz

@@ -47,7 +47,7 @@ def activation(x: Tensor, kind: Kind) -> Tensor:
     return functional.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-@with_kernel(half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "ops.passes_kernels")
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(N, d) -> (N, d)."""
     x32 = wide(x)
@@ -55,7 +55,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * unit).to(x.dtype)
 
 
-@with_kernel(half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "ops.passes_kernels")
 def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of x, (N, d)."""
     x32 = wide(x)
@@ -64,13 +64,13 @@ def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return (inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))).to(x.dtype)
 
 
-@with_kernel(half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "ops.passes_kernels")
 def gated_product(gate: Tensor, up: Tensor, kind: Kind) -> Tensor:
     """(N, m) -> (N, m); rows may lie apart."""
     return activation(wide(gate), kind).to(gate.dtype) * up
 
 
-@with_kernel(half_on_gpu, "passes_kernels")
+@with_kernel(half_on_gpu, "ops.passes_kernels")
 def gated_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (N, m) each."""
     g, d = wide(gate), wide(d_out)

@@ -55,7 +55,7 @@ def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
     return wide.is_cuda and wide.dtype in (torch.bfloat16, torch.float16) and wide.dtype == thin.dtype
 
 
-@with_kernel(_half_on_gpu, "thin_kernels")
+@with_kernel(_half_on_gpu, "ops.thin_kernels")
 def narrow(
     wide: Tensor,
     thin: Tensor,
@@ -87,7 +87,7 @@ def narrow(
     return product if keep else tail[:, :ranks]
 
 
-@with_kernel(_half_on_gpu, "thin_kernels")
+@with_kernel(_half_on_gpu, "ops.thin_kernels")
 def widen(inner: Tensor, thin: Tensor, drops: Drops) -> Tensor:
     """The gradient of x through its dropouts: (N, R) (R, K) -> (N, K), of each adapter by itself, summed."""
     total = torch.zeros(inner.shape[0], thin.shape[1], dtype=inner.dtype, device=inner.device)
@@ -110,7 +110,7 @@ def _halves_on_gpu(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, *_: ob
     return _half_on_gpu(x, d_inner) and _half_on_gpu(dy, inner) and x.dtype == dy.dtype
 
 
-@with_kernel(_halves_on_gpu, "thin_kernels")
+@with_kernel(_halves_on_gpu, "ops.thin_kernels")
 def gradients(
     x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members, drops: Drops | None = None
 ) -> list[Tensor]:
@@ -148,7 +148,7 @@ def _all_halves_on_gpu(works: Sequence[Work]) -> bool:
     return len(works) > 0 and all(_halves_on_gpu(*work[:4]) for work in works)
 
 
-@with_kernel(_all_halves_on_gpu, "thin_kernels")
+@with_kernel(_all_halves_on_gpu, "ops.thin_kernels")
 def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
     """`gradients` of several projections that have run on the same tokens."""
     return [gradients(*work) for work in works]

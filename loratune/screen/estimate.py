@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loratune.estimate import Estimate
+from loratune.memory.estimate import Estimate
 from loratune.units import duration, size
 
 _CAUSES = (

@@ -22,11 +22,11 @@ from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
+from loratune.adapters.updates import read_report
 from loratune.config import LoraConfig, read_toml
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
-from loratune.lora.updates import read_report
+from loratune.runs import metrics
 from loratune.screen.text import curve
-from loratune.training import metrics
 from loratune.units import duration, size
 
 _PREFIX = "base_model.model."

@@ -17,13 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from loratune.many.rate import RateChoice, Trial
+from loratune.memory.fit import Fit
+from loratune.runs.folder import RunResult
+from loratune.runs.run import Note, Prepared, RunEvent
 from loratune.screen.text import curve
 from loratune.training.course import Evaluated, StepDone
-from loratune.training.fit import Fit
-from loratune.training.folder import RunResult
 from loratune.training.loop import Saved, Unreached
-from loratune.training.rate import RateChoice, Trial
-from loratune.training.run import Note, Prepared, RunEvent
 from loratune.units import duration, size
 
 _CURVE_WIDTH = 24

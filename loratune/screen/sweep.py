@@ -15,13 +15,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from loratune.many.jobs import Failed, JobEvent, Paused, Started
+from loratune.runs.run import Note
 from loratune.screen.text import curve
+from loratune.sweep.folder import row_of, settings_shown
+from loratune.sweep.run import Met, Ready, SweepEvent, SweepResult
 from loratune.training.course import Evaluated, StepDone
-from loratune.training.jobs import Failed, JobEvent, Paused, Started
 from loratune.training.loop import Ended
-from loratune.training.run import Note
-from loratune.training.sweep import Met, Ready, SweepEvent, SweepResult
-from loratune.training.sweep_folder import row_of, settings_shown
 from loratune.units import duration, size
 
 _CURVE_WIDTH = 16

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from loratune.ops.nf4 import dynamic_book
+from loratune.precision.nf4 import dynamic_book
 
 BLOCK = 256
 _SCALE_BYTES = 4

@@ -33,7 +33,7 @@ from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.ops.dropout import keyed, row_key
 from loratune.ops.products import choosing
-from loratune.training.objectives import Objective, sft
+from loratune.training.objectives.sft import Objective, sft
 from loratune.training.optim import JointAdamW
 from loratune.training.recordings import Recordings
 from loratune.training.step import StepResult

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.ops.dropout import keyed, row_key
-from loratune.training.objectives import Objective, sft
+from loratune.training.objectives.sft import Objective, sft
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from loratune.base import one_pass
 from loratune.base.forward import prepare, take_one_pass
 from loratune.base.one_pass import Form, gated_kind, norm_form
 from loratune.data.pack import make_row
+from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
 from loratune.lora.peft_config import LoraConfig
-from loratune.ops.policy import Level, Plan
-from loratune.training.imagine import imagine, without_data
+from loratune.memory.imagine import imagine, without_data
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter
 

@@ -8,8 +8,8 @@ import torch
 from loratune.base.forward import prepare
 from loratune.base.recompute import decoder_layers
 from loratune.data.pack import make_row
-from loratune.ops.policy import Level, Plan
-from loratune.training.objectives import sft
+from loratune.fused.policy import Level, Plan
+from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL
 from tests.training.helpers import examples, model_with_adapter, trainable

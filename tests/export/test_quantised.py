@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import loratune as lt
 from loratune.base.load import POCKET, load, load_tokenizer
-from loratune.base.quantised import quantised_layers
 from loratune.cli import main
 from loratune.errors import AdapterError, ModelError
 from loratune.export.merge import merge_checkpoint
 from loratune.export.quantised import save_quantised
 from loratune.lora.inject import attach
+from loratune.precision.linear import quantised_layers
 from tests.conftest import CAUSAL, build
 from tests.export.test_merge import PROMPTS, logits, tokenizer  # noqa: F401
 

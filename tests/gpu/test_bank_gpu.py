@@ -9,12 +9,12 @@ import torch
 
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
-from loratune.lora.bank import Bank
 from loratune.lora.inject import attach, detach, trainable_parameters
+from loratune.many.bank import Bank
+from loratune.many.graph import BankGraph
+from loratune.many.step import BankStep, Part, join_parts, trim
 from loratune.ops.dropout import dropout_key, keep_mask, row_key
-from loratune.training.bank_graph import BankGraph
-from loratune.training.bank_step import BankStep, Part, join_parts, trim
-from loratune.training.objectives import sft
+from loratune.training.objectives.sft import sft
 from tests.gpu.test_step_gpu import a_row, assert_as_good, small
 
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loratune.base.forward import PackedForward, prepare
-from loratune.ops.attention import document_attention
+from loratune.ops.attention.documents import document_attention
 from tests.gpu.test_step_gpu import BF16, ROWS, TOKENS, a_row, assert_as_good, gradients, losses, off, small
 
 pytestmark = [

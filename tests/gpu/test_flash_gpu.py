@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.ops import attention, flash
-from loratune.ops.attended import Attended
-from loratune.ops.attention import document_attention
+from loratune.ops.attention import documents as attention
+from loratune.ops.attention import flash
+from loratune.ops.attention.attended import Attended
+from loratune.ops.attention.documents import document_attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loratune.base.load import load
-from loratune.base.quantised import quantised_layers
-from tests.base.test_fp8_files import (
+from loratune.precision.linear import quantised_layers
+from tests.precision.test_fp8_files import (
     TOKENS,
     a_model,
     as_a_whole,

@@ -10,14 +10,15 @@ import torch
 import transformers as tf
 
 from loratune.base.forward import PackedForward, prepare
-from loratune.base.quantised import quantise_linears
 from loratune.config import LoraConfig
+from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
-from loratune.ops import fp8, fp8_kernels, layer, measure, thin
-from loratune.ops.fp8_projection import Fp8Projection, refresher
+from loratune.memory.fit import fit
+from loratune.ops import layer, measure, thin
 from loratune.ops.measure import ROOM, Measure
-from loratune.ops.policy import Level, Plan
-from loratune.training.fit import fit
+from loratune.precision import fp8, fp8_kernels
+from loratune.precision.fp8_projection import Fp8Projection, refresher
+from loratune.precision.linear import quantise_linears
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
 from tests.gpu.test_step_gpu import BF16, ROWS, gradients, off

@@ -9,13 +9,13 @@ import torch
 
 from loratune.base.forward import prepare
 from loratune.errors import TrainingError
+from loratune.fused.policy import Level, Plan
+from loratune.memory.budget import CONTEXT
+from loratune.memory.fit import fit
 from loratune.ops import layer
 from loratune.ops.host import is_mapped
-from loratune.ops.policy import Level, Plan
 from loratune.training import loop as loop_module
-from loratune.training.budget import CONTEXT
 from loratune.training.course import Evaluated, Rows
-from loratune.training.fit import fit
 from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop, RunsSlower
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate

@@ -7,11 +7,11 @@ import torch
 
 from loratune.base.forward import prepare
 from loratune.base.load import POCKET, load
-from loratune.base.quantised import quantise_linears, quantised_layers
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import make_row
 from loratune.lora.inject import attach
-from loratune.ops import nf4, pieces
+from loratune.precision import nf4, pieces
+from loratune.precision.linear import quantise_linears, quantised_layers
 from loratune.training.graph import GraphStep
 from loratune.training.optim import optimizer_of, set_rate
 from tests.conftest import build

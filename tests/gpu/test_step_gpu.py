@@ -16,16 +16,16 @@ from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.config import LoraConfig
 from loratune.data.examples import Example
 from loratune.data.pack import make_row
+from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
 from loratune.ops import layer, thin
-from loratune.ops.attention import document_attention
+from loratune.ops.attention.documents import document_attention
 from loratune.ops.dropout import dropout_key, keyed, row_key
 from loratune.ops.logprobs import token_logprobs
-from loratune.ops.policy import Level, Plan
 from loratune.training.course import Evaluated, Rows, StepDone
 from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop, RunsSlower
-from loratune.training.objectives import sft
+from loratune.training.objectives.sft import sft
 from loratune.training.optim import adamw, set_rate
 from loratune.training.step import train_step
 from tests.training.helpers import config, trainable

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError
-from loratune.lora.files import (
-    adapter_tensors,
-    load_adapter,
-    read_config,
-    read_info,
-    save,
-)
+from loratune.lora.files import adapter_tensors, load_adapter, read_config, read_info, save
 from loratune.lora.inject import activate, active, adapters, attach, detach, trainable_parameters
 from tests.lora.helpers import fill, make, make_mlp, run
 

@@ -75,8 +75,9 @@ def thin(name, drop, arch=90, **constants):
 
 
 def laid(ranks, rows, scaled, arch=90):
-    """`lay` of `ops.fp8_kernels`, as it is launched."""
-    from loratune.ops import fp8_kernels, thin_kernels
+    """`lay` of `precision.fp8_kernels`, as it is launched."""
+    from loratune.ops import thin_kernels
+    from loratune.precision import fp8_kernels
 
     terms, stages = fp8_kernels.TILES[scaled]
     constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
@@ -156,7 +157,7 @@ def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from loratune.ops import capped_kernels
+    from loratune.ops.attention import capped_kernels
 
     names = ("_forward", "_queries_part", "_keys_part")
     for name, tile in zip(names, capped_kernels._tiles(dim, roomy=arch == 90), strict=True):
@@ -209,7 +210,7 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
 @pytest.mark.parametrize("side", [1, 2])
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side):
-    from loratune.ops import bank_kernels
+    from loratune.ops.bank import kernels as bank_kernels
 
     kernel = bank_kernels._outer
     constants = {"SIDE": side, "RANK": ranks, "BLOCK": bank_kernels.BLOCK, "WIDTH": bank_kernels.OUTER["width"]}
@@ -228,7 +229,7 @@ OF_FP8 = {
 @pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("rows", [512, 4096])
 def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ranks, scaled):
-    from loratune.ops import fp8_kernels
+    from loratune.precision import fp8_kernels
 
     kernel = laid(ranks, rows, scaled)
     assert not overtaken(kernel, fp8_kernels.TILES[scaled][1])
@@ -238,7 +239,7 @@ def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ra
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_borders_in_8_bits_are_written_sixteen_at_a_time(aligned):
-    from loratune.ops import fp8_kernels
+    from loratune.precision import fp8_kernels
 
     constants = {"ALIGNED": aligned, "RANKS": 64, "BLOCK": 64}
     kernel = compiled(fp8_kernels._borders, constants, OF_FP8)

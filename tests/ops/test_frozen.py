@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.ops import nf4
-from loratune.ops.fp8 import Fp8Weight
 from loratune.ops.frozen import Dense, Frozen
+from loratune.precision import nf4
+from loratune.precision.fp8 import Fp8Weight
 
 FORMS = {
     "dense": Dense,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loratune.ops import layer
-from loratune.ops.fp8 import E4M3, Fp8Weight, lay, numbers_of
 from loratune.ops.measure import LEAST, MOST, PIECES, ROOM, Measure, behind, measured, scales, upward
+from loratune.precision.fp8 import E4M3, Fp8Weight, lay, numbers_of
 
 
 def off(got, exact):

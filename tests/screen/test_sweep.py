@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from loratune.config import RunConfig
+from loratune.many.jobs import Failed, Paused, Started
 from loratune.screen.sweep import _View, summary, watch
+from loratune.sweep.folder import Standing
+from loratune.sweep.plan import PlannedJob
+from loratune.sweep.run import Met, Ready, SweepResult
 from loratune.training.course import Evaluated, StepDone
-from loratune.training.jobs import Failed, Paused, Started
-from loratune.training.plan import PlannedJob
-from loratune.training.sweep import Met, Ready, SweepResult
-from loratune.training.sweep_folder import Standing
 
 
 def console(height=24, terminal=False):

@@ -10,7 +10,7 @@ from loratune.data.examples import Example
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
 from loratune.training.course import Rows
-from loratune.training.objectives import sft
+from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.conftest import build
 

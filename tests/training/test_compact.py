@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loratune.config import TrainConfig
-from loratune.ops.nf4 import dynamic_book
+from loratune.precision.nf4 import dynamic_book
 from loratune.training.compact import BLOCK, CompactAdamW, decode, encode, root_book
 from loratune.training.optim import optimizer_of
 

@@ -1,0 +1,1 @@
+"""Adapters made from other adapters and from checkpoints; works on files only."""

@@ -1,0 +1,228 @@
+"""An adapter without its model: the low-rank update of each layer, read from a folder and written to one.
+
+Combining, resizing and inspecting adapters is arithmetic on A and B; the base model, a thousand times larger, has no
+part in it. So these work on files: a folder in PEFT's format becomes a mapping of layer paths to updates, with the
+scaling of each layer resolved from r, lora_alpha, the patterns and rsLoRA.
+
+What is written is as plain as the format allows: one rank for all layers (padded with zeros where a layer needs
+less), lora_alpha equal to r, no patterns, no rsLoRA. alpha / r is then 1 for every reader, also for vLLM, which
+leaves the patterns out of the scaling, and for llama.cpp, which knows neither them nor rsLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from loratune import atomic
+from loratune.adapters.lowrank import padded
+from loratune.config import LoraConfig
+from loratune.errors import AdapterError, OutputError
+from loratune.lora import peft_config
+from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
+from loratune.lora.peft_config import CONFIG_FILE
+
+REPORT_FILE = "provenance.json"
+"""Beside an adapter that was computed from others: from which, how, and what was lost."""
+
+_ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One layer's update, scaling · B A."""
+
+    lora_A: Tensor
+    """(r, d_in), float32; of an embedding (r, vocabulary)."""
+    lora_B: Tensor
+    """(d_out, r), float32; of an embedding (d, r)."""
+    scaling: float = 1.0
+    embedding: bool = False
+    transposed: bool = False
+    """Whether the layer stores its weight as (d_in, d_out): embeddings, transformers' Conv1D."""
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """What a folder holds."""
+
+    folder: Path
+    config: LoraConfig
+    fields: dict[str, Any]
+    """adapter_config.json as it is."""
+    layers: dict[str, Update]
+    """Path of a layer -> its update, in the order of the model's layers (layers.2 before layers.10)."""
+    others: dict[str, Tensor]
+    """Key -> tensor of what is trained in full: modules_to_save and biases."""
+
+
+def read_updates(directory: str | Path) -> Updates:
+    """Reads an adapter's folder, ours or PEFT's.
+
+    Raises: AdapterError: it is no LoRA adapter, uses something not implemented here, is damaged, or holds values that
+        are not finite.
+    """
+    folder = find_folder(directory)
+    config = peft_config.read(folder).lora
+    fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    tensors = read_tensors(folder)
+    _check_finite(folder, tensors)
+    layers: dict[str, Update] = {}
+    for key in sorted(tensors, key=_natural):
+        end = next((end for end in _ENDS if key.endswith(end)), None)
+        if end is None:
+            continue
+        path = key.removeprefix(PREFIX).removesuffix(end)
+        partner = key.removesuffix(end) + _ENDS[end]
+        if partner not in tensors:
+            raise AdapterError(f"{folder}: has {key} without {partner}")
+        scaling = _scaling(config, path, tensors[key].shape[0])
+        embedding = "embedding" in end
+        transposed = embedding or bool(fields.get("fan_in_fan_out"))
+        _check_factors(folder, path, tensors[key], tensors[partner])
+        layers[path] = Update(tensors[key].float(), tensors[partner].float(), scaling, embedding, transposed)
+    if not layers:
+        raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no lora_A and lora_B")
+    return Updates(folder, config, fields, layers, _others(tensors, config))
+
+
+def _scaling(config: LoraConfig, path: str, r: int) -> float:
+    patterns = config.alpha_pattern.items()
+    alpha = next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+
+
+def _check_factors(folder: Path, path: str, lora_A: Tensor, lora_B: Tensor) -> None:
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise AdapterError(
+            f"{folder}: {path} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}; they must be (r, d_in) and "
+            "(d_out, r)"
+        )
+
+
+def _others(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """What is trained in full, without the base's own tensors that PEFT saves along for embeddings."""
+    ends = (*_ENDS, *_ENDS.values())
+    rest = {key: tensor for key, tensor in tensors.items() if not key.endswith(ends)}
+    return {
+        key: tensor
+        for key, tensor in rest.items()
+        if ".base_layer." not in key or (config.bias != "none" and key.endswith(".bias"))
+    }
+
+
+def _check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{folder}: {key} holds values that are not finite")
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts "layers.10" after "layers.9"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def check_out(out: str | Path, sources: Iterable[str | Path], *, overwrite: bool) -> Path:
+    """The folder to write to. Raises OutputError: it is taken, cannot be written, or is one of the sources."""
+    folder = Path(out)
+    for source in sources:
+        if Path(source).exists() and folder.resolve() == Path(source).resolve():
+            raise OutputError(f"{out}: is what is read; name another folder for the result")
+    atomic.check_new(folder, overwrite=overwrite)
+    return folder
+
+
+def write_updates(
+    out: Path,
+    layers: Mapping[str, Update],
+    fields: Mapping[str, Any],
+    report: Mapping[str, Any],
+    *,
+    others: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes an ordinary adapter to `out`, whole or not at all, and `report` beside it. Returns its rank.
+
+    Args:
+        fields: adapter_config.json; what concerns ranks and scalings is set here.
+
+    Raises: OutputError: `out` exists (without `overwrite`), the disk is full or read-only.
+    """
+    rank = max(update.r for update in layers.values())
+    tensors: dict[str, Tensor] = dict(others or {})
+    for path, update in layers.items():
+        ends = list(_ENDS)[update.embedding]
+        lora_A, lora_B = padded(update.lora_A, update.lora_B * update.scaling, rank)
+        tensors[f"{PREFIX}{path}{ends}"] = lora_A.cpu().contiguous()
+        tensors[f"{PREFIX}{path}{_ENDS[ends]}"] = lora_B.cpu().contiguous()
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    with atomic.new_directory(out, overwrite=overwrite) as temporary:
+        atomic.write_bytes(temporary / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
+        atomic.write_text(temporary / CONFIG_FILE, json.dumps({**fields, **plain}, indent=2, sort_keys=True) + "\n")
+        atomic.write_text(temporary / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+    return rank
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `write_updates` noted beside an adapter; empty if nothing did, or if it is damaged: it is only a note."""
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def selection_fields(sources: Sequence[Updates], paths: Iterable[str]) -> dict[str, Any]:
+    """The fields of adapter_config.json that select exactly the layers that any of the sources adapts."""
+    given = [{name: source.fields.get(name) for name in _SELECTION} for source in sources]
+    if all(fields == given[0] for fields in given):
+        return given[0]
+    none: dict[str, Any] = dict.fromkeys(_SELECTION)
+    lists = [fields["target_modules"] for fields in given if isinstance(fields["target_modules"], list)]
+    if len(lists) == len(given) and not any(fields[name] for fields in given for name in _SELECTION[1:]):
+        return none | {"target_modules": sorted({name for names in lists for name in names})}
+    return none | {"target_modules": list(paths)}
+
+
+def same_base(sources: Sequence[Updates], model: str | None) -> str | None:
+    """The base model that the sources were made for; `model`, if given, overrides what they record.
+
+    Raises: AdapterError: they record different ones.
+    """
+    if model is not None:
+        return model
+    recorded = {source.folder: source.fields.get("base_model_name_or_path") for source in sources}
+    named = {folder: str(base) for folder, base in recorded.items() if base}
+    for folder, base in named.items():
+        first = next(iter(named))
+        if Path(base).name != Path(named[first]).name:
+            raise AdapterError(
+                f"{first} was made for {named[first]}, but {folder} for {base}; adapters of different models cannot "
+                "be combined. If both are the same model, say so with --model"
+            )
+    return next(iter(named.values()), None)
+
+
+def to_device(update: Update, device: torch.device) -> Update:
+    """The same update on `device`."""
+    return replace(update, lora_A=update.lora_A.to(device), lora_B=update.lora_B.to(device))

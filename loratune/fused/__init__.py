@@ -1,0 +1,1 @@
+"""Decoder layers that run as one autograd node."""

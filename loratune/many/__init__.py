@@ -1,0 +1,1 @@
+"""Many adapters that train together over one base."""

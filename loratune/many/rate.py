@@ -1,0 +1,132 @@
+"""`--learning-rate auto`: a rate chosen by trying some, all at once, on the first part of the run's own data.
+
+Seven rates, half a power of ten apart, each train a fresh adapter over one base (`jobs`) for a twentieth of the run's
+steps, on the rows that the run will begin with, with its own schedule pressed into them. Then all are measured on the
+same held-out rows. A short run forgives higher rates than a long one, and beyond the best the loss rises steeply, so
+not the lowest loss decides but the lowest rate that brings nearly all of what the best one brings:
+
+    gain(rate) = log(loss of the base / loss after the trial)
+    chosen     = the lowest rate with gain >= 0.95 of the largest
+
+The logarithm, because a loss that falls from 10 to 1 leaves the difference to 0.5 invisible beside the whole.
+Since the best rate of LoRA hardly depends on the rank (Schulman et al. 2025, "LoRA Without Regret"), a grid this
+coarse is as fine as the question; who wants it finer writes a sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from loratune.base.forward import prepare
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.pack import Row
+from loratune.errors import AdapterError, ConfigError, ModelError, TrainingError
+from loratune.many.bank import Bank
+from loratune.many.jobs import Job, Jobs
+from loratune.many.room import row_tokens, slots_that_fit
+from loratune.training.course import Course, Evaluated, Rows
+from loratune.training.step import evaluate_loss
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_SHARE_OF_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1 / 20, 10, 50
+_MEASURED_ROWS = 16
+_ENOUGH = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is about to be tried."""
+
+    rates: tuple[float, ...]
+    steps: int
+    at_once: int
+
+
+@dataclass(frozen=True, slots=True)
+class RateChoice:
+    """The rate, and what it was chosen from."""
+
+    rate: float
+    steps: int
+    """Of each trial."""
+    base_loss: float
+    """Before training."""
+    losses: dict[float, float]
+    """Rate -> held-out loss after its trial; NaN if it diverged."""
+    held_out: bool
+    """False if nothing is held out, so that training rows were measured."""
+
+    @property
+    def why(self) -> str:
+        """One line for a person."""
+        best = min(self.losses.values(), key=lambda loss: loss if math.isfinite(loss) else math.inf)
+        reason = "the lowest loss" if self.losses[self.rate] == best else "the lowest rate with 95% of the best gain"
+        return f"{reason} of {len(self.losses)} rates tried for {self.steps} steps"
+
+
+def choose_rate(
+    model: PreTrainedModel, lora: LoraConfig, training: TrainConfig, rows: Rows, tokens_per_row: int
+) -> Iterator[Trial | RateChoice]:
+    """Tries the rates on the bare base `model`, which is the same afterwards; the last event is the choice.
+
+    Raises:
+        ConfigError: the adapter or the model is of a kind that cannot be trained several at once.
+        TrainingError: no rate brought anything.
+    """
+    run = Course(rows, replace(training, learning_rate=RATES[0]))
+    steps = min(max(_FEWEST_STEPS, math.ceil(run.total_steps * _SHARE_OF_STEPS)), _MOST_STEPS)
+    measured = measured_rows(rows, steps * training.gradient_accumulation_steps)
+    short = replace(
+        training, max_steps=steps, eval_every_steps=steps, early_stopping_patience=None, optim="adamw", log_to=[]
+    )
+    tokens = row_tokens(model.device, [tokens_per_row] * len(RATES))
+    try:
+        at_once = slots_that_fit(model, [Bank.size_of(model, lora)] * len(RATES), tokens)
+        bank = Bank.attach(model, [lora], at_once)
+    except AdapterError as error:
+        raise _not_at_once(error) from error
+    yield Trial(RATES, steps, at_once)
+    try:
+        forward = prepare(model)
+        with forward.installed():  # no row is set: the base alone
+            base_loss, _ = evaluate_loss(forward, measured)
+        jobs = Jobs(forward, bank, tokens)
+        for rate in RATES:
+            jobs.add(Job(f"{rate:g}", lora, replace(short, learning_rate=rate), Rows(rows.of_epoch, measured)))
+        losses = dict.fromkeys(RATES, math.nan)
+        for name, event in jobs.run():
+            if isinstance(event, Evaluated):
+                losses[float(name)] = event.eval_loss
+    except ModelError as error:
+        raise _not_at_once(error) from error
+    finally:
+        bank.detach()
+    yield RateChoice(pick(base_loss, losses), steps, base_loss, losses, bool(rows.held_out))
+
+
+def _not_at_once(error: Exception) -> ConfigError:
+    return ConfigError(f'learning_rate "auto" trains several adapters at once, but {error}. Name a rate instead')
+
+
+def pick(base_loss: float, losses: dict[float, float]) -> float:
+    """The lowest rate with nearly the largest gain. Raises TrainingError: none brings any."""
+    gains = {rate: math.log(base_loss / loss) for rate, loss in losses.items() if math.isfinite(loss)}
+    best = max(gains.values(), default=0.0)
+    if best <= 0:
+        raise TrainingError(
+            'learning_rate "auto": no rate from '
+            f"{min(losses):g} to {max(losses):g} lowers the loss of the base; look at the data with loratune preview"
+        )
+    return min(rate for rate, gain in gains.items() if gain >= _ENOUGH * best)
+
+
+def measured_rows(rows: Rows, used: int) -> Sequence[Row]:
+    """Held-out rows, else training rows that the trials do not use, else those that they do; at most 16."""
+    if rows.held_out:
+        return rows.held_out[:_MEASURED_ROWS]
+    first = rows.of_epoch(0)
+    return first[used : used + _MEASURED_ROWS] or first[:_MEASURED_ROWS]

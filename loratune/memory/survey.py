@@ -1,0 +1,171 @@
+"""What a model is made of, as far as memory and speed go; read off a model in memory or one without any data.
+
+A model on PyTorch's "meta" device has every module and every shape and not a byte of weights, so the estimate of a
+model that was never downloaded and the one of a model about to train are made by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune.base.recompute import decoder_layers
+from loratune.fused import layer as fused
+from loratune.fused.ledger import LayerShape, rounded
+from loratune.precision import nf4
+from loratune.precision.linear import QuantisedLinear
+from loratune.precision.nf4 import Nf4Weight
+
+_NF4_BYTES = 0.5 + 1 / nf4.BLOCK + 8 / (nf4.BLOCK * nf4.GROUP)
+_FP8_BYTES = 1.0
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model and the adapter that is to be trained on it."""
+
+    base_bytes: int
+    """The frozen weights, each as it is held."""
+    trainable: int
+    """Parameters that are trained; their masters are float32."""
+    copies_bytes: int
+    """The adapters once more in the compute dtype, stacked as the fused layers want them; 0 without fused layers."""
+    layer_trainable: int
+    """Parameters that are trained in one layer, at most."""
+    layers: int
+    shape: LayerShape | None
+    """Of the widest layer, where layers run fused; None where they run as modules."""
+    layer_elements: int
+    """Elements of the frozen products of one layer."""
+    width: int
+    vocabulary: int
+    rotary_dim: int
+    element_bytes: int
+    quantised: str
+    """"", "nf4" or "fp8"."""
+    embedding_bytes: int = 0
+    """The table of input embeddings, if the head does not share it."""
+
+
+def survey(
+    model: PreTrainedModel,
+    ranks: Mapping[nn.Module, int],
+    trainable: int,
+    precision: str,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool,
+) -> Survey:
+    """Reads a model, on any device.
+
+    Args:
+        ranks: adapted layer -> rank.
+        trainable: parameters that train.
+        precision: of the base as it will be held, as in `RunConfig`; "auto" is as it is.
+        dtype: of the products.
+        on_gpu: fused layers are for GPUs.
+    """
+    layers = decoder_layers(model)
+    quantised = precision if precision in ("nf4", "fp8") else _quantised(layers)
+    fusible = on_gpu and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
+    per_layer = [_trained_in(layer, ranks) for layer in layers]
+    shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    weight = cast(Tensor, head.weight if isinstance(head, nn.Module) else model.get_input_embeddings().weight)
+    return Survey(
+        base_bytes=_base_bytes(model, layers, quantised),
+        trainable=trainable,
+        copies_bytes=sum(shape.adapter_bytes for shape in shapes),
+        layer_trainable=max(per_layer, default=0),
+        layers=len(layers),
+        shape=max(shapes, key=lambda shape: sum(shape.ranks)) if shapes else None,
+        layer_elements=max((sum(_elements(m) for m in layer.modules()) for layer in layers), default=0),
+        width=weight.shape[1],
+        vocabulary=weight.shape[0],
+        rotary_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        element_bytes=dtype.itemsize,
+        quantised=quantised,
+        embedding_bytes=_own_table(model, head),
+    )
+
+
+def _own_table(model: PreTrainedModel, head: nn.Module | None) -> int:
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    shared = head is None or cast(Tensor, head.weight) is table
+    return 0 if shared else rounded(table.numel() * table.element_size())
+
+
+def ranks_of(model: nn.Module) -> dict[nn.Module, int]:
+    """Adapted layer -> rank, of the adapter in use."""
+    held = ((module, getattr(module, "lora_A", None)) for module in model.modules())
+    return {module: int(lora_A.shape[0]) for module, lora_A in held if lora_A is not None}
+
+
+def _quantised(layers: nn.ModuleList) -> str:
+    frozen = next((m.frozen for m in layers.modules() if isinstance(m, QuantisedLinear)), None)
+    return "" if frozen is None else "nf4" if isinstance(frozen, Nf4Weight) else "fp8"
+
+
+def _elements(module: nn.Module) -> int:
+    """Of a linear layer's weight; 0 for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    return module.in_features * module.out_features if isinstance(module, QuantisedLinear) else 0
+
+
+def _trained_in(layer: nn.Module, ranks: Mapping[nn.Module, int]) -> int:
+    total = 0
+    for module in layer.modules():
+        if module in ranks and isinstance(module, nn.Linear | QuantisedLinear):
+            total += ranks[module] * (module.in_features + module.out_features)
+    return total
+
+
+def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -> int:
+    """Every parameter and buffer once, as it is or will be quantised."""
+    to_quantise = {
+        id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear) and quantised
+    }
+    total, seen = 0, set()
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            frozen = module.frozen
+            in_8_bits = rounded(_FP8_BYTES * _elements(module)) + rounded(4 * module.out_features)
+            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else in_8_bits
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) in seen or name in ("lora_A", "lora_B"):
+                continue
+            seen.add(id(tensor))
+            if id(tensor) in to_quantise:
+                each = _NF4_BYTES if quantised == "nf4" else _FP8_BYTES
+                total += rounded(each * tensor.numel()) + (0 if quantised == "nf4" else rounded(4 * tensor.shape[0]))
+            else:
+                total += rounded(tensor.element_size() * tensor.numel())
+    return total
+
+
+def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dtype: torch.dtype) -> LayerShape:
+    attn, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
+    at = {name: getattr(attn if hasattr(attn, name) else mlp, name) for names in _PROJECTIONS for name in names}
+    of_each = [sum(ranks.get(at[name], 0) for name in names) for names in _PROJECTIONS]
+    dim, width = int(attn.head_dim), int(at["q_proj"].in_features)  # type: ignore[arg-type]
+    return LayerShape(
+        width=width,
+        query_heads=int(at["q_proj"].out_features) // dim,
+        key_value_heads=int(at["k_proj"].out_features) // dim,
+        head_dim=dim,
+        mlp=int(at["gate_proj"].out_features),
+        head_norm=hasattr(attn, "q_norm"),
+        ranks=(of_each[0], of_each[1], of_each[2], of_each[3]),
+        element_bytes=dtype.itemsize,
+        bordered=not quantised,
+        carried=quantised != "fp8",
+        in_8_bits=quantised == "fp8",
+        in_4_bits=quantised == "nf4",
+    )

@@ -1,0 +1,273 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
+"""Attention with soft caps and sinks as three Triton kernels, for bfloat16 and float16 on a GPU.
+
+    forward          a block of queries walks over the keys that it sees, with a running maximum and sum
+    queries' part    the same walk once more for dQ; on its way it leaves delta = sum(dO * O) of every query
+    keys' part       a block of keys walks over the queries that see it, of every head that shares it, for dK and dV
+
+Probabilities are not kept but made again from the logsumexp of each query. Every sum has one block that makes it, in
+one order, so a result is the same to the bit each time. What a position sees is one interval that begins with its
+document, or with its window, and ends with itself; so a walk is bounded by two numbers of the table of spans, and
+what is in no sight is never read.
+
+Source: Dao 2023, arXiv:2307.08691; the gradient through the cap c tanh(s / c) is 1 - tanh^2(s / c).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_NOTHING = tl.constexpr(-1e30)
+"""The score of what is not seen: finite, so that no difference of two of them is undefined."""
+_VARYING = ["tokens", "window"]
+
+
+class Tile(NamedTuple):
+    """How much of the scores one step of a walk makes, and by how many."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _load(ptr, at, stride, count, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `at` to `at + ROWS` of a matrix, (ROWS, WIDTH), zeros behind row `count` and column DIM."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (at + row < count)[:, None] & (column < DIM)[None, :]
+    ptr += tl.cast(at, tl.int64) * stride
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, at, stride, count, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (at + row < count)[:, None] & (column < DIM)[None, :]
+    ptr += tl.cast(at, tl.int64) * stride
+    tl.store(ptr + row[:, None] * stride + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def _capped(product, scaling, softcap, CAP: tl.constexpr):
+    """Scores in units of log 2, and their derivative by the unscaled, uncapped ones but for the scaling."""
+    score, slope = product * scaling, 1.0
+    if CAP:
+        share = 2 * tl.sigmoid(2 * score / softcap) - 1  # tanh
+        score, slope = softcap * share, 1 - share * share
+    return score * _LOG2E, slope
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _forward(
+    q_ptr, k_ptr, v_ptr, sinks_ptr, spans_ptr, out_ptr, lse_ptr, tokens, window, groups, scaling, softcap,
+    q_token, q_head, k_token, k_head, v_token, v_head, out_token,
+    CAP: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest walks begin first
+    head = tl.program_id(1)
+    row = at + tl.arange(0, ROWS)
+    first = tl.load(spans_ptr + row, mask=row < tokens, other=tokens)
+    first = tl.maximum(first, row - window + 1)
+    q_ptr += head.to(tl.int64) * q_head
+    k_ptr += (head // groups).to(tl.int64) * k_head
+    v_ptr += (head // groups).to(tl.int64) * v_head
+    q = _load(q_ptr, at, q_token, tokens, ROWS, DIM, WIDTH)
+    out = tl.zeros((ROWS, WIDTH), tl.float32)
+    if SINKS:
+        most = tl.zeros((ROWS,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
+        total = tl.full((ROWS,), 1.0, tl.float32)
+    else:
+        most, total = tl.full((ROWS,), _NOTHING, tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(tl.min(first) // COLUMNS * COLUMNS, tl.minimum(at + ROWS, tokens), COLUMNS):
+        k = _load(k_ptr, start, k_token, tokens, COLUMNS, DIM, WIDTH)
+        score, _ = _capped(tl.dot(q, tl.trans(k)), scaling, softcap, CAP)
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        seen = (column <= row[:, None]) & (column >= first[:, None])
+        higher = tl.maximum(most, tl.max(tl.where(seen, score, _NOTHING), 1))
+        share = tl.exp2(tl.where(seen, score - higher[:, None], _NOTHING))
+        shrunk = tl.exp2(most - higher)
+        total = total * shrunk + tl.sum(share, 1)
+        v = _load(v_ptr, start, v_token, tokens, COLUMNS, DIM, WIDTH)
+        out = tl.dot(share.to(v.dtype), v, out * shrunk[:, None])
+        most = higher
+    total = tl.where(row < tokens, total, 1.0)
+    tl.store(lse_ptr + head * tokens + row, most + tl.log2(total), mask=row < tokens)
+    _store(out_ptr + head * DIM, out / total[:, None], at, out_token, tokens, ROWS, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _queries_part(
+    q_ptr, k_ptr, v_ptr, spans_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, d_q_ptr,
+    tokens, window, groups, scaling, softcap,
+    q_token, q_head, k_token, k_head, v_token, v_head, out_token,
+    CAP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    head = tl.program_id(1)
+    row = at + tl.arange(0, ROWS)
+    first = tl.load(spans_ptr + row, mask=row < tokens, other=tokens)
+    first = tl.maximum(first, row - window + 1)
+    q_ptr += head.to(tl.int64) * q_head
+    k_ptr += (head // groups).to(tl.int64) * k_head
+    v_ptr += (head // groups).to(tl.int64) * v_head
+    q = _load(q_ptr, at, q_token, tokens, ROWS, DIM, WIDTH)
+    d_out = _load(d_out_ptr + head * DIM, at, out_token, tokens, ROWS, DIM, WIDTH)
+    out = _load(out_ptr + head * DIM, at, out_token, tokens, ROWS, DIM, WIDTH)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta_ptr + head * tokens + row, delta, mask=row < tokens)
+    lse = tl.load(lse_ptr + head * tokens + row, mask=row < tokens, other=0.0)
+    d_q = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(tl.min(first) // COLUMNS * COLUMNS, tl.minimum(at + ROWS, tokens), COLUMNS):
+        k = _load(k_ptr, start, k_token, tokens, COLUMNS, DIM, WIDTH)
+        v = _load(v_ptr, start, v_token, tokens, COLUMNS, DIM, WIDTH)
+        score, slope = _capped(tl.dot(q, tl.trans(k)), scaling, softcap, CAP)
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        seen = (column <= row[:, None]) & (column >= first[:, None])
+        share = tl.exp2(tl.where(seen, score - lse[:, None], _NOTHING))
+        d_score = share * (tl.dot(d_out, tl.trans(v)) - delta[:, None]) * slope
+        d_q = tl.dot(d_score.to(k.dtype), k, d_q)
+    _store(d_q_ptr + head * DIM, d_q * scaling, at, out_token, tokens, ROWS, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _keys_part(
+    q_ptr, k_ptr, v_ptr, spans_ptr, d_out_ptr, lse_ptr, delta_ptr, d_k_ptr, d_v_ptr,
+    tokens, window, groups, scaling, softcap,
+    q_token, q_head, k_token, k_head, v_token, v_head, out_token, d_token,
+    CAP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    at, shared = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    column = at + tl.arange(0, COLUMNS)
+    end = tl.load(spans_ptr + tokens + column, mask=column < tokens, other=0)
+    end = tl.minimum(end, column + window)  # the first position that does not see it any more
+    k = _load(k_ptr + shared.to(tl.int64) * k_head, at, k_token, tokens, COLUMNS, DIM, WIDTH)
+    v = _load(v_ptr + shared.to(tl.int64) * v_head, at, v_token, tokens, COLUMNS, DIM, WIDTH)
+    d_k, d_v = tl.zeros((COLUMNS, WIDTH), tl.float32), tl.zeros((COLUMNS, WIDTH), tl.float32)
+    for head in range(shared * groups, shared * groups + groups):
+        for start in range(at // ROWS * ROWS, tl.max(end), ROWS):
+            q = _load(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_token, tokens, ROWS, DIM, WIDTH)
+            d_out = _load(d_out_ptr + head * DIM, start, out_token, tokens, ROWS, DIM, WIDTH)
+            row = start + tl.arange(0, ROWS)
+            lse = tl.load(lse_ptr + head * tokens + row, mask=row < tokens, other=0.0)
+            delta = tl.load(delta_ptr + head * tokens + row, mask=row < tokens, other=0.0)
+            score, slope = _capped(tl.dot(k, tl.trans(q)), scaling, softcap, CAP)
+            seen = (row[None, :] >= column[:, None]) & (row[None, :] < end[:, None])
+            share = tl.exp2(tl.where(seen, score - lse[None, :], _NOTHING))
+            d_v = tl.dot(share.to(d_out.dtype), d_out, d_v)
+            d_score = share * (tl.dot(v, tl.trans(d_out)) - delta[None, :]) * slope
+            d_k = tl.dot(d_score.to(q.dtype), q, d_k)
+    _store(d_k_ptr + shared * DIM, d_k * scaling, at, d_token, tokens, COLUMNS, DIM, WIDTH)
+    _store(d_v_ptr + shared * DIM, d_v, at, d_token, tokens, COLUMNS, DIM, WIDTH)
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    """Whether a block has the shared memory of an H100 (227 KiB); most other cards have 99 or a little more."""
+    if device.type != "cuda":
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return found >= 227 << 10
+
+
+def _tiles(width: int, roomy: bool) -> tuple[Tile, Tile, Tile]:
+    """Those of the three kernels. `tests/ops/test_compile.py` holds that they fit the memory of a block."""
+    if width <= 64:
+        return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
+    if width <= 128:
+        if roomy:
+            return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)
+        return Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)
+    if roomy:
+        return Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)
+    return Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+
+
+class _Launch(NamedTuple):
+    """What the three kernels have in common."""
+
+    numbers: tuple[int | float, ...]
+    strides: tuple[int, ...]
+    constants: dict[str, int | bool]
+    tiles: tuple[Tile, Tile, Tile]
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None) -> _Launch:
+    (tokens, heads, dim), width = q.shape, max(16, triton.next_power_of_2(q.shape[-1]))
+    numbers = (tokens, window or tokens, heads // k.shape[1], scaling, softcap or 1.0)
+    strides = (*(stride for tensor in (q, k, v) for stride in tensor.stride()[:2]), heads * dim)
+    constants = {"CAP": softcap is not None, "DIM": dim, "WIDTH": width}
+    return _Launch(numbers, strides, constants, _tiles(width, _roomy(q.device)))
+
+
+def _of(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.queries, "COLUMNS": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    sinks: Tensor | None,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, (T, heads, head_dim), and of every query the logsumexp in base 2, (heads, T) in float32.
+
+    Args:
+        q: (T, heads, head_dim); k, v: (T, kv_heads, head_dim); numbers of one head lie side by side.
+        spans: see `ops.attention.capped.Spans`.
+        sinks: (heads,), contiguous, or None.
+    """
+    tokens, heads, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32)
+    launch = _launch(q, k, v, scaling, window, softcap)
+    tile = launch.tiles[0]
+    _forward[(triton.cdiv(tokens, tile.queries), heads)](
+        q, k, v, lse if sinks is None else sinks, spans, out, lse, *launch.numbers, *launch.strides,
+        SINKS=sinks is not None, **launch.constants, **_of(tile),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous; the sinks are in the logsumexp, and get none.
+
+    Args:
+        d_out: (T, heads, head_dim), contiguous like `out`.
+    """
+    (tokens, heads, _), shared = q.shape, k.shape[1]
+    d_q, d_k, d_v, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    launch = _launch(q, k, v, scaling, window, softcap)
+    tile = launch.tiles[1]
+    _queries_part[(triton.cdiv(tokens, tile.queries), heads)](
+        q, k, v, spans, out, d_out, lse, delta, d_q, *launch.numbers, *launch.strides, **launch.constants, **_of(tile)
+    )
+    tile = launch.tiles[2]
+    _keys_part[(triton.cdiv(tokens, tile.keys), shared)](
+        q, k, v, spans, d_out, lse, delta, d_k, d_v, *launch.numbers, *launch.strides, d_k.stride(0),
+        **launch.constants, **_of(tile),
+    )  # fmt: skip
+    return d_q, d_k, d_v

@@ -1,0 +1,197 @@
+"""Attention by document over one packed row.
+
+A packed row holds several documents end to end. Masking a full T x T product would be right but computes mostly
+what it throws away: with documents of 100 tokens in a row of 2,048, 95 % of it. So each document is attended on its
+own. The boundaries come as `cu_seq_lens_q`, the argument that transformers hands through to variable-length
+kernels, so a model needs no change: `register()` puts this function into transformers' public `AttentionInterface`
+under the name `IMPLEMENTATION`.
+
+Source of the variants: sliding windows as in Mistral (a token sees itself and the `window - 1` before it), soft
+caps as in Gemma 2 (arXiv:2408.00118), attention sinks as in gpt-oss (a learned logit per head beside the keys).
+
+On a GPU nothing here may wait for the device, or a step could not be one CUDA graph. So the borders stay there, and
+kernels that take them are used: FlashAttention 4 where it is installed (`ops.attention.flash`); else cuDNN's where
+all
+documents are of one length (its batch is then a view of the row), and PyTorch's FlashAttention otherwise; and our own
+(`ops.attention.capped`) for soft caps and sinks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, PreTrainedModel
+
+from loratune.ops.attention import flash
+from loratune.ops.attention.capped import Spans, attend
+
+IMPLEMENTATION = "loratune_documents"
+
+
+def register() -> None:
+    """Makes `IMPLEMENTATION` known to transformers; may be called any number of times."""
+    AttentionInterface.register(IMPLEMENTATION, document_attention)
+
+
+def keep_soft_caps(model: PreTrainedModel) -> None:
+    """Gives a model whose scores are capped an attention of its own that caps them.
+
+    PyTorch's knows no caps. Where it is asked for them transformers 5.17 leaves them out without a word, and it is
+    what that version gives Gemma 2 if nobody chooses; 5.23 refuses.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    spans: Spans | None = None,
+    contained: bool = False,
+    position_bias: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of a packed row.
+
+    Args:
+        module: the attention layer, as transformers passes it (unused).
+        query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim), kv_heads dividing heads.
+        attention_mask: None; the boundaries say it all.
+        scaling: factor on the scores, 1/sqrt(head_dim) if None.
+        dropout: probability on the attention weights.
+        sliding_window: tokens that a position sees, itself included; None for all before it.
+        softcap: bound of the scores by tanh, or None.
+        s_aux: (heads,) logits of the sinks, or None.
+        cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
+        max_length_q: a bound of the documents' lengths, for the kernels of a GPU.
+        spans: of the same borders, made once for all layers; without, each layer makes its own where it needs them.
+        contained: that a document which is not finite leaves the others as they are, to the bit. FlashAttention 4
+            reads on behind a document's end, and adds zero times what it finds there.
+        position_bias: not supported.
+
+    Returns: (1, T, heads, head_dim), and None in place of the attention weights.
+    Raises: NotImplementedError: a position bias, or no boundaries; `base.forward` then takes another road.
+    """
+    if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
+        raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
+        if softcap is None and s_aux is None:
+            newer = not contained and flash.usable(query, key, _pytorch)
+            run = flash.attend if newer else _pytorch
+            return run(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+        if s_aux is None or not s_aux.requires_grad:
+            spans = spans or Spans(cu_seq_lens_q)
+            return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
+    return _one_by_one(query, key, value, scaling, dropout, sliding_window, softcap, s_aux, cu_seq_lens_q), None
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    dim = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.dtype == key.dtype == value.dtype
+    return query.is_cuda and half and dim == value.shape[-1] and dim % 8 == 0 and dim <= 256
+
+
+def _pytorch(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
+    # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
+    total, documents = query.shape[2], cu_seqlens.shape[0] - 1
+    even, windowed = longest * documents == total, window is not None and window < longest
+    if even and not windowed and query.shape[-1] <= 128:
+        q, k, v = (
+            tensor.squeeze(0).unflatten(1, (documents, longest)).transpose(0, 1) for tensor in (query, key, value)
+        )
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.transpose(1, 2).reshape(1, total, *out.shape[1:2], out.shape[-1])
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    # The operator behind torch.nn.attention.varlen, whose own signature differs between versions of PyTorch.
+    bounds = {"cum_seq_q": cu_seqlens, "cum_seq_k": cu_seqlens, "max_q": longest, "max_k": longest}
+    reach = {"window_size_left": window - 1, "window_size_right": 0} if windowed and window is not None else {}
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, **bounds, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scaling, **reach
+    )[0]
+    return attended[None]
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """(1, T, heads, head_dim), document by document."""
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # its backward takes a quarter of the time
+        query, key, value = query.float(), key.float(), value.float()
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    # `split` rather than slices: its backward is one concatenation, that of a slice a row-sized tensor of zeros.
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        length = q.shape[2]
+        if softcap is not None or sinks is not None:
+            out = explicit(q, k, v, scaling, dropout, window, softcap, sinks)
+        elif window is not None and window < length:
+            visible = _visible(length, window, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
+
+
+def explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of one document written out, where no kernel has what is asked; (1, heads, n, head_dim)."""
+    scores = (q @ k.transpose(-1, -2)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(q.shape[2], window, q.device), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.float().softmax(-1).to(q.dtype)[..., : k.shape[2]]
+    return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(length, length) bool: position i sees j if 0 <= i - j < window."""
+    distance = torch.arange(length, device=device)
+    distance = distance[:, None] - distance[None, :]
+    return (distance >= 0) & (distance < (window or length))

@@ -1,0 +1,85 @@
+"""AdamW on all slots of a bank at once, each with settings, clipping and fate of its own.
+
+    norm_s = |gradient_s|        g = gradient_s / max(1, norm_s / max_norm_s)        p, m, v <- AdamW(g)
+
+Only slots that are due are touched. One whose loss or norm is not finite keeps its weights and moments; the gradient
+of every slot that is due is zero afterwards. Whatever differs between slots and steps is a number in a table, so that
+one recorded launch serves every mixture. Plain PyTorch here, slot by slot, is the reference; a GPU runs its twin in
+`ops.bank.kernels`: two passes over what is due, whatever the number of slots.
+
+Source: Loshchilov and Hutter 2017, arXiv:1711.05101, in the order of operations of `torch.optim.AdamW`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loratune.ops.layer import with_kernel
+
+
+class Settings(NamedTuple):
+    """One slot's row of the table, (slots, 9) float32."""
+
+    due: float
+    """1 if the slot updates now, else 0."""
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_norm: float
+    """inf for no clipping."""
+    correction1: float
+    """1 - beta1 ** t in update t, counted from 1."""
+    correction2: float
+    """sqrt(1 - beta2 ** t)"""
+
+
+IDLE = Settings(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
+"""Of a slot that is not due."""
+
+
+def _on_gpu(master: Tensor, *_: object) -> bool:
+    return master.is_cuda and master.dtype == torch.float32
+
+
+@with_kernel(_on_gpu, "ops.bank.kernels")
+@torch.no_grad()
+def bank_adamw(
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    starts: Tensor,
+    room: int,
+    settings: Tensor,
+    losses: Tensor,
+) -> Tensor:
+    """Clips and updates the slots that are due, in place.
+
+    Args:
+        master, gradient, moments: (P,) each.
+        starts: (slots + 1,) int64, where each slot's slice begins, and P.
+        room: elements of the largest slice.
+        settings: (slots, 9), rows of `Settings`.
+        losses: (slots,) of the steps that end now.
+    Returns: (slots,) norms before clipping; 0 where no update was due.
+    """
+    bounds = starts.tolist()
+    norms = torch.zeros(len(bounds) - 1, dtype=gradient.dtype, device=gradient.device)
+    for slot, row in enumerate(settings.tolist()):
+        due, rate, beta1, beta2, eps, weight_decay, max_norm, correction1, correction2 = row
+        if not due:
+            continue
+        p, g, m, v = (flat[bounds[slot] : bounds[slot + 1]] for flat in (master, gradient, *moments))
+        norms[slot] = g.norm()
+        if norms[slot].isfinite() and losses[slot].isfinite():
+            g.div_(((norms[slot] + 1e-6) / max_norm).clamp(min=1.0))
+            p.mul_(1 - rate * weight_decay)
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p.addcdiv_(m, v.sqrt().div_(correction2).add_(eps), value=-rate / correction1)
+        g.zero_()
+    return norms

@@ -1,0 +1,334 @@
+"""Several adapters in one packed row: each token meets its own adapter and no other.
+
+    y += scaling_s · drop(x) A_sᵀ B_sᵀ        for the tokens of slot s
+
+A row is divided into segments, each of one slot. The frozen product is shared by the whole row, the low-rank parts
+run segment by segment: nothing of one slot is multiplied with a token or a gradient of another, not even by zero, so
+a slot whose numbers are NaN or infinite leaves the others as they are, to the bit.
+
+All numbers of all slots lie in three flat tensors (`Pool`): float32 masters, their gradients, and on a GPU working
+copies in the compute dtype; B is held transposed, so that both factors are (r, width) matrices of contiguous rows.
+A slot's weights are one slice of the pool, so that clipping, updating, saving and clearing a slot are each one call.
+
+Three products do all the work, in plain PyTorch here and, on a GPU, in Triton (`ops.bank.kernels`):
+
+    thin    (T, width) x (r, width) -> (T, r)         x Aᵀ, dy B
+    wide    (T, r) x (r, width) -> (T, width)         what the frozen product then adds y or dx to
+    outer   (T, r), (T, width) -> += (r, width)       gradients of A and of B transposed
+
+The low-rank part comes first and the frozen product is added onto it (`ops.frozen`): y is written once less, and
+where the product sums in float32, as on a CPU, small updates arrive that adding to a rounded y would lose.
+
+The gradient of one slot is summed in the order of its own tokens, without atomics: the same bits in every run.
+
+Source: Hu et al. 2021, arXiv:2106.09685; the idea of segments with grouped products follows Punica (Chen et al.
+2023, arXiv:2310.18547), which serves adapters; here they train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loratune.ops import layer
+from loratune.ops.dropout import keep_mask, row_key
+from loratune.ops.frozen import Frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, stop) of a row, which belong to one slot."""
+
+    slot: int
+    start: int
+    stop: int
+    key: int | None = None
+    """`ops.dropout.dropout_key` of the slot's seed and step; None for no dropout."""
+    position: int = 0
+    """Number of the first token within the slot's own step; what dropout is keyed by."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slot's low-rank weights at one layer: views of the pool."""
+
+    A: Tensor
+    """(r, d_in)"""
+    B: Tensor
+    """(r, d_out), the transpose of lora_B."""
+    dA: Tensor
+    dB: Tensor
+    scaling: float
+
+
+@dataclass
+class Lane:
+    """One linear layer's place in the pool."""
+
+    index: int
+    """Its row in the pool's tables."""
+    salt: int
+    """`ops.dropout.layer_salt`"""
+    d_in: int
+    d_out: int
+    parts: dict[int, Part] = field(default_factory=dict)
+    """Slot -> its weights here; slots that do not adapt this layer are missing."""
+
+
+class Pool:
+    """The numbers of all slots, and the segments of the row that is running."""
+
+    def __init__(self, starts: Sequence[int], lanes: int, max_rank: int, dtype: torch.dtype, like: Frozen) -> None:
+        """Args:
+        starts: (slots + 1,) where each slot's slice of the flat tensors begins, and their length.
+        lanes: how many layers have a place.
+        max_rank: of any slot at any layer.
+        dtype: of the masters.
+        like: a frozen weight on the device and in the compute dtype of the layers.
+        """
+        self.starts, self.max_rank, self.device = list(starts), max_rank, like.device
+        self.master = torch.zeros(starts[-1], dtype=dtype, device=like.device)
+        self.gradient = torch.zeros_like(self.master)
+        self.dropout = [0.0] * (len(starts) - 1)
+        self.segments: tuple[Segment, ...] = ()
+        self.entry = torch.empty(0, device=like.device, requires_grad=True)
+        """Brings the backward to the first layer, whose input needs no gradient; it has no elements."""
+        self.tables: Any = None
+        if like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16):
+            from loratune.ops.bank.kernels import Tables  # imports Triton
+
+            self.tables = Tables(self, lanes, like.dtype)
+
+    def slot(self, flat: Tensor, slot: int) -> Tensor:
+        """The slice of a flat tensor that belongs to `slot`."""
+        return flat[self.starts[slot] : self.starts[slot + 1]]
+
+    def refresh(self) -> None:
+        """Brings the working copies up to the masters, where there are any: one launch."""
+        if self.tables is not None:
+            self.tables.work.copy_(self.master)
+
+
+@dataclass(frozen=True)
+class BankProjection:
+    """Frozen linear maps of one input, stacked, with the low-rank updates of all slots.
+
+    The counterpart of `precision.projection.Projection`, with the same four methods; gradients of the adapters go
+    straight to the pool.
+    """
+
+    frozen: Frozen
+    """(D, d_in)"""
+    bias: Tensor | None
+    """(D,)"""
+    pool: Pool
+    lanes: Sequence[Lane]
+    """Members that have a place in the pool."""
+    rows: Sequence[slice]
+    """Which rows of the weight each of them has."""
+    leaves_output: bool = False
+    """Whether the output lacks the low-rank part, which `swiglu` then adds on the way: gate and up on a GPU."""
+    leaves_input: bool = False
+    """The same for the gradient of the input: the down projection on a GPU."""
+    room: int = 0
+    """Columns that x and dy have beyond their own (`precision.projection`): none."""
+    measure_x: None = None
+    measure_dy: None = None
+    """What rows are measured for: nothing."""
+
+    def dropping(self, _: Tensor) -> BankProjection:
+        """The same: the segments say what is dropped."""
+        return self
+
+    def at(self, first: int) -> BankProjection:
+        """The same: rows run whole (`fused.layer`)."""
+        assert first == 0
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""
+        if not self.pool.segments:
+            return self.frozen.forward(x, self.bias), None
+        inner = thin_forward(self, x)
+        return self.frozen.forward(x, self.bias, None if self.leaves_output else wide_forward(self, inner)), inner
+
+    def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`forward` of swiglu(gate_up), (N, 2 d_in), as `before` gave it together with `inner`."""
+        if isinstance(before, BankProjection) and before.leaves_output and inner is not None:
+            return self.forward(swiglu(before, gate_up, inner))
+        return self.forward(layer.swiglu(gate_up))
+
+    def swiglu_backward(
+        self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradient through the activation behind this projection; swiglu(gate_up); `d_inner`.
+
+        Args:
+            gate_up, inner: what `forward` gave.
+            d_active, d_inner: what `d_input` and `d_inner` of `after`, the next projection, gave.
+        """
+        if isinstance(after, BankProjection) and self.leaves_output and inner is not None and d_inner is not None:
+            d_gate_up, active = swiglu_backward(self, gate_up, inner, d_active, after, d_inner)
+        else:
+            d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
+        return d_gate_up, active, self.d_inner(d_gate_up)
+
+    def d_inner(self, dy: Tensor) -> Tensor | None:
+        """(N, D) -> gradient of drop(x) Aᵀ, (N, members * max_rank)."""
+        return thin_backward(self, dy) if self.pool.segments else None
+
+    def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
+        """Gradient of the input, (N, d_in)."""
+        onto = None if d_inner is None or self.leaves_input else wide_backward(self, d_inner)
+        return self.frozen.d_input(dy, onto)
+
+    def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
+        """Adds the gradients to the pool; returns that of `Pool.entry`, which has no elements."""
+        if d_inner is not None and inner is not None:
+            outer(self, dy, d_inner, x, inner)
+        return [self.pool.entry.detach()]
+
+
+def thin_forward(p: BankProjection, x: Tensor) -> Tensor:
+    """drop(x) Aᵀ; (N, d_in) -> (N, members * max_rank), only the columns of each token's own rank written."""
+    if p.pool.tables is not None:
+        return p.pool.tables.thin_forward(p, x)  # type: ignore[no-any-return]
+    inner = x.new_empty(x.shape[0], len(p.lanes) * p.pool.max_rank)
+    for segment, member, part, at in _pieces(p):
+        x_s = x[segment.start : segment.stop]
+        torch.mm(_dropped(p.pool, segment, p.lanes[member], x_s), part.A.to(x.dtype).T, out=inner[at])
+    return inner
+
+
+def wide_forward(p: BankProjection, inner: Tensor) -> Tensor:
+    """scaling · inner Bᵀ, (N, D); zero where a token has no adapter."""
+    if p.pool.tables is not None:
+        return p.pool.tables.wide_forward(p, inner)  # type: ignore[no-any-return]
+    y = inner.new_zeros(inner.shape[0], p.frozen.shape[0])
+    for segment, member, part, at in _pieces(p):
+        y[segment.start : segment.stop, p.rows[member]].addmm_(inner[at], part.B.to(y.dtype), alpha=part.scaling)
+    return y
+
+
+def thin_backward(p: BankProjection, dy: Tensor) -> Tensor:
+    """scaling · dy B; (N, D) -> (N, members * max_rank)."""
+    if p.pool.tables is not None:
+        return p.pool.tables.thin_backward(p, dy)  # type: ignore[no-any-return]
+    d_inner = dy.new_empty(dy.shape[0], len(p.lanes) * p.pool.max_rank)
+    for segment, member, part, at in _pieces(p):
+        dy_s = dy[segment.start : segment.stop, p.rows[member]]
+        d_inner[at] = (dy_s @ part.B.to(dy.dtype).T).mul_(part.scaling)
+    return d_inner
+
+
+def wide_backward(p: BankProjection, d_inner: Tensor) -> Tensor:
+    """drop'(d_inner A), (N, d_in); zero where a token has no adapter."""
+    if p.pool.tables is not None:
+        return p.pool.tables.wide_backward(p, d_inner)  # type: ignore[no-any-return]
+    dx = d_inner.new_zeros(d_inner.shape[0], p.frozen.shape[1])
+    for segment, member, part, at in _pieces(p):
+        dx_s = dx[segment.start : segment.stop]
+        probability = _probability(p.pool, segment)
+        if probability == 0.0:
+            dx_s.addmm_(d_inner[at], part.A.to(dx.dtype))
+        else:
+            kept = _mask(p.pool, segment, p.lanes[member])
+            dx_s.add_((d_inner[at] @ part.A.to(dx.dtype)).mul_(kept), alpha=1 / (1 - probability))
+    return dx
+
+
+def outer(p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tensor) -> None:
+    """dA += d_innerᵀ drop(x) and dB += scaling · innerᵀ dy, each slot's over its own tokens."""
+    if p.pool.tables is not None:
+        p.pool.tables.outer(p, dy, d_inner, x, inner)
+        return
+    for segment, member, part, at in _pieces(p):
+        tokens = slice(segment.start, segment.stop)
+        kept = _dropped(p.pool, segment, p.lanes[member], x[tokens])
+        part.dA.addmm_(layer.wide(d_inner[at]).T, layer.wide(kept))
+        part.dB.addmm_(layer.wide(inner[at]).T, layer.wide(dy[tokens, p.rows[member]]), alpha=part.scaling)
+
+
+def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
+    """swiglu(gate_up + the low-rank part); (N, 2 m), as a `p` that leaves its output gave it -> (N, m)."""
+    if p.pool.tables is not None:
+        return p.pool.tables.swiglu(p, gate_up, inner)  # type: ignore[no-any-return]
+    return layer.swiglu(gate_up + wide_forward(p, inner))
+
+
+def swiglu_backward(
+    p: BankProjection, gate_up: Tensor, inner: Tensor, d_active: Tensor, after: BankProjection, d_inner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of gate and up, (N, 2 m), and swiglu of them, (N, m); both neighbours leave their part to this.
+
+    Args:
+        gate_up, inner: of `p`, as in `swiglu`.
+        d_active, d_inner: gradients of the activation, (N, m), and of the inner activation of `after`.
+    """
+    if p.pool.tables is not None:
+        return p.pool.tables.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)  # type: ignore[no-any-return]
+    return layer.swiglu_backward(gate_up + wide_forward(p, inner), d_active + wide_backward(after, d_inner))
+
+
+def _pieces(p: BankProjection) -> Iterator[tuple[Segment, int, Part, tuple[slice, slice]]]:
+    """Segment, member, weights and place in the inner activation, for each piece of work there is."""
+    for segment in p.pool.segments:
+        for member, lane in enumerate(p.lanes):
+            part = lane.parts.get(segment.slot)
+            if part is not None:
+                first = member * p.pool.max_rank
+                columns = slice(first, first + part.A.shape[0])
+                yield segment, member, part, (slice(segment.start, segment.stop), columns)
+
+
+def _probability(pool: Pool, segment: Segment) -> float:
+    return 0.0 if segment.key is None else pool.dropout[segment.slot]
+
+
+def _mask(pool: Pool, segment: Segment, lane: Lane) -> Tensor:
+    assert segment.key is not None
+    row = row_key(segment.key, segment.position, pool.device)
+    return keep_mask(row, lane.salt, (segment.stop - segment.start, lane.d_in), pool.dropout[segment.slot])
+
+
+def _dropped(pool: Pool, segment: Segment, lane: Lane, x: Tensor) -> Tensor:
+    """The segment's input behind dropout."""
+    probability = _probability(pool, segment)
+    return x if probability == 0.0 else (x * _mask(pool, segment, lane)).mul_(1 / (1 - probability))
+
+
+def bank_linear(x: Tensor, projection: BankProjection) -> Tensor:
+    """A linear layer with the updates of all slots, as one autograd node; (..., d_in) -> (..., D).
+
+    The backward adds the adapters' gradients to the pool, with the segments that are set then.
+    """
+    x = x.to(projection.frozen.dtype)
+    if torch.is_grad_enabled():
+        out: Tensor = _BankLinear.apply(x, projection.pool.entry, projection)  # type: ignore[no-untyped-call]
+        return out
+    return projection.forward(x.reshape(-1, x.shape[-1]))[0].view(*x.shape[:-1], -1)
+
+
+class _BankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, entry: Tensor, projection: BankProjection) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, inner = projection.forward(rows)
+        ctx.save_for_backward(rows if inner is not None else None, inner)
+        ctx.projection, ctx.x_shape = projection, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner = ctx.saved_tensors
+        dy, projection = dy.reshape(-1, dy.shape[-1]), ctx.projection
+        d_inner = None if inner is None else projection.d_inner(dy)
+        (d_entry,) = projection.d_adapters(dy, d_inner, rows, inner)
+        dx = projection.d_input(dy, d_inner).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        return dx, d_entry, None

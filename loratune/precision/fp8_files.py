@@ -1,0 +1,165 @@
+"""How checkpoints hold weights in 8-bit floating point, and what becomes of one of them.
+
+Beside a weight `proj.weight` in e4m3, (d_out, d_in), stands what its numbers are to be multiplied with:
+
+    proj.weight_scale_inv   (d_out / 128, d_in / 128) a block each, as DeepSeek and Qwen write them; despite its name
+                            a factor. config.json has quant_method "fp8" and weight_block_size
+    proj.weight_scale       (d_out, 1) a row each, or () or (1,) for all, or blocks again: compressed-tensors.
+                            config.json has config_groups whose weights are of type "float" in 8 bits
+
+`Fp8Weight` has a scale for each row. So a weight with one for each row or for all is taken over as it is, to the bit.
+Blocks do not fit it: they are made dense, one weight at a time, and quantised by rows, which rounds once more. Each
+rounding is to 3 bits of mantissa, 2.6 % of a weight's norm for numbers of all sizes, so that the two together are
+3.7 % from the weight that the checkpoint was made of. Experts that transformers merges into one tensor are dense.
+
+Source: transformers' FineGrainedFP8Config (5.17 to 5.23); compressed-tensors' `float-quantized` format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratune.errors import ModelError
+from loratune.ops.measure import LEAST
+from loratune.precision.fp8 import E4M3, Fp8Weight, fits
+from loratune.precision.tensors import Stored
+
+_PART = 1024  # rows that are made dense at once: their float32 copies are small
+_STRATEGIES = ("tensor", "channel", "block")
+_OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What config.json says about all weights in 8 bits."""
+
+    suffix: str
+    """Of the scale's name, behind that of the weight."""
+    block: tuple[int, int] | None
+    """Rows and columns that share a scale, where scales stand in a grid."""
+
+    @classmethod
+    def of(cls, how: Mapping[str, Any]) -> Scheme | None:
+        """From a `quantization_config`; None if it says something else than the two forms above."""
+        method = how.get("quant_method")
+        if method == "fp8" and how.get("expert_dtype", "fp8") == "fp8":
+            return cls("_scale_inv", _pair(how.get("weight_block_size")))
+        if method != "compressed-tensors" or how.get("transform_config") or _sparse(how):
+            return None
+        weights = [group.get("weights") or {} for group in (how.get("config_groups") or {}).values()]
+        if not weights or not all(map(_in_8_bits, weights)):
+            return None
+        blocks = {_pair(each.get("block_structure")) for each in weights if each["strategy"] == "block"}
+        return cls("_scale", blocks.pop() if blocks else None) if len(blocks) <= 1 else None
+
+
+@dataclass(frozen=True)
+class Unread:
+    """One weight in its file, in place of a tensor in transformers' loader."""
+
+    values: Stored
+    scale: Stored
+    block: tuple[int, int] | None
+    take_over: bool
+    """Whether the codes are wanted, and not only the dense weight."""
+
+    def __getitem__(self, everything: object) -> Scaled8:
+        """Its parts, in CPU memory."""
+        return Scaled8(self.values.read(), self.scale.read(), self.block, self.take_over, self.values.name)
+
+
+@dataclass(frozen=True)
+class Scaled8:
+    """A weight as a checkpoint holds it."""
+
+    values: Tensor
+    """(..., d_out, d_in) e4m3"""
+    scale: Tensor
+    block: tuple[int, int] | None
+    take_over: bool
+    name: str
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, made on the device; `codes_of` finds what it was made of, where that is to be taken over.
+
+        Raises: ModelError: the scales do not fit the weight.
+        """
+        values, scale = self.values.to(device), self.scale.float().to(device)
+        dense = _dense(values, scale, self.block, dtype or torch.float32, self.name)
+        if self.take_over and _by_rows(scale, values.shape) and fits(values.shape):
+            each = scale.reshape(-1, 1).expand(values.shape[0], 1).clamp_min(LEAST).contiguous()
+            dense.codes = Fp8Weight(values, each, dense.dtype)  # type: ignore[attr-defined]
+        return dense
+
+
+def codes_of(dense: Tensor) -> Fp8Weight | None:
+    """The weight in 8 bits that a dense one was made of, if it came as it is through transformers' conversions.
+
+    What these merge, split or permute is a new tensor, and knows nothing of codes.
+    """
+    return getattr(dense, "codes", None)
+
+
+def entries(stored: Mapping[str, Stored], scheme: Scheme, take_over: bool) -> dict[str, Stored | Unread]:
+    """The tensors of a checkpoint by name, each weight in 8 bits as one. Raises: ModelError: one has no scale."""
+    made: dict[str, Stored | Unread] = {}
+    scales = {name + scheme.suffix for name, tensor in stored.items() if tensor.dtype == E4M3}
+    for name, tensor in stored.items():
+        if tensor.dtype == E4M3:
+            scale = stored.get(name + scheme.suffix)
+            if scale is None:
+                raise ModelError(f"{tensor.file}: {name} is in 8 bits, but {name + scheme.suffix} is missing")
+            made[name] = Unread(tensor, scale, scheme.block, take_over)
+        elif name not in scales and not name.endswith(_OF_ACTIVATIONS):
+            made[name] = tensor
+    return made
+
+
+def _dense(values: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: torch.dtype, name: str) -> Tensor:
+    """(..., d_out, d_in) times their scales."""
+    if values.ndim > 2:  # experts in one tensor
+        each = scale if scale.ndim > 1 else scale.expand(values.shape[0])
+        return torch.stack([_dense(v, s, block, dtype, name) for v, s in zip(values, each, strict=True)])
+    d_out, d_in = values.shape
+    if _by_rows(scale, values.shape):
+        grid, height, width = scale.reshape(-1, 1).expand(d_out, 1), 1, d_in
+    else:
+        grid, height, width = scale, *(block or (1, d_in))
+    if grid.shape != (-(-d_out // height), -(-d_in // width)):
+        raise ModelError(
+            f"{name}: scales of shape {tuple(scale.shape)} do not fit {d_out} x {d_in} numbers in blocks of "
+            f"{height} x {width}; is config.json the one that came with these files?"
+        )
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for start in range(0, d_out, _PART):
+        rows = torch.arange(start, min(start + _PART, d_out), device=values.device)
+        factors = grid[rows // height].repeat_interleave(width, 1)[:, :d_in]
+        out[start : start + _PART] = values[start : start + _PART].float() * factors
+    return out
+
+
+def _by_rows(scale: Tensor, shape: Sequence[int]) -> bool:
+    """Whether there is one scale for each row of a matrix, or for all."""
+    return len(shape) == 2 and (scale.numel() == 1 or tuple(scale.shape) in ((shape[0],), (shape[0], 1)))
+
+
+def _pair(block: Any) -> tuple[int, int] | None:
+    """[128, 128] or "128x128"."""
+    if block is None:
+        return None
+    rows, columns = block.split("x") if isinstance(block, str) else block
+    return int(rows), int(columns)
+
+
+def _in_8_bits(weights: Mapping[str, Any]) -> bool:
+    known = weights.get("strategy") in _STRATEGIES and weights.get("symmetric") is not False
+    return known and weights.get("num_bits") == 8 and weights.get("type") == "float"
+
+
+def _sparse(how: Mapping[str, Any]) -> bool:
+    return bool((how.get("sparsity_config") or {}).get("format", "dense") != "dense")

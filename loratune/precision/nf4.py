@@ -1,0 +1,387 @@
+"""4-bit frozen weights in the format of QLoRA, as bitsandbytes has it, to the bit.
+
+A matrix is laid out row by row and cut into blocks of 64. Of each block the largest magnitude, `absmax`, is kept, and
+of each element the nearest of 16 values that divide the normal distribution evenly (the code book), two to a byte,
+the first in the high half. The absmax are numbers themselves and are quantised likewise ("double quantisation"):
+their mean, `offset`, is subtracted, groups of 256 share a float32 `scale`, and 8 bits name one of 256 values of a
+book whose spacing grows with magnitude. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits an element.
+
+    W[i] = book[codes[i]] * absmax[i // 64]        absmax[b] = absmax_book[absmax_codes[b]] * scale[b // 256] + offset
+
+each product and sum rounded to float32, and the result to the compute dtype. What takes part in a matrix product is
+an ordinary matrix that exists for the length of that product: it is made on the way forward and once more on the way
+back, piece by piece where it is large, and nothing dense is kept in between.
+
+Source: Dettmers et al. 2023, "QLoRA", sections 3 and Appendix E, arXiv:2305.14314; the 8-bit book from Dettmers et
+al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; formats as read and written by
+bitsandbytes (tests/precision/test_nf4.py holds both against recorded values of it).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loratune.ops.frozen import Dense
+from loratune.ops.products import mm
+from loratune.precision.pieces import PIECE_STEP, pieces
+
+BLOCK = 64
+"""Elements that share an absmax."""
+
+GROUP = 256
+"""Blocks whose absmax share a scale."""
+
+_QUANTISED_AT_ONCE = 1 << 22  # elements
+
+NF4_BOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, Appendix E)."""
+
+
+@functools.cache
+def nf4_book(device: torch.device) -> Tensor:
+    """The 16 values of NF4, float32."""
+    return torch.tensor(NF4_BOOK, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_book(device: torch.device) -> Tensor:
+    """The 256 values of the signed 8-bit dynamic data type, ascending, float32.
+
+    Seven decades, each with twice as many evenly spaced values of either sign as the one below; and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2.0
+        values += (10.0 ** (decade - 6) * middles).tolist()
+        values += (-(10.0 ** (decade - 6)) * middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What turns 8-bit absmax into float32: one entry for each group of `GROUP` blocks."""
+
+    scale: Tensor
+    """(groups,) float32."""
+    offset: Tensor
+    """(groups,) float32; equal for all groups of a weight that was quantised as one."""
+    book: Tensor
+    """(256,) float32."""
+    group: int = GROUP
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A frozen matrix of 4-bit codes; implements `ops.frozen.Frozen`."""
+
+    codes: Tensor
+    """(elements / 2,) uint8."""
+    absmax: Tensor
+    """(blocks,) uint8 with `nested`, float32 without."""
+    nested: Nested | None
+    book: Tensor
+    """(16,) float32."""
+    shape: tuple[int, int]
+    """(d_out, d_in)"""
+    dtype: torch.dtype
+    """Of what goes into the products and comes out of them."""
+    block: int = BLOCK
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are held."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales and, for each group, scale and offset. The books are shared."""
+        tensors = [self.codes, self.absmax, *((self.nested.scale, self.nested.offset) if self.nested else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
+        d_out, d_in = self.shape
+        parts = self._rows(x.shape[0])
+        if len(parts) == 1:
+            return Dense(self.dense()).forward(x, bias, onto)
+        y = x.new_empty(x.shape[0], d_out) if onto is None else onto
+        for rows in parts:
+            part = self._rectangle(rows, slice(0, d_in)).T
+            if onto is not None:
+                y[:, rows].addmm_(x, part)
+            elif bias is None:
+                mm(x, part, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part, out=y[:, rows])
+            del part  # so that the next piece takes its place
+        return y if onto is None or bias is None else y.add_(bias)
+
+    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+        """dy W; (N, d_out) -> (N, d_in). Pieces are columns, so that no partial sum is rounded."""
+        d_out, d_in = self.shape
+        parts = self._columns(dy.shape[0])
+        if len(parts) == 1:
+            return Dense(self.dense()).d_input(dy, onto)
+        dx = dy.new_empty(dy.shape[0], d_in) if onto is None else onto
+        for columns in parts:
+            part = self._rectangle(slice(0, d_out), columns)
+            if onto is not None:
+                dx[:, columns].addmm_(dy, part)
+            else:
+                mm(dy, part, out=dx[:, columns])
+            del part
+        return dx
+
+    def carries(self, ranks: int) -> bool:
+        """Whether the low-rank part of adapters can ride in the products: rows that stay aligned to 16 bytes."""
+        return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
+
+    def forward_carrying(self, x: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+        """[x, x Aᵀ] [W B]ᵀ + b; x (N, d_in + R), lora_B (d_out, R) -> (N, d_out)."""
+        d_out, d_in = self.shape
+        y = x.new_empty(x.shape[0], d_out)
+        for rows in self._rows(x.shape[0]):
+            part = x.new_empty(rows.stop - rows.start, x.shape[1])
+            self._rectangle(rows, slice(0, d_in), part[:, :d_in])
+            part[:, d_in:] = lora_B[rows]
+            if bias is None:
+                mm(x, part.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part.T, out=y[:, rows])
+            del part  # so that the next piece takes its place
+        return y
+
+    def d_input_carrying(self, dy: Tensor, lora_A: Tensor) -> Tensor:
+        """[dy, dy B] [W; A]; dy (N, d_out + R), lora_A (R, d_in) -> (N, d_in)."""
+        d_out, d_in = self.shape
+        dx = dy.new_empty(dy.shape[0], d_in)
+        for columns in self._columns(dy.shape[0]):
+            part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
+            self._rectangle(slice(0, d_out), columns, part[:d_out])
+            part[d_out:] = lora_A[:, columns]
+            mm(dy, part, out=dx[:, columns])
+            del part
+        return dx
+
+    def _rows(self, tokens: int) -> list[slice]:
+        d_out, d_in = self.shape
+        return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
+
+    def _columns(self, tokens: int) -> list[slice]:
+        d_out, d_in = self.shape
+        return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
+
+    def dense(self) -> Tensor:
+        """W in `dtype`, made now."""
+        if self._by_kernel:
+            return self._rectangle(slice(0, self.shape[0]), slice(0, self.shape[1]))
+        return dequantise(self)
+
+    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Nf4Weight:
+        """The same codes elsewhere, or for products in another dtype; not rounded again."""
+        device = self.device if device is None else torch.device(device)
+        nested = self.nested and Nested(
+            self.nested.scale.to(device),
+            self.nested.offset.to(device),
+            self.nested.book.to(device),
+            self.nested.group,
+        )
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            absmax=self.absmax.to(device),
+            nested=nested,
+            book=self.book.to(device),
+            dtype=dtype or self.dtype,
+        )
+
+    def rows(self, rows: slice) -> Nf4Weight:
+        """The rows as a weight of their own that shares the memory; they must begin and end with a group."""
+        d_in = self.shape[1]
+        at = slice(rows.start * d_in, rows.stop * d_in)
+        assert at.start % self._unit == at.stop % self._unit == 0
+        blocks = slice(at.start // self.block, at.stop // self.block)
+        nested = self.nested
+        if nested is not None:
+            groups = slice(blocks.start // nested.group, blocks.stop // nested.group)
+            nested = replace(nested, scale=nested.scale[groups], offset=nested.offset[groups])
+        return replace(
+            self,
+            codes=self.codes[at.start // 2 : at.stop // 2],
+            absmax=self.absmax[blocks],
+            nested=nested,
+            shape=(rows.stop - rows.start, d_in),
+        )
+
+    @property
+    def _unit(self) -> int:
+        """Elements that cannot be parted: a block, and with nested absmax a group of them."""
+        return self.block * (1 if self.nested is None else self.nested.group)
+
+    @property
+    def _by_kernel(self) -> bool:
+        if not self.codes.is_cuda:
+            return False
+        from loratune.precision import nf4_kernels  # imports Triton, which is installed with PyTorch for CUDA only
+
+        return nf4_kernels.usable(self.codes, self.dtype, self.shape[1], self.block)
+
+    def _rectangle(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+        """Part of W, dense, in `out` (whose rows may lie apart) or a new tensor."""
+        if out is None:
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if not self._by_kernel:
+            return out.copy_(dequantise(self)[rows, columns])
+        from loratune.precision import nf4_kernels
+
+        nested = self.nested
+        inner = (None, None, None) if nested is None else (nested.scale, nested.offset, nested.book)
+        return nf4_kernels.dequantise(
+            self.codes,
+            self.book,
+            self.absmax,
+            *inner,
+            group=nested.group if nested else 1,
+            block=self.block,
+            d_in=self.shape[1],
+            rows=rows,
+            columns=columns,
+            out=out,
+        )
+
+
+@torch.no_grad()
+def quantise(weight: Tensor, *, nested: bool = True, block: int = BLOCK) -> Nf4Weight:
+    """The 4-bit form of a matrix, as bitsandbytes makes it on a GPU.
+
+    Args:
+        weight: (d_out, d_in) on any device, float64 excepted; its dtype becomes that of the products.
+        nested: quantise the absmax as well.
+        block: elements that share an absmax.
+
+    Memory: some 100 MiB beside the weight and its codes, as it goes through in pieces.
+    """
+    d_out, d_in = weight.shape
+    flat = weight.reshape(-1)
+    step = _QUANTISED_AT_ONCE // block * block
+    parts = [_quantise(part, block) for part in flat.split(step)]
+    codes, absmax = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
+    book = nf4_book(weight.device)
+    if not nested:
+        return Nf4Weight(codes, absmax, None, book, (d_out, d_in), weight.dtype, block)
+    offset = absmax.mean()
+    eight, scale = _quantise_absmax(absmax - offset)
+    return Nf4Weight(
+        codes,
+        eight,
+        Nested(scale, offset.expand_as(scale).contiguous(), dynamic_book(weight.device)),
+        book,
+        (d_out, d_in),
+        weight.dtype,
+        block,
+    )
+
+
+def dequantise(weight: Nf4Weight) -> Tensor:
+    """The matrix, (d_out, d_in) in `weight.dtype`: the reference of the kernel, and what a CPU runs."""
+    elements = weight.shape[0] * weight.shape[1]
+    codes = torch.stack([weight.codes >> 4, weight.codes & 15], 1).view(-1)[:elements]
+    values = weight.book[codes.int()]
+    scaled = _blocks(values, weight.block) * absmax_of(weight)[:, None]
+    return scaled.view(-1)[:elements].view(weight.shape).to(weight.dtype)
+
+
+def absmax_of(weight: Nf4Weight) -> Tensor:
+    """The largest magnitude of each block, (blocks,) float32."""
+    nested = weight.nested
+    if nested is None:
+        return weight.absmax
+    count = weight.absmax.numel()
+    scale, offset = (t.repeat_interleave(nested.group)[:count] for t in (nested.scale, nested.offset))
+    return nested.book[weight.absmax.int()] * scale + offset
+
+
+def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:
+    """All rows of the weights as one weight, so that they are one launch and one product.
+
+    Where a weight does not end with a group of absmax, the absmax of all become float32: the same values in 4 bytes.
+    """
+    first = weights[0]
+    if any(not _alike(weight, first) or weight.shape[0] * weight.shape[1] % weight._unit for weight in weights):
+        weights = [replace(weight, absmax=absmax_of(weight), nested=None) for weight in weights]
+        first = weights[0]
+    assert all(_alike(weight, first) and weight.shape[0] * weight.shape[1] % first.block == 0 for weight in weights)
+    nested = first.nested
+    if nested is not None:
+        of_each = [weight.nested for weight in weights if weight.nested is not None]
+        nested = replace(
+            nested, scale=torch.cat([n.scale for n in of_each]), offset=torch.cat([n.offset for n in of_each])
+        )
+    return replace(
+        first,
+        codes=torch.cat([weight.codes for weight in weights]),
+        absmax=torch.cat([weight.absmax for weight in weights]),
+        nested=nested,
+        shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
+    )
+
+
+def _alike(weight: Nf4Weight, other: Nf4Weight) -> bool:
+    """Whether both have the same books, blocks and dtype."""
+    same = (weight.block, weight.dtype, weight.nested is None) == (other.block, other.dtype, other.nested is None)
+    if not same or not _equal(weight.book, other.book):
+        return False
+    if weight.nested is None or other.nested is None:
+        return True
+    return weight.nested.group == other.nested.group and _equal(weight.nested.book, other.nested.book)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a, b)
+
+
+def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """4-bit codes, two to a byte, and absmax in float32."""
+    absmax, unit = _normalised(flat, block)
+    unit = unit.view(-1)[: flat.numel() + flat.numel() % 2]
+    codes = torch.bucketize(unit, _bounds(nf4_book(flat.device)), out_int32=True).to(torch.uint8)
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes of numbers around zero, and the scale of each group.
+
+    Halfway between two values of the book the even code is taken: so ends the binary search of bitsandbytes' kernel.
+    """
+    scale, unit = _normalised(absmax, GROUP)
+    unit, bounds = unit.view(-1)[: absmax.numel()], _bounds(dynamic_book(absmax.device))
+    lower, upper = (torch.bucketize(unit, bounds, out_int32=True, right=right) for right in (False, True))
+    return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8), scale
+
+
+def _normalised(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """absmax of each block, and the blocks multiplied with its reciprocal; a block of zeros stays zero."""
+    blocks = _blocks(flat.float(), block)
+    absmax = blocks.abs().amax(1)
+    return absmax, blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]
+
+
+def _bounds(book: Tensor) -> Tensor:
+    return (book[:-1] + book[1:]) / 2
+
+
+def _blocks(flat: Tensor, block: int) -> Tensor:
+    """(n,) -> (blocks, block), the last one filled up with zeros."""
+    return pad(flat, (0, -flat.numel() % block)).view(-1, block)

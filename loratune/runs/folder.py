@@ -1,0 +1,213 @@
+"""The folder that a run leaves: what is in it, when each part appears, and what it says about itself.
+
+    adapter_config.json, adapter_model.safetensors    the best adapter, in PEFT format
+    run.toml                                          every setting, to run it again
+    metrics.jsonl, loss.png                           the curves
+    rates.json                                        what `--learning-rate auto` tried, if it did
+    README.md                                         the model card; comes last, so a folder that has it is complete
+    checkpoints/                                      the newest and the best, and what the data were
+
+A folder describes itself; later commands need nothing else. Runs alone and jobs of a sweep write the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune import __version__, atomic
+from loratune.config import LoraConfig, RunConfig, to_toml
+from loratune.data.examples import Example
+from loratune.data.feed import Dataset
+from loratune.errors import OutputError
+from loratune.many.rate import RateChoice
+from loratune.runs import metrics, resume, trackers
+from loratune.runs.card import CardFacts, DataFacts, render_card
+from loratune.training.checkpoint import Progress
+from loratune.training.course import Evaluated, Reason, StepDone
+from loratune.training.loop import Ended, Event, peak_memory_bytes
+
+RATES_FILE = "rates.json"
+_OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    reason: Reason
+    progress: Progress
+    last_loss: float | None
+    out: Path | None
+    kept_step: int
+    """The step whose adapter is in the model and in the folder: the best on held-out data, or the last."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+class Recorder:
+    """Writes metrics.jsonl and the trackers as events pass, and remembers what the summary needs."""
+
+    def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
+        self._out = out
+        self.last_loss: float | None = None
+        self.ended: Ended | None = None
+        self._tokens, self._seconds = 0.0, 0.0
+        self._file: metrics.MetricsFile | None = None
+        self._reporters: list[trackers.Reporter] = []
+        if out is not None:
+            if resume_step is None:
+                clear(out)
+                resume.record_data(out, dataset)
+            (out / "README.md").unlink(missing_ok=True)  # comes last: a folder that has it is complete
+            atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
+            self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
+            self.last_loss = next(reversed(metrics.losses_of(self._file.path)), None)
+            self._reporters = trackers.open_all(config.training.log_to, out, asdict(config))
+
+    def record(self, event: Event) -> None:
+        """Takes note of one event."""
+        match event:
+            case StepDone():
+                self.last_loss = event.loss if not event.skipped else self.last_loss
+                self._tokens += event.tokens
+                self._seconds += event.tokens / event.tokens_per_second
+                self._write(asdict(event), event.step)
+            case Evaluated(step=step, eval_loss=eval_loss):
+                self._write({"step": step, "eval_loss": eval_loss}, step)
+            case Ended():
+                self.ended = event
+                for reporter in self._reporters:
+                    reporter.close()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps of this process, evaluations and saving left out."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def result(self, device: torch.device) -> RunResult:
+        """How the run ended; `device` is where it ran."""
+        assert self.ended is not None
+        progress = self.ended.progress
+        return RunResult(
+            reason=self.ended.reason,
+            progress=progress,
+            last_loss=self.last_loss,
+            out=self._out,
+            kept_step=progress.step if progress.best_step is None else progress.best_step,
+            tokens_per_second=self.tokens_per_second,
+            peak_memory_bytes=peak_memory_bytes(device),
+        )
+
+    def _write(self, values: dict[str, Any], step: int) -> None:
+        if self._file is not None:
+            self._file.append(values)
+        scalars = {k: float(v) for k, v in values.items() if k != "step"}
+        for reporter in self._reporters:
+            reporter.log(scalars, step)
+
+
+def check_output(config: RunConfig, out: Path) -> None:
+    """Raises OutputError if a new run may not be written to `out`."""
+    atomic.check_new(out, overwrite=config.overwrite)
+    holds_a_run = any((out / name).is_file() for name in ("run.toml", "adapter_config.json"))
+    if out.is_dir() and any(out.iterdir()) and not holds_a_run:
+        raise OutputError(f"{out}: holds something that is not a run; --overwrite replaces runs only")
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier run left in `out`, and nothing else."""
+    for name in (*_OURS, RATES_FILE):
+        (out / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def describe(
+    config: RunConfig, dataset: Dataset, result: RunResult, lora: LoraConfig, parameters: int, device: torch.device
+) -> None:
+    """Writes the plot and, last of all, the model card into `result.out`, where the adapter already is.
+
+    Args:
+        lora: of the adapter that was trained.
+        parameters: how many of them train.
+        device: where it ran.
+    """
+    out = result.out
+    assert out is not None
+    metrics.plot(metrics.read(out / "metrics.jsonl"), out / "loss.png", f"{out.name} on {Path(config.model).name}")
+    facts = _card_facts(config, dataset, result, lora, parameters, device)
+    atomic.write_text(out / "README.md", render_card(facts))
+
+
+def _card_facts(
+    config: RunConfig, dataset: Dataset, result: RunResult, lora: LoraConfig, parameters: int, device: torch.device
+) -> CardFacts:
+    training, progress = config.training, result.progress
+    results = {}
+    if progress.best_eval_loss is not None:
+        results["held-out loss"] = f"{progress.best_eval_loss:.4f} nats per trained token, at step {result.kept_step}"
+    if result.last_loss is not None:
+        results["training loss, last step"] = f"{result.last_loss:.4f} nats per trained token"
+    assert result.out is not None
+    held_out = _data_facts(config.dataset.eval_data, dataset.eval, dataset)
+    return CardFacts(
+        name=result.out.name,
+        base_model=config.model,
+        precision=config.precision,
+        lora=lora,
+        trainable_parameters=parameters,
+        file_bytes=(result.out / "adapter_model.safetensors").stat().st_size,
+        train_data=_data_facts(config.data, dataset.train, dataset),
+        eval_data=held_out,
+        results=results,
+        settings={
+            "learning rate": f"{training.rate:g}, {training.lr_scheduler_type}{_why_this_rate(result.out)}",
+            "warm-up": f"{training.warmup_ratio:g} of the steps",
+            "tokens per row": f"{config.dataset.tokens_per_row:,}",
+            "rows per step": f"{training.gradient_accumulation_steps}",
+            "weight decay": f"{training.weight_decay:g}",
+            "seed": f"{training.seed}",
+        },
+        steps=progress.step,
+        trained_tokens=progress.trained_tokens,
+        seconds=progress.seconds,
+        tokens_per_second=result.tokens_per_second,
+        peak_memory_bytes=result.peak_memory_bytes,
+        device=_device_name(device),
+        versions={"loratune": __version__} | {package: version(package) for package in ("torch", "transformers")},
+    )
+
+
+def _data_facts(paths: Sequence[str], examples: Sequence[Example], dataset: Dataset) -> tuple[DataFacts, ...]:
+    """What the card says of each file: its name without its folder, how many examples came of it, and its hash."""
+    counts = Counter(example.source.rpartition(":")[0] for example in examples)
+    return tuple(DataFacts(Path(path).name, counts[path], dataset.file_hashes.get(path)) for path in paths)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def record_rates(out: Path, choice: RateChoice) -> None:
+    """Keeps what was tried to choose the learning rate, for the card."""
+    atomic.write_text(out / RATES_FILE, json.dumps({"why": choice.why, **asdict(choice)}, indent=2) + "\n")
+
+
+def _why_this_rate(out: Path) -> str:
+    """What the card adds to a rate that was chosen by trying."""
+    try:
+        found = json.loads((out / RATES_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    tried = ", ".join(f"{float(rate):g}: {loss:.4g}" for rate, loss in found["losses"].items())
+    measured = "held-out" if found["held_out"] else "training"
+    return f"; {found['why']} ({measured} loss of the base {found['base_loss']:.4g}, then {tried})"

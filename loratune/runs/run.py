@@ -1,0 +1,312 @@
+"""One run from settings to a finished output folder: checks, data, model, adapter, training, and what it leaves.
+
+The order is that of cost: what can be wrong is found out before the next more expensive thing begins. What lies in
+the folder at the end is `folder`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune import atomic
+from loratune.base import load as base
+from loratune.base.forward import PackedForward
+from loratune.base.forward import prepare as prepare_forward
+from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
+from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
+from loratune.data.pack import fullness
+from loratune.errors import AdapterError, ConfigError, TrainingError
+from loratune.lora.files import load_adapter, save
+from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
+from loratune.many.rate import RateChoice, Trial, choose_rate
+from loratune.memory.fit import Fit, fit
+from loratune.precision.linear import form_in_memory, mostly_dense
+from loratune.runs import folder, resume, trackers
+from loratune.runs.evaluation import pad_id
+from loratune.runs.folder import Recorder, RunResult
+from loratune.training import checkpoint
+from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
+from loratune.training.loop import Event, Loop, RunsSlower
+
+ADAPTER = "default"
+"""Name of the adapter that `run` trains; PEFT puts one of this name at the top of its folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something a person should know, one line."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything is checked and ready; the first step comes next."""
+
+    attached: Attached | None
+    """None when a run is resumed."""
+    dataset: Dataset
+    rows_per_epoch: int
+    fullness: float
+    """Share of the rows' tokens that are documents, not padding."""
+    total_steps: int
+    resumed_at: int
+    device: str
+    dtype: str
+    fit: Fit
+    """What layers keep for the backward, and the memory that takes."""
+
+
+RunEvent = Event | Note | Prepared | Trial | RateChoice | RunResult
+
+
+def run(
+    config: RunConfig, stop: Callable[[], bool] = lambda: False, cache_dir: str | None = None
+) -> Iterator[RunEvent]:
+    """Trains one adapter as `config` says, into `config.out`; the last event is a `RunResult`.
+
+    Args:
+        config: the settings of the run.
+        stop: asked after every step; True saves a checkpoint and ends the run.
+        cache_dir: folder for rendered data, None for no cache.
+
+    Raises: LoratuneError: something a user can mend; nothing is overwritten or left half-written.
+    """
+    try:
+        yield from _run(config, stop, cache_dir)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory; lower --tokens-per-row (now {config.dataset.tokens_per_row}) and raise "
+            "--gradient-accumulation-steps as much, which trains the same tokens a step. What was saved is whole"
+        ) from error
+
+
+def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
+    """`run`, but for a GPU that is too small."""
+    out = Path(config.out)
+    resume_from: Path | None = None
+    if config.resume:
+        config = _with_known_rate(config)
+        resume_from, notes = resume.find_checkpoint(config)
+        yield from map(Note, notes)
+    else:
+        folder.check_output(config, out)
+    trackers.require(config.training.log_to)
+    tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
+    model = base.load(config.model, config.precision, config.device)
+    choice: RateChoice | None = None
+    if config.training.learning_rate == "auto":
+        choice = yield from _choose_rate(model, tokenizer, config, cache_dir)
+        config = replace(config, training=replace(config.training, learning_rate=choice.rate))
+    if resume_from is None:
+        attached = attach(model, config.lora, name=ADAPTER, seed=config.training.seed)
+    else:
+        attached = None
+        load_adapter(model, resume_from, name=ADAPTER)
+    activate(model, ADAPTER)
+    forward, fitted = _fitted(model, config)
+    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
+    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice)
+
+
+def _choose_rate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, cache_dir: str | None
+) -> Generator[RunEvent, None, RateChoice]:
+    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
+    rows = rows_of(tokenizer, dataset, config)
+    for event in choose_rate(model, config.lora, config.training, rows, config.dataset.tokens_per_row):
+        yield event
+    assert isinstance(event, RateChoice)
+    return event
+
+
+def _with_known_rate(config: RunConfig) -> RunConfig:
+    """A run that chose its rate goes on with that one."""
+    file = Path(config.out) / "run.toml"
+    if config.training.learning_rate != "auto" or not file.is_file():
+        return config
+    known = from_dict(RunConfig, read_toml(str(file)), str(file)).training.learning_rate
+    return replace(config, training=replace(config.training, learning_rate=known))
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Sequence[str],
+    training: TrainConfig | None = None,
+    *,
+    dataset: DataConfig | None = None,
+    out: str | None = None,
+    on_event: Callable[[RunEvent], None] | None = None,
+) -> RunResult:
+    """Trains the active adapter of a model that is in memory.
+
+    Args:
+        model: a causal language model with exactly one active adapter, see `attach`.
+        tokenizer: the model's, with a chat template if the data are conversations.
+        data: training files.
+        training, dataset: settings; the defaults are those of the command line.
+        out: folder that gets everything `loratune train` leaves; None writes nothing.
+        on_event: called with every step, evaluation and note.
+
+    Returns: how it ended; the model holds the adapter that was best on held-out data, or the last one.
+    Raises: AdapterError: not exactly one adapter is active. DataError, OutputError, TrainingError.
+    """
+    if training is not None and training.learning_rate == "auto":
+        raise ConfigError('learning_rate "auto" starts from a base without adapters: name a number here')
+    names = active(model)
+    if len(names) != 1:
+        raise AdapterError(f"{len(names)} adapters are active; attach() one, or activate() the one to train")
+    paths = [data] if isinstance(data, str) else list(data)
+    settings = dataset or DataConfig()
+    config = RunConfig(
+        model=str(model.name_or_path or type(model).__name__),
+        data=paths,
+        out=out or "(memory)",
+        lora=config_of(model, names[0]),
+        dataset=settings,
+        training=training or TrainConfig(),
+    )
+    where = Path(out) if out is not None else None
+    if where is not None:
+        atomic.check_new(where, overwrite=False)
+    forward, fitted = _fitted(model, config)
+    prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
+    result: RunResult | None = None
+    for event in _train(forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False):
+        if isinstance(event, RunResult):
+            result = event
+        if on_event is not None:
+            on_event(event)
+    assert result is not None
+    return result
+
+
+def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, Fit]:
+    """How rows run through the model, with one of full size tried."""
+    forward = prepare_forward(model)
+    return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
+
+
+def _train(
+    forward: PackedForward,
+    fitted: Fit,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    config: RunConfig,
+    attached: Attached | None,
+    out: Path | None,
+    resume_from: Path | None,
+    stop: Callable[[], bool],
+    choice: RateChoice | None = None,
+) -> Iterator[RunEvent]:
+    """Everything after loading: the loop between preparation and what is left behind."""
+    model = forward.model
+    (name,) = active(model)
+    if attached is not None and attached.left_out:
+        yield Note(f"{len(attached.left_out)} layers are not adapted: {attached.left_out[0]}")
+    if (share := mostly_dense(model)) is not None:
+        yield Note(share)
+    for text in dataset.notes:
+        yield Note(text)
+    for text in forward.notes:
+        yield Note(text)
+    parameters = trainable_parameters(model)
+    rows = rows_of(tokenizer, dataset, config)
+    lengths = [len(example) for example in dataset.train]
+    loop = Loop(forward, name, parameters, rows, config.training, out and out / "checkpoints", stop)
+    if resume_from is not None:
+        loop.resume(resume_from)
+        assert out is not None
+        resume.check_data(out, dataset)
+        if loop.finished and (out / "README.md").exists():
+            raise ConfigError(
+                f"{out}: this run is complete ({loop.progress.step} steps); raise --epochs, --max-steps or, if it "
+                "stopped early, --early-stopping-patience to go on"
+            )
+    yield Prepared(
+        attached,
+        dataset,
+        loop.rows_per_epoch,
+        fullness(lengths, loop.rows_per_epoch, config.dataset.tokens_per_row),
+        loop.total_steps,
+        loop.progress.step,
+        str(model.device),
+        form_in_memory(model),
+        fitted,
+    )
+    recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
+    if choice is not None and out is not None:
+        folder.record_rates(out, choice)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    model.eval()
+    best: dict[str, torch.Tensor] = {}  # kept in memory where there is no folder with checkpoints
+    for event in loop.run():
+        recorder.record(event)
+        if out is None and isinstance(event, Evaluated) and event.best:
+            best = {path: parameter.detach().clone() for path, parameter in parameters.items()}
+        yield Note(event.why) if isinstance(event, RunsSlower) else event
+    with torch.no_grad():
+        for path, values in best.items():
+            parameters[path].copy_(values)
+    result = _finish(model, name, dataset, config, out, recorder)
+    yield result
+    if result.reason == "diverged":
+        raise TrainingError(
+            f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps one after the other, up to step "
+            f"{result.progress.step}; the last good adapter is kept. Try a lower --learning-rate"
+        )
+
+
+def dataset_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Sequence[str],
+    settings: DataConfig,
+    seed: int,
+    cache_dir: str | None,
+) -> Dataset:
+    """Reads and renders the files of a run as its model and tokenizer want it."""
+    return prepare(
+        paths,
+        tokenizer,
+        settings,
+        stop_ids=base.stop_ids(model, tokenizer),
+        max_tokens=base.max_document_tokens(model.config),
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
+    """The packed rows of a run."""
+    pad = pad_id(tokenizer)
+    tokens_per_row, seed = config.dataset.tokens_per_row, config.training.seed
+
+    def of_epoch(epoch: int) -> EpochRows:
+        return rows_of_epoch(dataset.train, tokens_per_row, pad, seed=seed, epoch=epoch)
+
+    return Rows(of_epoch, rows_of_epoch(dataset.eval, tokens_per_row, pad, seed=0, epoch=0))
+
+
+def _finish(
+    model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, out: Path | None, recorder: Recorder
+) -> RunResult:
+    """Puts the best adapter into the model and the folder, and writes the plot and the model card."""
+    result = recorder.result(model.device)
+    if out is None:
+        return result
+    if result.kept_step != result.progress.step:
+        detach(model, name)
+        load_adapter(model, checkpoint.at_step(out / "checkpoints", result.kept_step), name=name)
+        activate(model, name)
+    save(model, out, name, overwrite=True)
+    parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    folder.describe(config, dataset, result, config_of(model, name), parameters, model.device)
+    return result

@@ -1,0 +1,1 @@
+"""From a jobs file to a ranking."""

@@ -1,0 +1,403 @@
+"""A sweep: the jobs of a plan trained over one base, compared, and left as one ordinary run folder each.
+
+What `run` does for one adapter happens here for many: everything that can be wrong is found out before the first
+step, in the order of cost (the jobs file, the output, tokenizers, data, model, adapters), and every job's folder is
+written as `run` writes it, so every other command works on it. As many jobs train at once as memory holds, the
+others wait their turn.
+
+With successive halving, jobs leave their slots when they reach a meeting and wait there as checkpoints; when all have
+come, the better share goes on and the others are finished as they are. So the ranking does not depend on how many
+run at once, nor on when the sweep was stopped and resumed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from loratune import atomic
+from loratune.base import load as base
+from loratune.base.forward import PackedForward
+from loratune.base.forward import prepare as prepare_forward
+from loratune.config import RunConfig
+from loratune.data import feed
+from loratune.data.feed import Dataset
+from loratune.errors import AdapterError, ConfigError, LoratuneError
+from loratune.lora.files import WEIGHTS_FILE, read_info
+from loratune.lora.peft_config import CONFIG_FILE
+from loratune.many.bank import Bank
+from loratune.many.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
+from loratune.many.room import row_tokens, slots_that_fit
+from loratune.runs import folder, metrics, resume, trackers
+from loratune.runs.run import Note, rows_of
+from loratune.sweep import folder as sweep_folder
+from loratune.sweep.folder import Standing, State
+from loratune.sweep.plan import Plan, PlannedJob
+from loratune.training import checkpoint
+from loratune.training.course import Course, Rows
+from loratune.training.loop import Ended, peak_memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Everything is checked; the first step comes next."""
+
+    jobs: tuple[PlannedJob, ...]
+    total_steps: tuple[int, ...]
+    ended: dict[str, str]
+    """Jobs that had ended before the sweep was resumed -> why."""
+    slots: int
+    row_tokens: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """All jobs have come to a meeting."""
+
+    share: float
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """How a sweep ended."""
+
+    standings: tuple[Standing, ...]
+    """Best first."""
+    out: Path
+    complete: bool
+    seconds: float
+    """Of this process."""
+    tokens: int
+    """That this process trained on."""
+    peak_memory_bytes: int
+
+
+SweepEvent = Note | Ready | tuple[str, JobEvent] | Met | SweepResult
+
+
+def sweep(
+    plan: Plan,
+    jobs_text: str,
+    out: str,
+    *,
+    at_once: int | None = None,
+    overwrite: bool = False,
+    resumed: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    cache_dir: str | None = None,
+) -> Iterator[SweepEvent]:
+    """Trains the jobs of `plan` into `out`; the last event is a `SweepResult`.
+
+    Args:
+        jobs_text: the jobs file, to be kept beside the results.
+        at_once: jobs in memory at once; None takes as many as fit.
+        resumed: go on with the sweep in `out`; the plan may have new jobs.
+        stop: asked after every row; True saves every job and ends.
+        cache_dir: folder for rendered data, None for no cache.
+
+    Raises: LoratuneError: something a user can mend, before the first step.
+    """
+    started, where = time.perf_counter(), Path(out)
+    state = _state(plan, where, overwrite=overwrite, resumed=resumed)
+    first = plan.jobs[0].config
+    for job in plan.jobs:
+        trackers.require(job.config.training.log_to)
+    data, notes = _data(plan.jobs, cache_dir)
+    yield from map(Note, notes)
+    going = [job for job in plan.jobs if job.name not in state.ended]
+    model = base.load(first.model, first.precision, first.device)
+    sweeping = _Sweep(plan, data, state, where, model, going, stop)
+    bank, forward = _bank(model, going, at_once) if going else (None, None)
+    if not resumed:
+        sweep_folder.clear(where)
+    sweep_folder.begin(where, state, jobs_text)
+    if bank is not None and forward is not None:
+        yield from map(Note, forward.notes)
+        yield from sweeping.train(bank, forward)
+    standings = tuple(sweep_folder.ranked([sweeping.standing(job) for job in plan.jobs]))
+    complete = all(job.name in state.ended for job in plan.jobs)
+    if complete:
+        sweep_folder.write_results(where, standings, first.model)
+    seconds, memory = time.perf_counter() - started, peak_memory_bytes(model.device)
+    yield SweepResult(standings, where, complete, seconds, sweeping.tokens, memory)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a job trains on."""
+
+    dataset: Dataset
+    rows: Rows
+    course: Course
+
+
+class _Sweep:
+    """One sweep while it runs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: dict[str, _Data],
+        state: State,
+        out: Path,
+        model: PreTrainedModel,
+        going: Sequence[PlannedJob],
+        stop: Callable[[], bool],
+    ) -> None:
+        self._plan, self._data, self._state, self._out, self._model = plan, data, state, out, model
+        self._going = {job.name: job for job in going}
+        self._stop = stop
+        self._recorders: dict[str, folder.Recorder] = {}
+        self._waiting: set[str] = set()
+        self.tokens = 0
+
+    def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
+        """Runs every job to its end, or until `stop` says so."""
+        jobs = [self._job(job) for job in self._going.values()]
+        tokens = _row_tokens(self._model, self._going.values())
+        pool = Jobs(forward, bank, tokens, self._stop)
+        yield Ready(
+            self._plan.jobs,
+            tuple(self._data[job.name].course.total_steps for job in self._plan.jobs),
+            dict(self._state.ended),
+            bank.slots,
+            tokens,
+            str(self._model.device),
+            str(self._model.dtype).removeprefix("torch."),
+        )
+        for job in jobs:
+            if self._is_waiting(job):
+                self._waiting.add(job.name)
+            else:
+                pool.add(job)
+        yield from self._meet(pool)  # all may have been waiting when the sweep was killed
+        told = False
+        for name, event in pool.run():
+            if pool.why_not is not None and not told:
+                told = True
+                yield Note(pool.why_not)
+            if name in self._state.ended:  # it failed here, and the pool has not yet let it go
+                continue
+            seen = self._take(name, event)
+            if isinstance(seen, Failed):
+                pool.remove(name)
+            yield name, seen
+            if isinstance(seen, Paused | Ended | Failed):
+                yield from self._meet(pool)
+
+    def standing(self, planned: PlannedJob) -> Standing:
+        """How a job stands, from its folder."""
+        lines = metrics.read(self._out / planned.name / "metrics.jsonl")
+        losses = [m for m in lines if m.get("loss") is not None]
+        measured = [(m["eval_loss"], m["step"]) for m in lines if m.get("eval_loss") is not None]
+        best = min((pair for pair in measured if math.isfinite(pair[0])), default=(None, None))
+        return Standing(
+            name=planned.name,
+            settings=dict(planned.varied),
+            state=self._state.ended.get(planned.name, "interrupted"),
+            step=max((m["step"] for m in losses), default=0),
+            total_steps=self._data[planned.name].course.total_steps,
+            loss=next((m["loss"] for m in reversed(losses) if not m.get("skipped")), None),
+            eval_loss=best[0],
+            best_step=best[1],
+        )
+
+    def _job(self, planned: PlannedJob) -> Job:
+        out, data = self._out / planned.name, self._data[planned.name]
+        newest = checkpoint.newest(out / "checkpoints")
+        if newest is not None:
+            resume.find_checkpoint(replace(planned.config, resume=True))
+            resume.check_data(out, data.dataset)
+        training = planned.config.training
+        return Job(
+            planned.name,
+            planned.config.lora,
+            training,
+            data.rows,
+            out / "checkpoints",
+            newest,
+            self._meeting_step(data.course, len(self._state.meetings)),
+        )
+
+    def _take(self, name: str, event: JobEvent) -> JobEvent:
+        """Records what happened to a job; what goes wrong in its folder is its own failure."""
+        try:
+            self._record(name, event)
+        except (LoratuneError, OSError) as error:
+            event = Failed(str(error))
+        if isinstance(event, Failed):
+            self._ended(name, f"failed: {event.why}")
+        return event
+
+    def _record(self, name: str, event: JobEvent) -> None:
+        planned = self._going[name]
+        match event:
+            case Started(step=step):
+                if name not in self._recorders:  # it may be back from a meeting
+                    self._recorders[name] = self._recorder(planned, step)
+            case Paused():
+                self._waiting.add(name)
+            case Failed():
+                pass
+            case _:
+                self._recorders[name].record(event)
+                self.tokens += getattr(event, "tokens", 0)
+                if isinstance(event, Ended):
+                    self._finish(name, event)
+
+    def _finish(self, name: str, ended: Ended) -> None:
+        """Puts the best adapter on top of a job's folder and describes it, as a run alone does."""
+        out, planned = self._out / name, self._going[name]
+        recorder = self._recorders.pop(name)
+        result = recorder.result(self._model.device)
+        kept = checkpoint.at_step(out / "checkpoints", result.kept_step)
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            atomic.write_bytes(out / file, (kept / file).read_bytes())
+        info = read_info(out)
+        folder.describe(
+            planned.config, self._data[name].dataset, result, info.config, info.parameters, self._model.device
+        )
+        if ended.reason != "interrupted":
+            self._ended(name, ended.reason)
+
+    def _ended(self, name: str, why: str) -> None:
+        self._state.ended[name] = why
+        sweep_folder.write_state(self._out, self._state)
+
+    def _is_waiting(self, job: Job) -> bool:
+        if job.pause_at is None or job.resume_from is None:
+            return False
+        return checkpoint.read_progress(job.resume_from).step == job.pause_at
+
+    def _meeting_step(self, course: Course, number: int) -> int | None:
+        """The step at which a job comes to a meeting: its share of the steps, rounded up to an evaluation."""
+        if self._plan.halving is None or number >= len(self._plan.halving.at):
+            return None
+        step = math.ceil(self._plan.halving.at[number] * course.total_steps / course.eval_every) * course.eval_every
+        return step if step < course.total_steps else None
+
+    def _meet(self, pool: Jobs) -> Iterator[SweepEvent]:
+        """Decides who goes on once every job that still trains has come to the meeting."""
+        left = {name for name in self._going if name not in self._state.ended}
+        if not self._waiting or left != self._waiting or self._stop():
+            return
+        meetings, halving = self._state.meetings, self._plan.halving
+        assert halving is not None
+        came = len(meetings[-1]["kept"]) if meetings else len(self._plan.jobs)
+        losses = {name: self._last_eval_loss(name) for name in self._going if name in self._waiting}
+        order = sorted(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+        keep = math.ceil(halving.keep * came)
+        kept, dropped = order[:keep], order[keep:]
+        for name in dropped:  # before the meeting is written down: one that is cut short is held again
+            self._drop(name)
+        meetings.append({"share": halving.at[len(meetings)], "losses": losses, "kept": kept})
+        sweep_folder.write_state(self._out, self._state)
+        self._waiting.clear()
+        for name in kept:
+            pool.add(self._job(self._going[name]))
+        yield Met(meetings[-1]["share"], tuple(kept), tuple(dropped))
+
+    def _drop(self, name: str) -> None:
+        newest = checkpoint.newest(self._out / name / "checkpoints")
+        assert newest is not None
+        progress = checkpoint.read_progress(newest)
+        if name not in self._recorders:
+            self._recorders[name] = self._recorder(self._going[name], progress.step)
+        ended = Ended("dropped", progress)
+        self._recorders[name].record(ended)
+        self._finish(name, ended)
+
+    def _recorder(self, planned: PlannedJob, step: int) -> folder.Recorder:
+        out = self._out / planned.name
+        fresh = checkpoint.newest(out / "checkpoints") is None
+        return folder.Recorder(planned.config, out, self._data[planned.name].dataset, None if fresh else step)
+
+    def _last_eval_loss(self, name: str) -> float:
+        lines = metrics.read(self._out / name / "metrics.jsonl")
+        return next((float(m["eval_loss"]) for m in reversed(lines) if "eval_loss" in m), math.inf)
+
+
+def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | None) -> tuple[Bank, PackedForward]:
+    """Slots for the jobs that are left."""
+    sizes = []
+    for job in going:
+        try:
+            sizes.append(Bank.size_of(model, job.config.lora))
+        except AdapterError as error:
+            raise AdapterError(f'job "{job.name}": {error}') from error
+    fitting = slots_that_fit(model, sizes, _row_tokens(model, going))
+    bank = Bank.attach(model, [job.config.lora for job in going], min(len(going), at_once or fitting))
+    return bank, prepare_forward(model)
+
+
+def _row_tokens(model: PreTrainedModel, jobs: Iterable[PlannedJob]) -> int:
+    return row_tokens(model.device, [job.config.dataset.tokens_per_row for job in jobs])
+
+
+def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:
+    """The state to begin with: empty, or that of a sweep to go on with, which must be the same one."""
+    first = plan.jobs[0].config
+    if not resumed:
+        sweep_folder.check_output(out, overwrite=overwrite)
+        return State(first.model, first.precision, first.device)
+    state = sweep_folder.read_state(out)
+    for what, before, now in (("model", state.model, first.model), ("precision", state.precision, first.precision)):
+        if before != now and not (what == "model" and Path(before).resolve() == Path(now).resolve()):
+            raise ConfigError(
+                f"{out}: {what} is {before!r} in this sweep and {now!r} now; leave it, or use --overwrite"
+            )
+    if (out / sweep_folder.CARD_FILE).exists() and all(job.name in state.ended for job in plan.jobs):
+        raise ConfigError(
+            f"{out}: this sweep is complete; add jobs to the file to go on, or start anew with --overwrite"
+        )
+    state.ended = {name: why for name, why in state.ended.items() if not why.startswith("failed")}  # try them again
+    return state
+
+
+def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _Data], list[str]]:
+    """Every job's data, read and packed once for all that share them, and what a person should know."""
+    known: dict[str, tuple[Dataset, Rows]] = {}
+    found, notes = dict[str, _Data](), list[str]()
+    for job in jobs:
+        config = job.config
+        key = repr((config.data, config.dataset, config.training.seed))
+        try:
+            if key not in known:
+                known[key] = _read(config, cache_dir)
+        except LoratuneError as error:
+            raise type(error)(f'job "{job.name}": {error}') from error
+        dataset, rows = known[key]
+        notes += [note for note in dataset.notes if note not in notes]
+        found[job.name] = _Data(dataset, rows, Course(rows, config.training))
+    split = {(tuple(j.config.data), j.config.training.seed) for j in jobs if not j.config.dataset.eval_data}
+    if len(split) > len({data for data, _ in split}):
+        notes.append(
+            "jobs with different seeds hold out different records, so their held-out losses differ by more than the "
+            "adapters do; name the same held-out files for all with eval_data"
+        )
+    return found, notes
+
+
+def _read(config: RunConfig, cache_dir: str | None) -> tuple[Dataset, Rows]:
+    tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
+    dataset = feed.prepare(
+        config.data,
+        tokenizer,
+        config.dataset,
+        stop_ids=base.stop_ids(config.model, tokenizer),
+        max_tokens=base.max_document_tokens(base.load_config(config.model)),
+        seed=config.training.seed,
+        cache_dir=cache_dir,
+    )
+    rows = rows_of(tokenizer, dataset, config)
+    return dataset, Rows(functools.lru_cache(maxsize=2)(rows.of_epoch), rows.held_out)

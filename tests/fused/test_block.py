@@ -1,0 +1,171 @@
+"""What a fused layer keeps changes its memory and nothing else: loss and gradients are the same to the bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.data.pack import make_row
+from loratune.fused.policy import Level, Plan
+from loratune.ops.attention.attended import Attended
+from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.training.objectives.sft import sft
+from loratune.training.step import _row_objective
+from tests.training.helpers import examples, model_with_adapter, trainable
+
+TOKENS = 256
+
+
+def loss_and_gradients(model, forward, plan):
+    forward.plan = plan
+    row = make_row(examples(7), TOKENS, 0)
+    with forward.installed():
+        loss = _row_objective(forward, row, sft)
+        kept = held_bytes(loss)
+        loss.backward()
+    found = {path: p.grad for path, p in trainable(model).items()}
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found, kept
+
+
+def held_bytes(loss):
+    """Bytes of the storages that the layers of the graph under `loss` hold, each counted once."""
+    seen, storages, nodes = set(), {}, [loss.grad_fn]
+
+    def count(value):
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, tuple | list):
+            for item in value:
+                count(item)
+        elif hasattr(value, "__dict__"):
+            for item in vars(value).values():
+                count(item)
+
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [above for above, _ in node.next_functions]
+        if kept := getattr(node, "kept", None):
+            count(kept)
+    return sum(storages.values())
+
+
+@pytest.fixture(params=[("llama", 0.0), ("llama", 0.3), ("qwen3", 0.0), ("mistral", 0.3)], ids=str)
+def fused(request) -> Iterator[tuple[torch.nn.Module, PackedForward]]:
+    """With dropout under a key, so that what is computed again has to find the same masks."""
+    name, dropout = request.param
+    model = model_with_adapter(name, lora_dropout=dropout)
+    forward = prepare(model)
+    assert fuse(forward)
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
+    with keyed(row_key(dropout_key(0, 1), 7)):
+        yield model, forward
+
+
+def test_every_policy_gives_the_same_bits_and_holds_less(fused):
+    model, forward = fused
+    everything = loss_and_gradients(model, forward, None)
+    last = everything[2]
+    for level in (Level.WIDE, Level.SELECTIVE, Level.FULL):
+        loss, gradients, kept = loss_and_gradients(model, forward, Plan.uniform(level, 2))
+        assert torch.equal(loss, everything[0])
+        assert all(torch.equal(gradients[path], everything[1][path]) for path in everything[1]), level
+        assert kept < last, level
+        last = kept
+
+
+MIXED = [
+    (Level.OFFLOAD, Level.OFFLOAD),
+    (Level.STAGED, Level.STAGED),
+    (Level.STAGED, Level.FULL),
+    (Level.FULL, Level.NONE),
+]
+
+
+@pytest.mark.parametrize("plan", [Plan(levels) for levels in MIXED], ids=str)
+def test_a_plan_may_differ_from_layer_to_layer(fused, plan):
+    model, forward = fused
+    everything = loss_and_gradients(model, forward, None)
+    loss, gradients, _ = loss_and_gradients(model, forward, plan)
+    assert torch.equal(loss, everything[0])
+    assert all(torch.equal(gradients[path], everything[1][path]) for path in everything[1])
+
+
+@pytest.mark.parametrize("level", [Level.WIDE, Level.FULL])
+def test_tiles_of_the_mlp_change_only_the_order_of_sums(fused, level):
+    """Rows of a tile are computed as before; the gradients of A and B are sums over tokens, so they round anew."""
+    model, forward = fused
+    everything = loss_and_gradients(model, forward, None)
+    for tile in (64, 100):
+        loss, gradients, _ = loss_and_gradients(model, forward, Plan.uniform(level, 2, tile))
+        torch.testing.assert_close(loss, everything[0], rtol=1e-5, atol=0)
+        for path, gradient in everything[1].items():
+            torch.testing.assert_close(gradients[path], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
+
+
+def test_heads_are_let_go_of_where_attention_keeps_views_of_them():
+    """With as many key as query heads no copy of them is made, and the selective policy holds none of the three."""
+    model = model_with_adapter("llama")
+    config = model.config
+    from transformers import LlamaForCausalLM
+
+    from loratune.config import LoraConfig
+    from loratune.lora.inject import attach
+
+    config.num_key_value_heads = config.num_attention_heads
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    attach(model, LoraConfig(r=4), name="default", seed=0)
+    forward = prepare(model)
+    assert fuse(forward)
+    wide = loss_and_gradients(model, forward, Plan.uniform(Level.WIDE, 2))
+    selective = loss_and_gradients(model, forward, Plan.uniform(Level.SELECTIVE, 2))
+    heads = 2 * TOKENS * 3 * config.hidden_size * 4
+    assert wide[2] - selective[2] >= heads
+    assert all(torch.equal(wide[1][path], selective[1][path]) for path in wide[1])
+
+
+class _Keeping(torch.autograd.Function):
+    """Like an attention kernel: keeps its output for its backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, token):
+        out = query * 2.0
+        ctx.save_for_backward(out)
+        ctx.token = token
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        (out,) = ctx.saved_tensors
+        return d_out * out, None, None, None
+
+
+def _keeping(token):
+    """An attention whose graph holds `token`."""
+    return lambda q, k, v: _Keeping.apply(q, k, v, token).flatten(1)
+
+
+def test_attention_that_is_dropped_is_gone():
+    """Its small graph holds its own output; were that a cycle, each recomputed layer would leave a row in memory."""
+
+    class Token:
+        pass
+
+    token = Token()
+    gone = weakref.ref(token)
+    attended = Attended(_keeping(token), torch.randn(5, 6, 4), (2, 2, 2))
+    assert attended.out.shape == (5, 8)
+    attended.forget_heads()
+    del token, attended
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,233 @@
+"""Fused decoder layers against the modules that they stand in for, in float64: the same numbers, the same paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.base import one_pass
+from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.config import LoraConfig
+from loratune.data.pack import make_row
+from loratune.fused import layer as fused
+from loratune.fused.block import Passage
+from loratune.fused.policy import Level, Plan
+from loratune.lora.inject import activate, attach
+from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.training.objectives.sft import sft
+from loratune.training.step import _row_objective
+from tests.conftest import CAUSAL, build
+from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
+
+FUSIBLE = ["llama", "qwen3", "mistral"]
+
+
+def training(model):
+    """Dropout as in a run (`training.loop`)."""
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
+
+
+@pytest.mark.parametrize("name", FUSIBLE)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"], ["up_proj"]])
+@pytest.mark.parametrize(("lora_alpha", "dropout"), [(4, 0.0), (10, 0.0), (10, 0.3)])
+def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, dropout):
+    model = model_with_adapter(
+        name, dtype=torch.float64, target_modules=targets, lora_alpha=lora_alpha, lora_dropout=dropout
+    )
+    row = make_row(examples(7), 256, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+    training(model)
+    with keyed(row_key(dropout_key(0, 3), 512)):
+        plain = loss_and_gradients(model, PackedForward(model, "documents", forward.head), row)
+        got = loss_and_gradients(model, forward, row)
+    torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
+    assert got[1].keys() == plain[1].keys()
+    for path, gradient in plain[1].items():
+        torch.testing.assert_close(
+            got[1][path], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=path
+        )
+
+
+def test_the_last_norm_is_trained_where_it_is_asked_for():
+    model = build("llama", dtype=torch.float64)
+    attach(model, LoraConfig(r=4, modules_to_save=["norm"]), name="default", seed=0)
+    row, forward = make_row(examples(7), 256, 0), prepare(model)
+    plain = loss_and_gradients(model, forward, row)
+    assert fuse(forward)
+    got = loss_and_gradients(model, forward, row)
+    gradient = plain[1]["model.norm.weight"]
+    assert float(gradient.norm()) > 0  # of float32, which the module's norm is in
+    atol = 1e-6 * float(gradient.abs().max())
+    torch.testing.assert_close(got[1]["model.norm.weight"], gradient, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_last_norm_runs_in_one_pass_unless_it_trains(trained):
+    model = model_with_adapter("llama")
+    norm, forward = model.model.norm, prepare(model)
+    assert fuse(forward)
+    norm.requires_grad_(trained)
+    with forward.installed():
+        assert isinstance(model.model.norm, one_pass.Norm) != trained
+    assert model.model.norm is norm
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_which_models_qualify(name):
+    assert fuse(prepare(build(name))) == (name in [*FUSIBLE, "granite"])
+
+
+def test_the_right_parts_used_otherwise_do_not_qualify():
+    """Granite has a Llama's parts and, with its own settings, scales what it adds to the residual stream."""
+    model = build("granite")
+    for layer in model.model.layers:
+        layer.residual_multiplier = 0.22
+    assert not fuse(prepare(model))
+
+
+def test_paths_layers_and_values_are_as_before():
+    """Inside, parameter paths are unchanged, so checkpoints can be written; outside, the very layers are back."""
+    model = model_with_adapter("qwen3")
+    layers, values = list(model.model.layers), {k: v.clone() for k, v in model.state_dict().items()}
+    forward = prepare(model)
+    assert fuse(forward)
+    with forward.installed():
+        assert all(type(layer) is fused.FusedLayer for layer in model.model.layers)
+        assert list(model.state_dict()) == list(values)
+    assert list(model.model.layers) == layers
+    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+
+
+def test_the_bare_base_and_changed_adapters_are_seen():
+    """Working copies follow the masters, and with no adapter in use the layers compute the base."""
+    model = model_with_adapter("llama", dtype=torch.float64)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+    plain = PackedForward(model, "documents", forward.head)
+
+    def hidden(of):
+        return of.hidden_states(row.tokens, row.position_ids, row.cu_seqlens)
+
+    with torch.no_grad(), forward.installed():
+        before = hidden(forward)
+        for parameter in trainable(model).values():
+            parameter.mul_(2.0)
+        after = hidden(forward)
+    with torch.no_grad(), plain.installed():
+        expected = hidden(plain)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+    activate(model, None)
+    with torch.no_grad(), forward.installed():
+        bare = hidden(forward)
+    with torch.no_grad(), plain.installed():
+        torch.testing.assert_close(bare, hidden(plain), rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_follows_step_and_position_and_is_for_training():
+    model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+
+    def loss(key, position=0):
+        with forward.installed(), torch.no_grad(), keyed(row_key(key, position)):
+            return float(_row_objective(forward, row, sft))
+
+    resting = loss(1)
+    assert resting == loss(2)
+    training(model)
+    assert loss(1) == loss(1)
+    assert len({resting, loss(1), loss(2), loss(1, 128)}) == 4
+
+
+def test_without_a_key_dropout_is_from_the_generator_and_the_backward_sees_the_forward_s():
+    """The loss is a function of the masters, so its derivative along a direction is what gradients must add up to."""
+    model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
+    row = make_row(examples(5), 128, 0)
+    forward = prepare(model)
+    assert fuse(forward)
+    training(model)
+    parameters = list(trainable(model).values())
+    directions = [torch.randn_like(p) for p in parameters]
+
+    def loss(seed, along=0.0):
+        torch.manual_seed(seed)
+        with forward.installed(), torch.no_grad():
+            for p, direction in zip(parameters, directions, strict=True):
+                p.add_(direction, alpha=along)
+            found = float(_row_objective(forward, row, sft))
+            for p, direction in zip(parameters, directions, strict=True):
+                p.add_(direction, alpha=-along)
+        return found
+
+    assert loss(1) == loss(1) != loss(2)
+    torch.manual_seed(1)
+    _, gradients = loss_and_gradients(model, forward, row)
+    expected = sum(float((g * d).sum()) for g, d in zip(gradients.values(), directions, strict=True))
+    step = 1e-4  # the modules' norms are in float32: noise of 6e-8 of the loss, over the step
+    assert (loss(1, step) - loss(1, -step)) / (2 * step) == pytest.approx(expected, rel=1e-2)
+
+
+def test_adapters_that_differ_in_dropout_do_not_qualify():
+    model = model_with_adapter("llama", lora_dropout=0.1)
+    assert fused.fusible(model)
+    model.model.layers[1].self_attn.q_proj.lora_dropout = 0.2
+    assert not fused.fusible(model)
+
+
+def ahead_and_not(monkeypatch, model, forward, row):
+    """Loss and gradients with what a layer norms for the one above it, and how often that was taken; then without."""
+    taken = []
+
+    def counting(self, stream, real=Passage.normed):
+        normed = real(self, stream)
+        taken.append(normed is not None)
+        return normed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passage, "normed", counting)
+        got = loss_and_gradients(model, forward, row)
+    with monkeypatch.context() as patch:
+        patch.setattr(Passage, "sum", lambda self, h, y: y.add_(h))
+        plain = loss_and_gradients(model, forward, row)
+    return got, plain, taken
+
+
+def assert_same_bits(got, plain):
+    assert torch.equal(got[0], plain[0])
+    assert all(torch.equal(got[1][path], gradient) for path, gradient in plain[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [Level.NONE, Level.WIDE, Level.FULL])
+def test_what_a_layer_norms_for_the_one_above_it_is_what_that_would(monkeypatch, level, dtype):
+    model = model_with_adapter("qwen3", dtype=dtype)
+    layers = model.config.num_hidden_layers
+    forward = prepare(model)
+    assert fuse(forward)
+    forward.plan = Plan.uniform(level, layers)
+    got, plain, taken = ahead_and_not(monkeypatch, model, forward, make_row(examples(7), 256, 0))
+    assert_same_bits(got, plain)
+    assert taken.count(True) == layers - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda out: out.mul_(1.5), lambda out: out * 1.5, lambda out: out.clone()],
+    ids=["in place", "new", "copy"],
+)
+def test_a_stream_that_was_changed_between_layers_is_normed_anew(monkeypatch, change):
+    model = model_with_adapter("llama")
+    forward = prepare(model)
+    assert fuse(forward)
+    row = make_row(examples(7), 256, 0)
+    with monkeypatch.context() as patch:
+        real = fused.FusedLayer.forward
+        patch.setattr(fused.FusedLayer, "forward", lambda self, *given, **more: change(real(self, *given, **more)))
+        got, plain, taken = ahead_and_not(monkeypatch, model, forward, row)
+    assert_same_bits(got, plain)
+    assert not any(taken)

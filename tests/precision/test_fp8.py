@@ -1,0 +1,265 @@
+"""8-bit weights: what a row keeps, one stored copy for both directions, and adapters that stay exact beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.fused.ledger import LayerShape
+from loratune.ops.measure import MOST, ROOM
+from loratune.ops.thin import Members, gradients
+from loratune.precision.fp8 import Fp8Weight, quantise_rows
+from loratune.precision.fp8_projection import Fp8Projection
+from tests.ops.twins import compare, needs_triton
+
+HALF_STEP = 2.0**-4
+"""Half of the distance between neighbours of e4m3, relative to the smaller one."""
+
+
+def off(got, exact):
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def a_weight(d_out, d_in, seed=0):
+    """A matrix whose rows differ a hundredfold in size, as those of trained models may."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-3, -1, d_out)[torch.randperm(d_out, generator=generator), None]
+    return torch.randn(d_out, d_in, generator=generator) * sizes
+
+
+def test_every_element_is_within_half_a_step_and_the_largest_is_at_the_top():
+    x = a_weight(20, 96)
+    rows = quantise_rows(x)
+    assert torch.equal(rows.values.float().abs().amax(1), torch.full((20,), MOST))
+    smallest = 2.0**-6 * rows.scale  # below it e4m3's steps stop shrinking
+    assert bool(((rows.dense(torch.float32) - x).abs() <= HALF_STEP * torch.maximum(x.abs(), smallest)).all())
+
+
+def test_a_row_of_zeros_stays_zero():
+    rows = quantise_rows(torch.zeros(2, 16))
+    assert torch.equal(rows.dense(torch.float32), torch.zeros(2, 16))
+
+
+def test_one_stored_copy_serves_forward_and_backward():
+    """Against the very numbers that are stored, either product errs by what its other operand loses: 2^-4 at most."""
+    weight = a_weight(80, 96)
+    held = Fp8Weight.quantised(weight)
+    exact = held.dense().double()
+    x, dy = torch.randn(30, 96), torch.randn(30, 80)
+    assert off(held.forward(x), x.double() @ exact.T) < HALF_STEP
+    assert off(held.d_input(dy), dy.double() @ exact) < HALF_STEP
+
+
+def test_stacked_weights_give_each_members_products():
+    parts = [Fp8Weight.quantised(a_weight(n, 64, seed=n)) for n in (32, 16, 48)]
+    together = Fp8Weight.stacked(parts, 0)
+    x = torch.randn(5, 64)
+    assert torch.equal(together.forward(x), torch.cat([part.forward(x) for part in parts], 1))
+    again = together.rows(slice(32, 48))
+    assert torch.equal(again.dense(), parts[1].dense())
+    assert again.values.data_ptr() == together.values[32:].data_ptr()
+
+
+def a_projection(d_out, d_in, lora_A, lora_B, both_ways=False):
+    r = lora_A.shape[0]
+    held = Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
+    assert held.carries
+    member = Members([slice(0, d_out)], [slice(0, r)], [1.0])
+    projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=both_ways)
+    projection.refresh()
+    return projection
+
+
+def d_input(projection, dy):
+    return projection.d_input(dy, projection.d_inner(dy))
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
+def test_the_low_rank_part_rides_along_with_the_precision_of_bfloat16(size, both_ways):
+    """The adapter's part of y and dx, whatever the size of B, even far above that of W.
+
+    It can be seen alone where W is zero. Allowed: 2^-8 of that part for each of the two factors, and what 8 bits
+    below the top of a row cannot show, 2^-10 of a scale a term, which next to the wide product's error is nothing.
+    """
+    torch.manual_seed(0)
+    d_out, d_in, r = 1024, 1152, 6
+    lora_A, lora_B = torch.randn(r, d_in) / d_in**0.5, torch.randn(d_out, r) * size
+    projection = a_projection(d_out, d_in, lora_A, lora_B, both_ways)
+    x, dy = torch.randn(9, d_in), torch.randn(9, d_out)
+    y, inner = projection.forward(x)
+    exact = x.double() @ projection.frozen.dense().double().T
+    assert off(y, exact + (x @ lora_A.T).double() @ lora_B.double().T) < HALF_STEP
+    dx = d_input(projection, dy)
+    exact = dy.double() @ projection.frozen.dense().double()
+    assert off(dx, exact + (dy @ lora_B).double() @ lora_A.double()) < HALF_STEP
+    d_inner = projection.d_inner(dy)
+    dA, dB = gradients(*projection.d_adapters(dy, d_inner, x, inner))
+    torch.testing.assert_close(dA, (dy @ lora_B).T @ x)
+    torch.testing.assert_close(dB, dy.T @ inner)
+
+    projection.frozen.values.view(torch.uint8).zero_()
+    if projection.turned is not None:
+        projection.turned[:, :d_out].view(torch.uint8).zero_()
+    for got, exact in (
+        (projection.forward(x)[0], (x @ lora_A.T) @ lora_B.T),
+        (d_input(projection, dy), (dy @ lora_B) @ lora_A),
+    ):
+        assert off(got, exact) < 2 * 2.0**-8 + 2.0**-10 / size * 0.02 / MOST * r
+
+
+def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
+    """B is held over the scale of its row of W; a scale of next to nothing would drive other rows out of range."""
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 1024) * 0.02
+    weight[3], weight[5] = 0.0, 1e-30
+    lora_A, lora_B = torch.randn(4, 1024) / 32, torch.randn(1024, 4) * 0.01
+    held = Fp8Weight.stacked([Fp8Weight.quantised(weight)], 4)
+    member = Members([slice(0, 1024)], [slice(0, 4)], [1.0])
+    projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=False)
+    projection.refresh()
+    held.values.view(torch.uint8).zero_()
+    x = torch.randn(9, 1024)
+    assert off(projection.forward(x)[0], (x @ lora_A.T) @ lora_B.T) < 2 * 2.0**-8
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "mlp"),
+    [((48, 16, 32, 16), 4096, 11008), ((384, 128, 0, 2), 4096, 11008), ((6,) * 4, 512, 1024)],
+)
+def test_the_ledger_knows_the_borders(ranks, width, mlp):
+    shape = LayerShape(width, 8, 8, width // 8, mlp, False, ranks, bordered=False, in_8_bits=True)
+    for nth, rank in enumerate(ranks):
+        d_in, d_out = shape.sides(nth)
+        weight = Fp8Weight(torch.empty(d_out, d_in, dtype=torch.uint8), torch.ones(d_out, 1), torch.float32)
+        held = Fp8Weight.stacked([weight], rank)
+        assert shape.border(nth) == (0 if held.bordered is None else held.bordered.shape[1] - d_in)
+        assert shape.room(nth) == (ROOM if held.carries else 0)
+
+
+def test_an_adapter_of_high_rank_is_added_afterwards():
+    assert not Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(64, 64))], 16).carries
+
+
+COMPARE = """
+import torch
+from loratune.precision import fp8, fp8_kernels
+from loratune.ops import layer_kernels as kernels, layer, measure
+from loratune.precision.fp8_kernels import Adapter, RefreshAll
+from loratune.precision.fp8_projection import Fp8Projection
+from loratune.ops.thin import Members
+
+torch.manual_seed(0)
+# Triton's interpreter loses the carry when a rounding reaches the next power of two, so numbers are taken that e4m3
+# (or a pair of them) holds exactly: then a twin must agree to the bit.
+
+def grid(rows, width, least, most):
+    return torch.randint(least, most, (rows, width), dtype=torch.uint8).view(fp8.E4M3).float()
+
+def same(a, b):
+    assert a.shape == b.shape
+    assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+columns = 2.0 ** torch.randint(-2, 3, (96,)).float()
+x = grid(5, 96, 0, 120)
+x[:, 0] = 448.0
+for rows, scales in ((x, None), (x / columns, columns)):
+    values, scale = fp8_kernels.quantise_rows(rows, scales)
+    expected = fp8.quantise_rows(rows, scales)
+    assert torch.equal(scale, expected.scale)
+    same(values, expected.values)
+
+# Ranks 0 to 4 take one column of x each, the last one a sum of two that only a pair holds.
+thin = torch.zeros(96, 6)
+for rank in range(5):
+    thin[4 + rank * 7, rank] = 2.0 ** (rank - 3)
+thin[1, 5] = thin[2, 5] = 1.0
+for tall in (5, 1030):  # 1030: tiles of 64 rows
+    x = grid(tall, 96, 56, 100)
+    x[:, 0] = 448.0
+    x[:, 1] = torch.tensor([8.0, 10.0, 12.0])[torch.randint(3, (tall,))]
+    x[:, 2] = torch.tensor([0.25, 0.125, 0.0])[torch.randint(3, (tall,))]
+    for scales in (None, columns):
+        rows = (x if scales is None else x / scales).half()
+        across = (thin if scales is None else thin * scales[:, None]).half()
+        roomy = torch.nn.functional.pad(rows, (0, measure.ROOM))
+        measure.leave(roomy, 96, measure.Measure(scales))
+        for bound in (0.0, 3.0):
+            numbers = torch.tensor([2.0, bound])
+            for found in (None, measure.behind(roomy, 96)):
+                expected, inner = fp8.lay(rows if found is None else roomy, across, scales, numbers)
+                values, scale, got = fp8_kernels.lay(roomy[:, :96], found, across, scales, numbers)
+                assert torch.equal(scale, expected.scale)
+                assert torch.equal(got, inner)
+                assert inner[:, 5].unique().numel() > 2
+                same(values, expected.values)
+
+bytes_ = torch.randint(0, 120, (150, 330), dtype=torch.uint8).view(fp8.E4M3)[:, :300]
+same(fp8_kernels.transposed(bytes_, None, None), fp8.transposed(bytes_))
+lora_A = (torch.randint(-8, 8, (6, 300)) * 2.0**-4).half()
+for factor in (torch.tensor([1.0]), torch.tensor([2.0**-6])):
+    same(fp8_kernels.transposed(bytes_, lora_A, factor), fp8.transposed(bytes_, lora_A, factor))
+
+def projections(both_ways):
+    torch.manual_seed(1)
+    for d_out, d_in, r in ((1024, 1040, 6), (2064, 1024, 16)):
+        weight = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
+        adapter = (torch.randint(-8, 8, (r, d_in)) / 64).half(), (torch.randint(-8, 8, (d_out, r)) / 2).half()
+        member = Members([slice(0, d_out)], [slice(0, r)], [1.0])
+        yield Fp8Projection.around(weight, None, adapter, member, both_ways=both_ways)
+
+for both_ways in (False, True):
+    expected, got = list(projections(both_ways)), list(projections(both_ways))
+    for p in expected:
+        p.refresh()
+    RefreshAll([
+        Adapter(p.lora_A, p.lora_B, p.frozen.scale, p.bordered[:, p.frozen.shape[1]:],
+                p.turned[:, p.frozen.shape[0]:] if both_ways else None, p.numbers)
+        for p in got
+    ])()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.numbers, b.numbers, rtol=1e-6, atol=0)
+        assert bool((b.numbers > 0).all())
+        same(a.bordered, b.bordered)
+        if both_ways:
+            same(a.turned, b.turned)
+
+# The passes leave what `measured` finds in what they wrote.
+def half(*shape):
+    return torch.randn(*shape).half()
+
+def check(got, width, asked):
+    found, expected = measure.behind(got, width), measure.measured(got[:, :width], asked)
+    most, squares = found[:, :measure.PIECES].amax(1), found[:, measure.PIECES:].sum(1)
+    assert torch.equal(most, expected[:, 0])
+    torch.testing.assert_close(squares, expected[:, measure.PIECES], rtol=1e-5, atol=0)
+
+def both(name, at, width, asked, *arguments):
+    outs = [getattr(module, name)(*arguments, measure.ROOM, asked) for module in (kernels, layer)]
+    got, reference = (out[at] if isinstance(out, tuple) else out for out in outs)
+    check(got, width, asked)
+    check(reference, width, asked)
+
+def factors(width):
+    return measure.Measure((2.0 ** torch.randint(-3, 3, (width,))).bfloat16())
+
+plain = measure.Measure()
+x, y, weight = half(5, 96), half(5, 96), half(96)
+both("rms_norm", 0, 96, plain, x, weight, 1e-6)
+both("add_rms_norm", 1, 96, plain, x, y, weight, 1e-6)
+both("rms_norm_backward", 0, 96, factors(96), y, half(5, 100)[:, :96], x, weight, 1e-6)
+both("rms_norm_backward", 0, 96, plain, y, half(5, 100)[:, :96], x, weight, 1e-6)
+for width in (70, 5000):  # one program and three
+    both("swiglu", 0, width, plain, half(5, 2 * width))
+    both("swiglu_backward", 0, 2 * width, factors(2 * width), half(5, 2 * width), half(5, width))
+for heads in (7, 300):  # 300: more than 16 programs would take 18
+    q, k, cos, sin, table = heads - 4, 2, half(5, 16), half(5, 16), half(heads - 2, 16)
+    for norm in (None, table):
+        parts = half(5, q, 16), half(5, 9, 16)[:, 3:5], half(5, 2, 16)
+        both("rotate_backward", 0, heads * 16, factors(heads * 16), *parts, cos, sin, half(5, heads, 16), norm, 1e-6)
+"""
+
+
+@needs_triton
+def test_every_kernel_equals_its_reference():
+    compare(COMPARE)

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.ladder import CASES, measure, release
 from benchmarks.shapes import SHAPES
 from loratune.ops import layer
-from loratune.ops.measure import ROOM, Measure, behind, measured
+from loratune.ops.measure import PAD_COLUMNS, Measure, behind, measured
 from loratune.ops.thin import Members, narrow
 from loratune.precision import fp8, fp8_kernels
 from loratune.precision.fp8_projection import Fp8Projection, refresher
@@ -60,9 +60,9 @@ def timed(run: Callable[[], object]) -> float:
     return round(statistics.median(found), 1)
 
 
-def roomy(x: Tensor, asked: Measure) -> Tensor:
+def padded(x: Tensor, asked: Measure) -> Tensor:
     """x with a measure behind its rows."""
-    out = torch.nn.functional.pad(x, (0, ROOM))
+    out = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
     behind(out, x.shape[1]).copy_(measured(x, asked))
     return out
 
@@ -85,7 +85,7 @@ def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) ->
     thin, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
     numbers = p.numbers[2:] if backward else p.numbers[:2]
     x = torch.randn(tokens, width, device="cuda", dtype=BF16)
-    with_measure = roomy(x, Measure(columns))
+    with_measure = padded(x, Measure(columns))
     found: dict[str, object] = {"projection": name, "direction": "backward" if backward else "forward"}
     found["separate_us"] = timed(lambda: (narrow(x, thin), fp8.quantise_rows(x, columns)))
     found["thin_us"] = timed(lambda: narrow(x, thin))
@@ -133,8 +133,8 @@ def of_passes(width: int, mlp: int, heads: tuple[int, int], tokens: int) -> list
         found.append(
             {
                 "pass": function.__name__,
-                "plain_us": timed(lambda: call(*arguments, ROOM)),  # noqa: B023
-                "measuring_us": timed(lambda: call(*arguments, ROOM, asked)),  # noqa: B023
+                "plain_us": timed(lambda: call(*arguments, PAD_COLUMNS)),  # noqa: B023
+                "measuring_us": timed(lambda: call(*arguments, PAD_COLUMNS, asked)),  # noqa: B023
             }
         )
     return found

@@ -60,7 +60,7 @@ class Passage:
     layer's first norm makes it, for the pass that ends the lower layer has it in hand.
     """
 
-    room: int
+    pad_columns: int
     """Columns that the lower layer's down projection wants, see `precision.projection`."""
     measure: Measure | None = None
     """What it wants to know of each row, see `ops.measure`."""
@@ -70,9 +70,9 @@ class Passage:
     """The stream, its version, and its norm."""
 
     def enter(self, gradient: Tensor) -> Tensor:
-        """(T, d + room) -> its first d columns, to be returned to autograd."""
+        """(T, d + pad_columns) -> its first d columns, to be returned to autograd."""
         self._buffer = gradient
-        return gradient[:, : gradient.shape[1] - self.room]
+        return gradient[:, : gradient.shape[1] - self.pad_columns]
 
     def leave(self, gradient: Tensor) -> Tensor:
         """What autograd handed over, (T, d), with its room if it is what entered."""
@@ -104,7 +104,7 @@ class Above(NamedTuple):
 
     norm: Tensor
     eps: float
-    room: int
+    pad_columns: int
     measure: Measure | None
 
 
@@ -122,7 +122,7 @@ class Before:
     @property
     def above(self) -> Above:
         """What the layer below is to know."""
-        return Above(self.norm, self.eps, *_room(self.projection))
+        return Above(self.norm, self.eps, *_padding(self.projection))
 
     def dropping(self, row: Tensor) -> Before:
         """The same with dropout, see `precision.projection`."""
@@ -329,7 +329,7 @@ def _forward(
     if not level.keeps_heads:
         heads = None
     y, inner_output = behind.output.forward(attended.out)
-    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, *_room(behind.gate_up))
+    h, normed = layer.add_rms_norm(x, y, behind.norm, behind.eps, *_padding(behind.gate_up))
     del y
     kept = _Kept(None)
     if level.keeps_attended:
@@ -352,9 +352,9 @@ def _forward(
     return behind.up.sum(h, ys.pop()) if len(parts) == 1 else torch.cat(ys), kept
 
 
-def _room(projection: AnyProjection) -> tuple[int, Measure | None]:
+def _padding(projection: AnyProjection) -> tuple[int, Measure | None]:
     """How an x of this projection is to be written."""
-    return projection.room, projection.measure_x
+    return projection.pad_columns, projection.measure_x
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -369,7 +369,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, before: Before) -> _Turned:
 
 
 def _normed(x: Tensor, before: Before) -> Tensor:
-    """The first norm of the stream, (T, d + room), which the layer below may have made."""
+    """The first norm of the stream, (T, d + pad_columns), which the layer below may have made."""
     normed = before.down.normed(x)
     return layer.rms_norm(x, *before.above) if normed is None else normed
 
@@ -400,7 +400,7 @@ def _mlp_backward(
     if kept.stream is None:
         assert kept.x is not None
         y, inner_output = behind.output.forward(attended)
-        total, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, *_room(behind.gate_up))
+        total, normed = layer.add_rms_norm(kept.x, y, behind.norm, behind.eps, *_padding(behind.gate_up))
         kept.stream = total, inner_output
         del y, total
     h = kept.stream[0]
@@ -432,7 +432,7 @@ def _mlp_backward(
 
 def _gate_up(h: Tensor, normed: Tensor | None, part: slice, behind: Behind) -> tuple[Tensor, Tensor | None]:
     """Gate and up of one tile, and their inner activation."""
-    rows = layer.rms_norm(h, behind.norm, behind.eps, *_room(behind.gate_up)) if normed is None else normed[part]
+    rows = layer.rms_norm(h, behind.norm, behind.eps, *_padding(behind.gate_up)) if normed is None else normed[part]
     return behind.gate_up.forward(rows)
 
 
@@ -456,8 +456,8 @@ def _tile_backward(
     del active
     d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)
     d_past = dy[:, : h.shape[1]]
-    room, measure = behind.output.room, behind.output.measure_dy
-    d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, room, measure)
+    pad, measure = behind.output.pad_columns, behind.output.measure_dy
+    d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, pad, measure)
     of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
     return d_h, [of_gate_up, of_down]
 
@@ -476,8 +476,8 @@ def _heads_backward(
     d_query, d_key, d_value = d_heads
     d_heads.clear()
     norm, eps = before.heads.norm, before.heads.norm_eps
-    room, measure = before.projection.room, before.projection.measure_dy
-    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, room, measure)
+    pad, measure = before.projection.pad_columns, before.projection.measure_dy
+    dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, pad, measure)
     heads.unturned = None
     del d_query, d_key, d_value
     d_inner: Any = before.projection.d_inner(dy)
@@ -486,7 +486,9 @@ def _heads_backward(
         d_normed = before.projection.d_input(dy, d_inner)
         d_past = d_stream[:, : x.shape[1]]
         down = before.down
-        d_x, normed = layer.rms_norm_backward(d_normed, d_past, x, before.norm, before.eps, down.room, down.measure)
+        d_x, normed = layer.rms_norm_backward(
+            d_normed, d_past, x, before.norm, before.eps, down.pad_columns, down.measure
+        )
         below = down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)

@@ -81,7 +81,7 @@ class FusedLayer(nn.Module):
             down,
             _weight(second),
             _eps(second),
-            block.Passage(down.room, down.measure_dy),
+            block.Passage(down.pad_columns, down.measure_dy),
         )
         layer._options, layer.keep = options[attn], keep
         layer._dropped = [module for part in (attn, mlp) for module in part.children() if dropout_of(module)]

@@ -5,7 +5,7 @@ Each function here is one pass over them, forward or backward, written in plain 
 what a CPU runs. On a GPU in half precision its Triton twin in `ops.layer_kernels` runs instead. Sums are taken in
 float32 (float64 for float64), outputs have the inputs' dtype.
 
-What goes on into a projection can be written with `room`: so many columns more than it has, whose values mean
+What goes on into a projection can be written with `pad`: so many columns more than it has, whose values mean
 nothing yet and which `precision.projection` fills. The pass has to write its rows anyhow, and so they need no copy.
 For a projection in 8 bits it leaves a `measure` of each row there (`ops.measure`).
 
@@ -69,22 +69,22 @@ def wide(x: Tensor) -> Tensor:
 
 
 @with_kernel(half_on_gpu)
-def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + room)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + pad)."""
     x32 = wide(x)
     unit = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return _with_room(weight * unit, room, measure)
+    return _padded(weight * unit, pad, measure)
 
 
 @with_kernel(half_on_gpu)
 def add_rms_norm(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + y, (N, d), and its norm, (N, d + room)."""
+    """x + y, (N, d), and its norm, (N, d + pad)."""
     total = x + y
     x32 = wide(total)
     unit = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return total, _with_room(weight * unit, room, measure)
+    return total, _padded(weight * unit, pad, measure)
 
 
 @with_kernel(half_on_gpu)
@@ -94,7 +94,7 @@ def rms_norm_backward(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    room: int = 0,
+    pad: int = 0,
     measure: Measure | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x through its norm and past it, and the norm once more (cheaper than to keep it).
@@ -102,35 +102,35 @@ def rms_norm_backward(
     Args:
         d_out: (N, d), gradient of `rms_norm(x)`.
         d_residual: (N, d), gradient of x itself, along the residual stream.
-    Returns: gradient of x, (N, d + room), and rms_norm(x), (N, d).
+    Returns: gradient of x, (N, d + pad), and rms_norm(x), (N, d).
     """
     x32 = wide(x)
     inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     unit = x32 * inverse
     d_unit = wide(d_out) * wide(weight)
     d_x = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return _with_room((d_x + wide(d_residual)).to(x.dtype), room, measure), weight * unit.to(x.dtype)
+    return _padded((d_x + wide(d_residual)).to(x.dtype), pad, measure), weight * unit.to(x.dtype)
 
 
 @with_kernel(half_on_gpu)
-def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
-    """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + room)."""
+def swiglu(gate_up: Tensor, pad: int = 0, measure: Measure | None = None) -> Tensor:
+    """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + pad)."""
     gate, up = gate_up.chunk(2, -1)
-    return _with_room(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, room, measure)
+    return _padded(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, pad, measure)
 
 
 @with_kernel(half_on_gpu)
 def swiglu_backward(
-    gate_up: Tensor, d_out: Tensor, room: int = 0, measure: Measure | None = None
+    gate_up: Tensor, d_out: Tensor, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `gate_up`, (N, 2 m + room), and `swiglu(gate_up)` once more, (N, m)."""
+    """Gradient of `gate_up`, (N, 2 m + pad), and `swiglu(gate_up)` once more, (N, m)."""
     gate, up = gate_up.chunk(2, -1)
     gate32, up32, d32 = wide(gate), wide(up), wide(d_out)
     sigmoid = torch.sigmoid(gate32)
     silu = gate32 * sigmoid
     d_gate = d32 * up32 * (sigmoid + silu * (1 - sigmoid))
     d_gate_up = torch.cat([d_gate, d32 * silu], -1).to(gate.dtype)
-    return _with_room(d_gate_up, room, measure), silu.to(gate.dtype) * up
+    return _padded(d_gate_up, pad, measure), silu.to(gate.dtype) * up
 
 
 @with_kernel(_whole_heads)
@@ -161,7 +161,7 @@ def rotate_backward(
     x: Tensor | None,
     weight: Tensor | None,
     eps: float,
-    room: int = 0,
+    pad: int = 0,
     measure: Measure | None = None,
 ) -> Tensor:
     """Gradient of the argument of `rotate` from those of its three parts.
@@ -169,7 +169,7 @@ def rotate_backward(
     Args:
         d_query, d_key, d_value: (T, heads of each, head_dim).
         x: (T, heads, head_dim), the argument, needed only where there is a norm.
-    Returns: (T, heads * head_dim + room).
+    Returns: (T, heads * head_dim + pad).
     """
     d_turned = wide(torch.cat([d_query, d_key], 1))
     d_head = d_turned * wide(cos)[:, None] - _quarter_turn(d_turned * wide(sin)[:, None])
@@ -179,7 +179,7 @@ def rotate_backward(
         inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         unit, d_unit = x32 * inverse, d_head * wide(weight)
         d_head = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
-    return _with_room(torch.cat([d_head.to(d_value.dtype), d_value], 1).flatten(1), room, measure)
+    return _padded(torch.cat([d_head.to(d_value.dtype), d_value], 1).flatten(1), pad, measure)
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.cat([-b, a], -1)
 
 
-def _with_room(x: Tensor, room: int, measure: Measure | None) -> Tensor:
-    roomy = torch.nn.functional.pad(x, (0, room)) if room else x
+def _padded(x: Tensor, pad: int, measure: Measure | None) -> Tensor:
+    padded = torch.nn.functional.pad(x, (0, pad)) if pad else x
     if measure is not None:
-        leave(roomy, x.shape[1], measure)
-    return roomy
+        leave(padded, x.shape[1], measure)
+    return padded

@@ -37,7 +37,7 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _rms_norm(
-    x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, room, eps,
+    x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, d, pad, eps,
     ADD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +53,7 @@ def _rms_norm(
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     unit = (x * inverse).to(out_ptr.dtype.element_ty).to(tl.float32)
-    out_ptr += row * (d + room)
+    out_ptr += row * (d + pad)
     out = (unit * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, out, mask=inside)
     if MEASURE > 0:
@@ -61,28 +61,28 @@ def _rms_norm(
         leave(out_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """As `ops.layer.rms_norm`."""
     rows, d = x.shape
-    x, out = x.contiguous(), x.new_empty(rows, d + room)
+    x, out = x.contiguous(), x.new_empty(rows, d + pad)
     block = triton.next_power_of_2(d)
     _rms_norm[(rows,)](
-        x, x, weight, out, out, d, room, eps, ADD=False, MEASURE=_asked(measure, x)[1], BLOCK=block,
+        x, x, weight, out, out, d, pad, eps, ADD=False, MEASURE=_asked(measure, x)[1], BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return out
 
 
 def add_rms_norm(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, measure: Measure | None = None
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `ops.layer.add_rms_norm`."""
     rows, d = x.shape
     x, y = x.contiguous(), y.contiguous()
-    total, out = torch.empty_like(x), x.new_empty(rows, d + room)
+    total, out = torch.empty_like(x), x.new_empty(rows, d + pad)
     block = triton.next_power_of_2(d)
     _rms_norm[(rows,)](
-        x, y, weight, total, out, d, room, eps, ADD=True, MEASURE=_asked(measure, x)[1], BLOCK=block,
+        x, y, weight, total, out, d, pad, eps, ADD=True, MEASURE=_asked(measure, x)[1], BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return total, out
@@ -90,7 +90,7 @@ def add_rms_norm(
 
 @triton.jit
 def _rms_norm_backward(
-    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, scale_ptr, d, residual_row, room, eps,
+    d_out_ptr, d_residual_ptr, x_ptr, weight_ptr, d_x_ptr, out_ptr, scale_ptr, d, residual_row, pad, eps,
     MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -104,7 +104,7 @@ def _rms_norm_backward(
     inverse = tl.rsqrt(tl.sum(x * x) / d + eps)
     unit = x * inverse
     d_x = (inverse * (d_unit - unit * (tl.sum(d_unit * unit) / d)) + d_residual).to(d_x_ptr.dtype.element_ty)
-    d_x_ptr += row * (d + room)
+    d_x_ptr += row * (d + pad)
     tl.store(d_x_ptr + column, d_x, mask=inside)
     if MEASURE > 0:
         value = scaled(d_x, scale_ptr, column, inside, MEASURE == 2)
@@ -118,31 +118,31 @@ def rms_norm_backward(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    room: int = 0,
+    pad: int = 0,
     measure: Measure | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.layer.rms_norm_backward`."""
     rows, d = x.shape
     d_out, x = d_out.contiguous(), x.contiguous()
     d_residual = d_residual if d_residual.stride(1) == 1 else d_residual.contiguous()
-    d_x, out = x.new_empty(rows, d + room), torch.empty_like(x)
+    d_x, out = x.new_empty(rows, d + pad), torch.empty_like(x)
     block = triton.next_power_of_2(d)
     scale, kind = _asked(measure, x)
     _rms_norm_backward[(rows,)](
-        d_out, d_residual, x, weight, d_x, out, scale, d, d_residual.stride(0), room, eps, MEASURE=kind, BLOCK=block,
+        d_out, d_residual, x, weight, d_x, out, scale, d, d_residual.stride(0), pad, eps, MEASURE=kind, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return d_x, out
 
 
 @triton.jit
-def _swiglu(gate_up_ptr, out_ptr, width, room, MEASURE: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(gate_up_ptr, out_ptr, width, pad, MEASURE: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    out_ptr += row * (width + room)
+    out_ptr += row * (width + pad)
     out = (silu * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, out, mask=inside)
     if MEASURE > 0:
@@ -152,7 +152,7 @@ def _swiglu(gate_up_ptr, out_ptr, width, room, MEASURE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _swiglu_backward(
-    gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, scale_ptr, width, room,
+    gate_up_ptr, d_out_ptr, d_gate_up_ptr, out_ptr, scale_ptr, width, pad,
     MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +164,7 @@ def _swiglu_backward(
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     tl.store(out_ptr + row * width + column, silu.to(out_ptr.dtype.element_ty).to(tl.float32) * up, mask=inside)
-    d_gate_up_ptr += row * (2 * width + room)
+    d_gate_up_ptr += row * (2 * width + pad)
     d_gate = (d_out * up * (sigmoid + silu * (1 - sigmoid))).to(d_gate_up_ptr.dtype.element_ty)
     d_up = (d_out * silu).to(d_gate_up_ptr.dtype.element_ty)
     tl.store(d_gate_up_ptr + column, d_gate, mask=inside)
@@ -181,27 +181,27 @@ def _swiglu_block(width: int) -> int:
     return max(2048 if width <= 8192 else 4096, int(triton.next_power_of_2(triton.cdiv(width, PIECES))))
 
 
-def swiglu(gate_up: Tensor, room: int = 0, measure: Measure | None = None) -> Tensor:
+def swiglu(gate_up: Tensor, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """As `ops.layer.swiglu`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width + room)
+    gate_up, out = gate_up.contiguous(), gate_up.new_empty(rows, width + pad)
     block = _swiglu_block(width)
     _swiglu[(rows, triton.cdiv(width, block))](
-        gate_up, out, width, room, MEASURE=_asked(measure, out)[1], BLOCK=block, num_warps=_warps(block)
+        gate_up, out, width, pad, MEASURE=_asked(measure, out)[1], BLOCK=block, num_warps=_warps(block)
     )
     return out
 
 
 def swiglu_backward(
-    gate_up: Tensor, d_out: Tensor, room: int = 0, measure: Measure | None = None
+    gate_up: Tensor, d_out: Tensor, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `ops.layer.swiglu_backward`."""
     rows, width = d_out.shape
     gate_up, d_out = gate_up.contiguous(), d_out.contiguous()
-    d_gate_up, out = gate_up.new_empty(rows, 2 * width + room), torch.empty_like(d_out)
+    d_gate_up, out = gate_up.new_empty(rows, 2 * width + pad), torch.empty_like(d_out)
     (scale, kind), block = _asked(measure, out), _swiglu_block(width)
     _swiglu_backward[(rows, triton.cdiv(width, block))](
-        gate_up, d_out, d_gate_up, out, scale, width, room, MEASURE=kind, BLOCK=block, num_warps=_warps(block)
+        gate_up, d_out, d_gate_up, out, scale, width, pad, MEASURE=kind, BLOCK=block, num_warps=_warps(block)
     )
     return d_gate_up, out
 
@@ -248,7 +248,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | N
 @triton.jit
 def _rotate_backward(
     d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr, scale_ptr,
-    queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, room, eps,
+    queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, pad, eps,
     NORM: tl.constexpr, MEASURE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -279,7 +279,7 @@ def _rotate_backward(
         x_a, x_b, a, b = x_a * inverse, x_b * inverse, a * weight_a, b * weight_b
         mean = ((tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)) / (2 * HALF))[:, None]
         a, b = inverse * (a - x_a * mean), inverse * (b - x_b * mean)
-    out_ptr += token * (heads * 2 * HALF + room)
+    out_ptr += token * (heads * 2 * HALF + pad)
     column = head * 2 * HALF + j
     a = tl.where(head < rotated, a, a0).to(out_ptr.dtype.element_ty)
     b = tl.where(head < rotated, b, b0).to(out_ptr.dtype.element_ty)
@@ -302,21 +302,21 @@ def rotate_backward(
     x: Tensor | None,
     weight: Tensor | None,
     eps: float,
-    room: int = 0,
+    pad: int = 0,
     measure: Measure | None = None,
 ) -> Tensor:
     """As `ops.layer.rotate_backward`, for halves of a power of two."""
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (d_query, d_key, d_value)]
     strides = [stride for part in parts for stride in part.stride()[:2]]
     (tokens, queries, dim), keys = parts[0].shape, parts[1].shape[1]
-    out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + room)
+    out = d_query.new_empty(tokens, (queries + 2 * keys) * dim + pad)
     scale, kind = _asked(measure, out)
     block = max(1, 2048 // dim)
     if kind:  # as many programs as leave a measure each
         block = max(block, triton.next_power_of_2(triton.cdiv(queries + 2 * keys, PIECES)))
     _rotate_backward[(tokens, triton.cdiv(queries + 2 * keys, block))](
         *parts, cos.contiguous(), sin.contiguous(), out if x is None else x, out if weight is None else weight, out,
-        scale, queries, keys, *strides, room, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,
+        scale, queries, keys, *strides, pad, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,
     )  # fmt: skip
     return out
 

@@ -35,7 +35,7 @@ PER_MOST = 1 / MOST
 LEAST = 2.0**-50
 """The smallest scale, for rows of zeros. Numbers whose squares vanish in float32, below 2^-63, are far below it."""
 PIECES = 16
-ROOM = 64
+PAD_COLUMNS = 64
 """Columns behind a row: of two bytes these are 32 numbers in float32, and rows still begin on a cache line."""
 
 
@@ -56,14 +56,14 @@ def measured(x: Tensor, measure: Measure) -> Tensor:
     return found
 
 
-def leave(roomy: Tensor, width: int, measure: Measure) -> None:
-    """Measures (N, width + at least ROOM) and writes what is found behind the first `width` columns."""
-    behind(roomy, width).copy_(measured(roomy[:, :width], measure))
+def leave(padded: Tensor, width: int, measure: Measure) -> None:
+    """Measures (N, width + at least PAD_COLUMNS) and writes what is found behind the first `width` columns."""
+    behind(padded, width).copy_(measured(padded[:, :width], measure))
 
 
-def behind(roomy: Tensor, width: int) -> Tensor:
+def behind(padded: Tensor, width: int) -> Tensor:
     """(N, 2 PIECES) float32, a view of what was left behind the rows."""
-    return roomy[:, width:].view(torch.float32)[:, : 2 * PIECES]
+    return padded[:, width:].view(torch.float32)[:, : 2 * PIECES]
 
 
 def scales(found: Tensor, bound: Tensor | float) -> Tensor:

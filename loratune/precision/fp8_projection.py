@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loratune.ops import layer
-from loratune.ops.measure import ROOM, Measure
+from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.ops.thin import Members, Work
 from loratune.precision.fp8 import Fp8Weight, Scaled, border_of, lay, lay_border, numbers_of, product, transposed
 
@@ -55,7 +55,7 @@ class Fp8Projection:
     """(4,) float32, see `precision.fp8.numbers_of`."""
     turned: Tensor | None = None
     """(d_in, D + border) e4m3, W transposed with its border, where it is kept."""
-    room: int = ROOM
+    pad_columns: int = PAD_COLUMNS
     """Columns that x and dy may have beyond their own."""
 
     @classmethod
@@ -107,13 +107,13 @@ class Fp8Projection:
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor]:
         """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
-        return self.forward(layer.swiglu(gate_up, self.room, self.measure_x))
+        return self.forward(layer.swiglu(gate_up, self.pad_columns, self.measure_x))
 
     def swiglu_backward(
         self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: object
     ) -> tuple[Tensor, Tensor, Laid]:
         """As `Projection.swiglu_backward`."""
-        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.room, self.measure_dy)
+        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.pad_columns, self.measure_dy)
         return d_gate_up, active, self.d_inner(d_gate_up)
 
     def d_inner(self, dy: Tensor) -> Laid:

@@ -56,8 +56,8 @@ class Projection:
     ranks: Sequence[slice]
     scalings: Sequence[float]
     bordered: Tensor | None = None
-    """(D + room, d_in + room), W with its border, of which the weight, `lora_A` and `lora_B` are views; its padding
-    is zero. None where W is not a matrix, or nothing has an adapter."""
+    """(D + pad_columns, d_in + pad_columns), W with its border, of which the weight, `lora_A` and `lora_B` are views;
+    its padding is zero. None where W is not a matrix, or nothing has an adapter."""
     measure_x: None = None
     measure_dy: None = None
     """What rows are measured for (`ops.measure`): nothing."""
@@ -77,13 +77,13 @@ class Projection:
         return self if self.drops is None else replace(self, drops=replace(self.drops, first=first))
 
     @property
-    def room(self) -> int:
+    def pad_columns(self) -> int:
         """Columns that x and dy may have beyond their own."""
         return 0 if self._border is None else self._border[1].shape[1]
 
     @property
     def _border(self) -> tuple[Tensor, Tensor] | None:
-        """A, (room, d_in), and B, (D, room), that ride in the wide product; None where they do not."""
+        """A, (pad_columns, d_in), and B, (D, pad_columns), that ride in the wide product; None where they do not."""
         d_out, d_in = self.frozen.shape
         if self.bordered is not None:
             return self.bordered[d_out:, :d_in], self.bordered[:d_out, d_in:]
@@ -91,23 +91,23 @@ class Projection:
             return None
         return (self.lora_A, self.lora_B) if self.frozen.carries(self.lora_B.shape[1]) else None
 
-    def _wide(self, roomy: Tensor) -> Tensor:
+    def _wide(self, padded: Tensor) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b, where there is a border."""
         if self.bordered is not None:
             weight = self.bordered[: self.frozen.shape[0]]
-            return mm(roomy, weight.T) if self.bias is None else linear(roomy, weight, self.bias)
+            return mm(padded, weight.T) if self.bias is None else linear(padded, weight, self.bias)
         assert isinstance(self.frozen, Nf4Weight)
         assert self.lora_B is not None
-        return self.frozen.forward_carrying(roomy, self.bias, self.lora_B)
+        return self.frozen.forward_carrying(padded, self.bias, self.lora_B)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, d_in) or (N, d_in + room) -> outputs of all members (N, D), and x Aᵀ, (N, R)."""
+        """(N, d_in) or (N, d_in + pad_columns) -> outputs of all members (N, D), and x Aᵀ, (N, R)."""
         d_in, border = self.frozen.shape[1], self._border
         if border is not None and self.lora_A is not None:
-            roomy = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.room)
-            copy = None if roomy is x else roomy[:, :d_in]
-            inner = narrow(x[:, :d_in], self.lora_A.T, roomy[:, d_in:], copy=copy, drops=self.drops)
-            return self._wide(roomy), inner
+            padded = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.pad_columns)
+            copy = None if padded is x else padded[:, :d_in]
+            inner = narrow(x[:, :d_in], self.lora_A.T, padded[:, d_in:], copy=copy, drops=self.drops)
+            return self._wide(padded), inner
         if self.lora_A is None or self.lora_B is None:
             return self.frozen.forward(x, self.bias), None
         inner = narrow(x, self.lora_A.T, drops=self.drops)
@@ -115,7 +115,7 @@ class Projection:
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
-        return self.forward(layer.swiglu(gate_up, self.room))
+        return self.forward(layer.swiglu(gate_up, self.pad_columns))
 
     def swiglu_backward(
         self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
@@ -128,11 +128,11 @@ class Projection:
             inner, after, d_inner: asked for by a bank's (`ops.bank.projection`).
         Returns: gradient of gate_up, to be handed on to `d_input` and `d_adapters`; swiglu(gate_up); and `d_inner`.
         """
-        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.room)
+        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.pad_columns)
         return d_gate_up, active, self.d_inner(d_gate_up)
 
     def d_inner(self, dy: Tensor) -> Tensor | None:
-        """(N, D) or (N, D + room), which is filled in -> gradient of x Aᵀ, (N, R)."""
+        """(N, D) or (N, D + pad_columns), which is filled in -> gradient of x Aᵀ, (N, R)."""
         if self.lora_B is None:
             return None
         d_out = self.frozen.shape[0]

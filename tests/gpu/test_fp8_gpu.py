@@ -15,7 +15,7 @@ from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
 from loratune.memory.fit import fit
 from loratune.ops import layer, measure, thin
-from loratune.ops.measure import ROOM, Measure
+from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.precision import fp8, fp8_kernels
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 from loratune.precision.linear import quantise_linears
@@ -61,11 +61,11 @@ def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
         numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8.MARGIN * bound])
         asked = Measure(scale)
         found = measure.measured(x, asked)
-        roomy = torch.nn.functional.pad(x, (0, ROOM))
-        measure.behind(roomy, width).copy_(found)
-        rows, inner = fp8.lay(roomy, thin_matrix, scale, numbers)
+        padded = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
+        measure.behind(padded, width).copy_(found)
+        rows, inner = fp8.lay(padded, thin_matrix, scale, numbers)
         for _ in range(RUNS):
-            again, same = fp8.lay(roomy, thin_matrix, scale, numbers)
+            again, same = fp8.lay(padded, thin_matrix, scale, numbers)
             assert differing(rows.values, again.values) == 0.0
             assert torch.equal(inner, same)
         t = measure.scales(found, numbers[1])
@@ -106,7 +106,7 @@ def test_passes_leave_what_is_measured_in_what_they_wrote_and_write_what_they_di
         (layer.rotate_backward, (*parts, cos, sin, None, None, 0.0), heads * 128, factors(heads * 128), 0),
         (layer.rotate_backward, (*parts, cos, sin, before, table, 1e-6), heads * 128, factors(heads * 128), 0),
     ):
-        with_measure, without = function(*arguments, ROOM, asked), function(*arguments)
+        with_measure, without = function(*arguments, PAD_COLUMNS, asked), function(*arguments)
         with_measure, without = (r if isinstance(r, tuple) else (r,) for r in (with_measure, without))
         for index, (a, b) in enumerate(zip(with_measure, without, strict=True)):
             assert torch.equal(a[:, :width_of] if index == at else a, b), function.__name__

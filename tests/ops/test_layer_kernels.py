@@ -29,18 +29,18 @@ def both(name, *arguments, module=layer):
     check(name, getattr(kernels, name)(*arguments), reference)  # in this order: the kernel may work in place
 
 x, y, weight = half(5, 96), half(5, 96), half(96)
-for room in (0, 8):
-    both("rms_norm", x, weight, 1e-6, room)
-    both("add_rms_norm", x, y, weight, 1e-6, room)
-    both("rms_norm_backward", y, half(5, 100)[:, :96], x, weight, 1e-6, room)
-    both("swiglu", half(5, 2 * 70), room)
-    both("swiglu_backward", half(5, 2 * 70), half(5, 70), room)
+for pad in (0, 8):
+    both("rms_norm", x, weight, 1e-6, pad)
+    both("add_rms_norm", x, y, weight, 1e-6, pad)
+    both("rms_norm_backward", y, half(5, 100)[:, :96], x, weight, 1e-6, pad)
+    both("swiglu", half(5, 2 * 70), pad)
+    both("swiglu_backward", half(5, 2 * 70), half(5, 70), pad)
 heads, cos, sin, table = half(5, 7, 16), half(5, 16), half(5, 16), half(5, 16)
 for norm in (None, table):
     both("rotate", heads, cos, sin, 5, norm, 1e-6)
     d_key = half(5, 9, 16)[:, 3:5]  # strided, as a slice is
-    for room in (0, 8):
-        both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6, room)
+    for pad in (0, 8):
+        both("rotate_backward", half(5, 3, 16), d_key, half(5, 2, 16), cos, sin, heads, norm, 1e-6, pad)
 for softcap in (None, 3.0):
     for tokens, vocabulary in ((6, 5003), (2, 40001)):  # within what a program has at once, and beyond
         targets = torch.randint(vocabulary, (tokens,))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loratune.ops import layer
-from loratune.ops.measure import LEAST, MOST, PIECES, ROOM, Measure, behind, measured, scales, upward
+from loratune.ops.measure import LEAST, MOST, PAD_COLUMNS, PIECES, Measure, behind, measured, scales, upward
 from loratune.precision.fp8 import E4M3, Fp8Weight, lay, numbers_of
 
 
@@ -73,19 +73,19 @@ def test_passes_leave_what_measured_finds():
     x, y, weight, scale = torch.randn(5, 96), torch.randn(5, 96), torch.rand(96), 2.0 ** torch.randint(-3, 3, (96,))
     cos, sin, heads = torch.rand(5, 16), torch.rand(5, 16), torch.randn(5, 6, 16)
     plain, scaled = Measure(), Measure(scale)
-    for roomy, width, measure in (
-        (layer.rms_norm(x, weight, 1e-6, ROOM, plain), 96, plain),
-        (layer.add_rms_norm(x, y, weight, 1e-6, ROOM, plain)[1], 96, plain),
-        (layer.rms_norm_backward(y, x, x, weight, 1e-6, ROOM, scaled)[0], 96, scaled),
-        (layer.swiglu(x, ROOM, plain), 48, plain),
-        (layer.swiglu_backward(x, y[:, :48], ROOM, scaled)[0], 96, scaled),
+    for padded, width, measure in (
+        (layer.rms_norm(x, weight, 1e-6, PAD_COLUMNS, plain), 96, plain),
+        (layer.add_rms_norm(x, y, weight, 1e-6, PAD_COLUMNS, plain)[1], 96, plain),
+        (layer.rms_norm_backward(y, x, x, weight, 1e-6, PAD_COLUMNS, scaled)[0], 96, scaled),
+        (layer.swiglu(x, PAD_COLUMNS, plain), 48, plain),
+        (layer.swiglu_backward(x, y[:, :48], PAD_COLUMNS, scaled)[0], 96, scaled),
         (
-            layer.rotate_backward(*heads.split(2, 1), cos, sin, None, None, 0.0, ROOM, Measure(scale)),
+            layer.rotate_backward(*heads.split(2, 1), cos, sin, None, None, 0.0, PAD_COLUMNS, Measure(scale)),
             96,
             scaled,
         ),
     ):
-        assert roomy.shape[1] == width + ROOM
-        found = behind(roomy, width)
+        assert padded.shape[1] == width + PAD_COLUMNS
+        found = behind(padded, width)
         assert found.shape[1] == 2 * PIECES
-        assert torch.equal(found, measured(roomy[:, :width].contiguous(), measure))
+        assert torch.equal(found, measured(padded[:, :width].contiguous(), measure))

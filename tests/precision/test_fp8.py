@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loratune.fused.ledger import LayerShape
-from loratune.ops.measure import MOST, ROOM
+from loratune.ops.measure import MOST, PAD_COLUMNS
 from loratune.ops.thin import Members, gradients
 from loratune.precision.fp8 import Fp8Weight, quantise_rows
 from loratune.precision.fp8_projection import Fp8Projection
@@ -134,7 +134,7 @@ def test_the_ledger_knows_the_borders(ranks, width, mlp):
         weight = Fp8Weight(torch.empty(d_out, d_in, dtype=torch.uint8), torch.ones(d_out, 1), torch.float32)
         held = Fp8Weight.stacked([weight], rank)
         assert shape.border(nth) == (0 if held.bordered is None else held.bordered.shape[1] - d_in)
-        assert shape.room(nth) == (ROOM if held.carries else 0)
+        assert shape.room(nth) == (PAD_COLUMNS if held.carries else 0)
 
 
 def test_an_adapter_of_high_rank_is_added_afterwards():
@@ -182,13 +182,13 @@ for tall in (5, 1030):  # 1030: tiles of 64 rows
     for scales in (None, columns):
         rows = (x if scales is None else x / scales).half()
         across = (thin if scales is None else thin * scales[:, None]).half()
-        roomy = torch.nn.functional.pad(rows, (0, measure.ROOM))
-        measure.leave(roomy, 96, measure.Measure(scales))
+        padded = torch.nn.functional.pad(rows, (0, measure.PAD_COLUMNS))
+        measure.leave(padded, 96, measure.Measure(scales))
         for bound in (0.0, 3.0):
             numbers = torch.tensor([2.0, bound])
-            for found in (None, measure.behind(roomy, 96)):
-                expected, inner = fp8.lay(rows if found is None else roomy, across, scales, numbers)
-                values, scale, got = fp8_kernels.lay(roomy[:, :96], found, across, scales, numbers)
+            for found in (None, measure.behind(padded, 96)):
+                expected, inner = fp8.lay(rows if found is None else padded, across, scales, numbers)
+                values, scale, got = fp8_kernels.lay(padded[:, :96], found, across, scales, numbers)
                 assert torch.equal(scale, expected.scale)
                 assert torch.equal(got, inner)
                 assert inner[:, 5].unique().numel() > 2
@@ -235,7 +235,7 @@ def check(got, width, asked):
     torch.testing.assert_close(squares, expected[:, measure.PIECES], rtol=1e-5, atol=0)
 
 def both(name, at, width, asked, *arguments):
-    outs = [getattr(module, name)(*arguments, measure.ROOM, asked) for module in (kernels, layer)]
+    outs = [getattr(module, name)(*arguments, measure.PAD_COLUMNS, asked) for module in (kernels, layer)]
     got, reference = (out[at] if isinstance(out, tuple) else out for out in outs)
     check(got, width, asked)
     check(reference, width, asked)

@@ -135,7 +135,7 @@ class BankProjection:
     """Whether the output lacks the low-rank part, which `swiglu` then adds on the way: gate and up on a GPU."""
     leaves_input: bool = False
     """The same for the gradient of the input: the down projection on a GPU."""
-    room: int = 0
+    pad_columns: int = 0
     """Columns that x and dy have beyond their own (`precision.projection`): none."""
     measure_x: None = None
     measure_dy: None = None

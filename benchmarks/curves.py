@@ -3,7 +3,7 @@
     python -m benchmarks.curves OUT.jsonl orders|prose MODEL [MODEL ...]      a folder, or loratune/pocket
 
 The same rows, seeds, rates and initial adapters for all. `orders` is a task that the model in the box was not taught,
-nor any model made by `training.pocket`; it is learnt to the end. `prose` (`benchmarks.prose`) is not, so that last
+nor any model made by `tools.pocket`; it is learnt to the end. `prose` (`benchmarks.prose`) is not, so that last
 held-out losses can be compared. Under deterministic algorithms, so that the recorded step can be compared with the
 eager one to the bit. One JSON object a run: every training loss, and the held-out loss on the way and at the end; at
 the end of a seed a line with each variant's last held-out loss over that of `graph`.

@@ -1,6 +1,6 @@
 """What ships inside the package: a small pretrained chat model and two little data sets to try LoRA on.
 
-`training/pocket/` in the repository made both; its README says how, and what the model can and cannot do.
+`tools/pocket/` in the repository made both; its README says how, and what the model can and cannot do.
 """
 
 from pathlib import Path

@@ -29,9 +29,9 @@ def model():
 
 @pytest.fixture
 def pocket(monkeypatch):
-    """Import a module of training/pocket, which is in the repository but not in the package."""
+    """Import a module of tools/pocket, which is in the repository but not in the package."""
     monkeypatch.syspath_prepend(str(REPOSITORY))
-    return lambda name: importlib.import_module(f"training.pocket.{name}")
+    return lambda name: importlib.import_module(f"tools.pocket.{name}")
 
 
 def pairs(task: str, part: str) -> list[tuple[str, str]]:
@@ -98,7 +98,7 @@ def test_heldout_orders_have_new_people_and_half_of_them_new_things():
 
 
 def test_the_data_script_writes_the_shipped_files_again(tmp_path):
-    command = [sys.executable, "-m", "training.pocket.skills", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.pocket.skills", "--out", str(tmp_path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     for path in DATA_DIR.glob("*.jsonl"):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()

@@ -1,6 +1,6 @@
 """Pretrain the pocket model on one GPU within a budget of wall-clock seconds.
 
-    python -m training.pocket.pretrain --tokenizer FOLDER --out FOLDER --seconds 500
+    python -m tools.pocket.pretrain --tokenizer FOLDER --out FOLDER --seconds 500
 
 Worker processes make shards of the corpus while the GPU trains; shards are used in a fixed order, each three times.
 The learning rate follows the clock (warm-up, plateau, linear decay to zero), so the run ends well on any machine.
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from training.pocket import corpus
-from training.pocket.model import Pocket, config, document_mask, to_transformers
+from tools.pocket import corpus
+from tools.pocket.model import Pocket, config, document_mask, to_transformers
 
 WARM_UP, PLATEAU = 0.01, 0.40  # shares of the run; after the plateau the rate falls linearly to zero
 MATRIX_RATE, VECTOR_RATE, MOMENTUM, DECAY = 0.02, 3e-3, 0.95, 0.05
@@ -205,7 +205,7 @@ def same_logits(model: Pocket) -> float:
 def main() -> None:
     """Make data and train side by side, export, and say how it went."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by training.pocket.tokenizer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by tools.pocket.tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--size", choices=("pocket", "larger"), default="pocket")
     parser.add_argument("--seconds", type=float, default=500)

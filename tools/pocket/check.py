@@ -1,6 +1,6 @@
 """Measure the pocket model: its everyday skills, and how fast adapters learn the two it does not have.
 
-    python -m training.pocket.check --model FOLDER [--device cuda] [--steps 150] [--rate 4e-3] [--row-tokens 512]
+    python -m tools.pocket.check --model FOLDER [--device cuda] [--steps 150] [--rate 4e-3] [--row-tokens 512]
 
 Adapters are trained here with PEFT and a plain loop, so the figures do not depend on loratune itself. Exact match
 is teacher-forced: every token of the reference answer is the most likely one, which holds exactly when greedy
@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from training.pocket import skills, tasks_chat, tasks_numbers, tasks_reading, tasks_text, tasks_world
+from tools.pocket import skills, tasks_chat, tasks_numbers, tasks_reading, tasks_text, tasks_world
 
 TASKS = ("dates", "orders")
 

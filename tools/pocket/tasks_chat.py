@@ -8,8 +8,8 @@ here that returns turns with roles, because system prompts and memory need more 
 import random
 from collections.abc import Callable
 
-from training.pocket import tasks_numbers, tasks_reading, tasks_text, tasks_world, words
-from training.pocket.grammar import Exchange, Turn, capital, city, fill, first_name, item, sentence
+from tools.pocket import tasks_numbers, tasks_reading, tasks_text, tasks_world, words
+from tools.pocket.grammar import Exchange, Turn, capital, city, fill, first_name, item, sentence
 
 _TALK = """
 Hello!|Hi!|Hey|Good morning!|Good evening!|Hi there => Hello! How can I help you?|Hi! What can I do for you?|Hello! Nice to hear from you.

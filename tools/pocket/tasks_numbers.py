@@ -9,9 +9,9 @@ import datetime
 import random
 from collections.abc import Callable
 
-from training.pocket import words
-from training.pocket.grammar import Exchange, asked, fill, first_name, item, listed
-from training.pocket.words import DAYS, MONTHS, ORDINALS, number_words, suffixed
+from tools.pocket import words
+from tools.pocket.grammar import Exchange, asked, fill, first_name, item, listed
+from tools.pocket.words import DAYS, MONTHS, ORDINALS, number_words, suffixed
 
 
 def _figure(rng: random.Random, n: int) -> str:

@@ -7,7 +7,7 @@ dots and dashes put the day first, slashes the month first. Two-digit years 50..
 count (an integer), city, day. Train and held-out share neither a full name nor a pair of name and item, and
 half of the held-out records use items that no training record has; dates share no calendar day at all.
 
-    python -m training.pocket.skills [--out FOLDER]
+    python -m tools.pocket.skills [--out FOLDER]
 
 Same seed, same bytes: tests/box/test_box.py writes both again and compares.
 """
@@ -18,8 +18,8 @@ import json
 import random
 from pathlib import Path
 
-from training.pocket import words
-from training.pocket.words import CITIES, DAYS, FIRST_NAMES, ITEMS, LAST_NAMES, MONTHS, ORDINALS
+from tools.pocket import words
+from tools.pocket.words import CITIES, DAYS, FIRST_NAMES, ITEMS, LAST_NAMES, MONTHS, ORDINALS
 
 SEED = 20210303
 TRAIN_RECORDS = 2400

@@ -9,8 +9,8 @@ demo's skill to learn.
 import random
 from collections.abc import Callable
 
-from training.pocket import words
-from training.pocket.grammar import (
+from tools.pocket import words
+from tools.pocket.grammar import (
     Exchange,
     asked,
     capital,

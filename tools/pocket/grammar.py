@@ -8,8 +8,8 @@ import random
 import re
 from functools import cache
 
-from training.pocket import words
-from training.pocket.words import CITIES, COLOURS, FIRST_NAMES, ITEMS, LAST_NAMES, NOUNS
+from tools.pocket import words
+from tools.pocket.words import CITIES, COLOURS, FIRST_NAMES, ITEMS, LAST_NAMES, NOUNS
 
 Turn = tuple[str, str]  # role, content
 Exchange = tuple[str, str]  # what the user says, what the assistant answers

@@ -3,7 +3,7 @@
 The chat format spends two tokens a turn: `<|user|>text<|end|><|assistant|>text<|end|>`. Earlier turns are written
 the same whatever comes later, so a packed or cached conversation is exact. Plain text is `<|begin|>text<|end|>`.
 
-    python -m training.pocket.tokenizer --out FOLDER
+    python -m tools.pocket.tokenizer --out FOLDER
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.pocket import library
-from training.pocket.grammar import Turn
-from training.pocket.tasks_chat import conversation
+from tools.pocket import library
+from tools.pocket.grammar import Turn
+from tools.pocket.tasks_chat import conversation
 
 VOCABULARY = 4096
 CONTEXT = 1024

@@ -9,8 +9,8 @@ import random
 import re
 from collections.abc import Callable
 
-from training.pocket import words
-from training.pocket.grammar import (
+from tools.pocket import words
+from tools.pocket.grammar import (
     Exchange,
     asked,
     capital,

@@ -8,8 +8,8 @@ so that the model learns where its world ends.
 import random
 from collections.abc import Callable
 
-from training.pocket import words
-from training.pocket.grammar import Exchange, asked, capital, fill, first_name, item, listed, word
+from tools.pocket import words
+from tools.pocket.grammar import Exchange, asked, capital, fill, first_name, item, listed, word
 
 
 def capital_city(rng: random.Random) -> Exchange:

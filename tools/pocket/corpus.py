@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from training.pocket import library, tokenizer
-from training.pocket.tasks_chat import conversation
+from tools.pocket import library, tokenizer
+from tools.pocket.tasks_chat import conversation
 
 TOKENS_PER_ROW = 1024
 ROWS_PER_SHARD = 2048

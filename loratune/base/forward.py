@@ -30,11 +30,13 @@ from loratune.errors import ModelError
 from loratune.fused import layer as fusing
 from loratune.fused.policy import Plan
 from loratune.fused.stacking import Copies, holds_bank
+from loratune.lora.linear import running_with
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention import flash
 from loratune.ops.attention.capped import Spans
 from loratune.ops.host import Host, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
+from loratune.ops.state import ForwardState
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.linear import quantised_layers
 
@@ -69,6 +71,8 @@ class PackedForward:
     """What each decoder layer keeps for its backward; None for everything."""
     record: bool = True
     """Whether steps may become CUDA graphs; False where these were found to have no room (`memory.fit`)."""
+    state: ForwardState = field(default_factory=ForwardState)
+    """Given to adapter layers and fused layers while installed; holds the dropout key of the current row."""
     _copies: Copies | None = None
     _contained: bool = False
     """As in `ops.attention.documents.document_attention`: where adapters share a row."""
@@ -78,17 +82,19 @@ class PackedForward:
         """Switches the model's attention implementation to the packed one, and back on exit."""
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.road))
+            stack.enter_context(running_with(self.model, self.state))
             self._contained = holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
                 _embeddings_to_host(self.model)
             if self.fused is not None and fusing.fusible(self.model):
-                self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan))
+                self._copies = stack.enter_context(fusing.installed(self.model, self.fused, self.plan, self.state))
             else:
                 if self.one_pass:
                     stack.enter_context(one_pass.installed(self.model))
                 if self.plan is not None:
                     once = self.road != "one by one"  # else a layer runs several times a row, and has several inputs
-                    stack.enter_context(recompute.installed(self.model, self.plan, Host() if once else None))
+                    host = Host() if once else None
+                    stack.enter_context(recompute.installed(self.model, self.plan, host, self.state))
             yield
         self._copies = None
 

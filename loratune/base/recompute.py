@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from loratune.fused.policy import Level, Plan
 from loratune.ops.attention import capped
-from loratune.ops.dropout import open_key
 from loratune.ops.host import Host
+from loratune.ops.state import ForwardState
 
 _ATTENTION = {
     getattr(torch.ops.aten, name).default
@@ -48,13 +48,17 @@ class Recomputed(nn.Module):
     _level: Level
     _index: int
     _host: Host | None
+    _state: ForwardState
 
     @classmethod
-    def from_base(cls, base: nn.Module, level: Level, index: int, host: Host | None) -> Recomputed:
+    def from_base(
+        cls, base: nn.Module, level: Level, index: int, host: Host | None, state: ForwardState
+    ) -> Recomputed:
         """The stand-in for `base`, the layer of number `index`, under a level from `SELECTIVE` on."""
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
-        layer._base, layer._level, layer._index, layer._host = (base,), level, index, host
+        layer._base, layer._level, layer._index = (base,), level, index
+        layer._host, layer._state = host, state
         return layer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -65,14 +69,19 @@ class Recomputed(nn.Module):
         settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self._random()}
         if self._level is Level.SELECTIVE:
             settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
-        host = self._host
+        host, state, row = self._host, self._state, self._state.dropout_row
+
+        def run_base(*args: Any, **kwargs: Any) -> Any:
+            with state.dropout(row):  # the key of the forward, whenever the backward runs
+                return base(*args, **kwargs)
+
         if self._level is not Level.OFFLOAD or host is None:
-            return checkpoint(base, hidden_states, *args, **settings, **kwargs)
+            return checkpoint(run_base, hidden_states, *args, **settings, **kwargs)
         first, needs_gradient = [hidden_states], hidden_states.requires_grad
 
         def run(*args: Any, **kwargs: Any) -> Any:
             x = first.pop() if first else host.fetch(self._index)[0].requires_grad_(needs_gradient)
-            return base(x, *args, **kwargs)
+            return run_base(x, *args, **kwargs)
 
         out = checkpoint(run, *args, **settings, **kwargs)
         host.leave(self._index, hidden_states.detach())
@@ -80,11 +89,13 @@ class Recomputed(nn.Module):
 
     def _random(self) -> bool:
         """The frozen base has no dropout while it trains; an adapter may, by a key or by the generators."""
-        return open_key() is None and any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
+        if self._state.dropout_row is not None:
+            return False
+        return any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
 
 
 @contextmanager
-def installed(model: PreTrainedModel, plan: Plan, host: Host | None) -> Iterator[None]:
+def installed(model: PreTrainedModel, plan: Plan, host: Host | None, state: ForwardState) -> Iterator[None]:
     """Puts `Recomputed` in the place of the decoder layers that are to keep less, and the layers back on exit.
 
     Without a host, `Level.OFFLOAD` is `Level.FULL`.
@@ -93,7 +104,7 @@ def installed(model: PreTrainedModel, plan: Plan, host: Host | None) -> Iterator
     before = list(layers)
     for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
         if level > Level.WIDE:
-            layers[index] = Recomputed.from_base(base, level, index, host)
+            layers[index] = Recomputed.from_base(base, level, index, host, state)
     try:
         yield
     finally:

@@ -30,8 +30,9 @@ from loratune.fused.policy import Level, Plan
 from loratune.fused.stacking import Copies, adapter_of, can_stack, dropout_of, masters_of, projection_of
 from loratune.ops.attention import documents as attention
 from loratune.ops.bank.projection import BankProjection
-from loratune.ops.dropout import open_key, random_row_key
+from loratune.ops.dropout import random_row_key
 from loratune.ops.host import Host
+from loratune.ops.state import ForwardState
 from loratune.precision.linear import QuantisedLinear
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -51,7 +52,13 @@ class FusedLayer(nn.Module):
 
     @classmethod
     def from_base(
-        cls, base: nn.Module, copies: Copies, options: Options, keep: block.Keep, below: block.Passage
+        cls,
+        base: nn.Module,
+        copies: Copies,
+        options: Options,
+        keep: block.Keep,
+        below: block.Passage,
+        state: ForwardState,
     ) -> FusedLayer:
         """The stand-in for `base`, which must pass `fusible`.
 
@@ -59,6 +66,7 @@ class FusedLayer(nn.Module):
             copies: takes up the working copies of the adapters.
             options: see `attention_options`.
             below: the way to the layer below.
+            state: state of the forward that runs this layer.
         """
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
@@ -83,7 +91,7 @@ class FusedLayer(nn.Module):
             _eps(second),
             block.Passage(down.pad_columns, down.measure_dy),
         )
-        layer._options, layer.keep = options[attn], keep
+        layer._options, layer.keep, layer._state = options[attn], keep, state
         layer._dropped = [module for part in (attn, mlp) for module in part.children() if dropout_of(module)]
         if copies.pool is not None:  # the segments of a bank count from the start of the row
             layer.keep = replace(keep, tile=sys.maxsize)
@@ -99,6 +107,7 @@ class FusedLayer(nn.Module):
     """Those of its linear layers whose adapters have dropout."""
     _masters: tuple[list[Tensor], list[Tensor]]
     _options: dict[str, Any]
+    _state: ForwardState
 
     def forward(
         self,
@@ -125,7 +134,7 @@ class FusedLayer(nn.Module):
 
         before, behind = self.before, self.behind
         if any(module.training for module in self._dropped):
-            row = open_key()
+            row = self._state.dropout_row
             row = random_row_key(rows.device) if row is None else row
             before, behind = before.dropping(row), behind.dropping(row)
         out = block.decoder_layer(rows, cos, sin, before, behind, attend, self.keep, self._masters)
@@ -160,13 +169,15 @@ def attention_options(model: PreTrainedModel, run: Callable[[], object]) -> Opti
 
 
 @contextmanager
-def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None) -> Iterator[Copies]:
+def installed(
+    model: PreTrainedModel, options: Options, plan: Plan | None = None, state: ForwardState | None = None
+) -> Iterator[Copies]:
     """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit.
 
     The norm behind the last layer runs in one pass, unless it trains. `plan` says what each layer keeps for its
     backward; None keeps everything.
     """
-    layers = _layers(model)
+    layers, state = _layers(model), state or ForwardState()
     assert layers is not None
     before = list(layers)
     plan = plan or Plan.uniform(Level.NONE, len(before))
@@ -177,7 +188,7 @@ def installed(model: PreTrainedModel, options: Options, plan: Plan | None = None
     try:
         for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
             keep = block.Keep(level, plan.tile, index, host)
-            layer = layers[index] = FusedLayer.from_base(base, copies, options, keep, below)
+            layer = layers[index] = FusedLayer.from_base(base, copies, options, keep, below, state)
             below = layer.behind.up
         del layer  # or its matrices would live on beside the weights that `copies.end` separates from them
         if isinstance(norm, nn.Module):

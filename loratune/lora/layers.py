@@ -34,7 +34,8 @@ class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
             base_out: Tensor = Conv1D.forward(self, x)
             return base_out
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self.weight.T, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.salt)
+        adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
+        return lora_linear(x, self.weight.T, self.bias, *adapter, self.state)
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
@@ -93,7 +94,8 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         if self.lora_A is None or self.lora_B is None:
             return QuantisedLinear.forward(self, input)
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(input, self.frozen, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.salt)
+        adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
+        return lora_linear(input, self.frozen, self.bias, *adapter, self.state)
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> None:

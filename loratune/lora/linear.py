@@ -13,6 +13,8 @@ transformers' Conv1D and for embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loratune.ops.lora import lora_linear
+from loratune.ops.state import ForwardState
 
 
 class LoraLayer(nn.Module):
@@ -38,6 +41,8 @@ class LoraLayer(nn.Module):
     """Probability of zeroing an element of the adapter's input while training."""
     salt: int = 0
     """What sets this layer's dropout apart from others', see `ops.dropout`."""
+    state: ForwardState | None = None
+    """State of the packed forward that runs this layer; None outside of one."""
     _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
     _unmerged: Tensor | None  # the weight before `merge`, on the CPU
 
@@ -125,10 +130,25 @@ class LoraLinear(LoraLayer, nn.Linear):
         if self.lora_A is None or self.lora_B is None:
             return linear(input, self.weight, self.bias)
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.salt)
+        adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
+        return lora_linear(input, self.weight, self.bias, *adapter, self.state)
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
         """(d_in, d_out) of an `nn.Linear`."""
         assert isinstance(base, nn.Linear)
         return base.in_features, base.out_features
+
+
+@contextmanager
+def running_with(model: nn.Module, state: ForwardState) -> Iterator[None]:
+    """Gives `state` to the adapter layers of `model`, and their previous state back on exit."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer.state for layer in layers]
+    for layer in layers:
+        layer.state = state
+    try:
+        yield
+    finally:
+        for layer, earlier in zip(layers, before, strict=True):
+            layer.state = earlier

@@ -26,6 +26,7 @@ from loratune.fused.policy import Plan
 from loratune.ops.attention import documents as attention
 from loratune.ops.host import Host
 from loratune.ops.logprobs import token_logprobs
+from loratune.ops.state import ForwardState
 
 _ATTENTION = "loratune_imagined"
 
@@ -90,7 +91,7 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) ->
     model.set_attn_implementation(_ATTENTION)
     meter = Meter()
     try:
-        with _passes(model, on_gpu), recompute.installed(model, plan, Host()), meter:
+        with _passes(model, on_gpu), recompute.installed(model, plan, Host(), ForwardState()), meter:
             loss = _loss(model, tokens)
             kept = meter.live
             loss.backward()

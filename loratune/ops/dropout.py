@@ -12,8 +12,6 @@ functions are the finalisers of splitmix64 (Steele et al. 2014) for the key and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -62,27 +60,8 @@ def random_row_key(device: torch.device | str) -> Tensor:
     return torch.randint(-(1 << 31), 1 << 31, (3,), dtype=torch.int32, device=device)
 
 
-_open: list[Tensor] = []
-
-
-@contextmanager
-def keyed(row: Tensor) -> Iterator[None]:
-    """Inside, dropout that is drawn one adapter at a time follows `row`, a `row_key` on the row's device."""
-    _open.append(row)
-    try:
-        yield
-    finally:
-        _open.pop()
-
-
-def open_key() -> Tensor | None:
-    """The innermost that is open."""
-    return _open[-1] if _open else None
-
-
-def drop(x: Tensor, probability: float, salt: int) -> tuple[Tensor, Tensor]:
-    """Dropout of a row, (tokens, features), and which elements are kept: by the open key or torch's generator."""
-    row = open_key()
+def drop(x: Tensor, probability: float, salt: int, row: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Dropout of x, (tokens, features), and the mask of kept elements. Without a row key torch's generator draws."""
     if row is None:
         return torch.native_dropout(x, probability, True)
     kept = keep_mask(row, salt, (x.shape[0], x.shape[1]), probability)

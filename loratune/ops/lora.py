@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from loratune.errors import AdapterError
 from loratune.ops.dropout import drop
 from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.state import ForwardState
 from loratune.ops.thin import Members, gradients, narrow
 
 
@@ -35,6 +36,7 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
     salt: int = 0,
+    state: ForwardState | None = None,
 ) -> Tensor:
     """Frozen linear map plus low-rank update: x Wᵀ + b + scaling · (drop(x) Aᵀ) Bᵀ.
 
@@ -47,9 +49,10 @@ def lora_linear(
             gradients come back in the masters' own.
         scaling: dimensionless; lora_alpha / r, or lora_alpha / √r with rsLoRA.
         dropout: probability in [0, 1) of zeroing an element of the adapter's input; the caller passes 0 outside of
-            training. Drawn from torch's global generator, as `torch.nn.functional.dropout` does, unless a key of
-            `ops.dropout` is open.
-        salt: what sets this layer's dropout apart under such a key.
+            training. Drawn from torch's global generator, as `torch.nn.functional.dropout` does, unless `state`
+            has a row key.
+        salt: number of this layer, hashed together with the row key (`ops.dropout.layer_salt`).
+        state: state of the forward that this layer is part of; None outside of a packed forward.
 
     Returns: (..., d_out), dtype of x.
     Raises: AdapterError: A and B disagree on r, or do not fit W.
@@ -70,11 +73,12 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    row = None if state is None else state.dropout_row
     if torch.is_grad_enabled():
-        out: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, salt)  # type: ignore[no-untyped-call]
+        out: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, salt, row)  # type: ignore[no-untyped-call]
         return out
     rows = x.reshape(-1, d_in)
-    return _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt)[0].view(*x.shape[:-1], d_out)
+    return _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt, row)[0].view(*x.shape[:-1], d_out)
 
 
 def _forward(
@@ -86,9 +90,10 @@ def _forward(
     scaling: float,
     dropout: float,
     salt: int,
+    row: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
-    kept, mask = drop(rows, dropout, salt) if dropout > 0.0 else (rows, None)
+    kept, mask = drop(rows, dropout, salt, row) if dropout > 0.0 else (rows, None)
     inner = narrow(kept, lora_A.to(rows.dtype).T)
     frozen = Dense(weight) if isinstance(weight, Tensor) else weight
     low = rows.new_empty(rows.shape[0], lora_B.shape[0])
@@ -108,10 +113,11 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
         salt: int,
+        row: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out, inner, mask = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt)
-        needs_x, _, _, needs_A, needs_B, _, _, _ = ctx.needs_input_grad
+        out, inner, mask = _forward(rows, weight, bias, lora_A, lora_B, scaling, dropout, salt, row)
+        needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             rows if needs_A else None,
             inner if needs_B else None,
@@ -129,7 +135,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, weight, lora_A, lora_B, mask = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_A, needs_B, _, _, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         dtype_A, dtype_B = ctx.master_dtypes
         dy = dy.reshape(-1, dy.shape[-1])
         dx = d_bias = dA = dB = None
@@ -151,4 +157,4 @@ class _LoraLinear(torch.autograd.Function):
         if needs_bias:
             d_bias = dy.sum(0)
         dA, dB = None if dA is None else dA.to(dtype_A), None if dB is None else dB.to(dtype_B)
-        return dx, None, d_bias, dA, dB, None, None, None
+        return dx, None, d_bias, dA, dB, None, None, None, None

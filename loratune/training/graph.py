@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
-from loratune.ops.dropout import keyed, row_key
+from loratune.ops.dropout import row_key
 from loratune.ops.products import choosing
 from loratune.training.objectives.sft import Objective, sft
 from loratune.training.optim import JointAdamW
@@ -300,7 +300,7 @@ class GraphStep:
         """Forward and backward of the row in the buffers; adds its loss to the outcome."""
         assert self._inputs is not None
         values = self._inputs.device
-        with keyed(values["dropout"]):
+        with self._forward.state.dropout(values["dropout"]):
             logprobs = logprobs_in(self._forward, values, layout)
             loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
             loss.backward()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
-from loratune.ops.dropout import keyed, row_key
+from loratune.ops.dropout import row_key
 from loratune.training.objectives.sft import Objective, sft
 
 
@@ -56,7 +55,7 @@ def train_step(
     normaliser = sum(float(row.weights.sum()) for row in rows)
     total, position = 0.0, 0
     for row in rows:
-        with nullcontext() if key is None else keyed(row_key(key, position, forward.model.device)):
+        with forward.state.dropout(None if key is None else row_key(key, position, forward.model.device)):
             loss = _row_objective(forward, row, objective) / normaliser
             loss.backward()
         total += float(loss.detach())

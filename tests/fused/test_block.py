@@ -13,7 +13,7 @@ from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.fused.policy import Level, Plan
 from loratune.ops.attention.attended import Attended
-from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.training.helpers import examples, model_with_adapter, trainable
@@ -68,7 +68,7 @@ def fused(request) -> Iterator[tuple[torch.nn.Module, PackedForward]]:
     assert fuse(forward)
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
-    with keyed(row_key(dropout_key(0, 1), 7)):
+    with forward.state.dropout(row_key(dropout_key(0, 1), 7)):
         yield model, forward
 
 

@@ -13,7 +13,7 @@ from loratune.fused import layer as fused
 from loratune.fused.block import Passage
 from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import activate, attach
-from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL, build
@@ -39,8 +39,9 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, 
     forward = prepare(model)
     assert fuse(forward)
     training(model)
-    with keyed(row_key(dropout_key(0, 3), 512)):
-        plain = loss_and_gradients(model, PackedForward(model, "documents", forward.head), row)
+    with forward.state.dropout(row_key(dropout_key(0, 3), 512)):
+        unfused = PackedForward(model, "documents", forward.head, state=forward.state)
+        plain = loss_and_gradients(model, unfused, row)
         got = loss_and_gradients(model, forward, row)
     torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
     assert got[1].keys() == plain[1].keys()
@@ -134,7 +135,7 @@ def test_dropout_follows_step_and_position_and_is_for_training():
     assert fuse(forward)
 
     def loss(key, position=0):
-        with forward.installed(), torch.no_grad(), keyed(row_key(key, position)):
+        with forward.installed(), torch.no_grad(), forward.state.dropout(row_key(key, position)):
             return float(_row_objective(forward, row, sft))
 
     resting = loss(1)

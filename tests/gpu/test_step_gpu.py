@@ -20,7 +20,7 @@ from loratune.fused.policy import Level, Plan
 from loratune.lora.inject import attach
 from loratune.ops import layer, thin
 from loratune.ops.attention.documents import document_attention
-from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.dropout import dropout_key, row_key
 from loratune.ops.logprobs import token_logprobs
 from loratune.training.course import Evaluated, Rows, StepDone
 from loratune.training.graph import GraphStep
@@ -152,10 +152,10 @@ def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
     wide = copy.deepcopy(model).double()
     training(model)
     training(wide)
-    with keyed(row_key(dropout_key(0, 3), 4096, "cuda")):
+    with forward.state.dropout(row_key(dropout_key(0, 3), 4096, "cuda")):
         fast = gradients(model, forward, row)
-        plain = gradients(model, PackedForward(model, "documents", forward.head), row)
-        exact = gradients(wide, PackedForward(wide, "documents", forward.head), row)
+        plain = gradients(model, PackedForward(model, "documents", forward.head, state=forward.state), row)
+        exact = gradients(wide, PackedForward(wide, "documents", forward.head, state=forward.state), row)
     assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")
     for path, gradient in exact[1].items():
         assert_as_good(fast[1][path], plain[1][path], gradient, path)

@@ -18,7 +18,7 @@ from loratune.many.bank import Bank
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention.documents import document_attention
 from loratune.ops.bank.projection import Segment
-from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.conftest import build
@@ -82,7 +82,7 @@ def test_each_slot_computes_what_its_adapter_does_alone(fused):
         attach(model, config, seed=slot)
         forward = prepare(model)
         model.train()
-        with forward.installed(), keyed(row_key(dropout_key(slot, 5), 3)):
+        with forward.installed(), forward.state.dropout(row_key(dropout_key(slot, 5), 3)):
             loss = _row_objective(forward, parts[slot], sft)
             loss.backward()
         model.eval()

@@ -12,7 +12,7 @@ from loratune.base.forward import fuse, prepare
 from loratune.config import LoraConfig
 from loratune.data.pack import make_row
 from loratune.lora.inject import activate, attach, detach, merge, unmerge
-from loratune.ops.dropout import dropout_key, keyed, row_key
+from loratune.ops.dropout import dropout_key, row_key
 from loratune.precision import nf4
 from loratune.precision.linear import (
     QuantisedLinear,
@@ -102,7 +102,7 @@ def test_fused_layers_take_codes(name, dropout):
         forward = prepare(base)
         assert fuse(forward)
         training(base)
-        with keyed(row_key(dropout_key(0, 0))):
+        with forward.state.dropout(row_key(dropout_key(0, 0))):
             results.append(loss_and_gradients(base, forward, row))
     (loss, gradients), (expected_loss, expected) = results
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)

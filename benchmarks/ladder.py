@@ -42,14 +42,14 @@ CASES = [
 def measure(
     shape: str, batch: int, tokens: int, precision: str, both_ways: bool, variant: str, steps: int
 ) -> dict[str, object]:
-    """One variant on one shape; `both_ways` as in `fused.policy.Plan`."""
+    """One variant on one shape; `both_ways` as in `fused.policy.ActivationPlan`."""
     import torch
     import transformers
 
     from benchmarks.shapes import limit_tok_s, model_of, row_of
     from loratune.base.forward import prepare
     from loratune.config import LoraConfig, TrainConfig
-    from loratune.fused.policy import Level, Plan
+    from loratune.fused.policy import ActivationPlan, Level
     from loratune.lora.inject import attach
     from loratune.ops.attention import documents as attention
     from loratune.ops.attention import flash
@@ -74,7 +74,7 @@ def measure(
     if variant in ("modules", "separate"):
         forward.one_pass = False
     if both_ways:
-        forward.plan = Plan((Level.NONE,) * model.config.num_hidden_layers, both_ways=True)
+        forward.plan = ActivationPlan((Level.NONE,) * model.config.num_hidden_layers, both_ways=True)
     torch.cuda.synchronize()
     prepared = time.perf_counter() - started
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -48,7 +48,7 @@ from benchmarks.memory_lab import (
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.fused.policy import Level
-from loratune.memory.budget import Setting, peak
+from loratune.memory.budget import RowSetting, peak
 from loratune.memory.devices import present
 from loratune.memory.fit import fit
 
@@ -66,7 +66,7 @@ def capped(forward: PackedForward, batch: int, tokens: int, cap: float, steps: i
     assert fitted.expected is not None
     torch.cuda.reset_peak_memory_stats()
     what = surveyed(forward)
-    even = peak(what, Setting(batch * tokens, even=True), fitted.plan)
+    even = peak(what, RowSetting(batch * tokens, even=True), fitted.plan)
     return measure(forward, batch, tokens, steps) | {
         "estimated_gib": round(even.allocated / GIB, 3), "estimated_total_gib": round(fitted.expected.total / GIB, 3),
         "tried_gib": round(fitted.tried / GIB, 3), "fit_s": round(chosen, 1),

@@ -19,12 +19,12 @@ from benchmarks.memory_lab import GIB, TARGETS, Found, attempt, cut, fresh, meas
 from benchmarks.shapes import model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.memory.budget import Setting, peak
-from loratune.memory.devices import Device
-from loratune.memory.estimate import Wish, estimate, survey_of
-from loratune.memory.imagine import without_data
+from loratune.memory.budget import RowSetting, peak
+from loratune.memory.devices import DeviceSpec
+from loratune.memory.estimate import EstimateRequest, estimate, survey_of
+from loratune.memory.simulate import without_data
 from loratune.training.optim import adamw
 from loratune.training.step import train_step
 
@@ -61,10 +61,12 @@ def on_gpu() -> Iterator[Found]:
             gc.collect()
             torch.cuda.empty_cache()
             known, forward = (name, precision, r), prepared(name, precision, r)
-        wish = Wish("nf4" if precision == "nf4" else "auto", LoraConfig(r=r, target_modules=TARGETS), Setting(0))
+        wish = EstimateRequest(
+            "nf4" if precision == "nf4" else "auto", LoraConfig(r=r, target_modules=TARGETS), RowSetting(0)
+        )
         what = survey_of(model_of(name, "meta"), wish)
         plan = plan_of(text, what.layers)
-        expected = peak(what, Setting(batch * tokens, even=not uneven), plan)
+        expected = peak(what, RowSetting(batch * tokens, even=not uneven), plan)
         fresh(forward)
         forward.plan = plan
         found = attempt(functools.partial(measure, forward, batch, tokens, 1, bool(uneven)))
@@ -106,12 +108,12 @@ def _case(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
     kind, own = CPU[name]
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = kind(**shape, vocab_size=8000, max_position_embeddings=4096, **own)
-    wish = Wish("auto", LoraConfig(r=r), Setting(tokens), policy, on_gpu=False)
-    expected = estimate(without_data(config, torch.float32), wish, Device("CPU", 0, 0, 0, 0), 0).choice.bytes
+    wish = EstimateRequest("auto", LoraConfig(r=r), RowSetting(tokens), policy, on_gpu=False)
+    expected = estimate(without_data(config, torch.float32), wish, DeviceSpec("CPU", 0, 0, 0, 0), 0).choice.bytes
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
     attach(model, wish.lora, name="default", seed=0)
     forward = prepare(model)
-    forward.plan = Plan.uniform(Level[policy.upper()], 8)
+    forward.plan = ActivationPlan.uniform(Level[policy.upper()], 8)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig())
     with forward.installed():

@@ -15,10 +15,10 @@ from benchmarks.shapes import SHAPES, model_of, nf4_model_of, row_of
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.errors import TrainingError
-from loratune.fused.policy import TILE, Level, Plan
+from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.memory.budget import CONTEXT, Setting
-from loratune.memory.survey import Survey, ranks_of, survey
+from loratune.memory.budget import CONTEXT, RowSetting
+from loratune.memory.survey import ModelSurvey, ranks_of, survey
 from loratune.ops.host import is_mapped
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
@@ -28,14 +28,14 @@ GIB = 1 << 30
 Found = dict[str, object]
 
 
-def plan_of(text: str, layers: int) -> Plan:
+def plan_of(text: str, layers: int) -> ActivationPlan:
     """`full`, `full/2048`, `offloadx20+none`, ..."""
     match = re.fullmatch(r"([a-z]+)(?:x(\d+)\+([a-z]+))?(?:/(\d+))?(@e?o?)?", text)
     assert match, text
     first, count, other, tile, host = match.groups()
     level = Level[first.upper()]
     rest = Level[other.upper()] if other else level
-    plan = Plan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
+    plan = ActivationPlan.mixed(level, int(count or layers), rest, layers, int(tile or TILE))
     return replace(plan, embeddings_on_host="e" in (host or ""), optimizer_on_host="o" in (host or ""))
 
 
@@ -56,7 +56,7 @@ def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
     return prepare(model)
 
 
-def surveyed(forward: PackedForward) -> Survey:
+def surveyed(forward: PackedForward) -> ModelSurvey:
     """As `memory.fit` does it."""
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -108,7 +108,7 @@ def lengths_of(batch: int, tokens: int, uneven: bool) -> list[int]:
     """Documents of a row of batch x tokens: all of one length, or as many and as uneven as a plan reckons with."""
     if not uneven:
         return [tokens] * batch
-    row, count = batch * tokens, Setting(batch * tokens).documents
+    row, count = batch * tokens, RowSetting(batch * tokens).documents
     first = 2 * row // 5
     return [first, *[(row - first) // (count - 1)] * (count - 2)]  # the rest is a document of padding
 

@@ -17,9 +17,9 @@ from loratune.config import DataConfig, LoraConfig, TrainConfig
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
 from loratune.many.room import free_bytes
-from loratune.memory.budget import Setting, choose, largest
+from loratune.memory.budget import RowSetting, choose, largest
 from loratune.memory.devices import named
-from loratune.memory.survey import Survey
+from loratune.memory.survey import ModelSurvey
 from loratune.runs.run import dataset_of
 from loratune.training.course import Rows, StepDone
 from loratune.training.graph import GraphStep
@@ -56,8 +56,8 @@ def long_documents(shape: str, precision: str, cases: list[str]) -> Iterator[Fou
     fresh(forward)
 
 
-def _one_step(forward: PackedForward, what: Survey, cap: float, tokens: int, host: int) -> Found:
-    choice = choose(what, Setting(tokens, even=True), named("H200"), int(cap * GIB), host)
+def _one_step(forward: PackedForward, what: ModelSurvey, cap: float, tokens: int, host: int) -> Found:
+    choice = choose(what, RowSetting(tokens, even=True), named("H200"), int(cap * GIB), host)
     if choice is None:
         raise RuntimeError("no plan is estimated to fit")
     forward.plan = choice.plan

@@ -320,21 +320,21 @@ def _estimate(words: list[str]) -> None:
     given = parse(Estimate, words, "estimate")
     with _libraries():
         from loratune.memory import estimate
-        from loratune.memory.budget import Setting
+        from loratune.memory.budget import RowSetting
         from loratune.memory.devices import at_hand, named
         from loratune.screen.estimate import as_json, draw
         from loratune.units import bytes_of
 
     device = named(given.gpu) if given.gpu else at_hand()
-    wish = estimate.Wish(
+    wish = estimate.EstimateRequest(
         given.precision,
         given.lora,
-        Setting(given.tokens_per_row, given.gradient_accumulation_steps),
+        RowSetting(given.tokens_per_row, given.gradient_accumulation_steps),
         given.activations,
         device.memory_bytes > 0,
     )
     limit = bytes_of(given.memory) if given.memory else device.memory_bytes
-    found = estimate.estimate(estimate.imagined(given.model, given.precision), wish, device, limit)
+    found = estimate.estimate(estimate.model_from_config(given.model, given.precision), wish, device, limit)
     if given.json:
         print(json.dumps(as_json(found)))
     else:

@@ -13,7 +13,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.examples import Example
 from loratune.data.pack import make_row
 from loratune.errors import ModelError
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.linear import quantised_layers
@@ -104,7 +104,7 @@ def test_what_layers_keep_changes_nothing_not_even_weights_kept_both_ways(folder
     assert all(bool(gradient.any()) for gradient in gradients)
     for levels in ((Level.NONE, Level.NONE), (Level.WIDE, Level.SELECTIVE), (Level.FULL, Level.STAGED)):
         for both_ways in (False, True):
-            again, same = one_step(model, forward, Plan(levels, both_ways=both_ways))
+            again, same = one_step(model, forward, ActivationPlan(levels, both_ways=both_ways))
             assert torch.equal(again, loss)
             assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True)), (levels, both_ways)
 

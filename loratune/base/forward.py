@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from loratune.base import one_pass, recompute
 from loratune.errors import ModelError
 from loratune.fused import layer as fusing
-from loratune.fused.policy import Plan
+from loratune.fused.policy import ActivationPlan
 from loratune.fused.stacking import Copies, holds_bank
 from loratune.lora.linear import running_with
 from loratune.ops.attention import documents as attention
@@ -67,7 +67,7 @@ class PackedForward:
     """What attention layers ask for, if decoder layers run as `fused.layer` has them; None if they do not."""
     one_pass: bool = False
     """Whether norms and gated activations of layers that are not fused run as `base.one_pass` has them."""
-    plan: Plan | None = None
+    plan: ActivationPlan | None = None
     """What each decoder layer keeps for its backward; None for everything."""
     record: bool = True
     """Whether steps may become CUDA graphs; False where these were found to have no room (`memory.fit`)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.attention import capped
 from loratune.ops.host import Host
 from loratune.ops.state import ForwardState
@@ -95,7 +95,7 @@ class Recomputed(nn.Module):
 
 
 @contextmanager
-def installed(model: PreTrainedModel, plan: Plan, host: Host | None, state: ForwardState) -> Iterator[None]:
+def installed(model: PreTrainedModel, plan: ActivationPlan, host: Host | None, state: ForwardState) -> Iterator[None]:
     """Puts `Recomputed` in the place of the decoder layers that are to keep less, and the layers back on exit.
 
     Without a host, `Level.OFFLOAD` is `Level.FULL`.

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.base import one_pass
 from loratune.fused import block
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.fused.stacking import Copies, adapter_of, can_stack, dropout_of, masters_of, projection_of
 from loratune.ops.attention import documents as attention
 from loratune.ops.bank.projection import BankProjection
@@ -170,7 +170,7 @@ def attention_options(model: PreTrainedModel, run: Callable[[], object]) -> Opti
 
 @contextmanager
 def installed(
-    model: PreTrainedModel, options: Options, plan: Plan | None = None, state: ForwardState | None = None
+    model: PreTrainedModel, options: Options, plan: ActivationPlan | None = None, state: ForwardState | None = None
 ) -> Iterator[Copies]:
     """Puts `FusedLayer`s in the place of the decoder layers of a `fusible` model, and the layers back on exit.
 
@@ -180,7 +180,7 @@ def installed(
     layers, state = _layers(model), state or ForwardState()
     assert layers is not None
     before = list(layers)
-    plan = plan or Plan.uniform(Level.NONE, len(before))
+    plan = plan or ActivationPlan.uniform(Level.NONE, len(before))
     copies, host = Copies(both_ways=plan.both_ways), Host()
     below = block.Passage(0)
     decoder = model.get_decoder()

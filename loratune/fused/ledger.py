@@ -219,7 +219,7 @@ def footprint(shape: LayerShape, tokens: int, level: Level, tile: int, documents
     """What one layer takes on a row of `tokens` tokens.
 
     Args:
-        tile: as in `fused.policy.Plan`.
+        tile: as in `fused.policy.ActivationPlan`.
         documents: how many of different lengths a row may hold; 0 if all are of one length.
     """
     sizes, ledger = _Sizes(shape, tokens, documents), Ledger()

@@ -70,7 +70,7 @@ TILE = 8192
 
 
 @dataclass(frozen=True)
-class Plan:
+class ActivationPlan:
     """One level for each layer, and the tiles of the MLP in layers that do not keep gate and up."""
 
     levels: tuple[Level, ...]
@@ -84,18 +84,20 @@ class Plan:
     """Weights in 8 bits that carry adapters are kept transposed as well, so that the backward need not turn them."""
 
     @classmethod
-    def uniform(cls, level: Level, layers: int, tile: int = TILE) -> Plan:
+    def uniform(cls, level: Level, layers: int, tile: int = TILE) -> ActivationPlan:
         """The same level for all layers."""
         return cls((level,) * layers, tile)
 
     @classmethod
-    def spread(cls, level: Level, count: int, among: Level, first: int, other: Level, layers: int, tile: int) -> Plan:
+    def spread(
+        cls, level: Level, count: int, among: Level, first: int, other: Level, layers: int, tile: int
+    ) -> ActivationPlan:
         """As `mixed`, with `count` of the frugal layers, evenly spread among them, at another level."""
         at = {round((index + 0.5) * first / count) for index in range(count)} if count else set()
         return cls(tuple(level if i in at else among if i < first else other for i in range(layers)), tile)
 
     @classmethod
-    def mixed(cls, frugal: Level, first: int, other: Level, layers: int, tile: int = TILE) -> Plan:
+    def mixed(cls, frugal: Level, first: int, other: Level, layers: int, tile: int = TILE) -> ActivationPlan:
         """`frugal` for the first so many layers, `other` for the rest."""
         return cls((frugal,) * first + (other,) * (layers - first), tile)
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from loratune.fused.ledger import Footprint, footprint, rounded
-from loratune.fused.policy import TILE, Level, Plan, tiles
-from loratune.memory.devices import Device
-from loratune.memory.imagine import Imagined
-from loratune.memory.survey import Survey
+from loratune.fused.policy import TILE, ActivationPlan, Level, tiles
+from loratune.memory.devices import DeviceSpec
+from loratune.memory.simulate import SimulatedBytes
+from loratune.memory.survey import ModelSurvey
 from loratune.ops.logprobs import chunk_rows
 
 _MIB = 1 << 20
@@ -42,13 +42,13 @@ _LOOSE = 0.08
 _HOLES = 320 * _MIB
 """What the allocator holds beside that, whatever the size of the run: pages of 20 MiB that are in use in part, on
 either side of a recording. While one is made, the allocator cannot give back pages as it does elsewhere."""
-Family = Callable[[int], Plan]
+Family = Callable[[int], ActivationPlan]
 """Number of frugal layers to a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
 
 
 @dataclass(frozen=True)
-class Setting:
+class RowSetting:
     """What a run sees at a time, apart from its plan."""
 
     tokens: int
@@ -67,7 +67,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Bytes:
+class PeakMemory:
     """Memory of the device at its highest, by cause."""
 
     base: int
@@ -95,7 +95,7 @@ class Bytes:
         return named + self.slack + self.context
 
 
-def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
+def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> PeakMemory:
     """The highest moment of a run on a GPU with fused layers."""
     moments = list(_moments(survey, setting, plan))
     gradients, kept, temporary = max(moments, key=sum)
@@ -111,7 +111,7 @@ def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
         base += survey.layers * survey.shape.bytes_both_ways
     fixed = base + masters + survey.copies_bytes + optimizer
     slack = _HOLES + int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
-    return Bytes(
+    return PeakMemory(
         base=base,
         adapters=masters + survey.copies_bytes,
         gradients=gradients,
@@ -123,7 +123,9 @@ def peak(survey: Survey, setting: Setting, plan: Plan) -> Bytes:
     )
 
 
-def peak_of_modules(survey: Survey, setting: Setting, activations: Imagined, baseline: int | None) -> Bytes:
+def peak_of_modules(
+    survey: ModelSurvey, setting: RowSetting, activations: SimulatedBytes, baseline: int | None
+) -> PeakMemory:
     """The highest moment where layers run as modules.
 
     Args:
@@ -135,7 +137,7 @@ def peak_of_modules(survey: Survey, setting: Setting, activations: Imagined, bas
     kept, temporary = activations.kept, activations.peak - activations.kept
     temporary = max(0, temporary - gradients) + (_WORKSPACES if baseline is None else 0)
     slack = int(_SLACK * (survey.base_bytes + masters + optimizer) + _LOOSE * (kept + temporary))
-    return Bytes(
+    return PeakMemory(
         base=survey.base_bytes,
         adapters=masters,
         gradients=gradients,
@@ -147,7 +149,7 @@ def peak_of_modules(survey: Survey, setting: Setting, activations: Imagined, bas
     )
 
 
-def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int, int, int]]:
+def _moments(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Iterator[tuple[int, int, int]]:
     """(gradients, kept, temporary) along one row, wherever the sum may be highest."""
     assert survey.shape is not None
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
@@ -170,12 +172,12 @@ def _moments(survey: Survey, setting: Setting, plan: Plan) -> Iterator[tuple[int
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(survey: Survey, setting: Setting, level: Level, tile: int, both_ways: bool = False) -> Footprint:
+def _layer(survey: ModelSurvey, setting: RowSetting, level: Level, tile: int, both_ways: bool = False) -> Footprint:
     assert survey.shape is not None
     return footprint(replace(survey.shape, both_ways=both_ways), setting.tokens, level, tile, setting.documents)
 
 
-def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> float:
+def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
     """One optimizer step; 0 where the device's rates are not known. `setting.tokens` are taken as one document."""
     if device.flops == 0 or survey.shape is None:
         return 0.0
@@ -212,7 +214,7 @@ def seconds(survey: Survey, setting: Setting, plan: Plan, device: Device) -> flo
     return setting.rows * (total + head) + update + 1e-3
 
 
-def _again(survey: Survey, level: Level) -> float:
+def _again(survey: ModelSurvey, level: Level) -> float:
     """Multiplications and additions a token that a layer does once more."""
     shape = survey.shape
     assert shape is not None
@@ -227,16 +229,16 @@ def _again(survey: Survey, level: Level) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """A plan, what it takes and how long."""
 
-    plan: Plan
-    bytes: Bytes
+    plan: ActivationPlan
+    bytes: PeakMemory
     seconds: float
     """Of a step; 0 if unknown."""
 
 
-def host_bytes(survey: Survey, setting: Setting, plan: Plan) -> int:
+def host_bytes(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> int:
     """What waits in the host's memory, pinned."""
     waiting = sum(_layer(survey, setting, level, plan.tile).away for level in plan.levels)
     embeddings = survey.embedding_bytes if plan.embeddings_on_host else 0
@@ -244,23 +246,23 @@ def host_bytes(survey: Survey, setting: Setting, plan: Plan) -> int:
 
 
 def choose(
-    survey: Survey, setting: Setting, device: Device, limit: int, host_limit: int | None = None
-) -> Choice | None:
+    survey: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int, host_limit: int | None = None
+) -> PlanChoice | None:
     """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not.
 
     Args:
         host_limit: bytes of the host's memory that may be pinned; None for any number.
     """
-    best: Choice | None = None
+    best: PlanChoice | None = None
     ways = (True, False) if survey.quantised == "fp8" else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
         for family, both_ways in itertools.product(_families(survey.layers), ways):
 
-            def plan_of(first: int, family: Family = family, both_ways: bool = both_ways) -> Plan:
+            def plan_of(first: int, family: Family = family, both_ways: bool = both_ways) -> ActivationPlan:
                 plan = replace(family(first), both_ways=both_ways)
                 return replace(plan, embeddings_on_host=embeddings, optimizer_on_host=optimizer)  # noqa: B023
 
-            def fits(first: int, plan_of: Callable[[int], Plan] = plan_of) -> bool:
+            def fits(first: int, plan_of: Callable[[int], ActivationPlan] = plan_of) -> bool:
                 return peak(survey, setting, plan_of(first)).total <= limit
 
             # The fewer layers are frugal the faster, and the more memory it takes: the fewest that fit.
@@ -271,7 +273,7 @@ def choose(
                 continue
             if host_limit is not None and host_bytes(survey, setting, plan) > host_limit:
                 continue  # and so it is with more frugal layers, of which more waits on the host
-            found = Choice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
+            found = PlanChoice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
             if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
                 best = found
         if best is not None and not best.plan.levels[0].on_host:
@@ -280,15 +282,15 @@ def choose(
 
 
 def largest(
-    survey: Survey, device: Device, limit: int, host_limit: int | None = None, step: int = 256
-) -> tuple[int, Choice] | None:
+    survey: ModelSurvey, device: DeviceSpec, limit: int, host_limit: int | None = None, step: int = 256
+) -> tuple[int, PlanChoice] | None:
     """The longest document, a multiple of `step` tokens, that is estimated to fit into one row, and its plan.
 
     Returns: None if not even `step` tokens fit.
     """
 
-    def found(count: int) -> Choice | None:
-        return choose(survey, Setting(count * step, even=True), device, limit, host_limit)
+    def found(count: int) -> PlanChoice | None:
+        return choose(survey, RowSetting(count * step, even=True), device, limit, host_limit)
 
     if found(1) is None:
         return None
@@ -301,7 +303,7 @@ def largest(
     return count * step, choice
 
 
-def _recomputed(survey: Survey, plan: Plan) -> float:
+def _recomputed(survey: ModelSurvey, plan: ActivationPlan) -> float:
     """A stand-in for time where rates are unknown: only the order matters."""
     return sum(_again(survey, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
 
@@ -321,5 +323,5 @@ def _families(layers: int) -> Iterator[Family]:
                 yield functools.partial(_mixed, layers, Level.STAGED, share, other, tile)
 
 
-def _mixed(layers: int, frugal: Level, share: float, other: Level, tile: int, first: int) -> Plan:
-    return Plan.spread(Level.HOSTED, round(share * first), frugal, first, other, layers, tile)
+def _mixed(layers: int, frugal: Level, share: float, other: Level, tile: int, first: int) -> ActivationPlan:
+    return ActivationPlan.spread(Level.HOSTED, round(share * first), frugal, first, other, layers, tile)

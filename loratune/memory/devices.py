@@ -21,7 +21,7 @@ _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """One accelerator, or a CPU."""
 
     name: str
@@ -35,9 +35,9 @@ class Device:
     """Copied to or from pinned host memory, each way."""
 
 
-def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> Device:
+def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> DeviceSpec:
     memory = int(gib * _GIB)
-    return Device(name, memory, sheet_tflops * _REACHED * 1e12, terabytes * 0.85e12, host_gigabytes * 1e9)
+    return DeviceSpec(name, memory, sheet_tflops * _REACHED * 1e12, terabytes * 0.85e12, host_gigabytes * 1e9)
 
 
 _KNOWN = (
@@ -55,7 +55,7 @@ _KNOWN = (
 )
 
 
-def named(text: str) -> Device:
+def named(text: str) -> DeviceSpec:
     """A device by a part of its name ("H100", "rtx 4090"), or of nothing but a size ("24GiB").
 
     Raises: ConfigError: neither a size nor a name that is known.
@@ -70,22 +70,22 @@ def named(text: str) -> Device:
         names = [device.name.removeprefix("NVIDIA ") for device in _KNOWN]
         hint = nearest(text, names) or f" Known are {', '.join(names)}"
         raise ConfigError(f'--gpu "{text}" is neither a size such as 24GiB nor a known device.{hint}') from None
-    return Device(text, memory, 0.0, 0.0, 0.0)
+    return DeviceSpec(text, memory, 0.0, 0.0, 0.0)
 
 
-def present(device: torch.device) -> Device:
+def present(device: torch.device) -> DeviceSpec:
     """The device at hand, with its free and our own memory; rates as of the known device of that name."""
     if device.type != "cuda":
-        return Device("CPU", 0, 0.0, 0.0, 0.0)
+        return DeviceSpec("CPU", 0, 0.0, 0.0, 0.0)
     name = torch.cuda.get_device_name(device)
     known = next((other for other in _KNOWN if other.name.lower() in name.lower()), None)
     free, _ = torch.cuda.mem_get_info(device)
     memory = free + torch.cuda.memory_reserved(device)
     if known is None:
-        return Device(name, memory, 0.0, 0.0, 0.0)
-    return Device(name, memory, known.flops, known.bytes_per_second, known.host_bytes_per_second)
+        return DeviceSpec(name, memory, 0.0, 0.0, 0.0)
+    return DeviceSpec(name, memory, known.flops, known.bytes_per_second, known.host_bytes_per_second)
 
 
-def at_hand() -> Device:
+def at_hand() -> DeviceSpec:
     """The first GPU, or the CPU."""
     return present(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

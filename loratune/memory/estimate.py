@@ -24,48 +24,48 @@ from loratune import hub
 from loratune.base import load as base
 from loratune.config import LoraConfig, Precision
 from loratune.errors import ModelError
-from loratune.fused.policy import TILE, Level, Plan
+from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.lora.select import select
-from loratune.memory.budget import Bytes, Choice, Setting, choose, peak, peak_of_modules, seconds
-from loratune.memory.devices import Device
-from loratune.memory.imagine import imagine, without_data
-from loratune.memory.survey import Survey, survey
+from loratune.memory.budget import PeakMemory, PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds
+from loratune.memory.devices import DeviceSpec
+from loratune.memory.simulate import simulate, without_data
+from loratune.memory.survey import ModelSurvey, survey
 
 _POLICIES = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
 
 
 @dataclass(frozen=True)
-class Wish:
+class EstimateRequest:
     """The settings that memory depends on."""
 
     precision: Precision
     lora: LoraConfig
-    setting: Setting
+    setting: RowSetting
     activations: str = "auto"
     on_gpu: bool = True
 
 
 @dataclass(frozen=True)
-class Change:
+class SuggestedChange:
     """One change of the settings, or several, and what they lead to."""
 
     what: str
-    choice: Choice
+    choice: PlanChoice
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """What a run takes on a device."""
 
-    survey: Survey
-    wish: Wish
-    device: Device
+    survey: ModelSurvey
+    wish: EstimateRequest
+    device: DeviceSpec
     limit: int
     """Bytes that it may take; 0 for no limit, on a CPU."""
-    choice: Choice
+    choice: PlanChoice
     """As it was asked for; with `auto` the fastest that fits, or the most frugal if none does."""
-    changes: tuple[Change, ...]
+    changes: tuple[SuggestedChange, ...]
     """What makes it fit, fastest first; empty if it fits."""
 
     @property
@@ -79,7 +79,7 @@ class Estimate:
         return self.wish.setting.tokens * self.wish.setting.rows / self.choice.seconds if self.choice.seconds else 0.0
 
 
-def imagined(model: str, precision: Precision) -> PreTrainedModel:
+def model_from_config(model: str, precision: Precision) -> PreTrainedModel:
     """`model` without any data, from its configuration; a folder needs to hold no more than config.json.
 
     Raises: ModelError: there is no usable configuration of a causal language model.
@@ -92,18 +92,18 @@ def imagined(model: str, precision: Precision) -> PreTrainedModel:
         raise ModelError(f"{model}: no causal language model can be made of this configuration: {error}") from error
 
 
-def estimate(model: PreTrainedModel, wish: Wish, device: Device, limit: int) -> Estimate:
+def estimate(model: PreTrainedModel, wish: EstimateRequest, device: DeviceSpec, limit: int) -> RunEstimate:
     """What training an adapter on `model` takes, which may be an imagined one.
 
     Raises: AdapterError: the adapter's settings do not fit the model.
     """
     what = survey_of(model, wish)
     choice = _choice(what, wish, device, limit, model)
-    found = Estimate(what, wish, device, limit, choice, ())
+    found = RunEstimate(what, wish, device, limit, choice, ())
     if found.fits:
         return found
     changes = [
-        Change(text, made)
+        SuggestedChange(text, made)
         for text, other, on in _changes(model, wish, what)
         if (made := _choice(on, other, device, limit, model)).bytes.total <= limit
     ]
@@ -111,7 +111,7 @@ def estimate(model: PreTrainedModel, wish: Wish, device: Device, limit: int) -> 
     return replace(found, changes=tuple(changes))
 
 
-def survey_of(model: PreTrainedModel, wish: Wish) -> Survey:
+def survey_of(model: PreTrainedModel, wish: EstimateRequest) -> ModelSurvey:
     """What the model and the adapter on it are made of. Raises: AdapterError: the settings do not fit the model."""
     selection = select(model, wish.lora)
     ranks = {target.base: target.r for target in selection.targets}
@@ -120,7 +120,9 @@ def survey_of(model: PreTrainedModel, wish: Wish) -> Survey:
     return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=wish.on_gpu)
 
 
-def _choice(what: Survey, wish: Wish, device: Device, limit: int, model: PreTrainedModel) -> Choice:
+def _choice(
+    what: ModelSurvey, wish: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+) -> PlanChoice:
     if what.shape is None:
         return _choice_of_modules(what, wish, device, limit, model)
     if wish.activations == "auto":
@@ -128,33 +130,37 @@ def _choice(what: Survey, wish: Wish, device: Device, limit: int, model: PreTrai
         if best is not None:
             return best
     level = _POLICIES.get(wish.activations, Level.OFFLOAD)
-    plan = Plan.uniform(level, what.layers, TILE)
+    plan = ActivationPlan.uniform(level, what.layers, TILE)
     if wish.activations == "auto":
-        plan = Plan((level,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
-    return Choice(plan, peak(what, wish.setting, plan), seconds(what, wish.setting, plan, device))
+        plan = ActivationPlan((level,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+    return PlanChoice(plan, peak(what, wish.setting, plan), seconds(what, wish.setting, plan, device))
 
 
-def _choice_of_modules(what: Survey, wish: Wish, device: Device, limit: int, model: PreTrainedModel) -> Choice:
+def _choice_of_modules(
+    what: ModelSurvey, wish: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+) -> PlanChoice:
     """The first policy that fits, or the last; on a CPU `auto` keeps everything."""
     on_cpu = device.memory_bytes == 0
     levels = [_POLICIES[wish.activations]] if wish.activations != "auto" else list(_POLICIES.values())
-    choice: Choice | None = None
+    choice: PlanChoice | None = None
     for level in levels[:1] if on_cpu else levels:
-        plan = Plan.uniform(level, what.layers)
+        plan = ActivationPlan.uniform(level, what.layers)
         needed = module_bytes(model, what, wish, plan, resident_bytes() if on_cpu else None)
-        choice = Choice(plan, needed, 0.0)
+        choice = PlanChoice(plan, needed, 0.0)
         if needed.total <= limit:
             break
     assert choice is not None
     return choice
 
 
-def module_bytes(model: PreTrainedModel, what: Survey, wish: Wish, plan: Plan, baseline: int | None) -> Bytes:
+def module_bytes(
+    model: PreTrainedModel, what: ModelSurvey, wish: EstimateRequest, plan: ActivationPlan, baseline: int | None
+) -> PeakMemory:
     """What a model whose layers are not fused takes; see `memory.budget.peak_of_modules`."""
     dtype = model.dtype
     copy = without_data(model.config, dtype)
     attach(copy, wish.lora, name="estimate", seed=0)
-    activations = imagine(copy, wish.setting.tokens, plan, on_gpu=baseline is None)
+    activations = simulate(copy, wish.setting.tokens, plan, on_gpu=baseline is None)
     return peak_of_modules(what, wish.setting, activations, baseline)
 
 
@@ -167,7 +173,9 @@ def resident_bytes() -> int:
     return peak_so_far if sys.platform == "darwin" else peak_so_far * 1024
 
 
-def _changes(model: PreTrainedModel, wish: Wish, what: Survey) -> Iterator[tuple[str, Wish, Survey]]:
+def _changes(
+    model: PreTrainedModel, wish: EstimateRequest, what: ModelSurvey
+) -> Iterator[tuple[str, EstimateRequest, ModelSurvey]]:
     """Single changes and pairs of them, each with its settings."""
     auto = replace(wish, activations="auto")
     if wish.activations != "auto":

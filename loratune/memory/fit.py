@@ -26,12 +26,12 @@ from loratune.base.recompute import decoder_layers
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import TrainingError
-from loratune.fused.policy import TILE, Level, Plan
+from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.many.room import free_bytes
 from loratune.memory import budget, devices
-from loratune.memory.budget import Bytes, Setting
-from loratune.memory.devices import Device
-from loratune.memory.survey import Survey, ranks_of, survey
+from loratune.memory.budget import PeakMemory, RowSetting
+from loratune.memory.devices import DeviceSpec
+from loratune.memory.survey import ModelSurvey, ranks_of, survey
 from loratune.training.graph import GraphStep
 from loratune.training.objectives.sft import sft
 from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
@@ -49,11 +49,11 @@ _OF_THE_HOST = 0.8
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedPlan:
     """What layers keep, and what that takes."""
 
-    plan: Plan
-    expected: Bytes | None
+    plan: ActivationPlan
+    expected: PeakMemory | None
     """By arithmetic, where layers run fused on a GPU."""
     limit: int
     """Bytes that the run may take on the device; 0 on a CPU."""
@@ -62,16 +62,18 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryStep:
     """A dry step that had room."""
 
     tried: int
-    """As in `Fit`."""
+    """As in `FittedPlan`."""
     recorded: bool
     """Steps may be CUDA graphs: there is room for one, or no graph can be made of this model anyhow."""
 
 
-def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: TrainConfig, tokens: int) -> Fit:
+def fit(
+    forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: TrainConfig, tokens: int
+) -> FittedPlan:
     """Chooses what layers keep, tries it, and leaves `forward.plan` at it.
 
     Args:
@@ -83,14 +85,14 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     layers = len(decoder_layers(forward.model))
     device = forward.model.device
     if device.type != "cuda":
-        forward.plan = Plan.uniform(LEVELS.get(config.activations, Level.NONE), layers)
-        return Fit(forward.plan, None, 0, 0)
+        forward.plan = ActivationPlan.uniform(LEVELS.get(config.activations, Level.NONE), layers)
+        return FittedPlan(forward.plan, None, 0, 0)
     limit, forward.record = _limit(config, device), True
     trainable = sum(parameter.numel() for parameter in parameters.values())
-    setting = Setting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
+    setting = RowSetting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
     what = _survey(forward, trainable)
 
-    def trial(plan: Plan) -> Trial | None:
+    def trial(plan: ActivationPlan) -> DryStep | None:
         forward.plan = plan
         if plan.optimizer_on_host:
             masters_on_host(parameters.values())
@@ -104,17 +106,19 @@ def fit(forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: 
     if not forward.plan.optimizer_on_host:
         masters_on_device(parameters.values())
     expected = None if what.shape is None else budget.peak(what, setting, forward.plan)
-    return Fit(forward.plan, expected, limit, found[1].tried)
+    return FittedPlan(forward.plan, expected, limit, found[1].tried)
 
 
-def first_with_room(plans: Iterable[Plan], trial: Callable[[Plan], Trial | None]) -> tuple[Plan, Trial] | None:
+def first_with_room(
+    plans: Iterable[ActivationPlan], trial: Callable[[ActivationPlan], DryStep | None]
+) -> tuple[ActivationPlan, DryStep] | None:
     """The first plan that has room for a recorded step, else the first that has room without; None if none has.
 
     Args:
         trial: tries a plan; None if there is no room at all. Each plan is tried once.
     """
-    plain: tuple[Plan, Trial] | None = None
-    seen: set[Plan] = set()
+    plain: tuple[ActivationPlan, DryStep] | None = None
+    seen: set[ActivationPlan] = set()
     for plan in plans:
         if plan in seen:
             continue
@@ -139,27 +143,27 @@ def _limit(config: TrainConfig, device: torch.device) -> int:
     return limit
 
 
-def _survey(forward: PackedForward, trainable: int) -> Survey:
+def _survey(forward: PackedForward, trainable: int) -> ModelSurvey:
     model = forward.model
     ranks = ranks_of(model)
     return survey(model, ranks, trainable, "auto", model.dtype, on_gpu=forward.fused is not None)
 
 
 def _plans(
-    what: Survey, setting: Setting, config: TrainConfig, device: torch.device, limit: int, layers: int
-) -> Iterator[Plan]:
+    what: ModelSurvey, setting: RowSetting, config: TrainConfig, device: torch.device, limit: int, layers: int
+) -> Iterator[ActivationPlan]:
     """What to try, the fastest first."""
     if config.activations != "auto":
         level = LEVELS[config.activations]
-        yield from (Plan.uniform(level, layers, tile) for tile in ((TILE, 1024) if level else (TILE,)))
+        yield from (ActivationPlan.uniform(level, layers, tile) for tile in ((TILE, 1024) if level else (TILE,)))
     elif what.shape is None:
-        yield from (Plan.uniform(level, layers) for level in LEVELS.values())
+        yield from (ActivationPlan.uniform(level, layers) for level in LEVELS.values())
     else:
         yield from by_estimate(what, setting, devices.present(device), limit)
-        yield Plan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+        yield ActivationPlan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
 
 
-def by_estimate(what: Survey, setting: Setting, device: Device, limit: int) -> Iterator[Plan]:
+def by_estimate(what: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int) -> Iterator[ActivationPlan]:
     """Plans that are estimated to fit into `limit` bytes or nearly so, the fastest first."""
     pinned = int(_OF_THE_HOST * free_bytes(torch.device("cpu")))
     for share in _CLOSER:
@@ -169,8 +173,8 @@ def by_estimate(what: Survey, setting: Setting, device: Device, limit: int) -> I
 
 
 def _dry_step(
-    forward: PackedForward, parameters: Mapping[str, nn.Parameter], setting: Setting, ballast_bytes: int
-) -> Trial | None:
+    forward: PackedForward, parameters: Mapping[str, nn.Parameter], setting: RowSetting, ballast_bytes: int
+) -> DryStep | None:
     """Runs one row forward and backward, and once more as it is recorded; None if there is no room for it."""
     device = forward.model.device
     _clear(parameters)
@@ -186,7 +190,7 @@ def _dry_step(
                 _row_objective(forward, row, sft).backward()
             else:
                 recorded = step.rehearse(row, accumulate=setting.rows > 1)
-            return Trial(torch.cuda.max_memory_allocated(device), recorded)
+            return DryStep(torch.cuda.max_memory_allocated(device), recorded)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -229,19 +233,19 @@ def _any_row(tokens: int, documents: int) -> Row:
     return Row(tokens=ids, position_ids=positions, cu_seqlens=borders, targets=ids, weights=weights)
 
 
-def too_small(what: Survey, setting: Setting, config: TrainConfig, device: Device, limit: int) -> str:
+def too_small(what: ModelSurvey, setting: RowSetting, config: TrainConfig, device: DeviceSpec, limit: int) -> str:
     """The message for a run that does not fit into `limit` bytes: by how much, and what to set."""
     shorter = f"--tokens-per-row {max(2, setting.tokens // 2)} --gradient-accumulation-steps {2 * setting.rows}"
     if what.shape is None:
         return f"out of GPU memory: {size(limit)} are free and a row of {setting.tokens} does not fit; try {shorter}"
-    plan = Plan((Level.OFFLOAD,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+    plan = ActivationPlan((Level.OFFLOAD,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
     if config.activations != "auto":
-        plan = Plan.uniform(LEVELS[config.activations], what.layers)
+        plan = ActivationPlan.uniform(LEVELS[config.activations], what.layers)
     needed = budget.peak(what, setting, plan).total
     fixes = [] if config.activations in ("auto", "offload") else ["--activations auto"]
     for factor in (2, 4, 8):
         tokens = setting.tokens // factor
-        less = Setting(tokens, setting.rows * factor, setting.optimizer_bytes)
+        less = RowSetting(tokens, setting.rows * factor, setting.optimizer_bytes)
         if tokens and budget.choose(what, less, device, limit) is not None:
             fixes.append(f"--tokens-per-row {tokens} --gradient-accumulation-steps {less.rows}")
             break

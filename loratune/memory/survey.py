@@ -27,7 +27,7 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_p
 
 
 @dataclass(frozen=True)
-class Survey:
+class ModelSurvey:
     """A model and the adapter that is to be trained on it."""
 
     base_bytes: int
@@ -61,7 +61,7 @@ def survey(
     dtype: torch.dtype,
     *,
     on_gpu: bool,
-) -> Survey:
+) -> ModelSurvey:
     """Reads a model, on any device.
 
     Args:
@@ -78,7 +78,7 @@ def survey(
     shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight = cast(Tensor, head.weight if isinstance(head, nn.Module) else model.get_input_embeddings().weight)
-    return Survey(
+    return ModelSurvey(
         base_bytes=_base_bytes(model, layers, quantised),
         trainable=trainable,
         copies_bytes=sum(shape.adapter_bytes for shape in shapes),

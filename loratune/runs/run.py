@@ -24,7 +24,7 @@ from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
 from loratune.many.rate import RateChoice, Trial, choose_rate
-from loratune.memory.fit import Fit, fit
+from loratune.memory.fit import FittedPlan, fit
 from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
 from loratune.runs.evaluation import pad_id
@@ -58,7 +58,7 @@ class Prepared:
     resumed_at: int
     device: str
     dtype: str
-    fit: Fit
+    fit: FittedPlan
     """What layers keep for the backward, and the memory that takes."""
 
 
@@ -187,7 +187,7 @@ def train(
     return result
 
 
-def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, Fit]:
+def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:
     """How rows run through the model, with one of full size tried."""
     forward = prepare_forward(model)
     return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
@@ -195,7 +195,7 @@ def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, F
 
 def _train(
     forward: PackedForward,
-    fitted: Fit,
+    fitted: FittedPlan,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     config: RunConfig,

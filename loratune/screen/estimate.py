@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loratune.memory.estimate import Estimate
+from loratune.memory.estimate import RunEstimate
 from loratune.units import duration, size
 
 _CAUSES = (
@@ -22,7 +22,7 @@ _CAUSES = (
 _SHOWN = 5
 
 
-def as_json(found: Estimate) -> dict[str, object]:
+def as_json(found: RunEstimate) -> dict[str, object]:
     """The estimate as plain values; bytes and seconds."""
     return {
         "bytes": {name: getattr(found.choice.bytes, name) for name, _ in _CAUSES},
@@ -39,7 +39,7 @@ def as_json(found: Estimate) -> dict[str, object]:
     }
 
 
-def draw(found: Estimate, console: Console, tokens_in_all: int = 0) -> None:
+def draw(found: RunEstimate, console: Console, tokens_in_all: int = 0) -> None:
     """Prints the table. `tokens_in_all`: of the whole run's rows, for its hours; 0 if no data are given."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -65,5 +65,5 @@ def draw(found: Estimate, console: Console, tokens_in_all: int = 0) -> None:
         console.print("No change of these settings makes it fit: a smaller model, or a larger device, would.")
 
 
-def _missing(found: Estimate) -> int:
+def _missing(found: RunEstimate) -> int:
     return found.choice.bytes.total - found.limit

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.many.rate import RateChoice, Trial
-from loratune.memory.fit import Fit
+from loratune.memory.fit import FittedPlan
 from loratune.runs.folder import RunResult
 from loratune.runs.run import Note, Prepared, RunEvent
 from loratune.screen.text import curve
@@ -101,7 +101,7 @@ def summary(result: RunResult, console: Console) -> None:
             console.print(f"  loratune {verb} {result.out}{rest}", style="cyan", highlight=False)
 
 
-def _memory(fit: Fit) -> str:
+def _memory(fit: FittedPlan) -> str:
     """What is expected and what may be taken; where it cannot be computed, what a row took when it was tried."""
     if fit.expected is None:
         return f"{size(fit.tried)} tried, {size(fit.limit)} may be taken"

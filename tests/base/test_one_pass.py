@@ -12,10 +12,10 @@ from loratune.base import one_pass
 from loratune.base.forward import prepare, take_one_pass
 from loratune.base.one_pass import Form, gated_kind, norm_form
 from loratune.data.pack import make_row
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.lora.peft_config import LoraConfig
-from loratune.memory.imagine import imagine, without_data
+from loratune.memory.simulate import simulate, without_data
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter
 
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_modules(name, level):
     forward = prepare(model)
     plain = loss_and_gradients(model, forward, row)
     assert take_one_pass(forward)
-    forward.plan = None if level is None else Plan.uniform(level, model.config.num_hidden_layers)
+    forward.plan = None if level is None else ActivationPlan.uniform(level, model.config.num_hidden_layers)
     got = loss_and_gradients(model, forward, row)
     torch.testing.assert_close(got[0], plain[0], rtol=2e-6, atol=0)  # the modules' norms are in float32
     for path, gradient in plain[1].items():
@@ -100,7 +100,9 @@ def test_less_is_kept_and_the_estimate_knows(name, at_most):
     assert got < at_most * plain
     copy = without_data(model.config, torch.bfloat16)
     attach(copy, LoraConfig(r=4), name="default", seed=0)
-    kept = [imagine(copy, 256, Plan.uniform(Level.NONE, 2), on_gpu=on_gpu).kept for on_gpu in (False, True)]
+    kept = [
+        simulate(copy, 256, ActivationPlan.uniform(Level.NONE, 2), on_gpu=on_gpu).kept for on_gpu in (False, True)
+    ]
     assert kept[1] / kept[0] == pytest.approx(got / plain, abs=0.1)
 
 
@@ -180,7 +182,7 @@ def test_who_asks_a_norm_for_more_is_answered_by_the_norm():
 def test_models_that_run_one_document_at_a_time_are_imagined_as_they_are():
     model = without_data(tf.BambaConfig(**BAMBA), torch.bfloat16)
     attach(model, LoraConfig(r=4), name="default", seed=0)
-    rows = [imagine(model, 128, Plan.uniform(Level.NONE, 2), on_gpu=on_gpu) for on_gpu in (False, True)]
+    rows = [simulate(model, 128, ActivationPlan.uniform(Level.NONE, 2), on_gpu=on_gpu) for on_gpu in (False, True)]
     assert rows[0] == rows[1]
 
 

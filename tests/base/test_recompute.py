@@ -8,7 +8,7 @@ import torch
 from loratune.base.forward import prepare
 from loratune.base.recompute import decoder_layers
 from loratune.data.pack import make_row
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.training.objectives.sft import sft
 from loratune.training.step import _row_objective
 from tests.conftest import CAUSAL
@@ -17,7 +17,7 @@ from tests.training.helpers import examples, model_with_adapter, trainable
 
 def loss_and_gradients(model, forward, level):
     layers = len(decoder_layers(model))
-    forward.plan = None if level is None else Plan.uniform(level, layers)
+    forward.plan = None if level is None else ActivationPlan.uniform(level, layers)
     row = make_row(examples(7), 200, 0)
     with forward.installed():
         torch.manual_seed(5)
@@ -52,7 +52,7 @@ def test_less_is_held_for_the_backward():
     row = make_row(examples(7), 200, 0)
     counts = {}
     for level in (Level.NONE, Level.FULL):
-        forward.plan = Plan.uniform(level, 2)
+        forward.plan = ActivationPlan.uniform(level, 2)
         held = {}
 
         def pack(tensor, held=held):

@@ -11,7 +11,7 @@ import torch
 
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.attention.attended import Attended
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.objectives.sft import sft
@@ -77,7 +77,7 @@ def test_every_policy_gives_the_same_bits_and_holds_less(fused):
     everything = loss_and_gradients(model, forward, None)
     last = everything[2]
     for level in (Level.WIDE, Level.SELECTIVE, Level.FULL):
-        loss, gradients, kept = loss_and_gradients(model, forward, Plan.uniform(level, 2))
+        loss, gradients, kept = loss_and_gradients(model, forward, ActivationPlan.uniform(level, 2))
         assert torch.equal(loss, everything[0])
         assert all(torch.equal(gradients[path], everything[1][path]) for path in everything[1]), level
         assert kept < last, level
@@ -92,7 +92,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("plan", [Plan(levels) for levels in MIXED], ids=str)
+@pytest.mark.parametrize("plan", [ActivationPlan(levels) for levels in MIXED], ids=str)
 def test_a_plan_may_differ_from_layer_to_layer(fused, plan):
     model, forward = fused
     everything = loss_and_gradients(model, forward, None)
@@ -107,7 +107,7 @@ def test_tiles_of_the_mlp_change_only_the_order_of_sums(fused, level):
     model, forward = fused
     everything = loss_and_gradients(model, forward, None)
     for tile in (64, 100):
-        loss, gradients, _ = loss_and_gradients(model, forward, Plan.uniform(level, 2, tile))
+        loss, gradients, _ = loss_and_gradients(model, forward, ActivationPlan.uniform(level, 2, tile))
         torch.testing.assert_close(loss, everything[0], rtol=1e-5, atol=0)
         for path, gradient in everything[1].items():
             torch.testing.assert_close(gradients[path], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
@@ -127,8 +127,8 @@ def test_heads_are_let_go_of_where_attention_keeps_views_of_them():
     attach(model, LoraConfig(r=4), name="default", seed=0)
     forward = prepare(model)
     assert fuse(forward)
-    wide = loss_and_gradients(model, forward, Plan.uniform(Level.WIDE, 2))
-    selective = loss_and_gradients(model, forward, Plan.uniform(Level.SELECTIVE, 2))
+    wide = loss_and_gradients(model, forward, ActivationPlan.uniform(Level.WIDE, 2))
+    selective = loss_and_gradients(model, forward, ActivationPlan.uniform(Level.SELECTIVE, 2))
     heads = 2 * TOKENS * 3 * config.hidden_size * 4
     assert wide[2] - selective[2] >= heads
     assert all(torch.equal(wide[1][path], selective[1][path]) for path in wide[1])

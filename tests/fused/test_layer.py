@@ -11,7 +11,7 @@ from loratune.config import LoraConfig
 from loratune.data.pack import make_row
 from loratune.fused import layer as fused
 from loratune.fused.block import Passage
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import activate, attach
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.objectives.sft import sft
@@ -210,7 +210,7 @@ def test_what_a_layer_norms_for_the_one_above_it_is_what_that_would(monkeypatch,
     layers = model.config.num_hidden_layers
     forward = prepare(model)
     assert fuse(forward)
-    forward.plan = Plan.uniform(level, layers)
+    forward.plan = ActivationPlan.uniform(level, layers)
     got, plain, taken = ahead_and_not(monkeypatch, model, forward, make_row(examples(7), 256, 0))
     assert_same_bits(got, plain)
     assert taken.count(True) == layers - 1

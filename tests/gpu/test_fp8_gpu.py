@@ -11,7 +11,7 @@ import transformers as tf
 
 from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.memory.fit import fit
 from loratune.ops import layer, measure, thin
@@ -214,9 +214,9 @@ def test_recorded_equals_eager_to_the_bit_whatever_is_kept(monkeypatch):
         expected, adapter, _ = trained(None, record=False)
         for plan in (
             None,
-            Plan.uniform(Level.NONE, LAYERS),
-            Plan((Level.NONE,) * LAYERS, both_ways=True),
-            Plan((Level.FULL, Level.SELECTIVE, Level.WIDE), both_ways=True),
+            ActivationPlan.uniform(Level.NONE, LAYERS),
+            ActivationPlan((Level.NONE,) * LAYERS, both_ways=True),
+            ActivationPlan((Level.FULL, Level.SELECTIVE, Level.WIDE), both_ways=True),
         ):
             losses, same, step = trained(plan, record=True)
             assert any(graph is not None for graph in step._graphs.values())

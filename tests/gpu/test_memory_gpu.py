@@ -9,7 +9,7 @@ import torch
 
 from loratune.base.forward import prepare
 from loratune.errors import TrainingError
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.memory.budget import CONTEXT
 from loratune.memory.fit import fit
 from loratune.ops import layer
@@ -28,9 +28,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LAYERS = 4
-PLANS = [Plan.uniform(level, LAYERS) for level in Level] + [
-    Plan.mixed(Level.OFFLOAD, 3, Level.NONE, LAYERS),
-    Plan.mixed(Level.STAGED, 2, Level.WIDE, LAYERS),
+PLANS = [ActivationPlan.uniform(level, LAYERS) for level in Level] + [
+    ActivationPlan.mixed(Level.OFFLOAD, 3, Level.NONE, LAYERS),
+    ActivationPlan.mixed(Level.STAGED, 2, Level.WIDE, LAYERS),
 ]
 MIB = 1 << 20
 SPLITS = 4 * MIB
@@ -93,7 +93,7 @@ def test_every_policy_learns_the_same_to_the_bit(name, fused, dropout):
 
 def test_embeddings_and_optimizer_on_the_host_change_nothing():
     expected, adapter, _ = trained("llama", None, record=True)
-    plan = Plan((Level.FULL,) * LAYERS, embeddings_on_host=True, optimizer_on_host=True)
+    plan = ActivationPlan((Level.FULL,) * LAYERS, embeddings_on_host=True, optimizer_on_host=True)
     losses, same, _ = trained("llama", plan, record=True)
     assert losses == pytest.approx(expected, rel=2e-3)  # attention's usual backward adds in no fixed order
     for a, b in zip(adapter, same, strict=True):

@@ -16,7 +16,7 @@ from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.config import LoraConfig
 from loratune.data.examples import Example
 from loratune.data.pack import make_row
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.ops import layer, thin
 from loratune.ops.attention.documents import document_attention
@@ -141,7 +141,9 @@ def test_fused_layers_are_as_exact_as_the_modules(name, lengths):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("plan", [None, Plan((Level.FULL,) * 4, tile=300), Plan((Level.OFFLOAD,) * 4)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [None, ActivationPlan((Level.FULL,) * 4, tile=300), ActivationPlan((Level.OFFLOAD,) * 4)], ids=str
+)
 def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
     """Under one key all drop the same; in float64 the masks are the plain ones."""
     model = small(name, dropout=0.3)

@@ -8,12 +8,12 @@ import transformers as tf
 
 from loratune.config import LoraConfig
 from loratune.fused.ledger import footprint
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.memory.budget import Setting, _moments, choose, host_bytes, largest, peak, seconds
+from loratune.memory.budget import RowSetting, _moments, choose, host_bytes, largest, peak, seconds
 from loratune.memory.devices import named
-from loratune.memory.estimate import Wish, estimate, imagined, survey_of
-from loratune.memory.imagine import imagine, without_data
+from loratune.memory.estimate import EstimateRequest, estimate, model_from_config, survey_of
+from loratune.memory.simulate import simulate, without_data
 from tests.conftest import CAUSAL, build
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def seven_billion() -> tf.PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def surveyed(seven_billion):
-    return survey_of(seven_billion, Wish("auto", LoraConfig(), Setting(8192)))
+    return survey_of(seven_billion, EstimateRequest("auto", LoraConfig(), RowSetting(8192)))
 
 
 def test_what_is_there_all_the_time_is_counted_to_the_parameter(seven_billion, surveyed):
@@ -40,39 +40,39 @@ def test_what_is_there_all_the_time_is_counted_to_the_parameter(seven_billion, s
     assert surveyed.base_bytes == pytest.approx(2 * parameters, rel=1e-4)  # and rotary frequencies, rounded to 512
     per_layer = 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert surveyed.trainable == 32 * per_layer
-    needed = peak(surveyed, Setting(8192), Plan.uniform(Level.NONE, 32))
+    needed = peak(surveyed, RowSetting(8192), ActivationPlan.uniform(Level.NONE, 32))
     assert needed.optimizer == 8 * surveyed.trainable
-    quarter = survey_of(seven_billion, Wish("nf4", LoraConfig(), Setting(8192)))
+    quarter = survey_of(seven_billion, EstimateRequest("nf4", LoraConfig(), RowSetting(8192)))
     in_layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert quarter.base_bytes == pytest.approx(2 * (parameters - in_layers) + 4.127 / 8 * in_layers, rel=1e-3)
 
 
 def test_a_frugal_level_takes_less_memory_and_more_time(surveyed):
-    setting = Setting(8192, even=True)
+    setting = RowSetting(8192, even=True)
     for frugal, generous in ((Level.WIDE, Level.NONE), (Level.SELECTIVE, Level.WIDE), (Level.FULL, Level.SELECTIVE)):
-        a, b = (Plan.uniform(level, 32) for level in (frugal, generous))
+        a, b = (ActivationPlan.uniform(level, 32) for level in (frugal, generous))
         assert peak(surveyed, setting, a).total < peak(surveyed, setting, b).total
         assert seconds(surveyed, setting, a, H200) > seconds(surveyed, setting, b, H200)
-    totals = [peak(surveyed, setting, Plan.mixed(Level.FULL, n, Level.NONE, 32)).total for n in range(33)]
+    totals = [peak(surveyed, setting, ActivationPlan.mixed(Level.FULL, n, Level.NONE, 32)).total for n in range(33)]
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("gib", [16, 18, 24, 32, 60])
 def test_the_choice_fits_and_is_faster_than_any_uniform_plan_that_fits(surveyed, gib):
-    setting = Setting(8192)
+    setting = RowSetting(8192)
     choice = choose(surveyed, setting, H200, gib * GIB)
     assert choice is not None
     assert choice.bytes.total <= gib * GIB
     for level in Level:
-        plan = Plan.uniform(level, 32)
+        plan = ActivationPlan.uniform(level, 32)
         if peak(surveyed, setting, plan).total <= gib * GIB:
             assert choice.seconds <= seconds(surveyed, setting, plan, H200)
 
 
 def test_weights_in_8_bits_are_kept_both_ways_where_they_fit(seven_billion):
-    eight = survey_of(seven_billion, Wish("fp8", LoraConfig(), Setting(8192)))
-    setting = Setting(8192)
-    one, two = (Plan((Level.NONE,) * 32, both_ways=both) for both in (False, True))
+    eight = survey_of(seven_billion, EstimateRequest("fp8", LoraConfig(), RowSetting(8192)))
+    setting = RowSetting(8192)
+    one, two = (ActivationPlan((Level.NONE,) * 32, both_ways=both) for both in (False, True))
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert peak(eight, setting, two).base - peak(eight, setting, one).base == pytest.approx(weights, rel=0.05)
     assert seconds(eight, setting, two, H200) < seconds(eight, setting, one, H200)
@@ -85,14 +85,14 @@ def test_weights_in_8_bits_are_kept_both_ways_where_they_fit(seven_billion):
 
 
 def test_nothing_is_chosen_where_even_the_weights_do_not_fit(surveyed):
-    assert choose(surveyed, Setting(8192), H200, 12 * GIB) is None
+    assert choose(surveyed, RowSetting(8192), H200, 12 * GIB) is None
 
 
 @pytest.mark.parametrize("generous", [0, 1, 2, 5])
 def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, generous):
     """Walks the layers as `ops.host` does and adds up what the device holds on its way: never above the estimate."""
-    setting, layers = Setting(8192, even=True), 32
-    plan = Plan.mixed(Level.STAGED, layers - generous, Level.NONE, layers)
+    setting, layers = RowSetting(8192, even=True), 32
+    plan = ActivationPlan.mixed(Level.STAGED, layers - generous, Level.NONE, layers)
     of_each = [footprint(surveyed.shape, 8192, level, plan.tile) for level in plan.levels]
     held: dict[int, int] = {}
     highest = kept = 0
@@ -112,7 +112,7 @@ def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, genero
 
 
 def test_a_small_host_takes_fewer_layers(surveyed):
-    setting, limit = Setting(8192), 18 * GIB
+    setting, limit = RowSetting(8192), 18 * GIB
     free = choose(surveyed, setting, H200, limit)
     tight = choose(surveyed, setting, H200, limit, 4 * GIB)
     assert free is not None
@@ -128,12 +128,12 @@ def test_the_longest_document_fits_and_the_next_does_not(surveyed):
     tokens, choice = found
     assert tokens % 256 == 0
     assert choice.bytes.total <= 20 * GIB
-    assert choose(surveyed, Setting(tokens + 256, even=True), H200, 20 * GIB) is None
+    assert choose(surveyed, RowSetting(tokens + 256, even=True), H200, 20 * GIB) is None
     assert largest(surveyed, H200, 13 * GIB) is None
 
 
 def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):
-    wish = Wish("auto", LoraConfig(), Setting(8192), "none")
+    wish = EstimateRequest("auto", LoraConfig(), RowSetting(8192), "none")
     found = estimate(seven_billion, wish, named("24GiB"), 24 * GIB)
     assert not found.fits
     assert "--activations auto" in {change.what for change in found.changes}
@@ -149,7 +149,7 @@ def test_an_imagined_row_holds_what_a_real_one_holds(name):
     copy, real = without_data(config, torch.float32), build(name)
     for model in (copy, real):
         attach(model, LoraConfig(r=4), name="default", seed=0)
-    expected = imagine(copy, 256, Plan.uniform(Level.NONE, 2), on_gpu=False).kept
+    expected = simulate(copy, 256, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).kept
     held: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
 
@@ -171,13 +171,15 @@ def test_soft_caps_and_sinks_take_no_square_of_scores_in_half_precision(name):
     """Their kernel holds what grows with T alone; a square of scores would be 16 times as much."""
     model = without_data(build(name).config, torch.bfloat16)
     attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), name="default", seed=0)
-    short, long = (imagine(model, tokens, Plan.uniform(Level.NONE, 2), on_gpu=False).kept for tokens in (256, 1024))
+    short, long = (
+        simulate(model, tokens, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).kept for tokens in (256, 1024)
+    )
     assert long < 4.2 * short
 
 
 def test_a_folder_with_a_configuration_alone_is_enough(tmp_path):
     CAUSAL["qwen3"]().config.save_pretrained(tmp_path)
-    model = imagined(str(tmp_path), "auto")
+    model = model_from_config(str(tmp_path), "auto")
     assert all(p.is_meta for p in model.parameters())
-    found = estimate(model, Wish("auto", LoraConfig(), Setting(512), on_gpu=False), named("1GiB"), GIB)
+    found = estimate(model, EstimateRequest("auto", LoraConfig(), RowSetting(512), on_gpu=False), named("1GiB"), GIB)
     assert found.fits

@@ -9,12 +9,12 @@ import transformers as tf
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig
 from loratune.errors import ConfigError
-from loratune.fused.policy import Level, Plan, tiles
-from loratune.memory.budget import Setting, peak
+from loratune.fused.policy import ActivationPlan, Level, tiles
+from loratune.memory.budget import RowSetting, peak
 from loratune.memory.devices import named
-from loratune.memory.estimate import Wish, survey_of
-from loratune.memory.fit import Trial, _any_row, by_estimate, first_with_room, fit, too_small
-from loratune.memory.imagine import without_data
+from loratune.memory.estimate import EstimateRequest, survey_of
+from loratune.memory.fit import DryStep, _any_row, by_estimate, first_with_room, fit, too_small
+from loratune.memory.simulate import without_data
 from loratune.training.graph import layout_for
 from tests.training.helpers import config, model_with_adapter, trainable
 
@@ -32,13 +32,15 @@ def test_on_a_cpu_the_setting_is_the_plan(activations, level):
 
 def test_the_error_says_by_how_much_and_what_to_set():
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
-    what = survey_of(without_data(tf.LlamaConfig(**shape), torch.bfloat16), Wish("auto", LoraConfig(), Setting(1)))
-    text = too_small(what, Setting(32768), config(activations="none"), named("H200"), 24 * GIB)
+    what = survey_of(
+        without_data(tf.LlamaConfig(**shape), torch.bfloat16), EstimateRequest("auto", LoraConfig(), RowSetting(1))
+    )
+    text = too_small(what, RowSetting(32768), config(activations="none"), named("H200"), 24 * GIB)
     assert "a row of 32768 tokens takes 1" in text  # more than 100 GiB
     assert "24.00 GiB may be taken" in text
     assert "--activations auto" in text
     assert "--precision nf4" in text
-    hopeless = too_small(what, Setting(32768), config(), named("H200"), 4 * GIB)
+    hopeless = too_small(what, RowSetting(32768), config(), named("H200"), 4 * GIB)
     assert "--tokens-per-row" not in hopeless
     assert "Set --precision nf4" in hopeless
 
@@ -65,13 +67,13 @@ def test_tiles_cover_a_row_and_are_no_wider_than_asked(tokens, tile):
 
 def plans_and_trials(*outcomes):
     """`first_with_room` over one plan for each outcome; the plan that it takes, and the plans that it tried."""
-    plans = [Plan.uniform(level, 2) for level in Level][: len(outcomes)]
+    plans = [ActivationPlan.uniform(level, 2) for level in Level][: len(outcomes)]
     tried = []
 
     def trial(plan):
         tried.append(plans.index(plan))
         outcome = outcomes[plans.index(plan)]
-        return None if outcome is None else Trial(0, outcome)
+        return None if outcome is None else DryStep(0, outcome)
 
     found = first_with_room([plans[0], *plans], trial)  # the first comes twice, as a closer share may choose it again
     return (None if found is None else plans.index(found[0])), tried
@@ -90,12 +92,12 @@ def test_without_room_for_any_recording_the_fastest_plan_that_fits_is_taken():
 @pytest.mark.parametrize("tokens", [2, 3, 64, 384, 640, 1024, 5000])
 def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
     """Uneven documents, as many as are reckoned with, and trained positions that are gathered."""
-    row = _any_row(tokens, Setting(tokens).documents)
+    row = _any_row(tokens, RowSetting(tokens).documents)
     layout = layout_for(row, {})
     assert int(row.cu_seqlens[-1]) == tokens == len(row.position_ids) == len(row.weights)
     assert bool((row.cu_seqlens.diff() > 0).all())
     if tokens >= 64:
-        assert layout.documents == Setting(tokens).documents
+        assert layout.documents == RowSetting(tokens).documents
         assert layout.documents * layout.longest != tokens or layout.documents == 1
         assert 0.75 * tokens <= layout.trained < tokens
 
@@ -103,8 +105,10 @@ def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
 @pytest.mark.parametrize(("tokens", "daring"), [(8192, True), (131_072, False)])
 def test_a_plan_that_may_just_not_fit_is_tried_first_where_a_step_is_quick(tokens, daring):
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
-    what = survey_of(without_data(tf.LlamaConfig(**shape), torch.bfloat16), Wish("auto", LoraConfig(), Setting(1)))
-    setting, limit = Setting(tokens), (20 if daring else 80) * GIB
+    what = survey_of(
+        without_data(tf.LlamaConfig(**shape), torch.bfloat16), EstimateRequest("auto", LoraConfig(), RowSetting(1))
+    )
+    setting, limit = RowSetting(tokens), (20 if daring else 80) * GIB
     totals = [peak(what, setting, plan).total for plan in by_estimate(what, setting, named("H200"), limit)]
     assert (limit < totals[0] <= 1.03 * limit) == daring
     assert all(total <= limit for total in totals[daring:])

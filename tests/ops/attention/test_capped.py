@@ -79,7 +79,7 @@ from loratune.base.forward import PackedForward, prepare
 from loratune.config import LoraConfig
 from loratune.lora.inject import attach
 from loratune.ops.attention import documents as attention, capped_kernels
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import Level, ActivationPlan
 from tests.base.test_forward import packed_row
 from tests.conftest import SMALL
 
@@ -125,7 +125,7 @@ for name, model in models.items():
     for a, b in zip(packed, alone):
         assert float((a - b).norm() / b.norm()) < 1e-4, name  # roundings of float32 through a deep, steep function
     for level, repeated in ((Level.SELECTIVE, 0), (Level.FULL, 2)):
-        forward.plan = Plan.uniform(level, 2)
+        forward.plan = ActivationPlan.uniform(level, 2)
         _, again, same = results(forward)
         assert again == repeated, (name, level, again)
         assert all(torch.equal(a, b) for a, b in zip(packed, same)), (name, level)

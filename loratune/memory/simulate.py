@@ -22,17 +22,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loratune.base import one_pass, recompute
-from loratune.fused.policy import Plan
+from loratune.fused.policy import ActivationPlan
 from loratune.ops.attention import documents as attention
 from loratune.ops.host import Host
 from loratune.ops.logprobs import token_logprobs
 from loratune.ops.state import ForwardState
 
-_ATTENTION = "loratune_imagined"
+_ATTENTION = "loratune_simulated"
 
 
 @dataclass(frozen=True)
-class Imagined:
+class SimulatedBytes:
     """Bytes of activations, gradients of the adapters among them."""
 
     kept: int
@@ -40,7 +40,7 @@ class Imagined:
     peak: int
 
 
-class Meter(TorchDispatchMode):
+class StorageMeter(TorchDispatchMode):
     """Counts the bytes of storages that appear while it is active, for as long as they live."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     return made
 
 
-def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) -> Imagined:
+def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gpu: bool) -> SimulatedBytes:
     """One row of `tokens` tokens forward and backward through a model on the meta device with an adapter in use.
 
     Args:
@@ -89,7 +89,7 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) ->
     AttentionInterface.register(_ATTENTION, _attention)
     before = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
-    meter = Meter()
+    meter = StorageMeter()
     try:
         with _passes(model, on_gpu), recompute.installed(model, plan, Host(), ForwardState()), meter:
             loss = _loss(model, tokens)
@@ -99,7 +99,7 @@ def imagine(model: PreTrainedModel, tokens: int, plan: Plan, *, on_gpu: bool) ->
         model.set_attn_implementation(before)
         for parameter in model.parameters():
             parameter.grad = None
-    return Imagined(kept, meter.peak)
+    return SimulatedBytes(kept, meter.peak)
 
 
 def _passes(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[object]:

@@ -230,8 +230,14 @@ def _fusible(layer: nn.Module) -> bool:
         and len({isinstance(module, QuantisedLinear) for module in linears}) == 1
         and all(n is None or (isinstance(getattr(n, "weight", None), Tensor) and _eps(n) > 0) for n in norms)
         and isinstance(getattr(attn, "head_dim", None), int)
-        and not any(p.requires_grad for n, p in layer.named_parameters() if not n.endswith(("lora_A", "lora_B")))
+        and not _trains_more(layer, linears)
     )
+
+
+def _trains_more(layer: nn.Module, linears: Sequence[nn.Linear]) -> bool:
+    """True if parameters train that belong to no adapter of the fused linear layers."""
+    adapters = {id(tensor) for tensor in masters_of(linears)}
+    return any(p.requires_grad for p in layer.parameters() if id(p) not in adapters)
 
 
 def _head_norm(attn: nn.Module, dim: int, into: Sequence[nn.Linear]) -> tuple[Tensor | None, float]:

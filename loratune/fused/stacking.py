@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loratune.fused import block
-from loratune.ops.bank.projection import BankProjection, Lane, Pool
+from loratune.lora.contract import BankSum, LowRankSum, fusion_of
+from loratune.ops.bank.projection import BankProjection, Pool
 from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.thin import Members
 from loratune.precision import fp8_projection
@@ -71,32 +72,32 @@ class Copies:
 
 
 def can_stack(module: object) -> bool:
-    """A linear layer in floating point or quantised; a plain adapter (`lora.linear`) or none."""
+    """True for a linear layer, in floating point or quantised, whose adapter may be fused."""
+    if isinstance(fusion_of(module), str):
+        return False
     if isinstance(module, QuantisedLinear):
         return stackable(module.frozen)
-    known = hasattr(module, "lora_A") or hasattr(module, "lane")
-    if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and known):
-        return False
-    return module.weight.is_floating_point()
+    return isinstance(module, nn.Linear) and module.weight.is_floating_point()
 
 
 def dropout_of(module: nn.Module) -> float:
-    """Of the adapter in use, while it trains."""
-    return float(getattr(module, "lora_dropout", 0.0))
+    """Dropout probability of the adapter in use."""
+    fusion = fusion_of(module)
+    return fusion.dropout if isinstance(fusion, LowRankSum) else 0.0
 
 
-def adapter_of(member: nn.Linear) -> tuple[Tensor, Tensor, float] | None:
-    """lora_A, lora_B and scaling of the adapter in use. Known by its attributes: this package lies below `lora`."""
-    lora_A = getattr(member, "lora_A", None)
-    return None if lora_A is None else (lora_A, member.lora_B, member.scaling)  # type: ignore[return-value]
+def adapter_of(member: nn.Module) -> LowRankSum | None:
+    """The adapter in use at a layer that `can_stack`, if it is a single one."""
+    fusion = fusion_of(member)
+    return fusion if isinstance(fusion, LowRankSum) else None
 
 
 def projection_of(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProjection:
     """Stacks layers that read the same input; registers the working copies of their adapters in `copies`."""
-    if any(map(_lane, members)):
+    if any(map(_bank_sum, members)):
         return _bank_projection(members, copies)
     adapters = [adapter_of(member) for member in members]
-    total = sum(adapter[0].shape[0] for adapter in adapters if adapter is not None)
+    total = sum(adapter.r for adapter in adapters if adapter is not None)
     frozen, matrix = _frozen(members, total, copies)
     like: dict[str, Any] = {"dtype": frozen.dtype, "device": frozen.device}
     bias = _bias(members, frozen)
@@ -114,15 +115,15 @@ def projection_of(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProj
         row = at.stop
         if adapter is None:
             continue
-        columns = slice(rank, rank + adapter[0].shape[0])
+        columns = slice(rank, rank + adapter.r)
         rank = columns.stop
         rows.append(at)
         ranks.append(columns)
-        scalings.append(adapter[2])
-        salts.append(int(member.salt))  # type: ignore[arg-type]
-        copies.masters += adapter[:2]
+        scalings.append(adapter.scaling)
+        salts.append(adapter.salt)
+        copies.masters += [adapter.lora_A, adapter.lora_B]
         copies.copies += [lora_A[columns], lora_B[at, columns]]
-        copies.scales += [1.0, adapter[2]]
+        copies.scales += [1.0, adapter.scaling]
     dropout = max(map(dropout_of, members))
     rides = isinstance(frozen, Fp8Weight) and frozen.carries and (frozen.dtype.itemsize == 2 or not lora_A.is_cuda)
     if rides and not dropout:
@@ -153,14 +154,14 @@ def _bias(members: Sequence[nn.Linear], frozen: Frozen) -> Tensor | None:
     return torch.cat([torch.zeros(m.out_features, **like) if m.bias is None else m.bias.detach() for m in members])
 
 
-def _lane(member: nn.Linear) -> Lane | None:
-    """The member's place in a bank, if it is a stand-in of `many.bank`. Known by its attributes, as an adapter is."""
-    return getattr(member, "lane", None)
+def _bank_sum(member: nn.Module) -> BankSum | None:
+    fusion = fusion_of(member)
+    return fusion if isinstance(fusion, BankSum) else None
 
 
 def holds_bank(model: nn.Module) -> bool:
     """True if rows of this model hold several adapters' documents."""
-    return any(isinstance(getattr(module, "lane", None), Lane) for module in model.modules())
+    return any(_bank_sum(module) is not None for module in model.modules())
 
 
 def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjection:
@@ -168,11 +169,11 @@ def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjec
     frozen, _ = _frozen(members, 0, copies)
     lanes, rows, row = [], [], 0
     for member in members:
-        lane = _lane(member)
-        if lane is not None:
-            lanes.append(lane)
+        found = _bank_sum(member)
+        if found is not None:
+            lanes.append(found.lane)
             rows.append(slice(row, row + member.out_features))
-            copies.pool = cast(Pool, member.pool)
+            copies.pool = found.pool
         row += member.out_features
     assert copies.pool is not None
     return BankProjection(frozen, _bias(members, frozen), copies.pool, lanes, rows)
@@ -180,7 +181,8 @@ def _bank_projection(members: Sequence[nn.Linear], copies: Copies) -> BankProjec
 
 def masters_of(members: Sequence[nn.Linear]) -> list[Tensor]:
     """What receives the gradients that the projection of these members returns."""
-    pools = [cast(Pool, member.pool) for member in members if _lane(member) is not None]
+    pools = [found.pool for found in map(_bank_sum, members) if found is not None]
     if pools:
         return [pools[0].entry]
-    return [tensor for adapter in map(adapter_of, members) if adapter is not None for tensor in adapter[:2]]
+    adapters = [adapter for adapter in map(adapter_of, members) if adapter is not None]
+    return [tensor for adapter in adapters for tensor in (adapter.lora_A, adapter.lora_B)]

@@ -13,6 +13,7 @@ from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import AdapterError
+from loratune.lora.contract import Fusion
 from loratune.lora.linear import LoraLayer, LoraLinear
 from loratune.ops.frozen import Dense, Frozen
 from loratune.ops.lora import lora_linear
@@ -36,6 +37,8 @@ class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
         dropout = self.lora_dropout if self.training else 0.0
         adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
         return lora_linear(x, self.weight.T, self.bias, *adapter, self.state)
+
+    fusion = LoraLayer.fusion
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
@@ -74,6 +77,10 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
             rows = torch.addmm(out.reshape(-1, out.shape[-1]), inner, self.lora_B.to(out.dtype).T, alpha=self.scaling)
         return rows.view_as(out)
 
+    def fusion(self) -> Fusion:
+        """No linear map of activations: an embedding looks rows up."""
+        return f"{type(self).__name__} is an embedding"
+
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
         """(vocabulary, d) of an embedding."""
@@ -96,6 +103,8 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         dropout = self.lora_dropout if self.training else 0.0
         adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
         return lora_linear(input, self.frozen, self.bias, *adapter, self.state)
+
+    fusion = LoraLayer.fusion
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loratune.lora.contract import NO_ADAPTER, AdaptedLayer, Fusion, LowRankSum
 from loratune.ops.lora import lora_linear
 from loratune.ops.state import ForwardState
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(AdaptedLayer):
     """A layer that stands in for `base` and adds the low-rank update of the adapter it holds."""
 
     transposed: ClassVar[bool] = False
@@ -105,6 +106,23 @@ class LoraLayer(nn.Module):
         self.weight.copy_(self._unmerged)
         self._unmerged = None
 
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """Attribute name -> tensor of the adapter in use; empty without one."""
+        if self.lora_A is None or self.lora_B is None:
+            return {}
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter in use, 0 without one."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    def fusion(self) -> Fusion:
+        """The low-rank sum of the adapter in use."""
+        if self.lora_A is None or self.lora_B is None:
+            return NO_ADAPTER
+        return LowRankSum(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.salt)
+
     def extra_repr(self) -> str:
         """As of the original, and the rank of the adapter in use."""
         rank = "no adapter" if self.lora_A is None else f"rank={self.lora_A.shape[0]}"
@@ -132,6 +150,8 @@ class LoraLinear(LoraLayer, nn.Linear):
         dropout = self.lora_dropout if self.training else 0.0
         adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
         return lora_linear(input, self.weight, self.bias, *adapter, self.state)
+
+    fusion = LoraLayer.fusion
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:

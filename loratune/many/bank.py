@@ -34,6 +34,7 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
 from loratune.lora import files
 from loratune.lora.build import build
+from loratune.lora.contract import AdaptedLayer, BankSum, Fusion
 from loratune.lora.layers import LoraQuantised
 from loratune.lora.linear import LoraLayer, LoraLinear
 from loratune.lora.select import Selection, Target, select
@@ -49,7 +50,7 @@ _BLOCK = 64
 """Tokens of the smallest piece of a row that is one slot's, on a GPU."""
 
 
-class _BankLayer(nn.Module):
+class _BankLayer(AdaptedLayer):
     """A layer that stands in for `base` and adds the updates of all slots of a bank."""
 
     lane: Lane
@@ -77,6 +78,19 @@ class _BankLayer(nn.Module):
         bias: Any = self._parameters.get("bias")
         rows = [slice(0, self.lane.d_out)]
         return bank_linear(input, BankProjection(frozen_of(self), bias, self.pool, [self.lane], rows))
+
+    def fusion(self) -> Fusion:
+        """The sum of each token's own slot."""
+        return BankSum(self.lane, self.pool)
+
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """None: the weights of all slots belong to the pool."""
+        return {}
+
+    @property
+    def rank(self) -> int:
+        """0: ranks belong to slots."""
+        return 0
 
 
 class LoraBankLinear(_BankLayer, nn.Linear):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from loratune.base.recompute import decoder_layers
 from loratune.fused import layer as fused
 from loratune.fused.ledger import LayerShape, rounded
+from loratune.lora.contract import adapter_tensors_of, rank_of
 from loratune.precision import nf4
 from loratune.precision.linear import QuantisedLinear
 from loratune.precision.nf4 import Nf4Weight
@@ -103,8 +104,7 @@ def _own_table(model: PreTrainedModel, head: nn.Module | None) -> int:
 
 def ranks_of(model: nn.Module) -> dict[nn.Module, int]:
     """Adapted layer -> rank, of the adapter in use."""
-    held = ((module, getattr(module, "lora_A", None)) for module in model.modules())
-    return {module: int(lora_A.shape[0]) for module, lora_A in held if lora_A is not None}
+    return {module: rank for module in model.modules() if (rank := rank_of(module))}
 
 
 def _quantised(layers: nn.ModuleList) -> str:
@@ -138,8 +138,9 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
             frozen = module.frozen
             in_8_bits = rounded(_FP8_BYTES * _elements(module)) + rounded(4 * module.out_features)
             total += frozen.nbytes if isinstance(frozen, Nf4Weight) else in_8_bits
+        adapter = adapter_tensors_of(module)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen or name in ("lora_A", "lora_B"):
+            if id(tensor) in seen or name in adapter:
                 continue
             seen.add(id(tensor))
             if id(tensor) in to_quantise:

@@ -1,0 +1,122 @@
+"""The contract between an adapted layer and the code that computes it faster than its own `forward` does.
+
+A fused decoder layer never calls its linear layers. It reads the frozen weight and the adapter, and computes both
+itself. That is right only for layers whose output is
+
+    y = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ
+
+so a layer must *declare* this sum by overriding `fusion`. Attributes such as `lora_A` prove nothing: a subclass may
+hold them and use them differently. A subclass that overrides `forward` and does not override `fusion` again has made
+no declaration, and its layers run as modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loratune.ops.bank.projection import Lane, Pool
+from loratune.precision.linear import QuantisedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankSum:
+    """The adapter in use at one layer: y += scaling · drop(x) Aᵀ Bᵀ."""
+
+    lora_A: nn.Parameter
+    """(r, d_in), in the dtype of the masters"""
+    lora_B: nn.Parameter
+    """(d_out, r)"""
+    scaling: float
+    dropout: float
+    """Probability of zeroing an element of x while the layer is in training mode."""
+    salt: int
+    """Separates the layer's dropout from that of other layers; see `ops.dropout`."""
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class BankSum:
+    """The layer's entry in a bank: each token of a row gets the low-rank sum of its own slot."""
+
+    lane: Lane
+    pool: Pool
+
+
+class NoAdapter:
+    """Type of `NO_ADAPTER`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "NO_ADAPTER"
+
+
+NO_ADAPTER: Final = NoAdapter()
+"""The layer computes x Wᵀ + b: a plain linear layer, or an adapted one with no adapter in use."""
+
+Fusion = LowRankSum | BankSum | NoAdapter | str
+"""A string is the reason why the layer must run as a module."""
+
+_PLAIN = (nn.Linear, QuantisedLinear, Conv1D)
+
+
+class AdaptedLayer(nn.Module):
+    """A layer that replaces a base layer and can hold an adapter."""
+
+    _declares_fusion: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._declares_fusion = _defines_last(cls, "fusion", "forward")
+
+    def fusion(self) -> Fusion:
+        """The formula of `forward`, for code that computes it elsewhere."""
+        raise NotImplementedError
+
+    def adapter_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Attribute name -> tensor of the adapter in use. Empty without one, and for layers of a bank."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter in use, 0 without one."""
+        raise NotImplementedError
+
+
+def fusion_of(module: object) -> Fusion:
+    """The formula that `module` declares, or the reason why it must run as a module."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        return f"a {kind} is no module"
+    if "forward" in vars(module):
+        return f"the forward of this {kind} was replaced on the instance"
+    if isinstance(module, AdaptedLayer):
+        if not module._declares_fusion:
+            return f"{kind} overrides forward and does not declare a low-rank sum again"
+        return module.fusion()
+    return NO_ADAPTER if type(module) in _PLAIN else f"a {kind} is no plain linear layer"
+
+
+def rank_of(module: nn.Module) -> int:
+    """Rank of the adapter in use at `module`; 0 for a module without one."""
+    return module.rank if isinstance(module, AdaptedLayer) else 0
+
+
+def adapter_tensors_of(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Attribute name -> tensor of the adapter in use at `module`; empty for a module without one."""
+    return module.adapter_tensors() if isinstance(module, AdaptedLayer) else {}
+
+
+def _defines_last(cls: type, claim: str, subject: str) -> bool:
+    """True if the definition of `claim` that holds for `cls` is not older than that of `subject`."""
+    holders = [next(base for base in cls.__mro__ if name in vars(base)) for name in (claim, subject)]
+    return cls.__mro__.index(holders[0]) <= cls.__mro__.index(holders[1])

@@ -17,9 +17,8 @@ from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.linear import quantised_layers
-from loratune.training.objectives.sft import sft
 from loratune.training.optim import adamw
-from loratune.training.step import _row_objective, train_step
+from loratune.training.step import row_loss, train_step
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def one_step(model, forward, plan):
         carried = forward._copies.carried
         assert len(carried) == 2 * 4
         assert all((p.turned is not None) == (plan is not None and plan.both_ways) for p in carried)
-        loss = _row_objective(forward, a_row(), sft)
+        loss = row_loss(forward, a_row())
         loss.backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]
     for p in model.parameters():

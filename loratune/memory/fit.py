@@ -33,9 +33,8 @@ from loratune.memory.budget import PeakMemory, RowSetting
 from loratune.memory.devices import DeviceSpec
 from loratune.memory.survey import ModelSurvey, ranks_of, survey
 from loratune.training.graph import GraphStep
-from loratune.training.objectives.sft import sft
 from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
@@ -187,7 +186,7 @@ def _dry_step(
             recorded = True
             step = GraphStep.for_device(forward, values, torch.optim.SGD(values, lr=0.0), 0.0)  # which never updates
             if step is None:
-                _row_objective(forward, row, sft).backward()
+                row_loss(forward, row).backward()
             else:
                 recorded = step.rehearse(row, accumulate=setting.rows > 1)
             return DryStep(torch.cuda.max_memory_allocated(device), recorded)

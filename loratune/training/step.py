@@ -56,7 +56,7 @@ def train_step(
     total, position = 0.0, 0
     for row in rows:
         with forward.state.dropout(None if key is None else row_key(key, position, forward.model.device)):
-            loss = _row_objective(forward, row, objective) / normaliser
+            loss = row_loss(forward, row, objective) / normaliser
             loss.backward()
         total += float(loss.detach())
         position += len(row.tokens)
@@ -76,13 +76,13 @@ def evaluate_loss(forward: PackedForward, rows: Iterable[Row]) -> tuple[float, i
     """
     total, weight, tokens = 0.0, 0.0, 0
     for row in rows:
-        total += float(_row_objective(forward, row, sft))
+        total += float(row_loss(forward, row))
         weight += float(row.weights.sum())
         tokens += int((row.weights != 0).sum())
     return (total / weight if weight else math.nan), tokens
 
 
-def _row_objective(forward: PackedForward, row: Row, objective: Objective) -> Tensor:
+def row_loss(forward: PackedForward, row: Row, objective: Objective = sft) -> Tensor:
     """The objective summed over one row, a scalar."""
     device = forward.model.device
     predicting = row.weights.nonzero().squeeze(1)

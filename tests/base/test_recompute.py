@@ -9,8 +9,7 @@ from loratune.base.forward import prepare
 from loratune.base.recompute import decoder_layers
 from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from tests.conftest import CAUSAL
 from tests.training.helpers import examples, model_with_adapter, trainable
 
@@ -21,7 +20,7 @@ def loss_and_gradients(model, forward, level):
     row = make_row(examples(7), 200, 0)
     with forward.installed():
         torch.manual_seed(5)
-        loss = _row_objective(forward, row, sft)
+        loss = row_loss(forward, row)
         loss.backward()
     found = {path: p.grad for path, p in trainable(model).items() if p.grad is not None}
     for p in model.parameters():
@@ -60,7 +59,7 @@ def test_less_is_held_for_the_backward():
             return tensor
 
         with forward.installed(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = _row_objective(forward, row, sft)
+            loss = row_loss(forward, row)
         counts[level] = sum(held.values())
         del loss
     assert counts[Level.FULL] < 0.5 * counts[Level.NONE]

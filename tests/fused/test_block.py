@@ -14,8 +14,7 @@ from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.attention.attended import Attended
 from loratune.ops.dropout import dropout_key, row_key
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from tests.training.helpers import examples, model_with_adapter, trainable
 
 TOKENS = 256
@@ -25,7 +24,7 @@ def loss_and_gradients(model, forward, plan):
     forward.plan = plan
     row = make_row(examples(7), TOKENS, 0)
     with forward.installed():
-        loss = _row_objective(forward, row, sft)
+        loss = row_loss(forward, row)
         kept = held_bytes(loss)
         loss.backward()
     found = {path: p.grad for path, p in trainable(model).items()}

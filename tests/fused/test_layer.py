@@ -14,8 +14,7 @@ from loratune.fused.block import Passage
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import activate, attach
 from loratune.ops.dropout import dropout_key, row_key
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
 
@@ -136,7 +135,7 @@ def test_dropout_follows_step_and_position_and_is_for_training():
 
     def loss(key, position=0):
         with forward.installed(), torch.no_grad(), forward.state.dropout(row_key(key, position)):
-            return float(_row_objective(forward, row, sft))
+            return float(row_loss(forward, row))
 
     resting = loss(1)
     assert resting == loss(2)
@@ -160,7 +159,7 @@ def test_without_a_key_dropout_is_from_the_generator_and_the_backward_sees_the_f
         with forward.installed(), torch.no_grad():
             for p, direction in zip(parameters, directions, strict=True):
                 p.add_(direction, alpha=along)
-            found = float(_row_objective(forward, row, sft))
+            found = float(row_loss(forward, row))
             for p, direction in zip(parameters, directions, strict=True):
                 p.add_(direction, alpha=-along)
         return found

@@ -19,8 +19,7 @@ from loratune.ops.attention import documents as attention
 from loratune.ops.attention.documents import document_attention
 from loratune.ops.bank.projection import Segment
 from loratune.ops.dropout import dropout_key, row_key
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from tests.conftest import build
 from tests.precision.test_linear import quantised
 from tests.training.helpers import examples
@@ -65,7 +64,7 @@ def run(bank: Bank, forward: PackedForward, order: list[int], parts: list[Row]) 
     with forward.installed(), bank.row(segments):
         everywhere = torch.arange(len(row.tokens))
         logprobs = forward.logprobs(row.tokens, row.position_ids, row.cu_seqlens, everywhere, row.targets)
-        losses = {s.slot: sft(logprobs[s.start : s.stop], row.weights[s.start : s.stop]) for s in segments}
+        losses = {s.slot: -(row.weights * logprobs)[s.start : s.stop].sum() for s in segments}
         torch.stack(list(losses.values())).sum().backward()
     return {
         slot: (loss.detach(), {name: g.clone() for name, g in bank.named(slot, bank.gradient(slot)).items()})
@@ -83,7 +82,7 @@ def test_each_slot_computes_what_its_adapter_does_alone(fused):
         forward = prepare(model)
         model.train()
         with forward.installed(), forward.state.dropout(row_key(dropout_key(slot, 5), 3)):
-            loss = _row_objective(forward, parts[slot], sft)
+            loss = row_loss(forward, parts[slot])
             loss.backward()
         model.eval()
         gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
@@ -154,7 +153,7 @@ def test_attention_is_asked_to_contain_what_is_not_finite(monkeypatch, base, fus
         patch.setattr(attention, "document_attention", listening)
         attention.register()
         with torch.no_grad(), forward.installed(), bank.row([Segment(3, 0, 144, 7)]) if bank else nullcontext():
-            _row_objective(forward, parts[3], sft)
+            row_loss(forward, parts[3])
     attention.register()
     assert asked == {banked}
 
@@ -165,7 +164,7 @@ def test_dropout_is_that_of_its_key_and_stays_away_without_one():
 
     def loss(key):
         with torch.no_grad(), forward.installed(), bank.row([Segment(3, 0, 144, key)]):
-            return _row_objective(forward, parts[3], sft)
+            return row_loss(forward, parts[3])
 
     assert torch.equal(loss(7), loss(7))
     assert not torch.equal(loss(7), loss(8))

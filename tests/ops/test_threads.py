@@ -11,8 +11,7 @@ from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.fused.policy import Level, Plan
 from loratune.ops.dropout import dropout_key, row_key
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective, train_step
+from loratune.training.step import row_loss, train_step
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
 
 SEEDS = (0, 1)
@@ -88,7 +87,7 @@ def test_a_backward_behind_the_key_drops_the_same_elements(kind):
         expected = loss_and_gradients(forward.model, forward, row)
     with forward.installed():
         with forward.state.dropout(key):
-            loss = _row_objective(forward, row, sft)
+            loss = row_loss(forward, row)
         with forward.state.dropout(row_key(dropout_key(7, 7))):
             loss.backward()
     assert all(torch.equal(p.grad, expected[1][path]) for path, p in trainable(forward.model).items())

@@ -10,8 +10,7 @@ from loratune.data.examples import Example
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
 from loratune.training.course import Rows
-from loratune.training.objectives.sft import sft
-from loratune.training.step import _row_objective
+from loratune.training.step import row_loss
 from tests.conftest import build
 
 
@@ -56,7 +55,7 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
 def loss_and_gradients(model, forward, row) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     """Of everything that trains, on one row; the model is left without gradients."""
     with forward.installed():
-        loss = _row_objective(forward, row, sft)
+        loss = row_loss(forward, row)
         loss.backward()
     found = {path: p.grad for path, p in trainable(model).items()}
     for p in model.parameters():

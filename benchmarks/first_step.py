@@ -38,8 +38,8 @@ from typing import Any
 TOKENS_PER_ROW = 8192
 WITHOUT = ("read_ahead", "not_found", "gc")
 _IMPORTS = """
-from loratune import cli
-with cli._libraries():
+from loratune.cli import process
+with process.library_imports():
     from loratune.screen import progress
     from loratune.runs.run import run
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
@@ -101,16 +101,17 @@ def measure(folder: str, data: str, without: str, settings: list[str], started: 
     phases = Phases(started)
     phases.end("python")
     sys.meta_path.insert(0, _Torch(phases))
-    import loratune.cli
+    process: Any = importlib.import_module("loratune.cli.process")
+    from loratune.cli import main as loratune
 
-    cli: Any = loratune.cli
-    plain, recordings = cli._libraries, [0.0]
+    plain, recordings = process.library_imports, [0.0]
     if without == "read_ahead":
-        cli.read_ahead = lambda _: None
+        ahead: Any = importlib.import_module("loratune.ahead")
+        ahead.read_ahead = lambda _: None
     if without == "not_found":
-        cli.NOT_FOR_TEXT = ()
+        process.NOT_FOR_TEXT = ()
     if without == "gc":
-        cli.gc = type("Always", (), dict.fromkeys(("disable", "enable", "freeze"), staticmethod(lambda: None)))
+        process.gc = type("Always", (), dict.fromkeys(("disable", "enable", "freeze"), staticmethod(lambda: None)))
 
     @contextlib.contextmanager
     def libraries() -> Iterator[None]:
@@ -140,10 +141,10 @@ def measure(folder: str, data: str, without: str, settings: list[str], started: 
 
         kind.record = timed
 
-    cli._libraries = libraries
+    process.library_imports = libraries
     with tempfile.TemporaryDirectory() as out:
         words = ["train", folder, data, "--out", f"{out}/run", "--tokens-per-row", str(TOKENS_PER_ROW), "--r", "16"]
-        status = cli.main([*words, "--max-steps", "1", "--cache-dir", "", *settings])
+        status = loratune([*words, "--max-steps", "1", "--cache-dir", "", *settings])
     if status:
         raise SystemExit(status)
     import torch

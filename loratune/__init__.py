@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from loratune.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from loratune.adapters.combine import combine as combine
     from loratune.adapters.combine import resize as resize
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from loratune.lora.replace import replace as replace
     from loratune.lora.store import Store as Store
     from loratune.runs.run import train as train
-
-__version__ = "0.1.0"
 
 _HOME = {
     "load": "loratune.base.load",

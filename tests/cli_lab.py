@@ -70,7 +70,7 @@ def start(*words: str, cwd: Path, **settings: Any) -> subprocess.Popen[str]:
     """Starts `loratune WORDS` in a process of its own, without a cache and without a network's proxies."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / ".cache"), "COLUMNS": "200"}
     return subprocess.Popen(
-        [sys.executable, "-m", "loratune.cli", *words],
+        [sys.executable, "-m", "loratune", *words],
         cwd=cwd,
         env=environment,
         stdin=settings.pop("stdin", subprocess.DEVNULL),

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune import __version__
 from loratune.adapters.lowrank import LowRank, decompose, decompose_product
 from loratune.adapters.updates import (
     Update,
@@ -44,6 +43,7 @@ from loratune.adapters.updates import (
 )
 from loratune.config import CombineMethod, MajoritySign
 from loratune.errors import AdapterError, ConfigError
+from loratune.version import __version__
 
 DENSITY = 0.5
 """Share of the values that pruning keeps if nothing is said."""

@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from loratune import __version__
 from loratune.adapters.lowrank import decompose
 from loratune.adapters.updates import Update, check_out, write_updates
 from loratune.base.load import load_config, resolve
@@ -35,6 +34,7 @@ from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.lora import peft_config
 from loratune.lora.layers import LoraEmbedding
 from loratune.lora.select import Target, find_places, select, shortest_names
+from loratune.version import __version__
 
 _MAX_LISTED = 6
 

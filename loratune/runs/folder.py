@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from loratune import __version__, atomic
+from loratune import atomic
 from loratune.config import LoraConfig, RunConfig, to_toml
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
@@ -34,6 +34,7 @@ from loratune.runs.card import CardFacts, DataFacts, render_card
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Evaluated, Reason, StepDone
 from loratune.training.loop import Ended, Event, peak_memory_bytes
+from loratune.version import __version__
 
 RATES_FILE = "rates.json"
 _OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md")

@@ -1,0 +1,53 @@
+"""`loratune preview`: the data as the model sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tyro.conf import OmitArgPrefixes
+
+from loratune.cli import process
+from loratune.cli.common import DataNames, ModelName, parse, require_data
+from loratune.config import DataConfig
+
+
+@dataclass(kw_only=True)
+class PreviewArguments:
+    """Show your data as the model sees it: rendered tokens with the trained ones coloured, lengths, rows."""
+
+    model: ModelName
+    """Base model: a local folder, a hub id, or "loratune/pocket"."""
+    data: DataNames
+    """Training files."""
+    examples: int = 3
+    """Examples to show in full."""
+    seed: int = 0
+    """Seed of the held-out split and of packing, as in train."""
+    dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require_data(self.data)
+
+
+def run(words: list[str]) -> None:
+    """Renders and packs the data as a run would, and shows the first examples."""
+    given = parse(PreviewArguments, words, "preview")
+    with process.library_imports():
+        from loratune.base import load as base
+        from loratune.data.feed import prepare, rows_of_epoch
+        from loratune.runs.evaluation import pad_id
+        from loratune.screen.preview import draw_preview
+
+    tokenizer = base.load_tokenizer(given.model, given.dataset.chat_template)
+    stop_ids = base.stop_ids(given.model, tokenizer)
+    dataset = prepare(
+        given.data,
+        tokenizer,
+        given.dataset,
+        stop_ids=stop_ids,
+        max_tokens=base.max_document_tokens(base.load_config(given.model)),
+        seed=given.seed,
+        cache_dir=process.cache_dir(given.dataset.cache_dir),
+    )
+    rows = rows_of_epoch(dataset.train, given.dataset.tokens_per_row, pad_id(tokenizer), seed=given.seed, epoch=0)
+    draw_preview(process.console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples)

@@ -1,0 +1,129 @@
+"""Settings of the process that only a command line may change: signals, imports, logging, the environment.
+
+A library that is imported into another program must leave all of these alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOT_FOR_TEXT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torchvision")
+"""Packages that transformers imports if they are installed. It uses them for audio, images and assisted decoding."""
+
+
+def console() -> Console:
+    """A console for standard output that does not colour numbers by itself."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def print_error(message: str) -> None:
+    """Prints "error: message" to standard error, without a traceback."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+
+
+def cache_dir(setting: str | None) -> str | None:
+    """The folder for rendered data: the setting, else `loratune` in the user's cache folder.
+
+    Args:
+        setting: `DataConfig.cache_dir`; "" turns caching off.
+
+    Returns: None if caching is off.
+    """
+    if setting is not None:
+        return setting or None
+    return str(_user_cache())
+
+
+def grow_cuda_segments() -> None:
+    """Lets PyTorch's CUDA allocator grow its segments in place, unless the user has configured it.
+
+    Activations of many sizes then leave no unusable gaps. PyTorch reads the variable when it is imported.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+@contextmanager
+def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a stop after the current step. A second Ctrl-C stops at once.
+
+    Yields: a function that returns True once a signal has arrived.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("[yellow]stopping after this step and saving; Ctrl-C again to stop without saving[/]")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def library_imports() -> Iterator[None]:
+    """Surrounds the heavy imports of a verb: silences the libraries and speeds up the imports.
+
+    Importing creates 600,000 objects that live as long as the process. Repeated garbage collections over them took a
+    fifth of the import time, so collection is off, and `gc.freeze` then exempts them for the rest of the run.
+    transformers imports every optional package it finds; a quarter of all modules is useless for text, so those are
+    hidden meanwhile.
+    """
+    gc.disable()
+    try:
+        with _hidden(() if "transformers" in sys.modules else NOT_FOR_TEXT):
+            _silence_libraries()
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    """Makes packages look uninstalled: Python treats a None in `sys.modules` that way."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    absent = [name for name in names if name not in modules]
+    modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for name in absent:
+            modules.pop(name, None)
+
+
+def _silence_libraries() -> None:
+    """Turns off the progress bars, advice and warnings of the libraries below."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _user_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "loratune"

@@ -1,0 +1,79 @@
+"""`loratune train`: one adapter. Settings are defaults, then the TOML file of -c, then flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from loratune import ahead
+from loratune.cli import process
+from loratune.cli.common import DataNames, Folder, ModelName, as_plain, module_names, parse, take_option
+from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig, check_values, read_toml, to_toml
+from loratune.errors import ConfigError, nearest
+
+
+@dataclass(kw_only=True)
+class TrainArguments(RunConfig):
+    """Train one adapter. Settings come from -c FILE (TOML), then from flags; --print-config shows them all."""
+
+    model: ModelName
+    data: DataNames
+    out: Folder
+    lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
+    dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def run(words: list[str]) -> None:
+    """Trains an adapter and shows its progress, or prints the settings."""
+    print_config = "--print-config" in words
+    config = parse_config([word for word in words if word != "--print-config"])
+    process.grow_cuda_segments()
+    if print_config:
+        print(to_toml(config), end="")
+        return
+    ahead.read_ahead(config.model)
+    with process.library_imports():
+        from loratune.runs.run import run as train
+        from loratune.screen import progress
+
+    console = process.console()
+    with process.stop_on_signals(console) as stop:
+        events = train(config, stop, process.cache_dir(config.dataset.cache_dir))
+        progress.summary(progress.watch(events, console), console)
+
+
+def parse_config(words: list[str]) -> RunConfig:
+    """The settings of a run from the words after `train`.
+
+    With --resume and no -c, the file is `run.toml` of the output folder, so `--resume --out DIR` is enough.
+    Raises: ConfigError: a setting is unknown or out of range, or there is no run to resume.
+    """
+    words, file = take_option(words, "-c", "--config")
+    if file is None and "--resume" in words:
+        _, out = take_option(words, "--out")
+        file = _run_file(out) if out else None
+    default = None
+    if file is not None:
+        values = check_values(RunConfig, read_toml(file), file)
+        required: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+        default = TrainArguments(**(required | values))
+    config = as_plain(RunConfig, parse(TrainArguments, words, "train", default))
+    lora = config.lora
+    modules = {
+        "target_modules": module_names(lora.target_modules),
+        "exclude_modules": module_names(lora.exclude_modules),
+    }
+    return replace(config, lora=replace(lora, **modules))  # type: ignore[arg-type]
+
+
+def _run_file(out: str) -> str:
+    file = Path(out) / "run.toml"
+    if not file.is_file():
+        near = [run.parent.name for run in file.parent.parent.glob("*/run.toml")]
+        raise ConfigError(f"{out}: no run to resume: there is no run.toml.{nearest(file.parent.name, near)}")
+    return str(file)

@@ -33,8 +33,8 @@ from loratune.fused.stacking import Copies, holds_bank
 from loratune.lora.linear import running_with
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention import flash
-from loratune.ops.attention.capped import Spans
-from loratune.ops.host import Host, is_mapped, mapped
+from loratune.ops.attention.capped import DocumentSpans
+from loratune.ops.host import HostOffload, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.state import ForwardState
 from loratune.precision.fp8 import Fp8Weight
@@ -93,7 +93,7 @@ class PackedForward:
                     stack.enter_context(one_pass.installed(self.model))
                 if self.plan is not None:
                     once = self.road != "one by one"  # else a layer runs several times a row, and has several inputs
-                    host = Host() if once else None
+                    host = HostOffload() if once else None
                     stack.enter_context(recompute.installed(self.model, self.plan, host, self.state))
             yield
         self._copies = None
@@ -165,7 +165,7 @@ class PackedForward:
                 cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
             row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             row |= {"max_length_q": longest, "max_length_k": longest}
-            row |= {"spans": Spans(cu_seqlens), "contained": self._contained}
+            row |= {"spans": DocumentSpans(cu_seqlens), "contained": self._contained}
         return call(**row).squeeze(0)
 
 

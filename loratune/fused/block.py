@@ -27,11 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from loratune.fused.policy import TILE, Level, tiles
 from loratune.ops import layer
-from loratune.ops.attention.attended import Attend, Attended
+from loratune.ops.attention.recorded import Attend, RecordedAttention
 from loratune.ops.bank.projection import BankProjection
-from loratune.ops.host import Host
+from loratune.ops.host import HostOffload
+from loratune.ops.low_rank import GradientOperands, gradients_of
 from loratune.ops.measure import Measure
-from loratune.ops.thin import Work, gradients_of
 from loratune.precision.fp8_projection import Fp8Projection
 from loratune.precision.projection import Projection
 
@@ -160,7 +160,7 @@ class Keep:
     """Tokens that run through the MLP at once, where gate and up are not kept."""
     index: int = 0
     """Number of the layer, for the host."""
-    host: Host | None = None
+    host: HostOffload | None = None
     """Where what is kept waits at levels that put it there."""
 
 
@@ -179,7 +179,7 @@ def decoder_layer(
     Args:
         x: (T, d).
         cos, sin: (T, head_dim) of the positions.
-        attend: attention by document, see `ops.attention.attended`.
+        attend: attention by document, see `ops.attention.recorded`.
         keep: what is held for the backward; nothing where gradients are off.
         adapters: the masters before and behind attention, A and B of each member in order; they receive the
             gradients.
@@ -199,7 +199,7 @@ class _Kept:
     inner_down: Tensor | None
     x: Tensor | None = None
     heads: _Turned | None = None
-    attended: Attended | None = None
+    attended: RecordedAttention | None = None
     stream: tuple[Tensor | None, Tensor | None] | None = None
     """h, (T, d), None while it is on the host, and the inner activation of the output projection."""
     gate_up: tuple[Tensor, Tensor | None] | None = None
@@ -242,7 +242,7 @@ class _Layer(torch.autograd.Function):
         if keep.level.on_host:
             _leave(ctx.kept, keep)
         elif keep.host is not None:
-            keep.host.passed(keep.index)
+            keep.host.layer_done(keep.index)
         ctx.save_for_backward(cos, sin)
         ctx.fixed = before, behind, attend, keep
         ctx.needs_heads = ctx.needs_input_grad[0] or adapters_before > 0
@@ -258,12 +258,12 @@ class _Layer(torch.autograd.Function):
         if keep.level.on_host:
             _return(kept, keep, cos, sin, before.heads)
         elif keep.host is not None:
-            keep.host.announce(keep.index)
+            keep.host.prefetch_below(keep.index)
         x: Tensor = kept.x
         heads, attended = kept.heads, kept.attended
         if attended is None:
             heads = _turned(x, cos, sin, before)
-            attended = Attended(attend, heads.whole, _split(before.heads))
+            attended = RecordedAttention(attend, heads.whole, _split(before.heads))
         kept.heads = kept.attended = None
         d_stream, of_mlp = _mlp_backward(behind.up.leave(dy), attended.out, kept, behind, keep)
         del dy
@@ -293,13 +293,13 @@ def _leave(kept: _Kept, keep: Keep) -> None:
         h, inner = kept.stream
         assert h is not None
         tensors += [kept.attended.out, h]
-        kept.attended.forget_out()
+        kept.attended.free_out()
         kept.stream = None, inner
     if kept.heads is not None:
         tensors.append(kept.heads.whole if kept.heads.unturned is None else kept.heads.unturned)
         kept.heads = _Turned(None, None, kept.heads.inner)
     kept.x = None
-    keep.host.leave(keep.index, *tensors)
+    keep.host.offload(keep.index, *tensors)
 
 
 def _return(kept: _Kept, keep: Keep, cos: Tensor, sin: Tensor, heads: Heads) -> None:
@@ -323,9 +323,9 @@ def _forward(
     level = keep.level
     heads: _Turned | None = _turned(x, cos, sin, before)
     assert heads is not None
-    attended = Attended(attend, heads.whole, _split(before.heads))
+    attended = RecordedAttention(attend, heads.whole, _split(before.heads))
     if not level.keeps_heads or level.on_host:
-        attended.forget_heads()
+        attended.free_heads()
     if not level.keeps_heads:
         heads = None
     y, inner_output = behind.output.forward(attended.out)
@@ -383,15 +383,15 @@ def _split(heads: Heads) -> tuple[int, int, int]:
     return heads.query, heads.key_value, heads.key_value
 
 
-def _gradients(asked: Sequence[Work | list[Tensor]]) -> list[Tensor]:
+def _gradients(asked: Sequence[GradientOperands | list[Tensor]]) -> list[Tensor]:
     """Of the masters of several projections, one after the other; what is not made yet is made in one launch."""
-    made = iter(gradients_of([part for part in asked if isinstance(part, Work)]))
-    return [gradient for part in asked for gradient in (next(made) if isinstance(part, Work) else part)]
+    made = iter(gradients_of([part for part in asked if isinstance(part, GradientOperands)]))
+    return [gradient for part in asked for gradient in (next(made) if isinstance(part, GradientOperands) else part)]
 
 
 def _mlp_backward(
     dy: Tensor, attended: Tensor, kept: _Kept, behind: Behind, keep: Keep
-) -> tuple[Tensor, list[Work | list[Tensor]]]:
+) -> tuple[Tensor, list[GradientOperands | list[Tensor]]]:
     """Gradient of the stream h, and what makes those of the adapters of gate, up and down.
 
     Fills `kept.stream` if it is not held.
@@ -442,7 +442,7 @@ def _tile_backward(
     held: list[tuple[Tensor, Tensor | None]],
     inner_down: Tensor | None,
     behind: Behind,
-) -> tuple[Tensor, list[Work | list[Tensor]]]:
+) -> tuple[Tensor, list[GradientOperands | list[Tensor]]]:
     """Gradient of the stream, and what makes those of the adapters, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
     d_inner: Any = behind.down.d_inner(dy)

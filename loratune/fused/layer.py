@@ -31,7 +31,7 @@ from loratune.fused.stacking import Copies, adapter_of, can_stack, dropout_of, m
 from loratune.ops.attention import documents as attention
 from loratune.ops.bank.projection import BankProjection
 from loratune.ops.dropout import random_row_key
-from loratune.ops.host import Host
+from loratune.ops.host import HostOffload
 from loratune.ops.state import ForwardState
 from loratune.precision.linear import QuantisedLinear
 
@@ -181,7 +181,7 @@ def installed(
     assert layers is not None
     before = list(layers)
     plan = plan or ActivationPlan.uniform(Level.NONE, len(before))
-    copies, host = Copies(both_ways=plan.both_ways), Host()
+    copies, host = Copies(both_ways=plan.both_ways), HostOffload()
     below = block.Passage(0)
     decoder = model.get_decoder()
     norm = getattr(decoder, "norm", None)

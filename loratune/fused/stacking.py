@@ -13,7 +13,7 @@ from loratune.fused import block
 from loratune.lora.contract import BankSum, LowRankSum, fusion_of
 from loratune.ops.bank.projection import BankProjection, Pool
 from loratune.ops.frozen import Dense, Frozen
-from loratune.ops.thin import Members
+from loratune.ops.low_rank import AdapterSlices
 from loratune.precision import fp8_projection
 from loratune.precision.border import bordered, separate
 from loratune.precision.fp8 import Fp8Weight
@@ -127,7 +127,7 @@ def projection_of(members: Sequence[nn.Linear], copies: Copies) -> block.AnyProj
     dropout = max(map(dropout_of, members))
     rides = isinstance(frozen, Fp8Weight) and frozen.carries and (frozen.dtype.itemsize == 2 or not lora_A.is_cuda)
     if rides and not dropout:
-        which = Members(rows, ranks, scalings)
+        which = AdapterSlices(rows, ranks, scalings)
         copies.carried.append(
             Fp8Projection.around(cast(Fp8Weight, frozen), bias, (lora_A, lora_B), which, both_ways=copies.both_ways)
         )

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from loratune.ops import layer
+from loratune.ops.low_rank import AdapterSlices, GradientOperands
 from loratune.ops.measure import PAD_COLUMNS, Measure
-from loratune.ops.thin import Members, Work
 from loratune.precision.fp8 import Fp8Weight, Scaled, border_of, lay, lay_border, numbers_of, product, transposed
 
 
@@ -64,7 +64,7 @@ class Fp8Projection:
         frozen: Fp8Weight,
         bias: Tensor | None,
         adapter: tuple[Tensor, Tensor],
-        members: Members,
+        members: AdapterSlices,
         *,
         both_ways: bool,
     ) -> Fp8Projection:
@@ -130,11 +130,11 @@ class Fp8Projection:
             turned = transposed(self.frozen.values, self.lora_A, self.numbers[2:3])
         return product(rows, turned, self.frozen.column_scale, dy.dtype)
 
-    def d_adapters(self, dy: Tensor, d_inner: Laid, x: Tensor, inner: Tensor | None) -> Work:
+    def d_adapters(self, dy: Tensor, d_inner: Laid, x: Tensor, inner: Tensor | None) -> GradientOperands:
         """As `Projection.d_adapters`."""
         assert inner is not None
-        members = Members(self.rows, self.ranks, self.scalings)
-        return Work(x[:, : self.frozen.shape[1]], self._lay(dy, d_inner), dy, inner, members)
+        members = AdapterSlices(self.rows, self.ranks, self.scalings)
+        return GradientOperands(x[:, : self.frozen.shape[1]], self._lay(dy, d_inner), dy, inner, members)
 
     def _lay(self, dy: Tensor, d_inner: Laid) -> Tensor:
         if d_inner.values is None:

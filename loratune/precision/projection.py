@@ -32,8 +32,8 @@ from torch.nn.functional import linear
 
 from loratune.ops import layer
 from loratune.ops.frozen import Frozen
+from loratune.ops.low_rank import AdapterDropout, AdapterSlices, GradientOperands, down_project, up_project
 from loratune.ops.products import mm
-from loratune.ops.thin import Drops, Members, Work, narrow, widen
 from loratune.precision.nf4 import Nf4Weight
 
 
@@ -65,12 +65,14 @@ class Projection:
     """Probability of zeroing an element of what an adapter reads."""
     salts: Sequence[int] = ()
     """`ops.dropout.layer_salt` of each member."""
-    drops: Drops | None = None
+    drops: AdapterDropout | None = None
     """The dropout of one forward and its backward; None for none."""
 
     def dropping(self, row: Tensor) -> Projection:
         """The same with dropout, in the row of that `ops.dropout.row_key`."""
-        return replace(self, drops=Drops(row, self.dropout, self.salts, self.ranks)) if self.dropout else self
+        return (
+            replace(self, drops=AdapterDropout(row, self.dropout, self.salts, self.ranks)) if self.dropout else self
+        )
 
     def at(self, first: int) -> Projection:
         """The same on tokens from the nth of the row on."""
@@ -106,11 +108,11 @@ class Projection:
         if border is not None and self.lora_A is not None:
             padded = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.pad_columns)
             copy = None if padded is x else padded[:, :d_in]
-            inner = narrow(x[:, :d_in], self.lora_A.T, padded[:, d_in:], copy=copy, drops=self.drops)
+            inner = down_project(x[:, :d_in], self.lora_A.T, padded[:, d_in:], copy=copy, drops=self.drops)
             return self._wide(padded), inner
         if self.lora_A is None or self.lora_B is None:
             return self.frozen.forward(x, self.bias), None
-        inner = narrow(x, self.lora_A.T, drops=self.drops)
+        inner = down_project(x, self.lora_A.T, drops=self.drops)
         return self.frozen.forward(x, self.bias, inner @ self.lora_B.T), inner
 
     def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -137,14 +139,14 @@ class Projection:
             return None
         d_out = self.frozen.shape[0]
         if dy.shape[1] > d_out:
-            return narrow(dy[:, :d_out], self.lora_B, dy[:, d_out:], keep=False)
-        return narrow(dy, self.lora_B)
+            return down_project(dy[:, :d_out], self.lora_B, dy[:, d_out:], keep=False)
+        return down_project(dy, self.lora_B)
 
     def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
         """Gradient of the input, (N, d_in); dy as `d_inner` left it."""
         d_out, d_in = self.frozen.shape
         if self.drops is not None and d_inner is not None and self.lora_A is not None:
-            return self.frozen.d_input(dy[:, :d_out], widen(d_inner, self.lora_A, self.drops))
+            return self.frozen.d_input(dy[:, :d_out], up_project(d_inner, self.lora_A, self.drops))
         if self.bordered is not None and dy.shape[1] > d_out:
             return mm(dy, self.bordered[:, :d_in])
         if d_inner is None or self.lora_A is None:
@@ -153,12 +155,14 @@ class Projection:
             return self.frozen.d_input_carrying(dy, self.lora_A)
         return self.frozen.d_input(dy, d_inner @ self.lora_A)
 
-    def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> Work | list[Tensor]:
+    def d_adapters(
+        self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None
+    ) -> GradientOperands | list[Tensor]:
         """What makes the gradients of the masters: A, B of the first member with an adapter, then of the next.
 
         x may have room.
         """
         if d_inner is None or inner is None:
             return []
-        members = Members(self.rows, self.ranks, self.scalings)
-        return Work(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members, self.drops)
+        members = AdapterSlices(self.rows, self.ranks, self.scalings)
+        return GradientOperands(x[:, : self.frozen.shape[1]], d_inner, dy, inner, members, self.drops)

@@ -14,7 +14,7 @@ from loratune.config import LoraConfig
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.memory.fit import fit
-from loratune.ops import layer, measure, thin
+from loratune.ops import layer, low_rank, measure
 from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.precision import fp8, fp8_kernels
 from loratune.precision.fp8_projection import Fp8Projection, refresher
@@ -122,7 +122,7 @@ def test_a_projection_in_8_bits(d_out, d_in, ranks):
     torch.manual_seed(2)
     held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(random(d_out, d_in, size=0.02))], ranks)
     adapter = random(ranks, d_in, size=d_in**-0.5), random(d_out, ranks, size=0.02)
-    member = thin.Members([slice(0, d_out)], [slice(0, ranks)], [1.0])
+    member = low_rank.AdapterSlices([slice(0, d_out)], [slice(0, ranks)], [1.0])
     one, two = (Fp8Projection.around(held, None, adapter, member, both_ways=both) for both in (False, True))
     one.refresh()
     border, numbers = one.bordered[:, d_in:].clone(), one.numbers.clone()
@@ -145,7 +145,7 @@ def test_a_projection_in_8_bits(d_out, d_in, ranks):
     assert off(y, x.double() @ exact.T) < 2.0**-4
     assert off(dx, dy.double() @ exact) < 2.0**-4
     assert torch.equal(dx, two.d_input(dy, two.d_inner(dy)))
-    dA, dB = thin.gradients(*one.d_adapters(dy, d_inner, x, inner))
+    dA, dB = low_rank.gradients(*one.d_adapters(dy, d_inner, x, inner))
     assert off(dA, (dy.double() @ lora_B).T @ x.double()) < 1e-2
     assert off(dB, dy.double().T @ (x.double() @ lora_A.T)) < 1e-2
 

@@ -10,7 +10,7 @@ from torch import nn
 from loratune.base.forward import fuse, prepare
 from loratune.lora.inject import merge
 from loratune.ops.frozen import Dense
-from loratune.ops.thin import gradients
+from loratune.ops.low_rank import gradients
 from loratune.precision.border import bordered, separate
 from loratune.precision.projection import Projection
 from tests.training.helpers import model_with_adapter

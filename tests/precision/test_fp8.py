@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loratune.fused.ledger import LayerShape
+from loratune.ops.low_rank import AdapterSlices, gradients
 from loratune.ops.measure import MOST, PAD_COLUMNS
-from loratune.ops.thin import Members, gradients
 from loratune.precision.fp8 import Fp8Weight, quantise_rows
 from loratune.precision.fp8_projection import Fp8Projection
 from tests.ops.twins import compare, needs_triton
@@ -64,7 +64,7 @@ def a_projection(d_out, d_in, lora_A, lora_B, both_ways=False):
     r = lora_A.shape[0]
     held = Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
     assert held.carries
-    member = Members([slice(0, d_out)], [slice(0, r)], [1.0])
+    member = AdapterSlices([slice(0, d_out)], [slice(0, r)], [1.0])
     projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=both_ways)
     projection.refresh()
     return projection
@@ -115,7 +115,7 @@ def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
     weight[3], weight[5] = 0.0, 1e-30
     lora_A, lora_B = torch.randn(4, 1024) / 32, torch.randn(1024, 4) * 0.01
     held = Fp8Weight.stacked([Fp8Weight.quantised(weight)], 4)
-    member = Members([slice(0, 1024)], [slice(0, 4)], [1.0])
+    member = AdapterSlices([slice(0, 1024)], [slice(0, 4)], [1.0])
     projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=False)
     projection.refresh()
     held.values.view(torch.uint8).zero_()
@@ -147,7 +147,7 @@ from loratune.precision import fp8, fp8_kernels
 from loratune.ops import layer_kernels as kernels, layer, measure
 from loratune.precision.fp8_kernels import Adapter, RefreshAll
 from loratune.precision.fp8_projection import Fp8Projection
-from loratune.ops.thin import Members
+from loratune.ops.low_rank import AdapterSlices
 
 torch.manual_seed(0)
 # Triton's interpreter loses the carry when a rounding reaches the next power of two, so numbers are taken that e4m3
@@ -205,7 +205,7 @@ def projections(both_ways):
     for d_out, d_in, r in ((1024, 1040, 6), (2064, 1024, 16)):
         weight = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
         adapter = (torch.randint(-8, 8, (r, d_in)) / 64).half(), (torch.randint(-8, 8, (d_out, r)) / 2).half()
-        member = Members([slice(0, d_out)], [slice(0, r)], [1.0])
+        member = AdapterSlices([slice(0, d_out)], [slice(0, r)], [1.0])
         yield Fp8Projection.around(weight, None, adapter, member, both_ways=both_ways)
 
 for both_ways in (False, True):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import loratune as lt
 from loratune.base.load import load
 from loratune.errors import ModelError
-from loratune.ops.thin import Members
+from loratune.ops.low_rank import AdapterSlices
 from loratune.precision.fp8 import E4M3, Fp8Weight
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 from loratune.precision.linear import quantised_layers
@@ -257,7 +257,7 @@ def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
     assert frozen.carries
     lora_A, lora_B = torch.randn(16, 1024, device=device) / 32, torch.randn(1536, 16, device=device)
     x, dy = torch.randn(64, 1024, device=device), torch.randn(64, 1536, device=device)
-    member = Members([slice(0, 1536)], [slice(0, 16)], [1.0])
+    member = AdapterSlices([slice(0, 1536)], [slice(0, 16)], [1.0])
     adapter = lora_A.to(dtype), lora_B.to(dtype)
     projection = Fp8Projection.around(frozen, None, adapter, member, both_ways=False)
     refresher([projection])()

@@ -12,7 +12,7 @@ from loratune.many.jobs import Failed, Paused, Started
 from loratune.screen.sweep import _View, summary, watch
 from loratune.sweep.folder import Standing
 from loratune.sweep.plan import PlannedJob
-from loratune.sweep.run import Met, Ready, SweepResult
+from loratune.sweep.run import Ready, RungDone, SweepResult
 from loratune.training.course import Evaluated, StepDone
 
 
@@ -79,7 +79,7 @@ def test_without_a_terminal_lines_come_when_something_is_measured():
         ("job1", Started(0, 0, 40)),
         ("job1", step(1, 2.0)),
         ("job1", Evaluated(1, 1.5, best=True)),
-        Met(0.25, ("job1",), ("job0",)),
+        RungDone(0.25, ("job1",), ("job0",)),
         SweepResult((standing("job1"),), Path("out"), True, 3.0, 64, 2**30),
     ]
     watch(iter(events), screen)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loratune.ops.dispatch import with_kernel
 from loratune.ops.dropout import keep_mask
-from loratune.ops.layer import with_kernel
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
+from loratune.ops.dispatch import wide
 from loratune.ops.dropout import keep_mask, row_key
 from loratune.ops.frozen import Frozen
 
@@ -250,8 +251,8 @@ def outer(p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tens
     for segment, member, part, at in _pieces(p):
         tokens = slice(segment.start, segment.stop)
         kept = _dropped(p.pool, segment, p.lanes[member], x[tokens])
-        part.dA.addmm_(layer.wide(d_inner[at]).T, layer.wide(kept))
-        part.dB.addmm_(layer.wide(inner[at]).T, layer.wide(dy[tokens, p.rows[member]]), alpha=part.scaling)
+        part.dA.addmm_(wide(d_inner[at]).T, wide(kept))
+        part.dB.addmm_(wide(inner[at]).T, wide(dy[tokens, p.rows[member]]), alpha=part.scaling)
 
 
 def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ _CURVE_WIDTH = 24
 
 def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
     """Draws a run's events as they come and returns its result."""
-    view = _View(console)
+    view = _ProgressView(console)
     result: RunResult | None = None
     waiting = console.status("loading the model and rendering the data")
     waiting.start()
@@ -108,7 +108,7 @@ def _memory(fit: FittedPlan) -> str:
     return f"{size(fit.expected.total)} expected, {size(fit.limit)} may be taken"
 
 
-class _View:
+class _ProgressView:
     """The live line and its history."""
 
     def __init__(self, console: Console) -> None:

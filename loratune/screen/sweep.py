@@ -30,7 +30,7 @@ _STYLES = {"running": "cyan", "done": "green", "early stop": "green", "dropped":
 
 def watch(events: Iterable[SweepEvent], console: Console) -> SweepResult:
     """Draws a sweep's events as they come and returns its result."""
-    view = _View(console)
+    view = _SweepView(console)
     result: SweepResult | None = None
     waiting = console.status("rendering the data and loading the model")
     waiting.start()
@@ -99,7 +99,7 @@ class _Line:
     losses: list[float] = field(default_factory=list)
 
 
-class _View:
+class _SweepView:
     """The live table and what it is made of."""
 
     def __init__(self, console: Console) -> None:

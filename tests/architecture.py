@@ -4,8 +4,8 @@
 
     python -m tests.architecture /path/to/tree
 
-Each check takes a `Package` and returns violations. A violation has a key without line numbers, so that a list of known
-ones stays valid while lines move.
+Each check takes a `Package` and returns violations. A violation's key has no line number, so a list of known ones
+stays valid while lines move.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """Packages and top-level modules from the lowest to the highest. A module imports from its own layer or lower ones.
 
-`data` is low because records and rows know nothing of models. `precision` is below `lora`, since an adapter layer asks
-the frozen weight for its products. `training` is below `many`, which applies the same step to a bank, and below
-`memory`, which verifies a plan by a real training step. `demo` is above `screen`, because it shows its progress there.
+`data` is low because records and rows do not depend on models. `precision` is below `lora`, since an adapter layer
+asks the frozen weight for its products. `training` is below `many`, which applies the same step to a bank, and below
+`memory`, which verifies a plan by a real training step. `demo` is above `screen`, which shows its progress.
 """
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "safetensors", "huggingface_hub")

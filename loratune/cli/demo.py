@@ -24,5 +24,4 @@ def run(words: list[str]) -> None:
     with process.library_imports():
         from loratune.demo import demo
 
-    with process.one_torch_thread():
-        demo(given.out, process.console(), overwrite=given.overwrite)
+    demo(given.out, process.console(), overwrite=given.overwrite)

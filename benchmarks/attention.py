@@ -1,12 +1,11 @@
-"""Attention by document alone: microseconds forward and backward, and the error of each, with one JSON object a row.
+"""Attention alone: microseconds forward and backward, and the error, one JSON object per row.
 
     python -m benchmarks.attention [OUT.jsonl]
 
-`kernel` is flash4 (`ops.attention.flash`, where it is installed) or pytorch, which is cuDNN's where documents are
-of one length
-and FlashAttention 2 otherwise. Calls are recorded ten at a time, so the host does not count. Uneven documents are
-like the instruction data of `benchmarks.instruction`: log-normal lengths, most of them below 500 tokens. `error` is
-the norm of the difference to float64 over that of the result: output, and the gradients of query, key and value.
+`kernel` is "flash4" (`ops.attention.flash`, if installed) or "pytorch": cuDNN for documents of equal length, else
+FlashAttention 2. Ten calls are recorded as one graph, so the host's launches do not count. Uneven documents have
+the log-normal lengths of `benchmarks.instruction`, mostly below 500 tokens. `error` is |x - x64| / |x64| against
+float64, for the output and for the gradients of query, key and value.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CALLS = 10
 
 
 def lengths_of(even: bool, tokens: int) -> list[int]:
-    """Of documents that fill a row."""
+    """Lengths of the documents that fill a row."""
     if even:
         return [min(2048, tokens)] * max(1, tokens // 2048)
     generator, lengths, left = torch.Generator().manual_seed(1), list[int](), tokens
@@ -51,7 +50,7 @@ def lengths_of(even: bool, tokens: int) -> list[int]:
 
 
 def microseconds(work: Callable[[], object]) -> float:
-    """Of one of `CALLS` recorded calls, the median of ten replays."""
+    """Microseconds of one call: the median of ten replays of `CALLS` recorded calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,7 +72,7 @@ def microseconds(work: Callable[[], object]) -> float:
 
 
 def measure(name: str, even: bool) -> list[dict[str, object]]:
-    """A row for each kernel."""
+    """One result row per kernel."""
     heads, kv_heads, dim, tokens = SHAPES[name]
     lengths = lengths_of(even, tokens)
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""Training on a CPU: ours beside PEFT in a plain PyTorch loop, in one run, round by round.
+"""Training on a CPU: ours beside PEFT in a plain PyTorch loop, alternating in one run.
 
     python -m benchmarks.cpu [--rounds 5] [--out benchmarks/results/cpu.json]
 
-Two models: the one in the box, and a Llama of hidden size 512. Two precisions of the base, the same for both systems:
-float32, and bfloat16, which CPUs with AMX or AVX512-BF16 multiply several times faster. Two kinds of data: `full`,
-rows of 512 tokens without padding, where both compute the same; and `documents`, the bundled orders of 50 to 90
-tokens, which PEFT's loop pads to the longest of its batch and we pack. Counted are the tokens of documents, not
-padding, a second of whole optimizer steps. Rounds alternate, so that a machine that drifts drifts for both.
+Two models: the bundled one, and a Llama of hidden size 512. Two precisions: float32, and bfloat16, which CPUs
+with AMX or AVX512-BF16 multiply several times faster. Two kinds of data: `full`, rows of 512 tokens without
+padding, and `documents`, the bundled orders of 50 to 90 tokens, which PEFT's loop pads to the longest of its
+batch and we pack. Speed counts document tokens per second of whole optimizer steps. Rounds alternate, so drift of
+the machine affects both.
 """
 
 from __future__ import annotations

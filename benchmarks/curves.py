@@ -1,12 +1,11 @@
-"""Loss curves of the ways to run one training: plain modules, fused layers, one CUDA graph, and a base in 8 bits.
+"""Loss curves of four ways to run one training: modules, fused layers, one CUDA graph, and an 8-bit base.
 
     python -m benchmarks.curves OUT.jsonl orders|prose MODEL [MODEL ...]      a folder, or loratune/pocket
 
-The same rows, seeds, rates and initial adapters for all. `orders` is a task that the model in the box was not taught,
-nor any model made by `tools.pocket`; it is learnt to the end. `prose` (`benchmarks.prose`) is not, so that last
-held-out losses can be compared. Under deterministic algorithms, so that the recorded step can be compared with the
-eager one to the bit. One JSON object a run: every training loss, and the held-out loss on the way and at the end; at
-the end of a seed a line with each variant's last held-out loss over that of `graph`.
+All ways use the same rows, seeds, rates and initial adapters. `orders` is learnt to the end. `prose`
+(`benchmarks.prose`) is not, so its last held-out losses can be compared. Deterministic algorithms are on, so
+recorded and eager steps can be compared to the bit. One JSON object per run holds every training loss and the
+held-out losses; after each seed a line gives each way's last held-out loss relative to `graph`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ STEPS, ROW, EVALUATE = 120, 2048, 40
 
 
 def curve(name: str, variant: str, seed: int, files: tuple[Path, Path]) -> dict[str, object]:
-    """One training on the first of `files`, with the second held out."""
+    """Trains on the first of `files` and evaluates on the second."""
     fp8 = variant == "fp8"
     on_gpu = torch.cuda.is_available()
     model = load(name, "fp8" if fp8 else "bfloat16" if on_gpu else "float32")

@@ -1,19 +1,19 @@
-"""Seconds from the start of the process to the end of the first step, phase by phase, with a 7B model on disk.
+"""Seconds from process start to the end of the first step, phase by phase, for a 7B model on disk.
 
     python -m benchmarks.first_step [OUT.jsonl] [--shape l7b] [--bytecode] [--cold] [--without NAME ...] [--imports]
 
-Writes a checkpoint of random weights (safetensors in shards, with a tokenizer) to the temporary directory once, then
-runs `loratune train` in a process of its own, rows of 4 x 2048 tokens, and says how long each part took. The parts
-follow one another, so they add up to the end of the first step; recording is part of the last two.
+Writes a checkpoint of random weights (safetensors shards and a tokenizer) to the temporary directory once. Then
+it runs `loratune train` in a process of its own with rows of 4 x 2048 tokens. Phases follow one another, so they
+add up to the end of the first step. Recording is part of the last two.
 
-- Warm: the files are in the page cache, as after a download. `--cold` adds rows for which the weights and all of
-  Python's packages have been dropped from it.
-- `compiled` is the share of modules that had their bytecode on disk. Where that is 0 (PYTHONDONTWRITEBYTECODE, or
-  packages nobody may write to), each start compiles 3,000 modules, some eight seconds. `--bytecode` gives the
-  processes a folder for it, which the first row fills: later rows are what an ordinary machine's second start finds.
-- `--without` adds rows in which one thing is left out that makes the start faster: read_ahead, not_found
-  (packages that transformers does not get to see), gc (no garbage collection while importing).
-- `--imports` adds which packages the imports' time goes to; measuring that doubles it.
+- Warm: the files are in the page cache, as after a download. `--cold` adds rows without the weights and Python's
+  packages in it.
+- `compiled` is the share of modules with bytecode on disk. At 0 (PYTHONDONTWRITEBYTECODE, or read-only packages)
+  every start compiles 3,000 modules, about eight seconds. `--bytecode` gives the processes a folder for bytecode;
+  the first row fills it, and later rows show the second start of an ordinary machine.
+- `--without` adds rows without one of the measures that speed up the start: read_ahead, not_found (packages
+  hidden from transformers), gc (no garbage collection during imports).
+- `--imports` adds import time per package; measuring it doubles the import time.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ with process.library_imports():
 
 
 class Phases:
-    """Seconds of parts that follow one another, from when the parent started the process."""
+    """Seconds of consecutive phases, counted from the start of the process by its parent."""
 
     def __init__(self, started: float) -> None:
         self.seconds: dict[str, float] = {}
         self._last = started
 
     def end(self, name: str) -> None:
-        """The part called `name` ends here; the first one of this name counts."""
+        """Ends the phase `name`; only the first call with a name counts."""
         now = time.time()
         self.seconds.setdefault(name, round(now - self._last, 2))
         self._last = now
 
     def ends_with(self, owner: Any, function: str, name: str) -> None:
-        """The part called `name` ends when `owner.function` has returned and the device is done."""
+        """Ends the phase `name` when `owner.function` has returned and the device is idle."""
         plain = getattr(owner, function)
 
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -73,13 +73,13 @@ class Phases:
 
 
 class _Torch:
-    """Finds torch as Python does, and says when it has been imported."""
+    """Import hook that records when torch has been imported."""
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Of torch alone."""
+        """Loader of torch that ends its phase."""
         if name != "torch":
             return None
         self._phases.end("before torch")
@@ -97,7 +97,7 @@ def _synchronize() -> None:
 
 
 def measure(folder: str, data: str, without: str, settings: list[str], started: float) -> dict[str, object]:
-    """The child: `started` is when the parent started it, in seconds since the epoch."""
+    """Runs in the child process; `started` is its start time in seconds since the epoch."""
     phases = Phases(started)
     phases.end("python")
     sys.meta_path.insert(0, _Torch(phases))
@@ -164,7 +164,7 @@ def measure(folder: str, data: str, without: str, settings: list[str], started: 
 
 
 def imports() -> dict[str, object]:
-    """Milliseconds and modules of each package, by Python's own account."""
+    """Import milliseconds and number of modules per package, from `-X importtime`."""
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", _IMPORTS], capture_output=True, text=True)
     took: collections.Counter[str] = collections.Counter()
     modules: collections.Counter[str] = collections.Counter()
@@ -176,13 +176,13 @@ def imports() -> dict[str, object]:
 
 
 def write_data(path: Path) -> None:
-    """Documents of 2,000 bytes, which the tokenizer of bytes makes as many tokens."""
+    """Documents of 2,000 bytes; the byte tokenizer makes one token per byte."""
     lines = [json.dumps({"text": f"{index:05} " + "the quick brown fox " * 99}) for index in range(64)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def drop_from_cache(*folders: Path) -> None:
-    """Lets the kernel forget what is in these folders, but for what a process has mapped."""
+    """Drops these folders from the page cache, except pages that a process has mapped."""
     os.sync()
     for file in (file for folder in folders for file in folder.rglob("*")):
         if file.is_file() and not file.is_symlink():
@@ -192,14 +192,14 @@ def drop_from_cache(*folders: Path) -> None:
 
 
 def _packages() -> Path:
-    """Where torch is installed; found without importing it, which would map its files."""
+    """Folder of torch, found without importing it (an import would map its files)."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     return Path(str(spec.origin)).parent.parent
 
 
 def _folder(shape: str) -> Path:
-    """The model's folder: `shape` itself if it is one. Made in a process of its own; this one stays without torch."""
+    """Folder of the model: `shape` if it is a folder, else one made by another process (here torch stays out)."""
     if Path(shape).is_dir():
         return Path(shape)
     made = [sys.executable, "-c", f"from benchmarks.peers import folder_of; print(folder_of({shape!r}))"]
@@ -248,7 +248,7 @@ def main() -> None:
 
     about = {"shape": given.shape, "precision": given.precision}
     for number, (cold, without) in enumerate(
-        [(False, "")]  # finds files, bytecode and kernels as the machine has them; the rounds find what it left
+        [(False, "")]  # later rounds reuse its files
         + [(False, without) for _ in range(given.rounds) for without in ["", *given.without]]
         + [(True, without) for _ in range(given.rounds * given.cold) for without in ["", *given.without]]
     ):

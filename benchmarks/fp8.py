@@ -1,17 +1,17 @@
-"""A base in 8 bits: microseconds of each kernel at a model's widths beside what it replaced, and whole steps.
+"""An 8-bit base: microseconds of each kernel at a model's widths, and whole steps.
 
     python -m benchmarks.fp8 OUT.jsonl [--shape l7b] [--tokens 8192] [--steps 12] [--kernels-only]
 
-One JSON object a row. Kernels, for each projection and direction of one layer, medians over rounds with a cold cache:
+One JSON object per row. For each projection and direction of one layer, medians over rounds with a cold cache:
 
-    separate_us    what was done before: the thin product, and rows quantised in a pass of their own
-    laid_us        both in one reading (`precision.fp8.lay`), by warps
-    unmeasured_us  the same where no pass has measured the row: attention's output
-    product_us     the wide product that follows, which nothing here changes
-    turned_us      the weight turned for the backward, with and without its border
+    separate_us    the low-rank product, and the rows quantised in a pass of their own
+    laid_us        both in one reading, by number of warps
+    unmeasured_us  the same if no pass has measured the row maximum (attention's output)
+    product_us     the frozen product that follows
+    turned_us      the weight transposed for the backward, with and without adapter columns
 
-then the passes with and without a measure, factors and borders of all layers at once (`refresh_us`), and the step:
-`benchmarks.ladder` for l7b 4 x 2048 and q8b 2 x 2048, weights kept one way and both.
+Then the passes with and without row maxima, the adapter columns of all layers together (`refresh_us`), and the
+step: `benchmarks.ladder` for l7b 4 x 2048 and q8b 2 x 2048, weights stored once and twice.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def padded(x: Tensor, asked: Measure) -> Tensor:
-    """x with a measure behind its rows."""
+    """x with the row maximum in the padding columns."""
     out = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
     behind(out, x.shape[1]).copy_(measured(x, asked))
     return out
@@ -80,7 +80,7 @@ def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8
 
 
 def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) -> dict[str, object]:
-    """One projection in one direction."""
+    """Timings of one projection in one direction."""
     d_out, d_in = p.frozen.shape
     width = d_out if backward else d_in
     thin, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
@@ -109,7 +109,7 @@ def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) ->
 
 
 def of_passes(width: int, mlp: int, heads: tuple[int, int], tokens: int) -> list[dict[str, object]]:
-    """The passes, as they are for other bases and measuring."""
+    """Timings of the passes with and without row maxima."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=BF16)
@@ -142,7 +142,7 @@ def of_passes(width: int, mlp: int, heads: tuple[int, int], tokens: int) -> list
 
 
 def kernels(shape: str, tokens: int) -> list[dict[str, object]]:
-    """All rows of one model's widths."""
+    """All result rows for one model's widths."""
     config = SHAPES[shape]
     width, mlp, heads, key_value, layers = (
         int(str(config[name]))

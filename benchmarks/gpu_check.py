@@ -1,8 +1,8 @@
-"""One look at the whole product on a GPU: trains both demo tasks with the defaults, measures, merges, resumes.
+"""A quick end-to-end check on a GPU: trains both demo tasks with defaults, evaluates, merges, resumes.
 
     python -m benchmarks.gpu_check OUT_FOLDER
 
-Uses no package beyond torch, transformers, safetensors and numpy, so that it runs on a bare GPU image.
+Needs only torch, transformers, safetensors and numpy, so it runs on a bare GPU image.
 """
 
 from __future__ import annotations

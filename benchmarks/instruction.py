@@ -1,20 +1,19 @@
-"""Instruction data as it is: documents of many lengths, trained documents a second, three systems on the same ones.
+"""Instruction data: documents of many lengths, trained documents per second, three systems on the same data.
 
     python -m benchmarks.instruction SYSTEM [--shape l1b] [--documents 2000]     loratune, hf or unsloth
     python -m benchmarks.instruction --all OUT.jsonl
 
-Lengths are log-normal with a median of 180 tokens and 99 % under 1,500, as in instruction sets; the last 60 % of each
-document, the answer, is trained. Random weights, r = 16 on all seven projections, AdamW. Each system trains the same
-documents with about the same tokens a step, as its users would have it:
+Lengths are log-normal with median 180 and 99 % below 1,500 tokens. The last 60 % of each document, the answer, is
+trained. Random weights, r = 16 on all seven projections, AdamW. Each system trains the same documents with about
+the same tokens per step, as its users would run it:
 
     loratune   rows of 8,192 tokens packed by `data.feed`, `training.loop`
-    hf         PEFT with transformers' Trainer as it comes (bf16): 8 documents a step, padded to the longest
-    unsloth    documents packed into rows of 8,192 tokens with restarting positions, its own variable-length attention
-               where its forward takes `packed_seq_lengths`, its model and kernels, a plain loop of AdamW steps;
-               without gradient checkpointing
+    hf         PEFT with transformers' Trainer defaults (bf16): 8 documents per step, padded to the longest
+    unsloth    documents packed into rows of 8,192 tokens with restarting positions; its model, kernels and, where its
+               forward takes `packed_seq_lengths`, its variable-length attention; a plain AdamW loop; no checkpointing
 
-Counted are documents trained in the steps after the first few (compilation and recording are over by then) over the
-seconds that these took, data collation included.
+The result is trained documents over seconds, collation included, after the first steps (compilation and
+recording).
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def documents_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def loratune(shape: str, count: int) -> dict[str, object]:
-    """Ours, through the loop that `loratune train` runs."""
+    """loratune, through the training loop of `loratune train`."""
     import torch
 
     from benchmarks.shapes import model_of
@@ -84,7 +83,7 @@ def loratune(shape: str, count: int) -> dict[str, object]:
 
 
 def hf(shape: str, count: int) -> dict[str, object]:
-    """PEFT and transformers' Trainer with their defaults, in bf16."""
+    """PEFT with transformers' Trainer, both with defaults, in bf16."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments

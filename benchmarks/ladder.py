@@ -1,20 +1,20 @@
-"""Tokens a second of one whole optimizer step, ours as it is trained with, one JSON object a row.
+"""Tokens per second of one whole optimizer step as `loratune train` runs it, one JSON object per row.
 
     python -m benchmarks.ladder SHAPE BATCH TOKENS [VARIANT] [STEPS] [--precision P] [--both-ways]
-    python -m benchmarks.ladder --all OUT.jsonl [VARIANT] [STEPS]        the table of issue 3
+    python -m benchmarks.ladder --all OUT.jsonl [VARIANT] [STEPS]        every case of `CASES`
 
-P is bf16, nf4 or fp8; with `--both-ways` weights in 8 bits are kept transposed as well, as `loratune train` does
-where they fit. The table has the 8-bit rows with and without.
+P is bf16, nf4 or fp8. `--both-ways` also stores the transposed 8-bit weights, as `loratune train` does if they
+fit.
 
-`first_step_s` counts from the start of the process; with `--all`, where one process measures all shapes, the time of
-those before is left out.
+`first_step_s` counts from process start; with `--all`, where one process measures all shapes, earlier shapes are
+subtracted.
 
-Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
-tokens trained. A step counts from handing the row over to having its loss on the host. Variants: `graph` is what
-`loratune train` runs; `eager` the same without recording; `modules` transformers' layers with our LoRA linear;
-`written` leaves soft caps without their kernel (`ops.attention.capped`), the scores written out document by document;
-`separate` leaves layers that are not fused with norms and activations as transformers writes them (`base.one_pass`).
-The peers are measured by their own scripts on the same machine; see benchmarks/NOTES.md.
+Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row,
+all tokens trained. A step lasts from handing over the row until its loss is on the host. Variants: `graph` is the
+default of `loratune train`; `eager` the same without recording; `modules` transformers' layers with our LoRA
+layers; `written` computes soft caps without their kernel (`ops.attention.capped`); `separate` runs layers that
+are not fused with transformers' own norms and activations. `benchmarks.peers` measures the other systems on the
+same machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 STARTED = time.perf_counter()
 IMPORTED = 0.0
 WARM_UP = 3
-"""Steps that are not counted: one runs kernel by kernel, one is recorded, one is replayed for the first time."""
+"""Steps that are not counted: the first runs eagerly, the second is recorded, the third is the first replay."""
 
 CASES = [
     ("l7b", 4, 2048, "bf16", False), ("l7b", 1, 512, "bf16", False), ("l1b", 1, 512, "bf16", False),
@@ -118,7 +118,7 @@ def measure(
 
 
 def _replay_ms(step: object) -> float | None:
-    """The recorded step alone, replayed back to back: what is left when the host is never waited for."""
+    """Milliseconds of the recorded step replayed back to back, without waiting for the host."""
     import torch
 
     graph = next((graph for graph in step._graphs.values() if graph is not None), None)  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def _replay_ms(step: object) -> float | None:
 
 
 def release() -> None:
-    """Gives back what the last measurement left behind, so that the next one starts as it did."""
+    """Frees everything the last measurement allocated, so the next one starts from the same state."""
     import torch
 
     gc.collect()

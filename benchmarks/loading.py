@@ -1,12 +1,11 @@
-"""From a folder of bfloat16 weights to a 4-bit model on the GPU: seconds, and host memory at its highest.
+"""From a folder of bfloat16 weights to a 4-bit model on the GPU: seconds and peak host memory.
 
     python -m benchmarks.loading write FOLDER [SHAPE]     a checkpoint of random weights, in shards of 5 GB
     python -m benchmarks.loading ours FOLDER              one JSON object
-    python -m benchmarks.loading bitsandbytes FOLDER      the same through transformers and bitsandbytes, and then
-                                                          ours beside it, every layer compared to the bit
+    python -m benchmarks.loading bitsandbytes FOLDER      transformers + bitsandbytes, then ours, compared by bits
 
-Host memory is the resident set as Linux counts it (VmHWM), mapped files included, over what it was once everything
-was imported and the GPU in use. Each runs in a process of its own; the files are in the page cache for both.
+Host memory is Linux's peak resident set (VmHWM), mapped files included, minus its value after all imports with
+the GPU in use. Each system runs in its own process; the files are in the page cache for both.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ GIB = 1 << 30
 
 
 def _status(field: str) -> float:
-    """A line of /proc/self/status in GiB."""
+    """One field of /proc/self/status in GiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return round(int(line.split()[1]) * 1024 / GIB, 3)
@@ -29,7 +28,7 @@ def _status(field: str) -> float:
 
 
 def _reset_peak() -> bool:
-    """Lets VmHWM begin anew; not every container allows it."""
+    """Resets VmHWM; not every container allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -71,14 +70,14 @@ def write(folder: str, shape: str) -> None:
 
 
 def ours(folder: str) -> tuple[Any, dict[str, object]]:
-    """Loaded by this package."""
+    """Loads with loratune."""
     from loratune.base.load import load
 
     return _measured("loratune", lambda: load(folder, "nf4", "cuda"))
 
 
 def bitsandbytes(folder: str) -> tuple[Any, dict[str, object]]:
-    """Loaded by transformers with bitsandbytes."""
+    """Loads with transformers and bitsandbytes."""
     import bitsandbytes as bnb
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -99,7 +98,7 @@ def bitsandbytes(folder: str) -> tuple[Any, dict[str, object]]:
 
 
 def compare(folder: str, theirs: Any) -> dict[str, object]:
-    """How many layers dequantise to the very bits of bitsandbytes' model."""
+    """Number of layers that dequantise to the same bits as bitsandbytes'."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
 

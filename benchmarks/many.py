@@ -1,12 +1,12 @@
-"""Many adapters in one row beside the same adapters one after the other: tokens of all jobs a second, on one GPU.
+"""Many adapters in one row beside the same adapters in turn: tokens of all jobs per second on one GPU.
 
     python -m benchmarks.many OUT.jsonl CASE...       CASE is SHAPE:JOBS:TOKENS[:RANK], for example l1b:8:512
-    python -m benchmarks.many OUT.jsonl --all         the table of issue 5
+    python -m benchmarks.many OUT.jsonl --all         every case of `CASES`
 
-Random weights, all seven projections adapted, AdamW, a document of TOKENS tokens for each job and step, all trained.
-`alone` is what `loratune train` runs for one job (`GraphStep`); jobs one after the other have its speed. `bank` is a
-row of all jobs' documents with an update of each job in every row (`BankGraph`). Both in one process on one model,
-median of the steps; a step counts from handing over the row to having the losses on the host.
+Random weights, all seven projections adapted, AdamW, one document of TOKENS tokens per job and step, all trained.
+`alone` is one job as `loratune train` runs it (`GraphStep`); jobs in turn have its speed. `bank` is one row with
+all jobs' documents and one update per job (`BankGraph`). Both run in one process on one model. The figure is the
+median step, from handing over the row until the losses are on the host.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ CASES = [
     "l1b:8:512", "l1b:8:256", "l1b:8:2048", "l1b:64:64:8", "l1b:64:256:8", "l8b:8:512", "l8b:8:2048", "l7b:8:512",
 ]  # fmt: skip
 PEFT_TOK_S = 4169
-"""PEFT on the Llama-3.2-1B shape, 512 tokens a step, one adapter: the figure of issue 5, from an earlier run."""
+"""Tokens per second of PEFT on Llama-3.2-1B, 512 tokens per step, one adapter, from an earlier run."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _WARM, _STEPS = 4, 7
 
 
 def alone(model: transformers.PreTrainedModel, tokens: int, config: LoraConfig) -> dict[str, object]:
-    """One job by itself."""
+    """Measures one job alone."""
     attach(model, config, name="default", seed=0)
     forward = prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def alone(model: transformers.PreTrainedModel, tokens: int, config: LoraConfig) 
 
 
 def bank(model: transformers.PreTrainedModel, jobs: int, tokens: int, config: LoraConfig) -> dict[str, object]:
-    """All jobs in one row."""
+    """Measures all jobs in one row."""
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
     held = Bank.attach(model, [config], jobs)
@@ -101,7 +101,7 @@ def timed(step: Callable[[int], float]) -> tuple[float, list[float]]:
 
 
 def replay_ms(step: BankGraph) -> float | None:
-    """The recording alone, back to back."""
+    """Milliseconds of the recording replayed back to back."""
     graph = next((graph for graph in step._recordings.graphs.values() if graph is not None), None)
     if graph is None:
         return None
@@ -118,7 +118,7 @@ def gib(size: int) -> float:
 
 
 def measure(case: str, model: transformers.PreTrainedModel) -> dict[str, object]:
-    """One case, both ways."""
+    """Measures one case both ways."""
     shape, jobs, tokens, rank = [*case.split(":"), "16"][:4]
     config = LoraConfig(r=int(rank), lora_alpha=16, target_modules=TARGETS)
     single = alone(model, int(tokens), config)

@@ -1,22 +1,21 @@
-"""Tokens a second against peak memory, one JSON object a row.
+"""Tokens per second against peak memory, one JSON object per row.
 
-    python -m benchmarks.memory frontier SHAPE BATCH TOKENS PRECISION CAP [...]    what `train --memory` takes
+    python -m benchmarks.memory frontier SHAPE BATCH TOKENS PRECISION CAP [...]    the plan `train --memory` chooses
     python -m benchmarks.memory plans SHAPE BATCH TOKENS PRECISION PLAN [...]      plan by plan
-    python -m benchmarks.memory policies SHAPE BATCH TOKENS PRECISION [CAP ...]    auto beside every uniform policy
+    python -m benchmarks.memory policies SHAPE BATCH TOKENS PRECISION [CAP ...]    auto beside every uniform plan
     python -m benchmarks.memory long SHAPE PRECISION CAP[:TOKENS] [...]            the longest document, one step
-    python -m benchmarks.memory steps [STEPS [SECONDS]]    10,000 steps of the model in the box: not a byte more
-    python -m benchmarks.memory estimate                   what is estimated beside what is measured, 32 settings
-    python -m benchmarks.memory cpu                        the same on a CPU beside the process's peak
+    python -m benchmarks.memory steps [STEPS [SECONDS]]    10,000 steps of the bundled model: constant bytes
+    python -m benchmarks.memory estimate                   estimate beside measurement, 32 settings
+    python -m benchmarks.memory cpu                        the same on a CPU, beside the process's peak
 
-Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row, all
-tokens trained, as in `benchmarks.ladder`. SHAPE is one of `benchmarks.shapes`; l7b-8 is l7b with eight layers.
-A CAP, in GiB, is what `--memory` is: all that the process may take of the device, CUDA's context included. It is
-enforced, so a row without an error kept to it. `peak_gib` is PyTorch's peak allocated, as peers are counted;
-`reserved_gib` what its allocator held, `total_gib` that and the context. Peaks are over all steps from the first on,
-recording included.
-A PLAN is LEVEL, LEVEL/TILE, or LEVELxN+LEVEL[/TILE]: the first for the first N layers, the second for the rest; @e
-behind it puts the embeddings on the host, @o the optimizer, @eo both. A CAP or PLAN may have a size of its own before
-it, 1x2048:6.1.
+Random weights, r = 16 on all seven projections, AdamW, `batch` documents of `tokens` tokens in one packed row,
+all tokens trained, as in `benchmarks.ladder`. SHAPE is one of `benchmarks.shapes`; l7b-8 is l7b with eight
+layers. CAP, in GiB, limits the process's device memory as `--memory` does, CUDA's context included. It is
+enforced, so a row without an error kept to it. `peak_gib` is PyTorch's allocated peak, as for peers;
+`reserved_gib` the allocator's memory; `total_gib` that plus the context. Peaks cover all steps, recording
+included. PLAN is LEVEL, LEVEL/TILE, or LEVELxN+LEVEL[/TILE]: the first level for N layers, the second for the
+rest. A suffix @e puts the embeddings on the host, @o the optimizer, @eo both. CAP and PLAN may start with a size,
+as in 1x2048:6.1.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ from loratune.memory.fit import fit
 
 UNIFORM = [*(level.name.lower() for level in Level), "wide/2048", "full/2048", "offload/2048"]
 SHARES = (0.02, 0.2, 0.4, 0.7, 1.1)
-"""Caps of `policies`: so far on the way from the most frugal policy's memory to the most generous one's."""
+"""Caps of `policies`, as shares of the way from the most frugal plan's memory to the most generous plan's."""
 
 
 def capped(forward: PackedForward, batch: int, tokens: int, cap: float, steps: int = 3) -> Found:
-    """What a run under `--memory` takes: chosen and tried by `memory.fit`, then measured under the same cap."""
+    """Measures a run under `--memory`: `memory.fit` chooses and tries a plan, which then runs under the same cap."""
     parameters = {path: p for path, p in forward.model.named_parameters() if p.requires_grad}
     start = time.perf_counter()
     fitted = fit(forward, parameters, TrainConfig(memory=f"{cap}GiB"), batch * tokens)
@@ -90,7 +89,7 @@ def frontier(shape: str, batch: int, tokens: int, precision: str, caps: list[str
 
 
 def plans(shape: str, batch: int, tokens: int, precision: str, texts: list[str]) -> Iterator[Found]:
-    """Each plan measured without a cap."""
+    """Measures each plan without a cap."""
     forward = prepared(shape, precision)
     for text in texts:
         rows, row_tokens, own = sizes_of(text, batch, tokens)
@@ -105,7 +104,7 @@ def _planned(forward: PackedForward, batch: int, tokens: int, text: str) -> Foun
 
 
 def policies(shape: str, batch: int, tokens: int, precision: str, caps: list[str]) -> Iterator[Found]:
-    """Every uniform policy once without a cap; then, cap by cap, what auto takes beside those that would fit."""
+    """Measures every uniform plan without a cap; then, per cap, auto's plan beside the uniform plans that fit."""
     forward = prepared(shape, precision)
     rows: list[Found] = []
     for text in UNIFORM:
@@ -130,7 +129,7 @@ def policies(shape: str, batch: int, tokens: int, precision: str, caps: list[str
 
 
 def report(about: Found, rows: Iterator[Found]) -> None:
-    """Prints each row as it comes, with the machine and the versions."""
+    """Prints each row as soon as it exists, with machine and versions."""
     machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
     machine |= {"transformers": transformers.__version__, "device": present(torch.device("cuda")).name}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.memory`: what is estimated before a model is made beside what is measured, GPU and CPU."""
+"""Parts of `benchmarks.memory`: estimates made before a model exists, beside measurements on GPU and CPU."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ CPU_CASES = [
 
 
 def _case(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
-    """Peak of this process over three steps, beside what was estimated before the model was made."""
+    """Peak memory of this process over three steps, beside the estimate made before the model existed."""
     kind, own = CPU[name]
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = kind(**shape, vocab_size=8000, max_position_embeddings=4096, **own)
@@ -129,7 +129,7 @@ def _case(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
 
 
 def on_cpu(words: list[str]) -> None:
-    """Prints one row for each of `CPU_CASES`, a process each, since a process remembers its peak."""
+    """Prints one row per case of `CPU_CASES`. Each runs in its own process, since a process keeps its peak."""
     # glibc keeps freed blocks of up to 32 MiB, which a process's peak would count; so they go back at once.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     if words:

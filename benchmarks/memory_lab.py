@@ -1,4 +1,4 @@
-"""What the parts of `benchmarks.memory` share: models with an adapter, plans by name, one plan measured."""
+"""Shared by the parts of `benchmarks.memory`: models with an adapter, plans by name, one measured plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Found = dict[str, object]
 
 
 def plan_of(text: str, layers: int) -> ActivationPlan:
-    """`full`, `full/2048`, `offloadx20+none`, ..."""
+    """Parses a plan: `full`, `full/2048`, `offloadx20+none`, ..."""
     match = re.fullmatch(r"([a-z]+)(?:x(\d+)\+([a-z]+))?(?:/(\d+))?(@e?o?)?", text)
     assert match, text
     first, count, other, tile, host = match.groups()
@@ -40,7 +40,7 @@ def plan_of(text: str, layers: int) -> ActivationPlan:
 
 
 def cut(shape: str, layers: int) -> str:
-    """The name of a shape with so many layers; 0 for all."""
+    """Name of a shape cut to `layers` layers; 0 keeps all."""
     if not layers:
         return shape
     SHAPES[f"{shape}-{layers}"] = SHAPES[shape] | {"num_hidden_layers": layers}
@@ -57,20 +57,20 @@ def prepared(shape: str, precision: str = "bf16", r: int = 16) -> PackedForward:
 
 
 def surveyed(forward: PackedForward) -> ModelSurvey:
-    """As `memory.fit` does it."""
+    """Prepares the forward as `memory.fit` does."""
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True)
 
 
 def cap_at(gib: float) -> None:
-    """Lets PyTorch allocate what a device of so many GiB would leave it beside CUDA's context; 0 for no cap."""
+    """Limits PyTorch to the memory of a device of this many GiB, minus CUDA's context; 0 removes the limit."""
     whole = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB - CONTEXT) / whole) if gib else 1.0)
 
 
 def fresh(forward: PackedForward) -> None:
-    """No cap, nothing on the host, no gradient and no memory held from the case before, however that ended."""
+    """Resets caps, host placement, gradients and cached memory after the previous case, also after a failure."""
     cap_at(0)
     forward.plan, forward.record = None, True
     for parameter in forward.model.parameters():
@@ -85,7 +85,7 @@ def fresh(forward: PackedForward) -> None:
 
 
 def attempt(case: Callable[[], Found]) -> Found:
-    """What a case finds, or why it did not: memory that runs out must not end the benchmark."""
+    """Result of a case, or its reason for failing; running out of memory does not end the benchmark."""
     try:
         return case()
     except (RuntimeError, TrainingError) as error:
@@ -93,7 +93,7 @@ def attempt(case: Callable[[], Found]) -> Found:
 
 
 def optimizer_for(forward: PackedForward) -> torch.optim.Optimizer:
-    """AdamW over what trains, on the host if the plan says so."""
+    """AdamW over the trained parameters, on the host if the plan puts it there."""
     parameters = [p for p in forward.model.parameters() if p.requires_grad]
     on_host = forward.plan is not None and forward.plan.optimizer_on_host
     if on_host and not is_mapped(parameters[0]):
@@ -105,16 +105,16 @@ def optimizer_for(forward: PackedForward) -> torch.optim.Optimizer:
 
 
 def lengths_of(batch: int, tokens: int, uneven: bool) -> list[int]:
-    """Documents of a row of batch x tokens: all of one length, or as many and as uneven as a plan reckons with."""
+    """Lengths of the documents of a row of batch x tokens: equal, or as many and as uneven as plans assume."""
     if not uneven:
         return [tokens] * batch
     row, count = batch * tokens, RowSetting(batch * tokens).documents
     first = 2 * row // 5
-    return [first, *[(row - first) // (count - 1)] * (count - 2)]  # the rest is a document of padding
+    return [first, *[(row - first) // (count - 1)] * (count - 2)]  # the last document is padding
 
 
 def measure(forward: PackedForward, batch: int, tokens: int, steps: int = 5, uneven: bool = False) -> Found:
-    """Speed and memory under `forward.plan`, over all steps from the first on, recording included."""
+    """Speed and memory under `forward.plan` over all steps, recording included."""
     base = torch.cuda.memory_allocated()
     plan = forward.plan
     optimizer = optimizer_for(forward)
@@ -123,7 +123,7 @@ def measure(forward: PackedForward, batch: int, tokens: int, steps: int = 5, une
     row = [row_of(lengths_of(batch, tokens, uneven), batch * tokens, 0)]
     seconds, losses = [], []
     with forward.installed():
-        torch.cuda.reset_peak_memory_stats()  # what goes to the host has gone
+        torch.cuda.reset_peak_memory_stats()  # offloaded tensors have left the device
         for _ in range(steps + 3):
             set_rate(optimizer, 1e-4)
             torch.cuda.synchronize()
@@ -141,7 +141,7 @@ def measure(forward: PackedForward, batch: int, tokens: int, steps: int = 5, une
 
 
 def peaks() -> Found:
-    """Of PyTorch's allocator since `fresh`; with CUDA's context a device needs `total_gib`."""
+    """Allocator figures since `fresh`; `total_gib` adds CUDA's context."""
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {
         "peak_gib": round(allocated / GIB, 3), "reserved_gib": round(reserved / GIB, 3),
@@ -150,7 +150,7 @@ def peaks() -> Found:
 
 
 def sizes_of(text: str, batch: int, tokens: int) -> tuple[int, int, str]:
-    """A case with or without a size of its own before it, `1x2048:full`: batch, tokens and the rest."""
+    """Splits a case such as `1x2048:full` into batch, tokens and the rest; the size is optional."""
     size, _, own = text.rpartition(":")
     first, second = (int(n) for n in (size or f"{batch}x{tokens}").split("x"))
     return first, second, own

@@ -27,13 +27,13 @@ from loratune.training.loop import Loop
 from loratune.training.optim import set_rate
 
 TO_BEAT = {8: 2_972, 12: 21_848, 24: 78_475, 80: 342_733}
-"""GiB -> tokens: what Unsloth publishes for QLoRA of Llama-3.1-8B, with its own gradient checkpointing."""
+"""GiB -> tokens published by Unsloth for QLoRA of Llama-3.1-8B with its gradient checkpointing."""
 _TRIES = 3
 _OF_THE_HOST = 0.8
 
 
 def long_documents(shape: str, precision: str, cases: list[str]) -> Iterator[Found]:
-    """One document as long as the row, one step, kernel by kernel; a case is a cap, with or without the tokens."""
+    """Trains one document as long as the row for one eager step; a case is a cap, optionally with tokens."""
     forward = prepared(shape, precision)
     what = surveyed(forward)
     for case in cases:
@@ -82,9 +82,9 @@ def _one_step(forward: PackedForward, what: ModelSurvey, cap: float, tokens: int
 
 
 def many_steps(steps: int = 10_000, seconds: int = 60) -> Iterator[Found]:
-    """What is allocated and reserved behind every step over uneven data, from the fourth pass over them on.
+    """Allocated and reserved bytes after every step over uneven data, from the fourth pass over the data on.
 
-    By then each layout has been recorded. Ends at the first byte that differs, or when the seconds are over.
+    By then every row layout has been recorded. Stops at the first different byte, or when the seconds are over.
     """
     start = time.perf_counter()
     loop, each_pass = _pocket_loop(steps)
@@ -112,7 +112,7 @@ def many_steps(steps: int = 10_000, seconds: int = 60) -> Iterator[Found]:
 
 
 def _pocket_loop(steps: int, device: str = "cuda") -> tuple[Loop, int]:
-    """The model in the box over some of its own data, without evaluation, checkpoints or files of a run."""
+    """Trains the bundled model on its data, without evaluation, checkpoints or output files."""
     settings = DataConfig(tokens_per_row=256, eval_fraction=0.0)
     tokenizer, model = load_tokenizer(POCKET), load(POCKET, "bfloat16", device)
     attach(model, LoraConfig(), name="default", seed=0)

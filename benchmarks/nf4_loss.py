@@ -1,12 +1,12 @@
-"""What 4 bits cost in loss, on a model trained by us: bf16 and NF4 of ours beside bitsandbytes + PEFT.
+"""The cost of 4 bits in loss, on a model that we trained: our bf16 and NF4 beside bitsandbytes + PEFT.
 
     python -m benchmarks.nf4_loss OUT.jsonl [--model FOLDER] [--train FILE] [--heldout FILE] [--device cuda]
                                   [--prose] [--rate 1e-3] [--steps 120] [--tokens 1024] [--seeds 3] [--no-peers]
 
-One line for each system and seed: held-out loss (nats a trained token) of the bare base and after so many steps. All
-systems see the same rows in the same order, start from the same A, and use the same AdamW, schedule and
-clipping; the peer's rows are padded batches of the same documents, its loop is plain PyTorch. `--prose` takes a task
-that is not learnt to the end (`benchmarks.prose`) in place of the files.
+One line per system and seed: held-out loss (nats per trained token) of the bare base and after several step
+counts. All systems see the same rows in the same order, start from the same A, and use the same AdamW, schedule
+and clipping. The peer's rows are padded batches of the same documents in a plain PyTorch loop. `--prose` replaces
+the files by a task that is not learnt to the end (`benchmarks.prose`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Data = tuple[list[Row], list[Row]]
 
 
 def rows_of(given: argparse.Namespace, seed: int) -> Data:
-    """Rows of `steps` updates, and the held-out rows."""
+    """Training rows for `steps` updates, and the held-out rows."""
     tokenizer = load_tokenizer(given.model)
     settings = DataConfig(tokens_per_row=given.tokens, eval_data=[given.heldout], num_proc=1, truncate=given.prose)
     dataset = prepare_data(
@@ -58,7 +58,7 @@ def rows_of(given: argparse.Namespace, seed: int) -> Data:
 
 
 def ours(given: argparse.Namespace, precision: str, seed: int, data: Data, start: Path) -> dict[str, object]:
-    """Trained by this package; leaves its first adapter at `start`."""
+    """Trains with loratune and saves the initial adapter to `start`."""
     rows, heldout = data
     model = load(given.model, precision, given.device)  # type: ignore[arg-type]
     before, after = _evaluated(model, heldout), {}
@@ -84,7 +84,7 @@ def _evaluated(model: Any, heldout: list[Row]) -> float:
 
 
 def peer(given: argparse.Namespace, seed: int, data: Data, start: Path) -> dict[str, object]:
-    """bitsandbytes + PEFT from the adapter at `start`."""
+    """Trains with bitsandbytes + PEFT from the adapter at `start`."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -117,7 +117,7 @@ def peer(given: argparse.Namespace, seed: int, data: Data, start: Path) -> dict[
 
 
 def _peer_loss(model: Any, row: Row) -> Tensor:
-    """Summed over the row's documents, which go through as a padded batch."""
+    """Loss summed over the row's documents, run as a padded batch."""
     starts = row.cu_seqlens.tolist()
     bounds = [(a, b) for a, b in itertools.pairwise(starts) if bool(row.weights[a:b].any())]
     longest = max(b - a for a, b in bounds)

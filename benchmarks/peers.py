@@ -1,18 +1,18 @@
-"""The peers on the shapes of the ladder, measured as ours is: one whole optimizer step, one JSON object a row.
+"""The peers on the shapes of the ladder, measured like ours: one whole optimizer step, one JSON object per row.
 
     python -m benchmarks.peers SYSTEM SHAPE BATCH TOKENS [STEPS]
-    python -m benchmarks.peers --all OUT.jsonl [SHAPE:BATCH:TOKENS[:SYSTEM] ...]   ours and them, one after the other
+    python -m benchmarks.peers --all OUT.jsonl [SHAPE:BATCH:TOKENS[:SYSTEM] ...]   ours and theirs in turn
 
-SYSTEM is peft, peft+liger or unsloth; `+gc` behind it recomputes activations, `+nf4` holds the base in 4 bits. With
-`--all` also loratune, which is `benchmarks.ladder`.
+SYSTEM is peft, peft+liger or unsloth; the suffix `+gc` recomputes activations, `+nf4` uses a 4-bit base. `--all`
+includes loratune, measured by `benchmarks.ladder`.
 
-Random weights, r = 16 on all seven projections, AdamW (fused), `batch` sequences of `tokens` tokens, all
-tokens trained. Each system in a process of its own, with what its own documentation calls for to be fast: PEFT with
-bfloat16 adapters and SDPA, plain or with Liger's kernels and fused loss; Unsloth from a local folder under autocast,
-without gradient checkpointing unless `+gc` asks for it. A step counts from the tokens on the device to the end of
-the update; `first_step_s` from the start of the process to the end of the first step.
+Random weights, r = 16 on all seven projections, AdamW (fused), `batch` sequences of `tokens` tokens, all tokens
+trained. Each system runs in its own process with the settings its documentation recommends for speed: PEFT with
+bfloat16 adapters and SDPA, plain or with Liger's kernels and fused loss; Unsloth from a local folder under
+autocast, without gradient checkpointing unless `+gc` is given. A step lasts from the tokens on the device to the
+end of the update; `first_step_s` from process start to the end of the first step.
 
-Needs a GPU and the peers' packages (peft, liger-kernel, unsloth), which loratune itself does not.
+Needs a GPU and the peers' packages (peft, liger-kernel, unsloth), which loratune itself does not need.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE
 
 
 def measure(system: str, shape: str, batch: int, tokens: int, steps: int) -> dict[str, object]:
-    """One system on one shape."""
+    """Measures one system on one shape."""
     os.environ.update(_OFFLINE)
     model, autocast = _unsloth(shape, tokens, system) if "unsloth" in system else _peft(shape, system)
     import torch
@@ -73,7 +73,7 @@ def measure(system: str, shape: str, batch: int, tokens: int, steps: int) -> dic
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter and are there."""
+    """Versions of the relevant packages that are installed."""
     found = {}
     for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "trl", "bitsandbytes"):
         try:
@@ -134,7 +134,7 @@ def _unsloth(shape: str, tokens: int, system: str) -> tuple[Any, bool]:
 
 
 def folder_of(shape: str) -> Path:
-    """A folder with the random model and a tokenizer of bytes; written once and kept in the temporary directory."""
+    """Folder with the random model and a byte tokenizer, written once to the temporary directory."""
     folder = Path(tempfile.gettempdir()) / f"random-{shape}"
     if not (folder / "complete").exists():
         write_folder(shape)
@@ -142,7 +142,7 @@ def folder_of(shape: str) -> Path:
 
 
 def write_folder(shape: str, device: str = "cuda") -> None:
-    """Writes `folder_of`."""
+    """Writes the folder of `folder_of`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,11 +1,10 @@
-"""Draws tokens a second of ours and the peers from the rows in benchmarks/results/.
+"""Draws our speed and the peers' from the rows in benchmarks/results/.
 
-    python -m benchmarks.plot speed OUT.svg RESULTS.jsonl [...]      bars, one group for each shape and batch
+    python -m benchmarks.plot speed OUT.svg RESULTS.jsonl [...]      bars, one group per shape and batch
     python -m benchmarks.plot curves OUT.svg CURVES.jsonl            held-out loss of `benchmarks.curves`
 
-Of several rows of one system on one shape the last counts, so that newer files come last. Only rows without
-recomputation are drawn. Peers that were not measured in the same run as ours say so in their row (`run`), and their
-bars are hatched.
+If a system has several rows for one shape, the last counts, so newer files come last. Only rows without
+recomputation are drawn. Bars of peers from another run (`run` in the row) are hatched.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ Row = dict[str, Any]
 
 
 def rows_of(files: Iterable[str]) -> list[Row]:
-    """All rows of JSONL files, in their order."""
+    """All rows of JSONL files in order."""
     lines = (line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines())
     return [json.loads(line) for line in lines if line.strip()]
 
 
 def ladder_of(files: Iterable[str]) -> dict[tuple[object, ...], Row]:
-    """(shape, batch, tokens, system, precision) -> the last row of it without recomputation."""
+    """(shape, batch, tokens, system, precision) -> its last row without recomputation."""
     return {
         (row["shape"], row["batch"], row["tokens"], row["system"], row.get("precision", "bf16")): row
         for row in rows_of(files)
@@ -54,7 +53,7 @@ def ladder_of(files: Iterable[str]) -> dict[tuple[object, ...], Row]:
 
 
 def speed(out: str, files: list[str]) -> None:
-    """Bars of tokens a second, one small picture for each shape, since they differ tenfold."""
+    """Bars of tokens per second, one small chart per shape, since shapes differ tenfold."""
     found = ladder_of(files)
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.0))
     for axis, case in zip(axes.flat, CASES, strict=True):
@@ -85,7 +84,7 @@ def speed(out: str, files: list[str]) -> None:
 
 
 def curves(out: str, files: list[str]) -> None:
-    """Held-out loss over steps, the mean of the seeds with their range, one picture for each model."""
+    """Held-out loss over steps: mean and range of the seeds, one chart per model."""
     rows = rows_of(files)
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False)

@@ -1,9 +1,9 @@
-"""Tokens a second against peak memory, Llama-2-7B on 4 x 2048 tokens.
+"""Draws tokens per second against peak memory for Llama-2-7B with 4 x 2048 tokens.
 
     python -m benchmarks.plot_memory OUT.svg RESULTS.jsonl [...]
 
-Rows of `benchmarks.memory` and of `benchmarks.peers`. Settings of a peer that no row has are drawn hollow, from an
-earlier run on such a machine.
+Reads rows of `benchmarks.memory` and `benchmarks.peers`. Hollow points are peers' settings from an earlier run on
+such a machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EARLIER: dict[tuple[str, str, str], Point] = {
     ("unsloth", "bf16", "none"): (43.1, 17587), ("unsloth", "bf16", "recompute"): (15.1, 12087),
     ("unsloth", "nf4", "recompute"): (6.1, 11838),
 }  # fmt: skip
-"""System, precision and policy -> GiB, tokens a second."""
+"""(system, precision, policy) -> (GiB, tokens per second)."""
 COLORS = {"peft": ("PEFT", "#c9c9c9"), "peft+liger": ("PEFT + Liger", "#8a8a8a"), "unsloth": ("Unsloth", "#e0a458")}
 
 

@@ -1,9 +1,9 @@
-"""Milliseconds of one step by part, beside the bound of that part.
+"""Milliseconds of one step by part, beside the bound of the frozen products.
 
     python -m benchmarks.profile SHAPE BATCH TOKENS [bf16|nf4|fp8]
 
-The kernels of an eager step (the graph replays the same ones), grouped by what they do. The bound of the frozen
-products is their arithmetic at 692 TFLOP/s; of all else, no bound is claimed but the count of launches is given.
+Kernels of an eager step (a graph replays the same ones), grouped by purpose. The bound of the frozen products is
+their arithmetic at 692 TFLOP/s; other groups show their number of launches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A task that is not learnt to the end: source files of the installed transformers package, as plain text.
-
-The tasks in the box have one right answer, and a model that has learnt them has a loss near zero, of which a
-percentage says nothing. Program text keeps an entropy of its own, so two ways to train can be compared by the loss
-that they end with. The files are those of the machine, in an order that follows from their names; every tenth file
-is held out. Other versions of transformers give other text, so compare only what was run together.
+ The bundled tasks have one right answer, and a model that has learnt them has a loss near zero, where percentages
+mean nothing. Program text keeps an entropy of its own, so two ways to train can be compared by their final loss.
+The files are the machine's own, in an order derived from their names; every tenth is held out. Other versions of
+transformers give other text, so compare only runs of one machine.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ FILES, CHARACTERS = 700, 2500
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Writes `train.jsonl` and `heldout.jsonl`, records of one "text" each, and returns where."""
+    """Writes `train.jsonl` and `heldout.jsonl` with one "text" per record; returns their paths."""
     package = Path(transformers.__file__).parent
     files = sorted(package.glob("models/*/*.py"), key=lambda f: hashlib.sha256(f.name.encode()).hexdigest())
     files = [file for file in files if file.stat().st_size > 2 * CHARACTERS][:FILES]

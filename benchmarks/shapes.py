@@ -53,7 +53,7 @@ def _kind(shape: str) -> tuple[type[Any], type[Any]]:
 
 
 def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
-    """The same with layers of random 4-bit codes; 70 billion of them take seconds where quantising takes minutes."""
+    """The model with random 4-bit codes; 70 billion parameters take seconds where quantising takes minutes."""
     config, kind = _kind(shape)
     place = torch.empty(0, device=device).device
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
 
 
 def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
-    """Of the shape and dtype of `weight`, which has no data; its elements have a variance of about 1 / d_in."""
+    """Random values for a `weight` without data; their variance is about 1 / d_in."""
     d_out, d_in = weight.shape
     blocks = -(-d_out * d_in // nf4.BLOCK)
     codes = torch.randint(256, (-(-d_out * d_in // 2),), dtype=torch.uint8, device=device)
@@ -87,7 +87,7 @@ def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
 def model_of(
     shape: str, device: str = "cuda", form: Callable[[Tensor], FrozenWeight] | None = None
 ) -> PreTrainedModel:
-    """The model in bfloat16 with random weights, frozen; with `form` its layers are made and quantised one by one."""
+    """A frozen bfloat16 model with random weights; `form` quantises its layers one by one as they are made."""
     config, kind = _kind(shape)
     settings = SHAPES[shape] | {"max_position_embeddings": 8192}
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def model_of(
 
 
 def row_of(lengths: list[int], capacity: int, seed: int, prompt: float = 0.0) -> Row:
-    """Documents of random tokens; the first `prompt` of each is not trained."""
+    """A row of documents of random tokens; the first `prompt` tokens of each are not trained."""
     rng = np.random.default_rng(seed)
     documents = [
         Example(rng.integers(0, 260, n).astype(np.int32), (np.arange(n) >= prompt * n).astype(np.float32), "random")

@@ -1,11 +1,11 @@
-"""A sweep beside single runs: 8 rates x 2 ranks on a real task with the model in the box, on a CPU.
+"""A sweep beside single runs on a CPU: 8 rates x 2 ranks on a real task with the bundled model.
 
     python -m benchmarks.sweep [--steps 40] [--out benchmarks/results/sweep.json] [--keep DIR]
 
-What is measured, in one process: the sweep of 16 jobs, then the same 16 jobs one after the other through the code
-behind `loratune train`, both from files to finished folders, in seconds and in seconds of the processor (which other
-work on the machine disturbs less). Then the same sweep in processes of its own, killed at random moments and resumed,
-must end in the same table, and every other verb must work on the winner's folder.
+One process runs the sweep of 16 jobs, then the same 16 jobs in turn through the code of `loratune train`, from
+files to finished folders. Both are measured in wall time and processor time; other work on the machine disturbs
+the latter less. Then the same sweep runs in processes that are killed at random moments and resumed. It must end
+in the same table, and every other verb must work on the winner's folder.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def the_runs(plan: Plan, out: Path) -> None:
 
 
 def differences(plan: Plan, a: Path, b: Path) -> dict[str, float]:
-    """Each job's largest relative difference of a training loss at any step."""
+    """Largest relative difference of a training loss per job, over all steps."""
     found = {}
     for job in plan.jobs:
         ours, theirs = (metrics.losses_of(folder / job.name / "metrics.jsonl") for folder in (a, b))
@@ -80,7 +80,7 @@ def differences(plan: Plan, a: Path, b: Path) -> dict[str, float]:
 
 
 def loratune(*words: str, given: str | None = None) -> str:
-    """What a command prints."""
+    """Output of a command."""
     command = [sys.executable, "-m", "loratune.cli", *words]
     done = subprocess.run(command, input=given, capture_output=True, text=True, env=os.environ | {"COLUMNS": "110"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def loratune(*words: str, given: str | None = None) -> str:
 
 
 def killed_and_resumed(jobs: Path, out: Path, seconds: float, kills: int, rng: random.Random) -> list[float]:
-    """Starts a sweep, kills it at random moments, and lets the last start finish; the moments, in seconds."""
+    """Starts a sweep, kills it at random moments and lets the last start finish; returns the moments in seconds."""
     moments: list[float] = []
     while True:
         words = (
@@ -110,7 +110,7 @@ def killed_and_resumed(jobs: Path, out: Path, seconds: float, kills: int, rng: r
 
 
 def table(out: Path) -> list[str]:
-    """The ranking as README.md shows it."""
+    """The ranking as in README.md of the sweep's folder."""
     return [line for line in (out / "README.md").read_text().splitlines() if line.startswith("|")]
 
 

@@ -1,11 +1,11 @@
-"""Switching: activate among 200 resident adapters, swap-ins from host memory beside work, hot replacement.
+"""Switching: activate among 200 resident adapters, swap-ins from host memory beside work, replacement.
 
     python -m benchmarks.switching [--shape l7b] [--out RESULTS.jsonl]      one GPU
-    python -m benchmarks.switching --cpu                                    the host's part beside PEFT's
+    python -m benchmarks.switching --cpu                                    host time, beside PEFT's
 
-A JSON object a line. What `activate` costs is the host's time, since it launches nothing; what a swap-in costs is the
-bus's, so it is given as GB/s beside a bare copy of as many bytes. Work is a forward of 2,048 tokens, and a forward of
-one token, as in generating.
+One JSON object per line. `activate` costs only host time, since it launches nothing. A swap-in is bound by the
+bus, so it is reported in GB/s beside a bare copy of the same bytes. Work is a forward of 2,048 tokens, or of one
+token as in generation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG = LoraConfig(r=RANK, lora_alpha=RANK)
 
 
 def fill_device(model: nn.Module, count: int) -> None:
-    """`count` resident adapters in float32, the values of all but the first unset: nobody reads them."""
+    """`count` resident adapters in float32; only the first is initialised, since values are never read."""
     attach(model, CONFIG, name="0")
     state = require(model)
     first, selection = state.adapters["0"], select(model, CONFIG)
@@ -58,7 +58,7 @@ def fill_device(model: nn.Module, count: int) -> None:
 
 
 def switches(model: nn.Module, count: int) -> dict[str, Any]:
-    """Random switches among `count` resident adapters, in ms of the host."""
+    """Host milliseconds of random switches among `count` resident adapters."""
     generator = random.Random(0)
     order = [str(generator.randrange(count)) for _ in range(SWITCHES)]
     for name in range(count):  # each once: plans are made at the first switch
@@ -75,14 +75,14 @@ def switches(model: nn.Module, count: int) -> dict[str, Any]:
 
 
 def _allocations() -> tuple[int, int]:
-    """Bytes in use on the GPU, and how many allocations were ever made there."""
+    """Bytes in use on the GPU, and the number of allocations so far."""
     if not torch.cuda.is_available():
         return 0, 0
     return torch.cuda.memory_allocated(), int(torch.cuda.memory_stats()["allocation.all.allocated"])
 
 
 def fill_store(model: nn.Module, stored: int, slots: int) -> Store:
-    """A store with adapters whose values are unset."""
+    """A store with uninitialised adapters."""
     store, selection, state = Store(model, slots), select(model, CONFIG), Adapters()
     for index in range(stored):
         adapter = build(model, CONFIG, selection, seed=None, device=torch.device("cpu"))
@@ -122,16 +122,16 @@ def swaps(model: Any, stored: int = 4, slots: int = 3) -> Iterator[dict[str, Any
 
 
 KINDS = ("resident", "copying", "ahead", "on_demand")
-"""Adapters that are there; those, beside a bare copy of as many bytes; swapped in a forward ahead; when needed."""
+"""Ways to provide an adapter: resident; resident beside a bare copy; copied one forward ahead; copied on demand."""
 ROUNDS = 6
 
 
 def _beside_work(model: Any, store: Store, names: list[str], tokens: int, copy: Callable[[], None]) -> dict[str, Any]:
     """Forwards of `tokens` tokens, each with an adapter that is not on the device when its predecessor begins.
 
-    The kinds take turns, each round from another one on, since a host that others use as well drifts by more than
-    what is looked for. Milliseconds of a forward until the device is done, median and least of the rounds; and those
-    that the host's thread spends in the call that switches, in the one that starts a copy, and in the forward.
+    The kinds take turns and rotate their order, since a shared host drifts by more than the difference of interest.
+    Returns milliseconds per forward until the device is idle (median and minimum of the rounds), and the host's
+    milliseconds in switching, in starting a copy, and in the forward.
     """
     ids = torch.randint(0, 1000, (1, tokens), device=model.device)
     parts: dict[str, dict[str, list[float]]] = {kind: {"switch": [], "start": [], "forward": []} for kind in KINDS}
@@ -175,7 +175,7 @@ def _beside_work(model: Any, store: Store, names: list[str], tokens: int, copy: 
 
 
 def replacements(model: Any, folder: Path) -> dict[str, Any]:
-    """Hot replacement: what happens beside the work, and the exchange before the next forward."""
+    """Hot replacement: time beside the work, and time of the exchange before the next forward."""
     ids = torch.randint(0, 1000, (1, 1), device="cuda")
     with torch.no_grad():
         model(input_ids=ids)
@@ -192,7 +192,7 @@ def replacements(model: Any, folder: Path) -> dict[str, Any]:
 
 
 def beside_peft(adapters: int = 20) -> list[dict[str, Any]]:
-    """32 layers of 7 projections, narrow, so that only the host's work counts; the same in PEFT, alternating."""
+    """Host time of switching on 32 narrow layers of 7 projections, alternating with PEFT."""
     import peft
 
     settings: dict[str, Any] = {
@@ -226,7 +226,7 @@ def _ms(action: Callable[[], object]) -> float:
 
 
 def _gpu_ms(action: Callable[[], object]) -> float:
-    """Until the device has done all of it."""
+    """Milliseconds until the device has finished."""
     torch.cuda.synchronize()
     return _ms(lambda: (action(), torch.cuda.synchronize()))
 
@@ -236,7 +236,7 @@ def _round(value: float) -> float:
 
 
 def on_gpu(shape: str, parts: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The measurements on one GPU, each when it is done."""
+    """Yields the measurements on one GPU as they finish."""
     from benchmarks.shapes import model_of
 
     model = model_of(shape)

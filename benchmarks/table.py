@@ -2,10 +2,10 @@
 
     python -m benchmarks.table RESULTS.jsonl [...]
 
-One line for each system, precision and shape: tokens a second, over the best peer of that shape in these files, the
-share of the limit (`benchmarks.shapes.limit_tok_s`), peak memory, and seconds from the start of the process, weights
-made on the GPU, to the end of the first step. Only rows without recomputation are listed; of several of one kind the
-last counts.
+One line per system, precision and shape: tokens per second, the ratio to the best peer of that shape in these
+files, the share of the limit (`benchmarks.shapes.limit_tok_s`), peak memory, and seconds from process start to
+the end of the first step. Only rows without recomputation are listed; of several rows of one kind the last
+counts.
 """
 
 from __future__ import annotations

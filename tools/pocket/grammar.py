@@ -1,4 +1,4 @@
-"""Small tools the task generators share: seeded choice among phrasings, and ways to quote what is asked about.
+"""Shared by the task generators: seeded choice among phrasings, and ways to quote the subject of a question.
 
 A template string lists alternatives separated by "|"; each may hold {slots}. One call picks one alternative, so
 thirty short strings make thousands of different prompts without a grammar formalism to learn.

@@ -43,7 +43,7 @@ class Batch:
 
 
 def unpack(rows: Tensor) -> Batch:
-    """Split flags from tokens: what to predict where, with which weight, and which document a token is in."""
+    """Splits flags from tokens; returns targets, weights and document numbers."""
     rows = rows.to(torch.int32)  # uint16 arrives as int16: the flags survive the sign
     tokens = (rows & 0x0FFF).long()
     starts = (rows & 0x4000) != 0
@@ -103,7 +103,7 @@ def _maker(tokenizer_file: Path) -> corpus.Maker:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a worker process needs to make any shard."""
+    """Initialises a worker process so that it can make any shard."""
 
     tokenizer_file: Path
     n_rows: int
@@ -203,7 +203,7 @@ def same_logits(model: Pocket) -> float:
 
 
 def main() -> None:
-    """Make data and train side by side, export, and say how it went."""
+    """Makes data and trains side by side, exports the model, and prints figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by tools.pocket.tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")

@@ -146,7 +146,7 @@ def exchange(rng: random.Random) -> Exchange:
 
 
 def _styled(rng: random.Random) -> tuple[str, Callable[[str], str]]:
-    """A system prompt and what it does to every answer."""
+    """A system prompt and its effect on every answer."""
     w, name = rng.choice(words.NOUNS), first_name(rng)
     return rng.choice(
         (("Answer in capital letters.|Write everything in upper case.|Always shout.", str.upper),

@@ -1,4 +1,4 @@
-"""The stack computes what the library computes: losses of a few steps, beside `loratune`, and plain PyTorch (full).
+"""Compares the stacked runs with loratune (LoRA) and plain PyTorch (full): losses of a few steps must agree.
 
 python -m docs.experiments.lora_without_regret.check
 """

@@ -1,4 +1,4 @@
-"""From the runs to the numbers and pictures in the text.
+"""Numbers and pictures of the text, from the runs.
 
     python -m docs.experiments.lora_without_regret.plots FOLDER RUNS.jsonl [RUNS.jsonl ...]
 
@@ -25,7 +25,7 @@ Run = dict[str, Any]
 COLOURS = ["#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b"]
 FULL = "#d94801"
 COMMON = 16
-"""Rank whose curve the lower ones are held against."""
+"""Reference rank for the curves of lower ranks."""
 
 
 FRESH = slice(45, 75)
@@ -55,7 +55,7 @@ def by_rate(runs: Iterable[Run], loss: Callable[[Run], float] = loss_of) -> dict
 
 
 def best_rate(losses: dict[float, float]) -> tuple[float, float]:
-    """(rate, loss) at the bottom: of a parabola through the best point and its neighbours, in logarithms."""
+    """(rate, loss) at the bottom of a parabola through the best point and its neighbours, in logarithms."""
     rates = list(losses)
     at = min(range(len(rates)), key=lambda i: losses[rates[i]])
     if at in (0, len(rates) - 1) or not all(math.isfinite(losses[r]) for r in rates[at - 1 : at + 2]):
@@ -67,12 +67,12 @@ def best_rate(losses: dict[float, float]) -> tuple[float, float]:
 
 
 def label(rank: int) -> str:
-    """How a kind of run is called in a legend."""
+    """Legend entry of a kind of run."""
     return f"rank {rank}" if rank else "full"
 
 
 def colour(rank: int, ranks: Sequence[int]) -> str:
-    """Darker for larger ranks; full tuning in its own."""
+    """Colour of a kind: darker for larger ranks; full tuning has its own."""
     lora = sorted(r for r in ranks if r)
     return FULL if rank == 0 else COLOURS[lora.index(rank) * (len(COLOURS) - 1) // max(1, len(lora) - 1)]
 

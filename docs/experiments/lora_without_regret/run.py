@@ -46,7 +46,7 @@ def examples(task: str, folder: Path) -> tuple[list[Example], list[Example]]:
 
 
 def _facts() -> Iterator[dict[str, object]]:
-    """Four digits ask for six others, at random: nothing to understand, 20 bits each to remember."""
+    """Random facts: four digits ask for six others, so each holds 20 bits to remember."""
     rng = random.Random(0)
     for key in rng.sample(range(10000), FACTS):
         answer = f"{rng.randrange(10**6):06d}"
@@ -54,7 +54,7 @@ def _facts() -> Iterator[dict[str, object]]:
 
 
 def padded(documents: Sequence[Example]) -> Batches:
-    """Documents in rows of their own."""
+    """One document per row."""
     length = max(map(len, documents))
     ids, targets = (torch.zeros(len(documents), length, dtype=torch.long) for _ in range(2))
     weights = torch.zeros(len(documents), length)

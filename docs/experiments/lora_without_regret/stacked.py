@@ -3,8 +3,8 @@
 A run of a 5 M parameter model keeps a GPU busy for microseconds at a time, so the runs of a sweep are stacked: a
 product with a weight that is trained becomes a batched product, one that is frozen is shared. Runs never meet: each
 has its own parameters, loss, Adam state and rate. Full tuning stacks every weight, LoRA only A and B, both through
-the same code, so that a comparison of the two compares nothing else. With LoRA the stack computes what
-`loratune.attach` does; `check.py` measures that.
+the same code, so that a comparison of the two compares nothing else. With LoRA the stack computes the
+same as `loratune.attach`; `check.py` measures that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class Kind:
-    """What is trained: all weights (rank 0), or A and B of some layers."""
+    """The trained tensors: all weights (rank 0), or A and B of some layers."""
 
     rank: int
     modules: tuple[str, ...] = ATTENTION + MLP
@@ -40,15 +40,15 @@ class Batches:
     weights: Tensor  # (documents, L): 1 where that is trained on
 
     def to(self, device: torch.device) -> Batches:
-        """The same on `device`."""
+        """This batch on `device`."""
         return Batches(self.ids.to(device), self.targets.to(device), self.weights.to(device))
 
     def room(self, documents: int) -> int:
-        """How many trained tokens a batch of so many documents has at most."""
+        """Largest number of trained tokens in a batch of `count` documents."""
         return int(self.weights.sum(1).topk(documents).values.sum())
 
     def pick(self, order: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One batch: ids (B, L), and positions, targets and weights (room,) of its trained tokens and some others."""
+        """One batch: ids (B, L), and positions, targets and weights of its trained tokens, padded to one size."""
         weights = self.weights[order]
         positions = weights.flatten().sort(descending=True, stable=True).indices[:room]
         return self.ids[order], positions, self.targets[order].flatten()[positions], weights.flatten()[positions]
@@ -57,8 +57,8 @@ class Batches:
 class Stack:
     """N runs of one kind.
 
-    With `ranks`, one for each run, at most `kind.rank`: what a run has beyond its rank is zero in A and in B, has
-    therefore no gradient, and stays zero.
+    `ranks` gives each run a rank of at most `kind.rank`. Columns beyond a run's rank are zero in A and B, so their
+    gradients are zero too and they stay zero.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Training:
             flat.sub_(self.m * rate / root)
 
     def _record(self, start: Tensor, beta1: float, beta2: float) -> None:
-        """Records a step after a warm-up, and puts back what the warm-up changed."""
+        """Records a step after a warm-up and restores the state from before it."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from loratune.ops.attention import flash
-from loratune.ops.attention.attended import Attended
 from loratune.ops.attention.documents import document_attention
+from loratune.ops.attention.recorded import RecordedAttention
 
 SHAPES = {
     "Llama-2-7B 4 x 2048": (32, 32, 128, 8192),
@@ -81,13 +81,13 @@ def measure(name: str, even: bool) -> list[dict[str, object]]:
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
     bound = lengths[0] if even else 1 << (max(lengths) - 1).bit_length()  # as `training.graph` rounds it
 
-    def forward(stacked: Tensor, **kernel: int) -> Attended:
+    def forward(stacked: Tensor, **kernel: int) -> RecordedAttention:
         def attend(*heads: Tensor) -> Tensor:
             qkv = (tensor.transpose(0, 1)[None] for tensor in heads)
             out, _ = document_attention(torch.nn.Identity(), *qkv, None, cu_seq_lens_q=ends, **kernel)
             return out.reshape(tokens, -1)
 
-        return Attended(attend, stacked, [heads, kv_heads, kv_heads])
+        return RecordedAttention(attend, stacked, [heads, kv_heads, kv_heads])
 
     def both(stacked: Tensor, **kernel: int) -> list[Tensor]:
         attended = forward(stacked, **kernel)

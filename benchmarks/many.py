@@ -27,7 +27,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach, detach
 from loratune.many.bank import Bank
 from loratune.many.graph import BankGraph
-from loratune.many.step import Part
+from loratune.many.step import MicroStep
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
 
@@ -71,7 +71,9 @@ def bank(model: transformers.PreTrainedModel, jobs: int, tokens: int, config: Lo
     rows = [[row_of([tokens], tokens, 4 * slot + nth) for nth in range(4)] for slot in range(jobs)]
     rates = dict.fromkeys(range(jobs), 1e-4)
 
-    turns = [[Part(slot, rows[slot][nth], float(tokens - 1), None, 0) for slot in range(jobs)] for nth in range(4)]
+    turns = [
+        [MicroStep(slot, rows[slot][nth], float(tokens - 1), None, 0) for slot in range(jobs)] for nth in range(4)
+    ]
 
     def one(index: int) -> float:
         return step.run(turns[index % 4], rates, lambda: turns[(index + 1) % 4])[0].loss

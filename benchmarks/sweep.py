@@ -30,7 +30,7 @@ from loratune.base.load import POCKET
 from loratune.box import data_file
 from loratune.runs import metrics
 from loratune.runs.run import run
-from loratune.sweep.plan import Plan, read_plan
+from loratune.sweep.plan import SweepPlan, read_plan
 from loratune.sweep.run import SweepResult, sweep
 
 HELD_OUT = 40  # records
@@ -57,19 +57,19 @@ def timed(work) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def the_sweep(plan: Plan, text: str, out: str) -> SweepResult:
+def the_sweep(plan: SweepPlan, text: str, out: str) -> SweepResult:
     *_, result = sweep(plan, text, out)
     assert isinstance(result, SweepResult)
     return result
 
 
-def the_runs(plan: Plan, out: Path) -> None:
+def the_runs(plan: SweepPlan, out: Path) -> None:
     for job in plan.jobs:
         for _ in run(replace(job.config, out=str(out / job.name))):
             pass
 
 
-def differences(plan: Plan, a: Path, b: Path) -> dict[str, float]:
+def differences(plan: SweepPlan, a: Path, b: Path) -> dict[str, float]:
     """Largest relative difference of a training loss per job, over all steps."""
     found = {}
     for job in plan.jobs:

@@ -11,8 +11,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,25 +69,12 @@ def demo(out: str | None, console: Console, *, overwrite: bool = False) -> dict[
 
     Raises: OutputError: `out` exists or cannot be written.
     """
-    with _one_thread():
-        if out is not None:
-            folder = Path(out)
-            atomic.check_new(folder, overwrite=overwrite)
-            return _journey(folder, console, keep=True, overwrite=overwrite)
-        with tempfile.TemporaryDirectory(prefix="loratune-demo-") as temporary:
-            return _journey(Path(temporary), console, keep=False, overwrite=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One CPU thread meanwhile: products this small gain little from a second, and threads that wait for each other
-    while another program has one of the cores took up to eight times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    if out is not None:
+        folder = Path(out)
+        atomic.check_new(folder, overwrite=overwrite)
+        return _journey(folder, console, keep=True, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="loratune-demo-") as temporary:
+        return _journey(Path(temporary), console, keep=False, overwrite=True)
 
 
 def _journey(folder: Path, console: Console, *, keep: bool, overwrite: bool) -> dict[str, Any]:

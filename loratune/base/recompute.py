@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.attention import capped
-from loratune.ops.host import Host
+from loratune.ops.host import HostOffload
 from loratune.ops.state import ForwardState
 
 _ATTENTION = {
@@ -47,12 +47,12 @@ class Recomputed(nn.Module):
     _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
     _level: Level
     _index: int
-    _host: Host | None
+    _host: HostOffload | None
     _state: ForwardState
 
     @classmethod
     def from_base(
-        cls, base: nn.Module, level: Level, index: int, host: Host | None, state: ForwardState
+        cls, base: nn.Module, level: Level, index: int, host: HostOffload | None, state: ForwardState
     ) -> Recomputed:
         """The stand-in for `base`, the layer of number `index`, under a level from `SELECTIVE` on."""
         layer = cls.__new__(cls)
@@ -84,7 +84,7 @@ class Recomputed(nn.Module):
             return run_base(x, *args, **kwargs)
 
         out = checkpoint(run, *args, **settings, **kwargs)
-        host.leave(self._index, hidden_states.detach())
+        host.offload(self._index, hidden_states.detach())
         return out
 
     def _random(self) -> bool:
@@ -95,7 +95,9 @@ class Recomputed(nn.Module):
 
 
 @contextmanager
-def installed(model: PreTrainedModel, plan: ActivationPlan, host: Host | None, state: ForwardState) -> Iterator[None]:
+def installed(
+    model: PreTrainedModel, plan: ActivationPlan, host: HostOffload | None, state: ForwardState
+) -> Iterator[None]:
     """Puts `Recomputed` in the place of the decoder layers that are to keep less, and the layers back on exit.
 
     Without a host, `Level.OFFLOAD` is `Level.FULL`.

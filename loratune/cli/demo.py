@@ -24,4 +24,5 @@ def run(words: list[str]) -> None:
     with process.library_imports():
         from loratune.demo import demo
 
-    demo(given.out, process.console(), overwrite=given.overwrite)
+    with process.one_torch_thread():
+        demo(given.out, process.console(), overwrite=given.overwrite)

@@ -55,7 +55,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RenderJob:
     """Everything that rendering depends on besides the records; travels to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class Turn:
     place: str  # for errors: file:line, message n
 
 
-def render_batch(records: Sequence[Record], job: Job) -> Batch:
+def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:
     """Renders some records, tokenising all their texts in one call; collects faults instead of raising them."""
     batch = Batch()
     plans: list[tuple[Record, list[Turn]]] = []
@@ -157,7 +157,7 @@ def reference(
 # records to text
 
 
-def _turns(record: Record, job: Job, counts: Counter[str]) -> list[Turn]:
+def _turns(record: Record, job: RenderJob, counts: Counter[str]) -> list[Turn]:
     """The stretches of a record that are trained, as text."""
     if record.text is not None:
         return [Turn("", record.text, record.source)]
@@ -249,7 +249,7 @@ def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template
 
 
 def _examples(
-    record: Record, turns: list[Turn], ids: dict[str, list[int]], job: Job, counts: Counter[str]
+    record: Record, turns: list[Turn], ids: dict[str, list[int]], job: RenderJob, counts: Counter[str]
 ) -> list[Example]:
     if record.messages is None:
         return [_plain_example(record, turns[0], ids, job, counts)]
@@ -272,7 +272,9 @@ def _examples(
     return [_example(record.source, ids_, [span]) for ids_, span in zip(sequences, spans, strict=True)]
 
 
-def _plain_example(record: Record, turn: Turn, ids: dict[str, list[int]], job: Job, counts: Counter[str]) -> Example:
+def _plain_example(
+    record: Record, turn: Turn, ids: dict[str, list[int]], job: RenderJob, counts: Counter[str]
+) -> Example:
     """Text without template: the tokenizer's prefix (BOS), the text, eos; a prompt is not trained."""
     prompt, answer = _split(turn, ids, job.tokenizer)
     whole = prompt + answer
@@ -328,7 +330,7 @@ def _stop_index(
     return last
 
 
-def _count_unknown_stop(token: int, job: Job, counts: Counter[str]) -> None:
+def _count_unknown_stop(token: int, job: RenderJob, counts: Counter[str]) -> None:
     if token not in job.stop_ids:
         counts[f"unknown stop {decode(job.tokenizer, [token])}"] += 1
 
@@ -340,7 +342,7 @@ def _example(source: str, ids: list[int], spans: list[tuple[int, int]]) -> Examp
     return Example(np.array(ids, dtype=np.int32), weights, source)
 
 
-def _fit(example: Example, job: Job, batch: Batch) -> None:
+def _fit(example: Example, job: RenderJob, batch: Batch) -> None:
     """Adds the example to the batch if it fits, or cut to fit with truncate."""
     if job.max_tokens is not None and len(example) > job.max_tokens:
         if not job.truncate:

@@ -21,7 +21,7 @@ from typing import get_args
 from transformers import PreTrainedTokenizerBase
 
 from loratune.config import DataConfig, TrainOn
-from loratune.data.examples import Batch, Example, Job, prompt_ids, reference, render_batch
+from loratune.data.examples import Batch, Example, RenderJob, prompt_ids, reference, render_batch
 from loratune.data.records import Record, raise_all
 from loratune.data.template import end_token, plain_prefix, read_template, require_template, special_tokens
 from loratune.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def render(
         require_template(tokenizer, chat_template)
     if any(record.messages is None for record in records):
         end_token(tokenizer)  # refuses a tokenizer without one
-    job = Job(
+    job = RenderJob(
         tokenizer=tokenizer,
         chat_template=chat_template,
         train_on=config.train_on,
@@ -86,7 +86,7 @@ def render(
     return Rendered(whole.examples, whole.examples_per_record, _notes(whole.counts, len(records), max_tokens))
 
 
-def _batches(records: Sequence[Record], job: Job, processes: int) -> Iterator[Batch]:
+def _batches(records: Sequence[Record], job: RenderJob, processes: int) -> Iterator[Batch]:
     """Rendered records in order, in parts of which each process does one."""
     if processes == 1:
         yield _render_part(records, job)
@@ -103,7 +103,7 @@ def _batches(records: Sequence[Record], job: Job, processes: int) -> Iterator[Ba
         ) from error
 
 
-def _render_part(records: Sequence[Record], job: Job) -> Batch:
+def _render_part(records: Sequence[Record], job: RenderJob) -> Batch:
     whole = Batch()
     for at in range(0, len(records), RECORDS_PER_BATCH):
         whole.add(render_batch(records[at : at + RECORDS_PER_BATCH], job))

@@ -27,11 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from loratune.fused.policy import TILE, Level, tiles
 from loratune.ops import layer
-from loratune.ops.attention.attended import Attend, Attended
-from loratune.ops.host import Host
+from loratune.ops.attention.recorded import Attend, RecordedAttention
+from loratune.ops.bank.projection import BankProjection
+from loratune.ops.host import HostOffload
+from loratune.ops.low_rank import GradientOperands, gradients_of
 from loratune.ops.measure import Measure
-from loratune.ops.projection import LinkedActivation, Projection
-from loratune.ops.thin import Work, gradients_of
+from loratune.precision.fp8_projection import Fp8Projection
+from loratune.precision.projection import Projection
+
+AnyProjection = Projection | Fp8Projection | BankProjection
+"""What `d_inner` gives is handed on to `d_input` and `d_adapters` of the same projection; each kind has its own."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Above(NamedTuple):
 class Before:
     """What is fixed about the part before attention."""
 
-    projection: Projection
+    projection: AnyProjection
     norm: Tensor
     eps: float
     heads: Heads
@@ -121,17 +126,16 @@ class Before:
 
     def dropping(self, row: Tensor) -> Before:
         """The same with dropout, see `precision.projection`."""
-        return replace(self, projection=self.projection.with_dropout(row))
+        return replace(self, projection=self.projection.dropping(row))
 
 
 @dataclass(frozen=True)
 class Behind:
     """What is fixed about the part behind attention."""
 
-    output: Projection
-    gate_up: Projection
-    activation: LinkedActivation
-    down: Projection
+    output: AnyProjection
+    gate_up: AnyProjection
+    down: AnyProjection
     norm: Tensor
     eps: float
     up: Passage
@@ -139,12 +143,12 @@ class Behind:
 
     def dropping(self, row: Tensor) -> Behind:
         """The same with dropout, see `precision.projection`."""
-        output, gate_up, down = (p.with_dropout(row) for p in (self.output, self.gate_up, self.down))
+        output, gate_up, down = (p.dropping(row) for p in (self.output, self.gate_up, self.down))
         return replace(self, output=output, gate_up=gate_up, down=down)
 
     def at(self, part: slice) -> Behind:
         """The same for the MLP of some of the row's tokens."""
-        return replace(self, gate_up=self.gate_up.from_token(part.start), down=self.down.from_token(part.start))
+        return replace(self, gate_up=self.gate_up.at(part.start), down=self.down.at(part.start))
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Keep:
     """Tokens that run through the MLP at once, where gate and up are not kept."""
     index: int = 0
     """Number of the layer, for the host."""
-    host: Host | None = None
+    host: HostOffload | None = None
     """Where what is kept waits at levels that put it there."""
 
 
@@ -175,7 +179,7 @@ def decoder_layer(
     Args:
         x: (T, d).
         cos, sin: (T, head_dim) of the positions.
-        attend: attention by document, see `ops.attention.attended`.
+        attend: attention by document, see `ops.attention.recorded`.
         keep: what is held for the backward; nothing where gradients are off.
         adapters: the masters before and behind attention, A and B of each member in order; they receive the
             gradients.
@@ -195,7 +199,7 @@ class _Kept:
     inner_down: Tensor | None
     x: Tensor | None = None
     heads: _Turned | None = None
-    attended: Attended | None = None
+    attended: RecordedAttention | None = None
     stream: tuple[Tensor | None, Tensor | None] | None = None
     """h, (T, d), None while it is on the host, and the inner activation of the output projection."""
     gate_up: tuple[Tensor, Tensor | None] | None = None
@@ -238,7 +242,7 @@ class _Layer(torch.autograd.Function):
         if keep.level.on_host:
             _leave(ctx.kept, keep)
         elif keep.host is not None:
-            keep.host.passed(keep.index)
+            keep.host.layer_done(keep.index)
         ctx.save_for_backward(cos, sin)
         ctx.fixed = before, behind, attend, keep
         ctx.needs_heads = ctx.needs_input_grad[0] or adapters_before > 0
@@ -254,24 +258,24 @@ class _Layer(torch.autograd.Function):
         if keep.level.on_host:
             _return(kept, keep, cos, sin, before.heads)
         elif keep.host is not None:
-            keep.host.announce(keep.index)
+            keep.host.prefetch_below(keep.index)
         x: Tensor = kept.x
         heads, attended = kept.heads, kept.attended
         if attended is None:
             heads = _turned(x, cos, sin, before)
-            attended = Attended(attend, heads.whole, _split(before.heads))
+            attended = RecordedAttention(attend, heads.whole, _split(before.heads))
         kept.heads = kept.attended = None
         d_stream, of_mlp = _mlp_backward(behind.up.leave(dy), attended.out, kept, behind, keep)
         del dy
         (h, inner), kept.stream = kept.stream, None
         del h
-        through_output = behind.output.backward(d_stream)
-        of_behind = _gradients([through_output.d_adapters(attended.out, inner), *of_mlp])
+        d_inner: Any = behind.output.d_inner(d_stream)
+        of_behind = _gradients([behind.output.d_adapters(d_stream, d_inner, attended.out, inner), *of_mlp])
         of_mlp.clear()  # what it was made of
         below: Tensor | None = None
         of_heads: list[Tensor] = []
         if ctx.needs_heads:
-            d_attended = through_output.d_input()
+            d_attended = behind.output.d_input(d_stream, d_inner)
             heads = heads or _turned(x, cos, sin, before)
             d_heads = attended.backward(d_attended, heads.whole)
             heads.turned = None
@@ -289,13 +293,13 @@ def _leave(kept: _Kept, keep: Keep) -> None:
         h, inner = kept.stream
         assert h is not None
         tensors += [kept.attended.out, h]
-        kept.attended.forget_out()
+        kept.attended.free_out()
         kept.stream = None, inner
     if kept.heads is not None:
         tensors.append(kept.heads.whole if kept.heads.unturned is None else kept.heads.unturned)
         kept.heads = _Turned(None, None, kept.heads.inner)
     kept.x = None
-    keep.host.leave(keep.index, *tensors)
+    keep.host.offload(keep.index, *tensors)
 
 
 def _return(kept: _Kept, keep: Keep, cos: Tensor, sin: Tensor, heads: Heads) -> None:
@@ -319,9 +323,9 @@ def _forward(
     level = keep.level
     heads: _Turned | None = _turned(x, cos, sin, before)
     assert heads is not None
-    attended = Attended(attend, heads.whole, _split(before.heads))
+    attended = RecordedAttention(attend, heads.whole, _split(before.heads))
     if not level.keeps_heads or level.on_host:
-        attended.forget_heads()
+        attended.free_heads()
     if not level.keeps_heads:
         heads = None
     y, inner_output = behind.output.forward(attended.out)
@@ -338,7 +342,7 @@ def _forward(
         gate_up, inner_gate_up = of_part.gate_up.forward(normed[part])
         if part is parts[-1]:
             del normed
-        y, inner_down = of_part.down.forward(of_part.activation.forward(gate_up, inner_gate_up))
+        y, inner_down = of_part.down.forward_swiglu(gate_up, of_part.gate_up, inner_gate_up)
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
@@ -348,7 +352,7 @@ def _forward(
     return behind.up.sum(h, ys.pop()) if len(parts) == 1 else torch.cat(ys), kept
 
 
-def _padding(projection: Projection) -> tuple[int, Measure | None]:
+def _padding(projection: AnyProjection) -> tuple[int, Measure | None]:
     """How an x of this projection is to be written."""
     return projection.pad_columns, projection.measure_x
 
@@ -379,15 +383,15 @@ def _split(heads: Heads) -> tuple[int, int, int]:
     return heads.query, heads.key_value, heads.key_value
 
 
-def _gradients(asked: Sequence[Work | list[Tensor]]) -> list[Tensor]:
+def _gradients(asked: Sequence[GradientOperands | list[Tensor]]) -> list[Tensor]:
     """Of the masters of several projections, one after the other; what is not made yet is made in one launch."""
-    made = iter(gradients_of([part for part in asked if isinstance(part, Work)]))
-    return [gradient for part in asked for gradient in (next(made) if isinstance(part, Work) else part)]
+    made = iter(gradients_of([part for part in asked if isinstance(part, GradientOperands)]))
+    return [gradient for part in asked for gradient in (next(made) if isinstance(part, GradientOperands) else part)]
 
 
 def _mlp_backward(
     dy: Tensor, attended: Tensor, kept: _Kept, behind: Behind, keep: Keep
-) -> tuple[Tensor, list[Work | list[Tensor]]]:
+) -> tuple[Tensor, list[GradientOperands | list[Tensor]]]:
     """Gradient of the stream h, and what makes those of the adapters of gate, up and down.
 
     Fills `kept.stream` if it is not held.
@@ -438,21 +442,23 @@ def _tile_backward(
     held: list[tuple[Tensor, Tensor | None]],
     inner_down: Tensor | None,
     behind: Behind,
-) -> tuple[Tensor, list[Work | list[Tensor]]]:
+) -> tuple[Tensor, list[GradientOperands | list[Tensor]]]:
     """Gradient of the stream, and what makes those of the adapters, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
-    through_down = behind.down.backward(dy)
-    d_active = through_down.d_input()
-    d_gate_up, active = behind.activation.backward(gate_up, inner_gate_up, d_active, through_down)
+    d_inner: Any = behind.down.d_inner(dy)
+    d_inner_gate_up: Any
+    d_active = behind.down.d_input(dy, d_inner)
+    d_gate_up, active, d_inner_gate_up = behind.gate_up.swiglu_backward(
+        gate_up, inner_gate_up, d_active, behind.down, d_inner
+    )
     del gate_up, d_active
-    of_down = through_down.d_adapters(active, inner_down)
+    of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
     del active
-    through_gate_up = behind.gate_up.backward(d_gate_up)
-    d_normed = through_gate_up.d_input()
+    d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)
     d_past = dy[:, : h.shape[1]]
     pad, measure = behind.output.pad_columns, behind.output.measure_dy
     d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, pad, measure)
-    of_gate_up = through_gate_up.d_adapters(normed, inner_gate_up)
+    of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
     return d_h, [of_gate_up, of_down]
 
 
@@ -474,10 +480,10 @@ def _heads_backward(
     dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, pad, measure)
     heads.unturned = None
     del d_query, d_key, d_value
-    through_projection = before.projection.backward(dy)
+    d_inner: Any = before.projection.d_inner(dy)
     below: Tensor | None = None
     if needs_below:
-        d_normed = through_projection.d_input()
+        d_normed = before.projection.d_input(dy, d_inner)
         d_past = d_stream[:, : x.shape[1]]
         down = before.down
         d_x, normed = layer.rms_norm_backward(
@@ -486,4 +492,4 @@ def _heads_backward(
         below = down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)
-    return below, _gradients([through_projection.d_adapters(normed, heads.inner)])
+    return below, _gradients([before.projection.d_adapters(dy, d_inner, normed, heads.inner)])

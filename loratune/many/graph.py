@@ -24,12 +24,12 @@ from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.many.bank import Bank
-from loratune.many.step import BankStep, Part, join_parts
+from loratune.many.step import BankStep, MicroStep, join_parts
 from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
 from loratune.ops.bank.projection import Segment
 from loratune.ops.products import choosing
 from loratune.training.checkpoint import MOMENTS
-from loratune.training.graph import Inputs, Layout, layout_for, logprobs_in
+from loratune.training.graph import RowBuffers, RowLayout, layout_for, logprobs_in
 from loratune.training.recordings import Recordings
 from loratune.training.step import StepResult
 
@@ -54,12 +54,12 @@ class _Joined(NamedTuple):
     """Trained tokens of the step that is under way."""
 
 
-class _Laid(NamedTuple):
+class _QueuedRow(NamedTuple):
     """A row, laid out on the host."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MicroStep, ...]
     segments: Sequence[Segment]
-    layout: Layout
+    layout: RowLayout
     buffer: int
     """Of the two, which take turns."""
     tables: Tensor | None
@@ -78,14 +78,14 @@ class BankGraph:
         self._forward, self._bank = forward, bank
         self._tokens = -(-tokens // bank.block) * bank.block
         self._recordings = Recordings(record)
-        self._layouts: dict[bool, Layout] = {}
+        self._layouts: dict[bool, RowLayout] = {}
         self._jobs: dict[int, _Joined] = {}
         pool, slots = bank.pool, bank.slots
         self._moments = torch.zeros_like(pool.master), torch.zeros_like(pool.master)
         self._starts = torch.tensor(pool.starts, device=pool.device)
         self._room = int(self._starts.diff().max())
-        self._inputs = Inputs(self._tokens, pool.device)
-        self._ahead: _Laid | None = None
+        self._inputs = RowBuffers(self._tokens, pool.device)
+        self._ahead: _QueuedRow | None = None
         self._turn = 0
         pinned = pool.device.type == "cuda"
         self._host_owners = torch.zeros(2, self._tokens, dtype=torch.int32, pin_memory=pinned)
@@ -115,7 +115,10 @@ class BankGraph:
 
     @choosing()
     def run(
-        self, parts: Sequence[Part], rates: Mapping[int, float], upcoming: Callable[[], Sequence[Part]] = tuple
+        self,
+        parts: Sequence[MicroStep],
+        rates: Mapping[int, float],
+        upcoming: Callable[[], Sequence[MicroStep]] = tuple,
     ) -> dict[int, StepResult]:
         """As `BankStep.run`; the row of `upcoming`, asked for and laid out while the device works, costs no time."""
         ahead, self._ahead = self._ahead, None
@@ -137,7 +140,7 @@ class BankGraph:
             self._jobs[slot] = job._replace(steps=job.steps + (not skipped), trained=0)
         return results
 
-    def evaluate(self, parts: Sequence[Part]) -> float:
+    def evaluate(self, parts: Sequence[MicroStep]) -> float:
         """The objective of `parts`, of one row, summed."""
         return self._plain.evaluate(parts)
 
@@ -157,7 +160,7 @@ class BankGraph:
                 if (key := f"{path}.{moment}") in moments:
                     view.copy_(moments[key])
 
-    def _lay(self, parts: Sequence[Part]) -> _Laid:
+    def _lay(self, parts: Sequence[MicroStep]) -> _QueuedRow:
         """Lays a row out on the host, in the buffers of the row before last, which have left by now."""
         self._turn = 1 - self._turn
         row, segments = join_parts(parts, self._bank.block)
@@ -177,9 +180,9 @@ class BankGraph:
             own = owners[weights.nonzero().squeeze(1)]
             host.fill_(-1)
             host[: len(own)] = own
-        return _Laid(tuple(parts), segments, layout, self._turn, self._bank.lay_row(segments))
+        return _QueuedRow(tuple(parts), segments, layout, self._turn, self._bank.lay_row(segments))
 
-    def _send(self, laid: _Laid, rates: Mapping[int, float]) -> None:
+    def _send(self, laid: _QueuedRow, rates: Mapping[int, float]) -> None:
         """Brings what is special about this row to where the recording looks."""
         self._bank.set_row(laid.segments, laid.tables)
         self._inputs.send(laid.buffer)
@@ -205,7 +208,7 @@ class BankGraph:
             correction2=math.sqrt(1 - config.adam_beta2**step),
         )
 
-    def _work(self, layout: Layout) -> None:
+    def _work(self, layout: RowLayout) -> None:
         """Everything on the device: what is recorded."""
         values, pool = self._inputs.device, self._bank.pool
         logprobs = logprobs_in(self._forward, values, layout)
@@ -223,7 +226,7 @@ class BankGraph:
             self._outcome[1].copy_(norms)
 
 
-def _same(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+def _same(parts: Sequence[MicroStep], others: Sequence[MicroStep]) -> bool:
     return len(parts) == len(others) and all(map(operator.is_, parts, others))
 
 

@@ -28,11 +28,11 @@ from loratune.errors import LoratuneError
 from loratune.lora.files import PREFIX, read_tensors
 from loratune.many.bank import Bank
 from loratune.many.graph import step_of
-from loratune.many.step import Part, trim
+from loratune.many.step import MicroStep, trim
 from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
-from loratune.training.loop import Ended, Saved, peak_memory_bytes
+from loratune.training.loop import CheckpointSaved, Ended, peak_memory_bytes
 from loratune.training.step import StepResult
 
 
@@ -76,7 +76,7 @@ class Failed:
     why: str
 
 
-JobEvent = Started | StepDone | Evaluated | Saved | Paused | Failed | Ended
+JobEvent = Started | StepDone | Evaluated | CheckpointSaved | Paused | Failed | Ended
 
 
 @dataclass
@@ -89,9 +89,9 @@ class _Running:
     joined_at: float
     """Pace of the slowest when it joined, in steps."""
     first_step: int
-    parts: deque[Part] = field(default_factory=deque)
+    parts: deque[MicroStep] = field(default_factory=deque)
     """What is left of the step."""
-    following: list[Part] = field(default_factory=list)
+    following: list[MicroStep] = field(default_factory=list)
     """All parts of the next step, once somebody has looked ahead."""
     parts_of_step: int = 1
     taken: int = 0
@@ -103,11 +103,11 @@ class _Running:
     @property
     def pace(self) -> float:
         """Steps since it joined, with the fraction of the one it is at, counted from where the others were then."""
-        return _Turn.of_now(self).pace
+        return _JobPosition.of_now(self).pace
 
 
 @dataclass
-class _Turn:
+class _JobPosition:
     """A job while a row is being filled, the one at hand or one that is only foreseen."""
 
     one: _Running
@@ -116,11 +116,11 @@ class _Turn:
     taken: int
     """Parts of its step that are in rows, of so many."""
     of: int
-    parts: deque[Part]
+    parts: deque[MicroStep]
     """Those that are left."""
 
     @classmethod
-    def of_now(cls, one: _Running) -> _Turn:
+    def of_now(cls, one: _Running) -> _JobPosition:
         """Where a job is."""
         steps = one.joined_at + one.course.progress.step - one.first_step
         return cls(one, steps, one.taken, one.parts_of_step, one.parts)
@@ -244,21 +244,21 @@ class Jobs:
                 self._leave(one)
                 yield one, Failed(str(error))
 
-    def _fill_row(self) -> list[tuple[_Running, Part]]:
+    def _fill_row(self) -> list[tuple[_Running, MicroStep]]:
         """The next micro-steps of the jobs that are furthest behind, as many as fit."""
         for one in self._running:
             if not one.parts:
                 _begin_step(one)
-        taken = self._chosen([_Turn.of_now(one) for one in self._running])
+        taken = self._chosen([_JobPosition.of_now(one) for one in self._running])
         for one, _ in taken:
             one.taken += 1
         return taken
 
-    def _upcoming(self) -> list[Part]:
+    def _upcoming(self) -> list[MicroStep]:
         """The parts of the next row, if every job goes on and none joins; empty if one has no next step."""
         turns = []
         for one in self._running:
-            turn = _Turn.of_now(one)
+            turn = _JobPosition.of_now(one)
             if one.parts:
                 turn.parts = one.parts.copy()
             else:
@@ -270,9 +270,9 @@ class Jobs:
             turns.append(turn)
         return [part for _, part in self._chosen(turns)]
 
-    def _chosen(self, turns: Sequence[_Turn]) -> list[tuple[_Running, Part]]:
+    def _chosen(self, turns: Sequence[_JobPosition]) -> list[tuple[_Running, MicroStep]]:
         """Takes the parts of one row from `turns`, the furthest behind first."""
-        room, taken = self._tokens, list[tuple[_Running, Part]]()
+        room, taken = self._tokens, list[tuple[_Running, MicroStep]]()
         while True:
             ahead = min(turn.pace for turn in turns) + 1
             fitting = [turn for turn in turns if turn.parts and self._room_of(turn.parts[0]) <= room]
@@ -284,7 +284,7 @@ class Jobs:
             room -= self._room_of(part)
             taken.append((turn.one, part))
 
-    def _room_of(self, part: Part) -> int:
+    def _room_of(self, part: MicroStep) -> int:
         block = self._bank.block
         return -(-len(part.row.tokens) // block) * block
 
@@ -315,9 +315,9 @@ class Jobs:
         started = time.perf_counter()
         held_out = [trim(row) for row in one.course.rows.held_out]
         total, weight = 0.0, sum(float(row.weights.sum()) for row in held_out)
-        room, parts = 0, list[Part]()
+        room, parts = 0, list[MicroStep]()
         for row in held_out:
-            part = Part(one.slot, row, 1.0, None, 0)
+            part = MicroStep(one.slot, row, 1.0, None, 0)
             if parts and room < self._room_of(part):
                 total += self._step.evaluate(parts)
                 parts = []
@@ -335,7 +335,7 @@ class Jobs:
         self._running.remove(one)
         self._step.leave(one.slot)
 
-    def _save(self, one: _Running) -> Iterator[Saved]:
+    def _save(self, one: _Running) -> Iterator[CheckpointSaved]:
         folder, progress = one.job.checkpoints, one.course.progress
         if folder is None or one.saved_step == progress.step:
             return
@@ -344,7 +344,7 @@ class Jobs:
             folder, lambda place: self._bank.save(one.slot, place, overwrite=True), moments, progress
         )
         one.saved_step = progress.step
-        yield Saved(progress.step, path)
+        yield CheckpointSaved(progress.step, path)
 
 
 def _begin_step(one: _Running) -> None:
@@ -353,14 +353,14 @@ def _begin_step(one: _Running) -> None:
     one.following, one.parts_of_step = [], len(one.parts)
 
 
-def _parts_of(one: _Running, ahead: int = 0) -> list[Part]:
+def _parts_of(one: _Running, ahead: int = 0) -> list[MicroStep]:
     """The micro-steps of the next optimizer step, or of one `ahead` of it; none after the last."""
     rows: Sequence[Row] = one.course.next_rows(ahead)
     normaliser = sum(float(row.weights.sum()) for row in rows)
     training, dropout = one.job.training, one.job.lora.lora_dropout
     key = dropout_key(training.seed, one.course.progress.step + ahead) if dropout else None
     starts = [sum(len(row.tokens) for row in rows[:n]) for n in range(len(rows))]
-    return [Part(one.slot, trim(row), normaliser, key, start) for row, start in zip(rows, starts, strict=True)]
+    return [MicroStep(one.slot, trim(row), normaliser, key, start) for row, start in zip(rows, starts, strict=True)]
 
 
 def row_tokens(jobs: Sequence[Job]) -> int:

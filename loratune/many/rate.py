@@ -26,8 +26,8 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import AdapterError, ConfigError, ModelError, TrainingError
 from loratune.many.bank import Bank
+from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Job, Jobs
-from loratune.many.room import row_tokens, slots_that_fit
 from loratune.training.course import Course, Evaluated, Rows
 from loratune.training.step import evaluate_loss
 
@@ -38,7 +38,7 @@ _ENOUGH = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class RateTrial:
     """What is about to be tried."""
 
     rates: tuple[float, ...]
@@ -70,7 +70,7 @@ class RateChoice:
 
 def choose_rate(
     model: PreTrainedModel, lora: LoraConfig, training: TrainConfig, rows: Rows, tokens_per_row: int
-) -> Iterator[Trial | RateChoice]:
+) -> Iterator[RateTrial | RateChoice]:
     """Tries the rates on the bare base `model`, which is the same afterwards; the last event is the choice.
 
     Raises:
@@ -89,7 +89,7 @@ def choose_rate(
         bank = Bank.attach(model, [lora], at_once)
     except AdapterError as error:
         raise _not_at_once(error) from error
-    yield Trial(RATES, steps, at_once)
+    yield RateTrial(RATES, steps, at_once)
     try:
         forward = prepare(model)
         with forward.installed():  # no row is set: the base alone

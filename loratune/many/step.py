@@ -30,7 +30,7 @@ from loratune.training.step import StepResult
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MicroStep:
     """One micro-step of one job, to be laid into a row."""
 
     slot: int
@@ -56,13 +56,13 @@ class BankStep:
                 f"{forward.notes[0] if forward.notes else 'its documents do not run together'}"
             )
         self._forward, self._bank = forward, bank
-        self._updates: dict[int, _Update] = {}
+        self._updates: dict[int, _SlotOptimizer] = {}
         self._losses: dict[int, float] = {}
         self._trained: dict[int, int] = {}
 
     def join(self, slot: int, config: TrainConfig) -> None:
         """Prepares the optimizer of the job that has been placed in `slot`."""
-        self._updates[slot] = _Update(self._bank, slot, config)
+        self._updates[slot] = _SlotOptimizer(self._bank, slot, config)
         self._losses[slot], self._trained[slot] = 0.0, 0
 
     def leave(self, slot: int) -> None:
@@ -71,7 +71,10 @@ class BankStep:
         self._bank.clear(slot)
 
     def run(
-        self, parts: Sequence[Part], rates: Mapping[int, float], upcoming: Callable[[], Sequence[Part]] = tuple
+        self,
+        parts: Sequence[MicroStep],
+        rates: Mapping[int, float],
+        upcoming: Callable[[], Sequence[MicroStep]] = tuple,
     ) -> dict[int, StepResult]:
         """Trains on one row, and updates the jobs whose step ends with it.
 
@@ -99,7 +102,7 @@ class BankStep:
         return results
 
     @torch.no_grad()
-    def evaluate(self, parts: Sequence[Part]) -> float:
+    def evaluate(self, parts: Sequence[MicroStep]) -> float:
         """The objective of `parts`, of one row, summed."""
         row, segments = join_parts(parts, self._bank.block)
         with self._bank.row(segments):
@@ -113,7 +116,7 @@ class BankStep:
         """Puts moments back, after `join`."""
         self._updates[slot].restore(moments, optimizer_steps)
 
-    def _objectives(self, parts: Sequence[Part], row: Row) -> Tensor:
+    def _objectives(self, parts: Sequence[MicroStep], row: Row) -> Tensor:
         """(parts,): each part's negative log-likelihood over its normaliser; `row` is all of them joined."""
         device = self._forward.model.device
         predicting = row.weights.nonzero().squeeze(1)
@@ -130,7 +133,7 @@ class BankStep:
         return torch.stack(sums)
 
 
-class _Update:
+class _SlotOptimizer:
     """AdamW over the flat master of one slot, with the job's own clipping."""
 
     def __init__(self, bank: Bank, slot: int, config: TrainConfig) -> None:
@@ -181,7 +184,7 @@ def trim(row: Row) -> Row:
     )
 
 
-def join_parts(parts: Sequence[Part], block: int) -> tuple[Row, list[Segment]]:
+def join_parts(parts: Sequence[MicroStep], block: int) -> tuple[Row, list[Segment]]:
     """Lays parts end to end, each beginning at a multiple of `block`; the gaps are padding that belongs to nobody."""
     fields: dict[str, list[Tensor]] = {"tokens": [], "position_ids": [], "targets": [], "weights": []}
     bounds, segments, at = [torch.zeros(1, dtype=torch.int32)], list[Segment](), 0

@@ -27,7 +27,7 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import TrainingError
 from loratune.fused.policy import TILE, ActivationPlan, Level
-from loratune.many.room import free_bytes
+from loratune.many.capacity import free_bytes
 from loratune.memory import budget, devices
 from loratune.memory.budget import PeakMemory, RowSetting
 from loratune.memory.devices import DeviceSpec

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from loratune.base import one_pass, recompute
 from loratune.fused.policy import ActivationPlan
 from loratune.ops.attention import documents as attention
-from loratune.ops.host import Host
+from loratune.ops.host import HostOffload
 from loratune.ops.logprobs import token_logprobs
 from loratune.ops.state import ForwardState
 
@@ -91,7 +91,7 @@ def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gp
     model.set_attn_implementation(_ATTENTION)
     meter = StorageMeter()
     try:
-        with _passes(model, on_gpu), recompute.installed(model, plan, Host(), ForwardState()), meter:
+        with _passes(model, on_gpu), recompute.installed(model, plan, HostOffload(), ForwardState()), meter:
             loss = _loss(model, tokens)
             kept = meter.live
             loss.backward()

@@ -16,7 +16,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from loratune.ops.layer import with_kernel
+from loratune.ops.dispatch import with_kernel
 
 _MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B9 - (1 << 32)

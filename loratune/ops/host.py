@@ -7,7 +7,7 @@ holds two or three inputs where it would hold one for each layer.
     forward    layer i ends -> what it keeps leaves; released when layer i + 2 ends, by when it has left
     backward   layer i begins -> what layer i - 1 keeps sets out for the device
 
-Layers that keep all on the device say that they end and begin as well (`passed`, `announce`): with a generous layer
+Layers that keep all on the device call `layer_done` and `prefetch_below` as well: with a generous layer
 above two that send, both of these would otherwise stay on the device until their backward, beside the widest moment
 of the step.
 
@@ -38,7 +38,7 @@ _OWN_PAGES = 1 << 20
 """Bytes from which memory surely lies on pages of its own, as registering wants it."""
 
 
-class Host:
+class HostOffload:
     """Tensors of some layers, by the number of the layer. One forward and its backward at a time."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Host:
         self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
-    def leave(self, layer: int, *tensors: Tensor) -> None:
+    def offload(self, layer: int, *tensors: Tensor) -> None:
         """Tensors of `layer` set out for the host; the caller lets go of them."""
         if not tensors[0].is_cuda:
             self._rooms[layer] = [tensor.detach() for tensor in tensors]
@@ -62,9 +62,9 @@ class Host:
             for room, tensor in zip(rooms, tensors, strict=True):
                 room.copy_(tensor, non_blocking=True)
         self._leaving[layer] = [tensor.detach() for tensor in tensors], stream.record_event()
-        self.passed(layer)
+        self.layer_done(layer)
 
-    def passed(self, layer: int) -> None:
+    def layer_done(self, layer: int) -> None:
         """`layer` ends: what left `_LEAVING` layers before it is released.
 
         Layers run upward, so what is from above is of a forward that was broken off; its events must not be waited
@@ -76,7 +76,7 @@ class Host:
             elif other <= layer - _LEAVING:
                 self._land(other)
 
-    def announce(self, layer: int) -> None:
+    def prefetch_below(self, layer: int) -> None:
         """`layer` begins its backward: what the layer below it keeps sets out."""
         below = layer - 1
         if below in self._rooms and self._streams is not None and below not in self._leaving | self._coming:
@@ -91,7 +91,7 @@ class Host:
         else:
             tensors, arrived = self._coming.pop(layer) if layer in self._coming else self._send(layer)
             torch.cuda.current_stream().wait_event(arrived)
-        self.announce(layer)
+        self.prefetch_below(layer)
         return tensors
 
     def _land(self, layer: int) -> list[Tensor]:

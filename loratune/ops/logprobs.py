@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loratune.ops.layer import wide, with_kernel
+from loratune.ops.dispatch import wide, with_kernel
 from loratune.ops.products import mm
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache

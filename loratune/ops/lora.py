@@ -7,7 +7,7 @@ and an entry in the autograd graph. Here the low-rank part comes first and the f
 own sums, and dx likewise, so that beyond y, dx and the gradients there are only (rows, r) intermediates. The order
 matters: of an update smaller than half a unit of y, as those of the first steps are, most would be lost if it were
 added to a y that has been rounded to half precision. What a backward does not need is not saved: without a gradient
-for A the input is let go of, and W never gets a gradient. The thin products have kernels on a GPU (`ops.thin`).
+for A the input is let go of, and W never gets a gradient. The thin products have kernels on a GPU (`ops.low_rank`).
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, arXiv:2106.09685.
 """
@@ -22,14 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from loratune.errors import AdapterError
 from loratune.ops.dropout import drop
-from loratune.ops.frozen import DenseWeight, FrozenWeight
+from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.low_rank import AdapterSlices, down_project, gradients
 from loratune.ops.state import ForwardState
-from loratune.ops.thin import Members, gradients, narrow
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | FrozenWeight,
+    weight: Tensor | Frozen,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -83,7 +83,7 @@ def lora_linear(
 
 def _forward(
     rows: Tensor,  # (N, d_in)
-    weight: Tensor | FrozenWeight,
+    weight: Tensor | Frozen,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -94,8 +94,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
     kept, mask = drop(rows, dropout, salt, row) if dropout > 0.0 else (rows, None)
-    inner = narrow(kept, lora_A.to(rows.dtype).T)
-    frozen = DenseWeight(weight) if isinstance(weight, Tensor) else weight
+    inner = down_project(kept, lora_A.to(rows.dtype).T)
+    frozen = Dense(weight) if isinstance(weight, Tensor) else weight
     low = rows.new_empty(rows.shape[0], lora_B.shape[0])
     low.addmm_(inner, lora_B.to(rows.dtype).T, beta=0, alpha=scaling)
     return frozen.forward(rows, bias, low), inner, mask
@@ -106,7 +106,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | FrozenWeight,
+        weight: Tensor | Frozen,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -140,18 +140,18 @@ class _LoraLinear(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])
         dx = d_bias = dA = dB = None
         if needs_x or needs_A:
-            d_inner = narrow(dy, lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (N, r)
+            d_inner = down_project(dy, lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (N, r)
         if needs_A:
             kept = rows if mask is None else (rows * mask).mul_(ctx.keep_scale)
         if needs_A and needs_B:
-            whole = Members([slice(0, dy.shape[1])], [slice(0, inner.shape[1])], [ctx.scaling])
+            whole = AdapterSlices([slice(0, dy.shape[1])], [slice(0, inner.shape[1])], [ctx.scaling])
             dA, dB = gradients(kept, d_inner, dy, inner, whole)
         elif needs_A:
             dA = d_inner.T @ kept
         elif needs_B:
             dB = (dy.T @ inner).to(dtype_B).mul_(ctx.scaling)
         if needs_x:
-            frozen = DenseWeight(weight) if ctx.frozen is None else ctx.frozen
+            frozen = Dense(weight) if ctx.frozen is None else ctx.frozen
             low = (d_inner if mask is None else d_inner * ctx.keep_scale) @ lora_A.to(dy.dtype)
             dx = frozen.d_input(dy, low if mask is None else low.mul_(mask)).view(ctx.x_shape)
         if needs_bias:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loratune.ops.layer import half_on_gpu, wide, with_kernel
+from loratune.ops.dispatch import half_on_gpu, wide, with_kernel
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
 KINDS: tuple[Kind, ...] = ("silu", "gelu", "gelu_tanh")

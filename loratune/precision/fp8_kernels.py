@@ -2,7 +2,7 @@
 """Triton twins of `precision.fp8`: rows to 8 bits, with a thin product behind them, transposed weights, small
 borders.
 
-`lay` is the product with a thin matrix of `ops.thin_kernels`, which has each tile of x in registers anyhow and writes
+`lay` is the low-rank product of `ops.low_rank_kernels`, which has each tile of x in registers anyhow and writes
 it in 8 bits on the way: the row's scale is known before. Where nothing rides along, one program holds a whole row, so
 that x is read from memory once; to go through wide rows twice, the second time out of the cache, was slower
 (benchmarks/NOTES.md).
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.ops import measure, measure_kernels
+from loratune.ops.low_rank_kernels import _counters, _pieces, _summed, height, through_registers
 from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
-from loratune.ops.thin_kernels import _counters, _pieces, _summed, height, through_registers
 from loratune.precision.fp8 import MARGIN, border_of
 
 WARPS = 4

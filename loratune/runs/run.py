@@ -23,7 +23,7 @@ from loratune.data.pack import fullness
 from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
-from loratune.many.rate import RateChoice, Trial, choose_rate
+from loratune.many.rate import RateChoice, RateTrial, choose_rate
 from loratune.memory.fit import FittedPlan, fit
 from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
@@ -62,7 +62,7 @@ class Prepared:
     """What layers keep for the backward, and the memory that takes."""
 
 
-RunEvent = Event | Note | Prepared | Trial | RateChoice | RunResult
+RunEvent = Event | Note | Prepared | RateTrial | RateChoice | RunResult
 
 
 def run(

@@ -17,13 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loratune.many.rate import RateChoice, Trial
+from loratune.many.rate import RateChoice, RateTrial
 from loratune.memory.fit import FittedPlan
 from loratune.runs.folder import RunResult
 from loratune.runs.run import Note, Prepared, RunEvent
 from loratune.screen.text import curve
 from loratune.training.course import Evaluated, StepDone
-from loratune.training.loop import Saved, Unreached
+from loratune.training.loop import CheckpointSaved, Unreached
 from loratune.units import duration, size
 
 _CURVE_WIDTH = 24
@@ -31,7 +31,7 @@ _CURVE_WIDTH = 24
 
 def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
     """Draws a run's events as they come and returns its result."""
-    view = _View(console)
+    view = _ProgressView(console)
     result: RunResult | None = None
     waiting = console.status("loading the model and rendering the data")
     waiting.start()
@@ -41,7 +41,7 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
             match event:
                 case Note(text):
                     view.note(text)
-                case Trial():
+                case RateTrial():
                     waiting = console.status(f"trying {len(event.rates)} learning rates for {event.steps} steps each")
                     waiting.start()
                 case RateChoice():
@@ -57,7 +57,7 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
                         f"{len(paths)} tensors of the adapter get no gradient, for example {paths[0]}: the model "
                         "computes without calling those layers. Leave them out with --exclude-modules"
                     )
-                case Saved(step=step):
+                case CheckpointSaved(step=step):
                     view.last_saved = step
                 case RunResult():
                     result = event
@@ -108,7 +108,7 @@ def _memory(fit: FittedPlan) -> str:
     return f"{size(fit.expected.total)} expected, {size(fit.limit)} may be taken"
 
 
-class _View:
+class _ProgressView:
     """The live line and its history."""
 
     def __init__(self, console: Console) -> None:

@@ -19,7 +19,7 @@ from loratune.many.jobs import Failed, JobEvent, Paused, Started
 from loratune.runs.run import Note
 from loratune.screen.text import curve
 from loratune.sweep.folder import row_of, settings_shown
-from loratune.sweep.run import Met, Ready, SweepEvent, SweepResult
+from loratune.sweep.run import Ready, RungDone, SweepEvent, SweepResult
 from loratune.training.course import Evaluated, StepDone
 from loratune.training.loop import Ended
 from loratune.units import duration, size
@@ -30,7 +30,7 @@ _STYLES = {"running": "cyan", "done": "green", "early stop": "green", "dropped":
 
 def watch(events: Iterable[SweepEvent], console: Console) -> SweepResult:
     """Draws a sweep's events as they come and returns its result."""
-    view = _View(console)
+    view = _SweepView(console)
     result: SweepResult | None = None
     waiting = console.status("rendering the data and loading the model")
     waiting.start()
@@ -42,7 +42,7 @@ def watch(events: Iterable[SweepEvent], console: Console) -> SweepResult:
                     console.print(Text.assemble(("note  ", "yellow"), text))
                 case Ready():
                     view.prepare(event)
-                case Met():
+                case RungDone():
                     view.met(event)
                 case SweepResult():
                     result = event
@@ -99,7 +99,7 @@ class _Line:
     losses: list[float] = field(default_factory=list)
 
 
-class _View:
+class _SweepView:
     """The live table and what it is made of."""
 
     def __init__(self, console: Console) -> None:
@@ -148,7 +148,7 @@ class _View:
                 line.state = reason
                 self._say(name, reason)
 
-    def met(self, event: Met) -> None:
+    def met(self, event: RungDone) -> None:
         """Says who goes on."""
         for name in event.dropped:
             self._lines[name].state = "dropped"

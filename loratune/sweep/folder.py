@@ -31,7 +31,7 @@ RESULTS_FILE, PLOT_FILE, CARD_FILE = "results.json", "sweep.png", "README.md"
 
 
 @dataclass
-class State:
+class SweepState:
     """What a sweep has decided."""
 
     model: str
@@ -77,7 +77,7 @@ def clear(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def begin(out: Path, state: State, jobs_text: str) -> None:
+def begin(out: Path, state: SweepState, jobs_text: str) -> None:
     """Puts down what is to be done; results of an earlier attempt go, as they come last."""
     for name in (CARD_FILE, RESULTS_FILE, PLOT_FILE):
         (out / name).unlink(missing_ok=True)
@@ -85,18 +85,18 @@ def begin(out: Path, state: State, jobs_text: str) -> None:
     write_state(out, state)
 
 
-def read_state(out: Path) -> State:
+def read_state(out: Path) -> SweepState:
     """Raises OutputError: there is no sweep in `out`, or its state is damaged."""
     file = out / STATE_FILE
     try:
-        return State(**json.loads(file.read_text(encoding="utf-8")))
+        return SweepState(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise OutputError(f"{out}: there is no sweep to resume: it has no {STATE_FILE}") from error
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{file}: cannot be read, so the sweep cannot be resumed: {error}") from error
 
 
-def write_state(out: Path, state: State) -> None:
+def write_state(out: Path, state: SweepState) -> None:
     """Raises OutputError."""
     atomic.write_text(out / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
 

@@ -32,9 +32,9 @@ from loratune.config import Precision, RunConfig, check_values, from_dict, read_
 from loratune.errors import ConfigError, nearest
 
 _GIVEN = {"model": "MODEL", "out": "--out", "overwrite": "--overwrite", "resume": "--resume"}
-"""Settings of a run that a sweep takes from the command line."""
+"""SectionValues of a run that a sweep takes from the command line."""
 _SHARED = frozenset({"precision", "device"})
-"""Settings of the base, which is loaded once."""
+"""SectionValues of the base, which is loaded once."""
 _SHORT = {"learning_rate": "rate", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 """How settings are called in names of jobs."""
 _TABLES = ("grid", "halving", "job")
@@ -70,7 +70,7 @@ class PlannedJob:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """All runs of a sweep."""
 
     jobs: tuple[PlannedJob, ...]
@@ -79,7 +79,7 @@ class Plan:
 
 def read_plan(
     file: str, *, model: str, out: str, precision: Precision | None = None, device: str | None = None
-) -> Plan:
+) -> SweepPlan:
     """Reads and checks a jobs file.
 
     Args:
@@ -111,7 +111,7 @@ def read_plan(
     _check_names(file, jobs)
     if halving and any(not j.config.dataset.eval_data and not j.config.dataset.eval_fraction for j in jobs):
         raise ConfigError(f"{source.at('halving')}: halving compares held-out losses; eval_fraction must not be 0")
-    return Plan(tuple(_only_what_differs(jobs)), halving)
+    return SweepPlan(tuple(_only_what_differs(jobs)), halving)
 
 
 class _Source:
@@ -138,7 +138,7 @@ class _Source:
         return f"{self.file}:{line}" if line else self.file
 
 
-Settings = dict[str, dict[str, Any]]
+SectionValues = dict[str, dict[str, Any]]
 """Section of `RunConfig` ("" for its own fields) -> setting -> value."""
 
 
@@ -155,9 +155,9 @@ def _homes() -> dict[str, str]:
     return homes
 
 
-def _settings(source: _Source, values: Mapping[str, Any], table: str) -> Settings:
-    """Settings of one table, flat or in sections, each checked by itself so that its line can be named."""
-    found: Settings = {}
+def _settings(source: _Source, values: Mapping[str, Any], table: str) -> SectionValues:
+    """SectionValues of one table, flat or in sections, each checked by itself so that its line can be named."""
+    found: SectionValues = {}
     for key, value in values.items():
         if key in _sections() and isinstance(value, dict):
             inner = f"{table}.{key}".lstrip(".")
@@ -208,7 +208,7 @@ def _grid(source: _Source, table: Any) -> list[dict[str, Any]]:
     return [dict(zip(table, choice, strict=True)) for choice in itertools.product(*table.values())]
 
 
-def _own_settings(source: _Source, jobs: Any) -> Iterator[tuple[str, Settings, str]]:
+def _own_settings(source: _Source, jobs: Any) -> Iterator[tuple[str, SectionValues, str]]:
     """Name, settings and place of each [[job]]."""
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise ConfigError(f"{source.at('job')}: jobs are a list of tables, each headed [[job]]")
@@ -221,23 +221,23 @@ def _own_settings(source: _Source, jobs: Any) -> Iterator[tuple[str, Settings, s
         yield name, own, source.at(table)
 
 
-def _nested(flat: Mapping[str, Any]) -> Settings:
+def _nested(flat: Mapping[str, Any]) -> SectionValues:
     homes, nested = _homes(), dict[str, dict[str, Any]]()
     for key, value in flat.items():
         nested.setdefault(homes[key], {})[key] = value
     return nested
 
 
-def _merged(*layers: Settings) -> Settings:
+def _merged(*layers: SectionValues) -> SectionValues:
     """Later layers over earlier ones."""
-    merged: Settings = {}
+    merged: SectionValues = {}
     for layer in layers:
         for section, values in layer.items():
             merged[section] = merged.get(section, {}) | values
     return merged
 
 
-def _build(settings: Settings, out: str, where: str) -> RunConfig:
+def _build(settings: SectionValues, out: str, where: str) -> RunConfig:
     top = dict(settings.get("", {})) | {"out": out}
     return from_dict(RunConfig, top | {k: v for k, v in settings.items() if k}, where)
 

@@ -32,13 +32,13 @@ from loratune.errors import AdapterError, ConfigError, LoratuneError
 from loratune.lora.files import WEIGHTS_FILE, read_info
 from loratune.lora.peft_config import CONFIG_FILE
 from loratune.many.bank import Bank
+from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
-from loratune.many.room import row_tokens, slots_that_fit
 from loratune.runs import folder, metrics, resume, trackers
 from loratune.runs.run import Note, rows_of
 from loratune.sweep import folder as sweep_folder
-from loratune.sweep.folder import Standing, State
-from loratune.sweep.plan import Plan, PlannedJob
+from loratune.sweep.folder import Standing, SweepState
+from loratune.sweep.plan import PlannedJob, SweepPlan
 from loratune.training import checkpoint
 from loratune.training.course import Course, Rows
 from loratune.training.loop import Ended, peak_memory_bytes
@@ -59,7 +59,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class RungDone:
     """All jobs have come to a meeting."""
 
     share: float
@@ -82,11 +82,11 @@ class SweepResult:
     peak_memory_bytes: int
 
 
-SweepEvent = Note | Ready | tuple[str, JobEvent] | Met | SweepResult
+SweepEvent = Note | Ready | tuple[str, JobEvent] | RungDone | SweepResult
 
 
 def sweep(
-    plan: Plan,
+    plan: SweepPlan,
     jobs_text: str,
     out: str,
     *,
@@ -116,7 +116,7 @@ def sweep(
     yield from map(Note, notes)
     going = [job for job in plan.jobs if job.name not in state.ended]
     model = base.load(first.model, first.precision, first.device)
-    sweeping = _Sweep(plan, data, state, where, model, going, stop)
+    sweeping = _SweepRun(plan, data, state, where, model, going, stop)
     bank, forward = _bank(model, going, at_once) if going else (None, None)
     if not resumed:
         sweep_folder.clear(where)
@@ -133,7 +133,7 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class _Data:
+class _JobData:
     """What a job trains on."""
 
     dataset: Dataset
@@ -141,14 +141,14 @@ class _Data:
     course: Course
 
 
-class _Sweep:
+class _SweepRun:
     """One sweep while it runs."""
 
     def __init__(
         self,
-        plan: Plan,
-        data: dict[str, _Data],
-        state: State,
+        plan: SweepPlan,
+        data: dict[str, _JobData],
+        state: SweepState,
         out: Path,
         model: PreTrainedModel,
         going: Sequence[PlannedJob],
@@ -305,7 +305,7 @@ class _Sweep:
         self._waiting.clear()
         for name in kept:
             pool.add(self._job(self._going[name]))
-        yield Met(meetings[-1]["share"], tuple(kept), tuple(dropped))
+        yield RungDone(meetings[-1]["share"], tuple(kept), tuple(dropped))
 
     def _drop(self, name: str) -> None:
         newest = checkpoint.newest(self._out / name / "checkpoints")
@@ -344,12 +344,12 @@ def _row_tokens(model: PreTrainedModel, jobs: Iterable[PlannedJob]) -> int:
     return row_tokens(model.device, [job.config.dataset.tokens_per_row for job in jobs])
 
 
-def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:
+def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> SweepState:
     """The state to begin with: empty, or that of a sweep to go on with, which must be the same one."""
     first = plan.jobs[0].config
     if not resumed:
         sweep_folder.check_output(out, overwrite=overwrite)
-        return State(first.model, first.precision, first.device)
+        return SweepState(first.model, first.precision, first.device)
     state = sweep_folder.read_state(out)
     for what, before, now in (("model", state.model, first.model), ("precision", state.precision, first.precision)):
         if before != now and not (what == "model" and Path(before).resolve() == Path(now).resolve()):
@@ -364,10 +364,10 @@ def _state(plan: Plan, out: Path, *, overwrite: bool, resumed: bool) -> State:
     return state
 
 
-def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _Data], list[str]]:
+def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
     """Every job's data, read and packed once for all that share them, and what a person should know."""
     known: dict[str, tuple[Dataset, Rows]] = {}
-    found, notes = dict[str, _Data](), list[str]()
+    found, notes = dict[str, _JobData](), list[str]()
     for job in jobs:
         config = job.config
         key = repr((config.data, config.dataset, config.training.seed))
@@ -378,7 +378,7 @@ def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, 
             raise type(error)(f'job "{job.name}": {error}') from error
         dataset, rows = known[key]
         notes += [note for note in dataset.notes if note not in notes]
-        found[job.name] = _Data(dataset, rows, Course(rows, config.training))
+        found[job.name] = _JobData(dataset, rows, Course(rows, config.training))
     split = {(tuple(j.config.data), j.config.training.seed) for j in jobs if not j.config.dataset.eval_data}
     if len(split) > len({data for data, _ in split}):
         notes.append(

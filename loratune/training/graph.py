@@ -42,7 +42,7 @@ _SHARES = 8
 """Trained positions are rounded up to a multiple of 1/8 of the row."""
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """What a recording is bound to."""
 
     documents: int
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     """Positions that reach the head; those of a row that are fewer are filled up with blanks."""
 
 
-def layout_for(row: Row, layouts: dict[bool, Layout]) -> Layout:
+def layout_for(row: Row, layouts: dict[bool, RowLayout]) -> RowLayout:
     """The layout that a row runs under, grown from the one that the last of its kind (even or not) had."""
     tokens = len(row.tokens)
     documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())
@@ -61,15 +61,15 @@ def layout_for(row: Row, layouts: dict[bool, Layout]) -> Layout:
     even = documents * longest == tokens
     last = layouts.get(even)
     if even:
-        layout = Layout(documents, longest, max(trained, last.trained if last else 0))
+        layout = RowLayout(documents, longest, max(trained, last.trained if last else 0))
     else:
-        needed = Layout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
-        layout = Layout(*map(max, needed, last)) if last else needed
+        needed = RowLayout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
+        layout = RowLayout(*map(max, needed, last)) if last else needed
     layouts[even] = layout
     return layout
 
 
-class Inputs:
+class RowBuffers:
     """The numbers of one row in one buffer on the device, filled by one copy from pinned memory."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
@@ -98,7 +98,7 @@ class Inputs:
             at = end
         return views
 
-    def fill(self, row: Row, layout: Layout, normaliser: float, nth: int) -> None:
+    def fill(self, row: Row, layout: RowLayout, normaliser: float, nth: int) -> None:
         """Lays a row out as `layout` wants it and sends it to the device; returns before it has arrived.
 
         The nth row of a step has a host buffer of its own: an earlier one may not have left yet.
@@ -116,7 +116,7 @@ class Inputs:
             self._views(self._hosts[buffer], self._fields)["dropout"].copy_(dropout)
         self._device.copy_(self._hosts[buffer], non_blocking=True)
 
-    def lay(self, row: Row, layout: Layout, normaliser: float, buffer: int) -> None:
+    def lay(self, row: Row, layout: RowLayout, normaliser: float, buffer: int) -> None:
         """Lays a row out as `layout` wants it in a host buffer, the first, second, ..."""
         while buffer >= len(self._hosts):
             pinned = self._device.is_cuda
@@ -139,11 +139,11 @@ class Inputs:
         host["normaliser"].fill_(normaliser)
 
 
-class Laid(NamedTuple):
+class PreparedStep(NamedTuple):
     """The rows of a step, laid out on the host."""
 
     rows: Sequence[Row]
-    layouts: Sequence[Layout]
+    layouts: Sequence[RowLayout]
     buffers: Sequence[int]
     trained: int
     """Tokens of all rows."""
@@ -165,10 +165,10 @@ class GraphStep:
         self._forward, self._parameters, self._optimizer = forward, parameters, optimizer
         self._max_grad_norm, self._objective = max_grad_norm or math.inf, objective
         self._recordings = Recordings(record)
-        self._inputs: Inputs | None = None
+        self._inputs: RowBuffers | None = None
         self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
-        self._layouts: dict[bool, Layout] = {}
-        self._ahead: Laid | None = None
+        self._layouts: dict[bool, RowLayout] = {}
+        self._ahead: PreparedStep | None = None
         self._turn = 0
 
     @property
@@ -251,7 +251,7 @@ class GraphStep:
         loss, grad_norm, skipped = self._outcome.tolist()
         return StepResult(loss, grad_norm, laid.trained, bool(skipped))
 
-    def _whole(self, layout: Layout) -> None:
+    def _whole(self, layout: RowLayout) -> None:
         self._outcome.zero_()
         self._forget_gradients()
         self._add_row(layout)
@@ -263,7 +263,7 @@ class GraphStep:
 
     _gradients: list[Tensor | None] | None = None
 
-    def _several(self, laid: Laid, inputs: Inputs, key: int) -> None:
+    def _several(self, laid: PreparedStep, inputs: RowBuffers, key: int) -> None:
         """Gradients live at fixed addresses, where the graphs of the rows add and that of the update reads."""
         self._outcome.zero_()
         for index, parameter in enumerate(self._parameters):
@@ -279,13 +279,13 @@ class GraphStep:
                     parameter.grad = gradient
             else:
                 self._recordings.run("row", layout, lambda layout=layout: self._add_row(layout))  # type: ignore[misc]
-        self._recordings.run("update", Layout(0, 0, 0), self._update)
+        self._recordings.run("update", RowLayout(0, 0, 0), self._update)
         self._forget_gradients()
 
-    def _lay(self, rows: Sequence[Row]) -> Laid:
+    def _lay(self, rows: Sequence[Row]) -> PreparedStep:
         """Lays rows out in host buffers, those of the step before last, which have left by now."""
         if self._inputs is None or len(self._inputs.device["tokens"]) != len(rows[0].tokens):
-            self._inputs = Inputs(len(rows[0].tokens), self._outcome.device)
+            self._inputs = RowBuffers(len(rows[0].tokens), self._outcome.device)
             self._recordings.restart()
             self._layouts.clear()
         self._turn = 1 - self._turn
@@ -294,9 +294,9 @@ class GraphStep:
         buffers = [2 * nth + self._turn for nth in range(len(rows))]
         for row, layout, buffer in zip(rows, layouts, buffers, strict=True):
             self._inputs.lay(row, layout, normaliser, buffer)
-        return Laid(rows, layouts, buffers, sum(int((row.weights != 0).sum()) for row in rows))
+        return PreparedStep(rows, layouts, buffers, sum(int((row.weights != 0).sum()) for row in rows))
 
-    def _add_row(self, layout: Layout) -> None:
+    def _add_row(self, layout: RowLayout) -> None:
         """Forward and backward of the row in the buffers; adds its loss to the outcome."""
         assert self._inputs is not None
         values = self._inputs.device
@@ -325,8 +325,8 @@ class GraphStep:
         self._outcome[1], self._outcome[2] = norm, skipped
 
 
-def logprobs_in(forward: PackedForward, values: dict[str, Tensor], layout: Layout) -> Tensor:
-    """(layout.trained,) log-probabilities of the row that lies in the buffers of an `Inputs`."""
+def logprobs_in(forward: PackedForward, values: dict[str, Tensor], layout: RowLayout) -> Tensor:
+    """(layout.trained,) log-probabilities of the row that lies in the buffers of an `RowBuffers`."""
     everywhere = layout.trained == len(values["tokens"])
     return forward.logprobs(
         values["tokens"],

@@ -45,7 +45,7 @@ class RunsSlower:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class CheckpointSaved:
     """A checkpoint was written."""
 
     step: int
@@ -60,7 +60,7 @@ class Ended:
     progress: Progress
 
 
-Event = StepDone | Evaluated | Unreached | RunsSlower | Saved | Ended
+Event = StepDone | Evaluated | Unreached | RunsSlower | CheckpointSaved | Ended
 
 
 @dataclass
@@ -201,13 +201,13 @@ class Loop:
         self._tight = True
         return self._held_out_loss()
 
-    def _save(self) -> Iterator[Saved]:
+    def _save(self) -> Iterator[CheckpointSaved]:
         if self.checkpoints is not None and self._saved_step != self.progress.step:
             path = checkpoint.write(
                 self.checkpoints, self.forward.model, self.adapter, self.parameters, self._optimizer, self.progress
             )
             self._saved_step = self.progress.step
-            yield Saved(self.progress.step, path)
+            yield CheckpointSaved(self.progress.step, path)
 
 
 @contextmanager

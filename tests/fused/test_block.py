@@ -12,7 +12,7 @@ import torch
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
-from loratune.ops.attention.attended import Attended
+from loratune.ops.attention.recorded import RecordedAttention
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.step import row_loss
 from tests.training.helpers import examples, model_with_adapter, trainable
@@ -162,9 +162,9 @@ def test_attention_that_is_dropped_is_gone():
 
     token = Token()
     gone = weakref.ref(token)
-    attended = Attended(_keeping(token), torch.randn(5, 6, 4), (2, 2, 2))
+    attended = RecordedAttention(_keeping(token), torch.randn(5, 6, 4), (2, 2, 2))
     assert attended.out.shape == (5, 8)
-    attended.forget_heads()
+    attended.free_heads()
     del token, attended
     gc.collect()
     assert gone() is None

@@ -12,7 +12,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach, detach, trainable_parameters
 from loratune.many.bank import Bank
 from loratune.many.graph import BankGraph
-from loratune.many.step import BankStep, Part, join_parts, trim
+from loratune.many.step import BankStep, MicroStep, join_parts, trim
 from loratune.ops.dropout import dropout_key, keep_mask, row_key
 from tests.gpu.test_step_gpu import a_row, assert_as_good, small
 
@@ -37,7 +37,7 @@ def base():
 
 def parts(slots, step=0):
     rows = {slot: trim(a_row(LENGTHS[slot], seed=10 * step + slot, tokens=512)) for slot in slots}
-    return [Part(slot, row, float(row.weights.sum()), dropout_key(slot, step), 0) for slot, row in rows.items()]
+    return [MicroStep(slot, row, float(row.weights.sum()), dropout_key(slot, step), 0) for slot, row in rows.items()]
 
 
 def filled(model) -> Bank:

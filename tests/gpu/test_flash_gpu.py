@@ -7,8 +7,8 @@ import torch
 
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention import flash
-from loratune.ops.attention.attended import Attended
 from loratune.ops.attention.documents import document_attention
+from loratune.ops.attention.recorded import RecordedAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,7 +86,7 @@ def test_a_recording_is_replayed_over_other_borders(documents):
         return flash.attend(q, k, v, 0.1, None, cu_seqlens, 1024)[0].flatten(1)
 
     def work():
-        attended = Attended(attend, heads, [8, 2, 2])
+        attended = RecordedAttention(attend, heads, [8, 2, 2])
         return [attended.out, *attended.backward(incoming)]
 
     cu_seqlens = borders(0)

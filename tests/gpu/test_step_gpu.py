@@ -18,7 +18,7 @@ from loratune.data.examples import Example
 from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.ops import layer, thin
+from loratune.ops import layer, low_rank
 from loratune.ops.attention.documents import document_attention
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.ops.logprobs import token_logprobs
@@ -247,7 +247,7 @@ def test_products_with_a_thin_operand(tokens, d_in, d_outs):
     matrix[d_out + ranks :] = matrix[:, d_in + ranks :] = 0.0
     x, dy = (torch.randn(tokens, width + room, device="cuda", dtype=BF16) for width in (d_in, d_out))
     ends = torch.tensor([0, *d_outs]).cumsum(0).tolist()
-    members = thin.Members(
+    members = low_rank.AdapterSlices(
         [slice(a, b) for a, b in itertools.pairwise(ends)],
         [slice(16 * i, 16 * i + 16) for i in range(len(d_outs))],
         [1.0, 2.0, 0.5][: len(d_outs)],
@@ -255,14 +255,14 @@ def test_products_with_a_thin_operand(tokens, d_in, d_outs):
     lora_A, lora_B = matrix[d_out : d_out + ranks, :d_in].T, matrix[:d_out, d_in : d_in + ranks]
     inner = x[:, d_in : d_in + ranks]
     row = row_key(dropout_key(5, 6), 70, "cuda")
-    drops = thin.Drops(row, 0.3, [-7, 99, 1 << 30][: len(d_outs)], members.ranks, 192)
+    drops = low_rank.AdapterDropout(row, 0.3, [-7, 99, 1 << 30][: len(d_outs)], members.ranks, 192)
     for function, arguments in (
-        (thin.narrow, (x[:, :d_in], lora_A)),
-        (thin.narrow, (dy[:, :d_out], lora_B)),
-        (thin.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members)),
-        (thin.narrow, (x[:, :d_in], lora_A, None, True, None, drops)),
-        (thin.widen, (inner, lora_A.T, drops)),
-        (thin.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members, drops)),
+        (low_rank.down_project, (x[:, :d_in], lora_A)),
+        (low_rank.down_project, (dy[:, :d_out], lora_B)),
+        (low_rank.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members)),
+        (low_rank.down_project, (x[:, :d_in], lora_A, None, True, None, drops)),
+        (low_rank.up_project, (inner, lora_A.T, drops)),
+        (low_rank.gradients, (x[:, :d_in], dy[:, d_out : d_out + ranks], dy[:, :d_out], inner, members, drops)),
     ):
         reference = function.__wrapped__
         exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))

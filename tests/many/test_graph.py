@@ -10,7 +10,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import make_row
 from loratune.many.bank import Bank
 from loratune.many.graph import BankGraph
-from loratune.many.step import BankStep, Part, trim
+from loratune.many.step import BankStep, MicroStep, trim
 from loratune.ops.dropout import dropout_key
 from tests.conftest import build
 from tests.training.helpers import examples
@@ -28,10 +28,10 @@ TRAINING = [
 TOKENS = 512
 
 
-def part(slot: int, step: int, nth: int = 0, of: int = 1) -> Part:
+def part(slot: int, step: int, nth: int = 0, of: int = 1) -> MicroStep:
     rows = [trim(make_row(examples(3, seed=100 * slot + 10 * step + n), 144, 0)) for n in range(of)]
     normaliser = sum(float(row.weights.sum()) for row in rows)
-    return Part(slot, rows[nth], normaliser, dropout_key(slot, step), 144 * nth)
+    return MicroStep(slot, rows[nth], normaliser, dropout_key(slot, step), 144 * nth)
 
 
 # Rows of different jobs, steps of one and of two parts, a job that pauses: slot -> rate says whose step ends.

@@ -13,7 +13,7 @@ import loratune as lt
 from loratune.config import LoraConfig, RunConfig, from_dict, read_toml
 from loratune.errors import ConfigError, TrainingError
 from loratune.lora.inject import adapters
-from loratune.many.rate import RATES, RateChoice, Trial, choose_rate, measured_rows, pick
+from loratune.many.rate import RATES, RateChoice, RateTrial, choose_rate, measured_rows, pick
 from tests.cli_lab import CHAT, loratune, small_model, write_jsonl
 from tests.conftest import build
 from tests.training.helpers import config, examples, rows
@@ -30,7 +30,7 @@ def test_the_lowest_rate_with_nearly_the_best_gain_is_picked():
 def choose(model, lora=None, training=None, source=None):
     source = source or rows(examples(60), examples(8, seed=9))
     *trials, choice = choose_rate(model, lora or LoraConfig(r=4, lora_alpha=8), training or config(), source, 64)
-    assert isinstance(trials[0], Trial)
+    assert isinstance(trials[0], RateTrial)
     assert isinstance(choice, RateChoice)
     return choice
 

@@ -60,8 +60,8 @@ def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES, arch=90):
 
 
 def thin(name, drop, arch=90, **constants):
-    """A kernel of `ops.thin_kernels`."""
-    from loratune.ops import thin_kernels
+    """A kernel of `ops.low_rank_kernels`."""
+    from loratune.ops import low_rank_kernels
     from loratune.ops.dropout import GOLDEN, LEVELS
 
     constants = CONSTANTS[name] | {"RANKS": 16, "DROP": drop, "GOLDEN": GOLDEN, "LEVELS": LEVELS} | constants
@@ -70,18 +70,18 @@ def thin(name, drop, arch=90, **constants):
     stages = STAGES
     if name == "_gradients":
         constants["PAIRS"] = 2 if drop else constants["PAIRS"]
-        constants["COLUMNS"], constants["ROWS"], stages = thin_kernels.TILES[constants["RANKS"]]
-    return compiled(getattr(thin_kernels, name), constants, kinds, num_stages=stages, arch=arch)
+        constants["COLUMNS"], constants["ROWS"], stages = low_rank_kernels.TILES[constants["RANKS"]]
+    return compiled(getattr(low_rank_kernels, name), constants, kinds, num_stages=stages, arch=arch)
 
 
 def laid(ranks, rows, scaled, arch=90):
     """`lay` of `precision.fp8_kernels`, as it is launched."""
-    from loratune.ops import thin_kernels
+    from loratune.ops import low_rank_kernels
     from loratune.precision import fp8_kernels
 
     terms, stages = fp8_kernels.TILES[scaled]
     constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
-    constants |= {"ROWS": thin_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
+    constants |= {"ROWS": low_rank_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
     return compiled(fp8_kernels._lay, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
 
 
@@ -117,9 +117,9 @@ def test_a_kernel_reads_whole_vectors_ahead(name, drop):
 @pytest.mark.parametrize("copied", [False, True])
 def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
     """The height that a launch takes for so many rows."""
-    from loratune.ops import thin_kernels
+    from loratune.ops import low_rank_kernels
 
-    kernel = thin("_narrow", 0, COPY=int(copied), RANKS=ranks, ROWS=thin_kernels.height(rows))
+    kernel = thin("_narrow", 0, COPY=int(copied), RANKS=ranks, ROWS=low_rank_kernels.height(rows))
     assert not overtaken(kernel)
     assert ("wgmma" in kernel.asm["ptx"]) == (rows > 1024)
 
@@ -127,25 +127,27 @@ def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
 @pytest.mark.parametrize("ranks", [16, 32, 64])
 @pytest.mark.parametrize("drop", [0, 1])
 def test_nothing_overtakes_the_product_that_makes_gradients(drop, ranks):
-    from loratune.ops import thin_kernels
+    from loratune.ops import low_rank_kernels
 
-    assert not overtaken(thin("_gradients", drop, RANKS=ranks), thin_kernels.TILES[ranks][2])
+    assert not overtaken(thin("_gradients", drop, RANKS=ranks), low_rank_kernels.TILES[ranks][2])
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_nothing_overtakes_a_thin_product_with_dropout(ranks):
-    from loratune.ops import thin_kernels
+    from loratune.ops import low_rank_kernels
 
-    assert not overtaken(thin("_narrow", 1, COPY=1, RANKS=ranks, ROWS=thin_kernels.height(4096, hashed=True)))
+    assert not overtaken(thin("_narrow", 1, COPY=1, RANKS=ranks, ROWS=low_rank_kernels.height(4096, hashed=True)))
 
 
 @pytest.mark.parametrize(("arch", "limit"), LIMITS)
 @pytest.mark.parametrize("ranks", [16, 32, 64])
 def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
-    from loratune.ops import thin_kernels
+    from loratune.ops import low_rank_kernels
 
     kernels = [thin("_gradients", drop, arch, RANKS=ranks) for drop in (0, 1)]
-    kernels += [thin("_narrow", 0, arch, RANKS=ranks, COPY=copy, ROWS=thin_kernels.height(4096)) for copy in (0, 1)]
+    kernels += [
+        thin("_narrow", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.height(4096)) for copy in (0, 1)
+    ]
     kernels += [laid(ranks, 4096, scaled, arch) for scaled in (False, True)]
     assert max(kernel.metadata.shared for kernel in kernels) <= limit << 10
 

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from loratune.config import RunConfig
 from loratune.many.jobs import Failed, Paused, Started
-from loratune.screen.sweep import _View, summary, watch
+from loratune.screen.sweep import _SweepView, summary, watch
 from loratune.sweep.folder import Standing
 from loratune.sweep.plan import PlannedJob
-from loratune.sweep.run import Met, Ready, SweepResult
+from loratune.sweep.run import Ready, RungDone, SweepResult
 from loratune.training.course import Evaluated, StepDone
 
 
@@ -43,7 +43,7 @@ def shown(view, screen):
 
 def test_a_row_says_where_a_job_is():
     screen = console()
-    view = _View(screen)
+    view = _SweepView(screen)
     view.prepare(ready(3))
     view.job("job1", Started(0, 0, 40))
     for n, loss in enumerate((4.0, 2.0, 1.0), start=1):
@@ -60,7 +60,7 @@ def test_a_row_says_where_a_job_is():
 
 def test_what_does_not_fit_is_counted_and_what_runs_is_shown():
     screen = console(height=12)
-    view = _View(screen)
+    view = _SweepView(screen)
     view.prepare(ready(50))
     view.job("job49", Started(0, 0, 40))
     view.job("job48", Paused(10))
@@ -79,7 +79,7 @@ def test_without_a_terminal_lines_come_when_something_is_measured():
         ("job1", Started(0, 0, 40)),
         ("job1", step(1, 2.0)),
         ("job1", Evaluated(1, 1.5, best=True)),
-        Met(0.25, ("job1",), ("job0",)),
+        RungDone(0.25, ("job1",), ("job0",)),
         SweepResult((standing("job1"),), Path("out"), True, 3.0, 64, 2**30),
     ]
     watch(iter(events), screen)

@@ -17,7 +17,7 @@ from loratune.many.jobs import Failed
 from loratune.runs import metrics
 from loratune.sweep.folder import Standing, ranked, read_state
 from loratune.sweep.plan import read_plan
-from loratune.sweep.run import Met, Ready, SweepResult, sweep
+from loratune.sweep.run import Ready, RungDone, SweepResult, sweep
 from loratune.training.loop import Ended
 from tests.cli_lab import CHAT, finish, loratune, small_model, start, write_jsonl
 
@@ -267,6 +267,6 @@ def test_a_changed_setting_of_a_job_cannot_be_resumed(here, tmp_path):
 
 
 def test_meetings_are_told_as_they_happen(here):
-    met = [e for e in events_of("halving.toml", "met", overwrite=True) if isinstance(e, Met)]
+    met = [e for e in events_of("halving.toml", "met", overwrite=True) if isinstance(e, RungDone)]
     assert [(m.share, len(m.kept), len(m.dropped)) for m in met] == [(0.2, 4, 4), (0.6, 2, 2)]
     assert not set(met[1].kept) - set(met[0].kept)

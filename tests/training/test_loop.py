@@ -9,7 +9,7 @@ from loratune.base.forward import fuse, prepare
 from loratune.lora.files import load_adapter
 from loratune.training import checkpoint
 from loratune.training.course import Evaluated, StepDone
-from loratune.training.loop import Ended, Loop, Saved
+from loratune.training.loop import CheckpointSaved, Ended, Loop
 from tests.conftest import build
 from tests.training.helpers import config, examples, model_with_adapter, rows, trainable
 
@@ -110,7 +110,7 @@ def test_a_signal_ends_after_the_step_and_saves(tmp_path):
     events = list(loop.run())
     assert isinstance(events[-1], Ended)
     assert events[-1].reason == "interrupted"
-    assert any(isinstance(e, Saved) and e.step == 5 for e in events)
+    assert any(isinstance(e, CheckpointSaved) and e.step == 5 for e in events)
     assert checkpoint.read_progress(checkpoint.newest(tmp_path)).step == 5
 
 

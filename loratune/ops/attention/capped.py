@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 
-class Spans:
+class DocumentSpans:
     """Where the document of each position begins and ends, worked out when first asked for.
 
     One instance lives as long as one forward and its backward, and all layers share it.
@@ -51,7 +51,7 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
-    spans: Spans,
+    spans: DocumentSpans,
 ) -> Tensor:
     """Causal attention inside each document of a packed row, with a gradient for query, key and value.
 

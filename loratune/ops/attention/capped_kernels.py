@@ -227,7 +227,7 @@ def forward(
 
     Args:
         q: (T, heads, head_dim); k, v: (T, kv_heads, head_dim); numbers of one head lie side by side.
-        spans: see `ops.attention.capped.Spans`.
+        spans: see `ops.attention.capped.DocumentSpans`.
         sinks: (heads,), contiguous, or None.
     """
     tokens, heads, _ = q.shape

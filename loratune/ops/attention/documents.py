@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.ops.attention import flash
-from loratune.ops.attention.capped import Spans, attend
+from loratune.ops.attention.capped import DocumentSpans, attend
 
 IMPLEMENTATION = "loratune_documents"
 
@@ -60,7 +60,7 @@ def document_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    spans: Spans | None = None,
+    spans: DocumentSpans | None = None,
     contained: bool = False,
     position_bias: Tensor | None = None,
     **_: object,
@@ -95,7 +95,7 @@ def document_attention(
             run = flash.attend if newer else _pytorch
             return run(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
         if s_aux is None or not s_aux.requires_grad:
-            spans = spans or Spans(cu_seq_lens_q)
+            spans = spans or DocumentSpans(cu_seq_lens_q)
             return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
     return _one_by_one(query, key, value, scaling, dropout, sliding_window, softcap, s_aux, cu_seq_lens_q), None
 

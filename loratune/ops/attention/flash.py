@@ -87,7 +87,7 @@ def _agrees(plain: Attention, device: torch.device, dtype: torch.dtype, heads: i
     found: list[list[Tensor]] = []
     why = None
     try:
-        # Whoever asks for attention first may be in any mode, and have hooks (`ops.attention.attended`).
+        # Whoever asks for attention first may be in any mode, and have hooks (`ops.attention.recorded`).
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             generator = torch.Generator(device).manual_seed(0)
             like: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}

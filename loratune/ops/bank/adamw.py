@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loratune.ops.layer import with_kernel
+from loratune.ops.dispatch import with_kernel
 
 
 class Settings(NamedTuple):

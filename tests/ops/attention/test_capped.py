@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.ops.attention.capped import Spans
+from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.attention.documents import document_attention
 from tests.ops.twins import compare, needs_triton
 
 COMPARE = """
 import torch
 from loratune.ops.attention.documents import explicit
-from loratune.ops.attention.capped import Spans, attend
+from loratune.ops.attention.capped import DocumentSpans, attend
 from tests.ops.attention.test_documents import masked_product
 
 torch.manual_seed(0)
@@ -42,7 +42,7 @@ def compare(bounds, heads, shared, dim, window, softcap, with_sinks):
     borders = torch.tensor(bounds, dtype=torch.int32)
 
     def ours(*parts):
-        return attend(*parts, 0.3, window, softcap, sinks, Spans(borders))
+        return attend(*parts, 0.3, window, softcap, sinks, DocumentSpans(borders))
 
     def written_out(*parts):
         wide = parts[0], *(part.repeat_interleave(heads // shared, 1) for part in parts[1:])
@@ -140,7 +140,7 @@ def test_in_the_interpreter(program):
 
 def test_spans_are_where_documents_begin_and_end():
     bounds = torch.tensor([0, 1, 4, 4, 6, 6], dtype=torch.int32)
-    spans = Spans(bounds)
+    spans = DocumentSpans(bounds)
     assert spans.table(6).tolist() == [[0, 1, 1, 1, 4, 4], [1, 4, 4, 4, 6, 6]]
     assert spans.table(6) is spans.table(6)  # layers share it
 

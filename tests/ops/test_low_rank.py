@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from loratune.ops.thin import Members, gradients, narrow
+from loratune.ops.low_rank import AdapterSlices, down_project, gradients
 from tests.ops.twins import compare, needs_triton
 
-MEMBERS = Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 21)], [1.0, 0.5])
+MEMBERS = AdapterSlices([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 21)], [1.0, 0.5])
 
 COMPARE = """
 import torch
-from loratune.ops import thin, thin_kernels
+from loratune.ops import low_rank, low_rank_kernels
+from loratune.ops.low_rank import GradientOperands
 from loratune.ops.dropout import dropout_key, row_key
-from tests.ops.test_thin import MEMBERS
+from tests.ops.test_low_rank import MEMBERS
 
 torch.manual_seed(0)
 
@@ -32,71 +33,72 @@ for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
         exact = wide.double() @ factor.double()
         for keep in (True, False):
             copy = torch.zeros(rows, terms + 3, dtype=torch.float16)
-            kept = thin_kernels.narrow(wide, factor, tail, keep, copy[:, :terms])
+            kept = low_rank_kernels.down_project(wide, factor, tail, keep, copy[:, :terms])
             assert torch.equal(copy[:, :terms], wide) and not copy[:, terms:].any()
             close(tail[:, :ranks], exact, "tail")
             close(kept, exact, "kept")
             assert (kept.data_ptr() == tail.data_ptr()) != keep
         assert not tail[:, ranks:].any() and torch.equal(whole[:, ranks + 5 :], behind)
-        close(thin_kernels.narrow(wide, factor), exact, "alone")
-assert not thin_kernels._counters(torch.device("cpu")).any()
+        close(low_rank_kernels.down_project(wide, factor), exact, "alone")
+assert not low_rank_kernels._counters(torch.device("cpu")).any()
 
 for rows in (1, 130, 1100):
     x, dy = half(rows, 170 + 3)[:, :170], half(rows, 170)
     d_inner, inner = half(rows, 64), half(rows, 64)
-    exact = thin.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), MEMBERS)
-    got = thin_kernels.gradients(x, d_inner, dy, inner, MEMBERS)
+    exact = low_rank.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), MEMBERS)
+    got = low_rank_kernels.gradients(x, d_inner, dy, inner, MEMBERS)
     for a, b in zip(got, exact, strict=True):
         assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
         close(a, b, "gradient")
-assert not thin_kernels._counters(torch.device("cpu")).any()
+assert not low_rank_kernels._counters(torch.device("cpu")).any()
 
-narrow_one = thin.Members([slice(0, 48)], [slice(0, 16)], [1.0])
+narrow_one = low_rank.AdapterSlices([slice(0, 48)], [slice(0, 16)], [1.0])
 for count in (2, 3, 4):  # in one launch, and one more than fit into it
     works = []
     for nth in range(count):
         of = MEMBERS if nth == 1 else narrow_one
         d_in, d_out, total = 33 + 16 * nth, of.rows[-1].stop, of.ranks[-1].stop
-        works.append(thin.Work(half(130, d_in + 3)[:, :d_in], half(130, total), half(130, d_out), half(130, 64), of))
-    together = thin_kernels.gradients_of(works)
+        x = half(130, d_in + 3)[:, :d_in]
+        works.append(GradientOperands(x, half(130, total), half(130, d_out), half(130, 64), of))
+    together = low_rank_kernels.gradients_of(works)
     assert len({gradients[0].untyped_storage().data_ptr() for gradients in together}) == (2 if count > 3 else 1)
     for got, work in zip(together, works, strict=True):
-        exact = thin.gradients.__wrapped__(*(t.double() for t in work[:4]), work.members)
+        exact = low_rank.gradients.__wrapped__(*(t.double() for t in work[:4]), work.members)
         for a, b in zip(got, exact, strict=True):
             assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
             close(a, b, "gradient beside others")
-assert not thin_kernels._counters(torch.device("cpu")).any()
+assert not low_rank_kernels._counters(torch.device("cpu")).any()
 
 places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one of them beyond what a program takes at once
-of_two = thin.Members([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
+of_two = low_rank.AdapterSlices([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
 for rows, first in ((35, 3), (130, 64)):
-    drops = thin.Drops(row_key(dropout_key(1, 2), 1000), 0.3, [-7, 99, 1 << 30], places, first)
+    drops = low_rank.AdapterDropout(row_key(dropout_key(1, 2), 1000), 0.3, [-7, 99, 1 << 30], places, first)
     wide, factor = half(rows, 260 + 9)[:, :260], half(91, 260 + 5)[:, :260]
-    exact = thin.narrow.__wrapped__(wide.double(), factor.double().T, drops=drops)
+    exact = low_rank.down_project.__wrapped__(wide.double(), factor.double().T, drops=drops)
     tail, copy = half(rows, 128), torch.zeros(rows, 260, dtype=torch.float16)
-    kept = thin_kernels.narrow(wide, factor.T, tail, copy=copy, drops=drops)
+    kept = low_rank_kernels.down_project(wide, factor.T, tail, copy=copy, drops=drops)
     close(kept, exact, "dropped")
     assert torch.equal(copy, wide) and torch.equal(tail[:, :91], kept) and not tail[:, 91:].any()
 
     inner = half(rows, 128)[:, :91]
-    exact = thin.widen.__wrapped__(inner.double(), factor.double(), drops)
-    close(thin_kernels.widen(inner, factor, drops), exact, "widened")
+    exact = low_rank.up_project.__wrapped__(inner.double(), factor.double(), drops)
+    close(low_rank_kernels.up_project(inner, factor, drops), exact, "widened")
 
-    two = thin.Drops(drops.row, 0.3, [5, -5], of_two.ranks, first)
+    two = low_rank.AdapterDropout(drops.row, 0.3, [5, -5], of_two.ranks, first)
     x, dy, d_inner, inner = half(rows, 170), half(rows, 170), half(rows, 75), half(rows, 75)
-    exact = thin.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), of_two, two)
-    for a, b in zip(thin_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
+    exact = low_rank.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), of_two, two)
+    for a, b in zip(low_rank_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
         assert a.shape == b.shape
         close(a, b, "gradient behind dropout")
-    works = [thin.Work(x, d_inner, dy, inner, of_two, two), thin.Work(x, d_inner, dy, inner, of_two)]
-    for got, work in zip(thin_kernels.gradients_of(works), works, strict=True):
-        for a, b in zip(got, thin_kernels.gradients(*work), strict=True):
+    works = [GradientOperands(x, d_inner, dy, inner, of_two, two), GradientOperands(x, d_inner, dy, inner, of_two)]
+    for got, work in zip(low_rank_kernels.gradients_of(works), works, strict=True):
+        for a, b in zip(got, low_rank_kernels.gradients(*work), strict=True):
             assert torch.equal(a, b)
-works = [thin.Work(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), narrow_one)] * 2
-apart = thin_kernels.gradients_of(works)  # so many rows that each fills a GPU
+works = [GradientOperands(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), narrow_one)] * 2
+apart = low_rank_kernels.gradients_of(works)  # so many rows that each fills a GPU
 assert torch.equal(apart[0][1], apart[1][1])
 assert apart[0][0].untyped_storage().data_ptr() != apart[1][0].untyped_storage().data_ptr()
-assert not thin_kernels._counters(torch.device("cpu")).any()
+assert not low_rank_kernels._counters(torch.device("cpu")).any()
 """
 
 
@@ -108,13 +110,13 @@ def test_every_kernel_equals_its_reference():
 def test_narrow_fills_the_room_it_is_given():
     wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.ones(6, 9)
     copy = torch.zeros(6, 40)
-    kept = narrow(wide, thin, room[:, 5:], copy=copy)
+    kept = down_project(wide, thin, room[:, 5:], copy=copy)
     assert torch.equal(copy, wide)
     assert torch.equal(kept, wide @ thin)
     assert torch.equal(room[:, 5:8], kept)
     assert room[:, :5].all()
     assert not room[:, 8:].any()
-    assert narrow(wide, thin, room[:, 5:], keep=False).data_ptr() == room[:, 5:].data_ptr()
+    assert down_project(wide, thin, room[:, 5:], keep=False).data_ptr() == room[:, 5:].data_ptr()
 
 
 def test_gradients_are_those_of_autograd():

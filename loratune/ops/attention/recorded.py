@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query, key and value, (T, heads of each, head_dim), to attention's output (T, query heads * head_dim)."""
 
 
-class Attended:
+class RecordedAttention:
     """Attention over stacked heads (T, query + 2 * key_value heads, head_dim)."""
 
     def __init__(self, attend: Attend, heads: Tensor, split: Sequence[int]) -> None:
@@ -48,13 +48,13 @@ class Attended:
         assert self._held.out is not None
         return self._held.out
 
-    def forget_heads(self) -> None:
+    def free_heads(self) -> None:
         """Lets go of query, key and value; `backward` must then be given them again."""
         self._held.heads = None
 
-    def forget_out(self) -> None:
+    def free_out(self) -> None:
         """Lets go of the output; `restore_out` must bring it back before it is asked for and before `backward`."""
-        self._held.forget_out()
+        self._held.free_out()
 
     def restore_out(self, out: Tensor) -> None:
         """Brings the output back, (T, query heads * head_dim), contiguous."""
@@ -103,7 +103,7 @@ class _Saved:
 
 
 class _Held:
-    """The hooks, apart from `Attended`: they live in its graph, and a graph that held its owner would never die."""
+    """The hooks of a `RecordedAttention`. They live in its graph; a graph that refers to its owner is never freed."""
 
     def __init__(self, heads: Tensor) -> None:
         self.heads: Tensor | None = heads
@@ -125,7 +125,7 @@ class _Held:
         assert held.tensor is not None
         return held.tensor
 
-    def forget_out(self) -> None:
+    def free_out(self) -> None:
         assert self.out is not None
         if not self.out.is_contiguous():
             return

@@ -6,10 +6,10 @@
 
 Libraries cut the long sum of such a product into pieces to fill a GPU, with a launch to clear memory before and one
 to add the pieces behind, and at 512 tokens that costs more than the product. On a GPU in half precision the twins in
-`ops.thin_kernels` run: one launch each, where the block that comes last adds up the pieces, in their order, so that
+`ops.low_rank_kernels` run: one launch each, where the last block adds up the pieces, in their order, so that
 the result does not depend on which block that is. Gradients of several projections are one launch, too.
 
-With dropout each adapter reads an x of its own (`Drops`). The kernels mask it as it is read, or as it is about to be
+With dropout each adapter reads an x of its own (`AdapterDropout`). The kernels mask it as it is read, or before it is
 written, so that no dropped x and no mask is ever held.
 """
 
@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loratune.ops.dispatch import with_kernel
 from loratune.ops.dropout import keep_mask
-from loratune.ops.layer import with_kernel
 
 
 @dataclass(frozen=True)
-class Drops:
+class AdapterDropout:
     """Dropout of what the adapters of one projection read: as in PEFT, each one's is its own."""
 
     row: Tensor
@@ -55,14 +55,14 @@ def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
     return wide.is_cuda and wide.dtype in (torch.bfloat16, torch.float16) and wide.dtype == thin.dtype
 
 
-@with_kernel(_half_on_gpu, "ops.thin_kernels")
-def narrow(
+@with_kernel(_half_on_gpu, "ops.low_rank_kernels")
+def down_project(
     wide: Tensor,
     thin: Tensor,
     tail: Tensor | None = None,
     keep: bool = True,
     copy: Tensor | None = None,
-    drops: Drops | None = None,
+    drops: AdapterDropout | None = None,
 ) -> Tensor:
     """wide @ thin, (N, K) (K, R) -> (N, R), any strides.
 
@@ -87,8 +87,8 @@ def narrow(
     return product if keep else tail[:, :ranks]
 
 
-@with_kernel(_half_on_gpu, "ops.thin_kernels")
-def widen(inner: Tensor, thin: Tensor, drops: Drops) -> Tensor:
+@with_kernel(_half_on_gpu, "ops.low_rank_kernels")
+def up_project(inner: Tensor, thin: Tensor, drops: AdapterDropout) -> Tensor:
     """The gradient of x through its dropouts: (N, R) (R, K) -> (N, K), of each adapter by itself, summed."""
     total = torch.zeros(inner.shape[0], thin.shape[1], dtype=inner.dtype, device=inner.device)
     for member, ranks in enumerate(drops.ranks):
@@ -97,7 +97,7 @@ def widen(inner: Tensor, thin: Tensor, drops: Drops) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Members:
+class AdapterSlices:
     """Where the adapters of one projection lie: member i has the rows `rows[i]` of dy and the ranks `ranks[i]`."""
 
     rows: Sequence[slice]
@@ -110,9 +110,9 @@ def _halves_on_gpu(x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, *_: ob
     return _half_on_gpu(x, d_inner) and _half_on_gpu(dy, inner) and x.dtype == dy.dtype
 
 
-@with_kernel(_halves_on_gpu, "ops.thin_kernels")
+@with_kernel(_halves_on_gpu, "ops.low_rank_kernels")
 def gradients(
-    x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members, drops: Drops | None = None
+    x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: AdapterSlices, drops: AdapterDropout | None = None
 ) -> list[Tensor]:
     """dA (r, d_in) and dB (d_out, r) of the first member, then of the next; summed and returned in float32.
 
@@ -133,23 +133,23 @@ def gradients(
     return found
 
 
-class Work(NamedTuple):
+class GradientOperands(NamedTuple):
     """What the gradients of one projection's adapters are made of: the arguments of `gradients`."""
 
     x: Tensor
     d_inner: Tensor
     dy: Tensor
     inner: Tensor
-    members: Members
-    drops: Drops | None = None
+    members: AdapterSlices
+    drops: AdapterDropout | None = None
 
 
-def _all_halves_on_gpu(works: Sequence[Work]) -> bool:
+def _all_halves_on_gpu(works: Sequence[GradientOperands]) -> bool:
     return len(works) > 0 and all(_halves_on_gpu(*work[:4]) for work in works)
 
 
-@with_kernel(_all_halves_on_gpu, "ops.thin_kernels")
-def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
+@with_kernel(_all_halves_on_gpu, "ops.low_rank_kernels")
+def gradients_of(works: Sequence[GradientOperands]) -> list[list[Tensor]]:
     """`gradients` of several projections that have run on the same tokens."""
     return [gradients(*work) for work in works]
 

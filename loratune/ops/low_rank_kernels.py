@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""Triton twins of `ops.thin`, for bfloat16 and float16 on a GPU.
+"""Triton twins of `ops.low_rank`, for bfloat16 and float16 on a GPU.
 
 `narrow` and `gradients` cut sums into pieces. Each block writes its piece, counts itself, and the one that finds
 itself the last adds up all pieces in their order and sets the counter back: the same bits each time, and one launch.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loratune.ops.dropout import GOLDEN, LEVELS, threshold
 from loratune.ops.dropout_kernels import hashed_in_row, keeps
-from loratune.ops.thin import Drops, Members, Work
+from loratune.ops.low_rank import AdapterDropout, AdapterSlices, GradientOperands
 
 _BLOCKS = 264
 """Blocks that fill a large GPU; sums are cut until there are about as many."""
@@ -143,29 +143,29 @@ def _parts(places: tuple[tuple[int, int], ...], salts: tuple[int, ...], width: i
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def _parts_of(drops: Drops, width: int) -> Tensor:
+def _parts_of(drops: AdapterDropout, width: int) -> Tensor:
     return _parts(tuple((k.start, k.stop) for k in drops.ranks), tuple(drops.salts), width, drops.row.device)
 
 
-def _most_ranks(drops: Drops | None, total: int) -> int:
+def _most_ranks(drops: AdapterDropout | None, total: int) -> int:
     """Of those that one program may take, out of `total`."""
     return total if drops is None else max(ranks.stop - ranks.start for ranks in drops.ranks)
 
 
-def _how(drops: Drops | None) -> tuple[int, float, int]:
+def _how(drops: AdapterDropout | None) -> tuple[int, float, int]:
     """Threshold, scale and first token, as kernels take them."""
     return (0, 1.0, 0) if drops is None else (threshold(drops.probability), drops.scale, drops.first)
 
 
-def narrow(
+def down_project(
     wide: Tensor,
     thin: Tensor,
     tail: Tensor | None = None,
     keep: bool = True,
     copy: Tensor | None = None,
-    drops: Drops | None = None,
+    drops: AdapterDropout | None = None,
 ) -> Tensor:
-    """As `ops.thin.narrow`."""
+    """As `ops.low_rank.down_project`."""
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     (rows, terms), ranks = wide.shape, thin.shape[1]
     keep, spare = keep or tail is None, 0 if tail is None else tail.shape[1] - ranks
@@ -217,8 +217,8 @@ def _widen(
     tl.store(out_ptr + row[:, None] * columns + column[None, :], total, mask=there & inside)
 
 
-def widen(inner: Tensor, thin: Tensor, drops: Drops) -> Tensor:
-    """As `ops.thin.widen`."""
+def up_project(inner: Tensor, thin: Tensor, drops: AdapterDropout) -> Tensor:
+    """As `ops.low_rank.up_project`."""
     inner, thin = (t if t.stride(1) == 1 else t.contiguous() for t in (inner, thin))
     (rows, columns), (height, step) = (inner.shape[0], thin.shape[1]), (32, 128)
     most = _most_ranks(drops, thin.shape[0])
@@ -328,7 +328,7 @@ _TASKS: dict[tuple[object, ...], tuple[Tensor, Tensor, int]] = {}
 """Tables on the device by what they follow from; a model has as many as it has kinds of projections."""
 
 
-def _tasks(works: Sequence[Work], columns: int, width: int) -> tuple[Tensor, Tensor, int]:
+def _tasks(works: Sequence[GradientOperands], columns: int, width: int) -> tuple[Tensor, Tensor, int]:
     """(tasks, 8) int64 for the kernel, (tasks,) factors, and how many numbers the gradients are.
 
     Of each work first dA of all members, which share the reading of x unless there is dropout, then dB of each.
@@ -366,7 +366,7 @@ def _tasks(works: Sequence[Work], columns: int, width: int) -> tuple[Tensor, Ten
     return _TASKS[key]
 
 
-def _place(work: Work) -> tuple[Any, ...]:
+def _place(work: GradientOperands) -> tuple[Any, ...]:
     """What the tasks of a work follow from."""
     members, drops = work.members, work.drops
     places = tuple((r.start, r.stop, k.start, k.stop) for r, k in zip(members.rows, members.ranks, strict=True))
@@ -374,10 +374,10 @@ def _place(work: Work) -> tuple[Any, ...]:
 
 
 def gradients(
-    x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: Members, drops: Drops | None = None
+    x: Tensor, d_inner: Tensor, dy: Tensor, inner: Tensor, members: AdapterSlices, drops: AdapterDropout | None = None
 ) -> list[Tensor]:
-    """As `ops.thin.gradients`."""
-    return gradients_of([Work(x, d_inner, dy, inner, members, drops)])[0]
+    """As `ops.low_rank.gradients`."""
+    return gradients_of([GradientOperands(x, d_inner, dy, inner, members, drops)])[0]
 
 
 _TOGETHER = 3
@@ -386,8 +386,8 @@ _FEW = 4096
 """Rows up to which works are made together; of more, each fills a GPU by itself, and has the tiles that suit it."""
 
 
-def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
-    """As `ops.thin.gradients_of`; gradients that are made in one launch are parts of one buffer."""
+def gradients_of(works: Sequence[GradientOperands]) -> list[list[Tensor]]:
+    """As `ops.low_rank.gradients_of`; gradients that are made in one launch are parts of one buffer."""
     if len(works) > 1 and (works[0].x.shape[0] > _FEW or any(work.drops is not None for work in works)):
         return [found for work in works for found in gradients_of([work])]
     if len(works) > _TOGETHER:
@@ -427,12 +427,12 @@ def gradients_of(works: Sequence[Work]) -> list[list[Tensor]]:
     return found
 
 
-def _with_whole_rows(work: Work) -> Work:
+def _with_whole_rows(work: GradientOperands) -> GradientOperands:
     x, d_inner, dy, inner = (t if t.stride(1) == 1 else t.contiguous() for t in work[:4])
     return work._replace(x=x, d_inner=d_inner, dy=dy, inner=inner)
 
 
-def _aligned(work: Work) -> bool:
+def _aligned(work: GradientOperands) -> bool:
     """Whether all that its tasks are bounded by is a multiple of 16."""
     parts = (*work.members.rows, *work.members.ranks)
     return all(edge % 16 == 0 for edge in (work.x.shape[1], *(e for part in parts for e in (part.start, part.stop))))

@@ -14,12 +14,17 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune.errors import ConfigError, nearest
+from loratune.tables import FORMATS
 from loratune.units import bytes_of
 
-DataFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+if TYPE_CHECKING:
+    DataFormat = str
+else:
+    DataFormat = Literal["auto", *FORMATS]
+
 TrainOn = Literal["assistant", "last", "all"]
 DensePrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "nf4", "fp8"]

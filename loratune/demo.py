@@ -27,7 +27,8 @@ from loratune import atomic
 from loratune.base.load import POCKET, load, load_tokenizer, stop_ids
 from loratune.box import TASKS, data_file
 from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig
-from loratune.data.records import Record, read_records
+from loratune.data.record import Record
+from loratune.data.records import read_records
 from loratune.data.render import prompt_ids
 from loratune.export.merge import merge_checkpoint
 from loratune.infer.evaluate import ExactMatch

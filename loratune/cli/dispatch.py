@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import NamedTuple
 
 from loratune.cli import process
 from loratune.errors import ConfigError, LoratuneError, nearest
+from loratune.tables import load_entry
 from loratune.version import __version__
 
 USAGE_ERROR = 2
@@ -77,15 +77,10 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] in ("-V", "--version"):
         print(f"loratune {__version__}")
     elif words[0] in VERBS:
-        _function(VERBS[words[0]])(words[1:])
+        run: Callable[[list[str]], None] = load_entry(VERBS[words[0]].function)
+        run(words[1:])
     else:
         raise ConfigError(f'unknown command "{words[0]}".{nearest(words[0], VERBS)} See loratune --help')
-
-
-def _function(verb: Verb) -> Callable[[list[str]], None]:
-    module, _, name = verb.function.partition(":")
-    function: Callable[[list[str]], None] = getattr(import_module(module), name)
-    return function
 
 
 def _print_overview() -> None:

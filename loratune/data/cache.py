@@ -141,7 +141,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_identity() -> str:
     """Hash of this package's sources and the versions of the libraries that tokenise."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for library in ("transformers", "tokenizers"):
         digest.update(importlib.metadata.version(library).encode())

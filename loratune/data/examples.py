@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from loratune.config import TrainOn
-from loratune.data.messages import Message
-from loratune.data.records import Record
+from loratune.data.record import Message, Record
 from loratune.data.template import (
     chat_text,
     decode,

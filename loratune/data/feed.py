@@ -20,7 +20,8 @@ from loratune.data import cache
 from loratune.data.examples import Example
 from loratune.data.files import content_hash
 from loratune.data.pack import Row, best_fit, fullness, make_row
-from loratune.data.records import Record, read
+from loratune.data.record import Record
+from loratune.data.records import read
 from loratune.data.render import render
 from loratune.errors import ConfigError, DataError
 

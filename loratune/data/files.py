@@ -1,13 +1,18 @@
-"""Files to raw objects: JSON, JSONL, Parquet, CSV, plain text and hub data sets, each object with its place.
+"""Data files to raw objects: JSON, JSONL, Parquet, CSV, plain text and hub data sets.
 
-Everything downstream can say `file:line`, because every object is born with it here. A reader does not stop at
-the first bad line: it yields the error in that line's stead, so that a person sees how many there are before
-mending the first. Formats: JSON as in RFC 8259 (so no NaN, no duplicate keys), JSON Lines (one object per line),
-CSV as in RFC 4180 with a header row, Parquet through pyarrow.
+Every object carries its place from here on, so later errors can name `file:line`. A reader does not stop at the
+first broken line. It yields a DataError in place of the object, so the user sees how many lines need repair.
 
-Plain text is a sequence of documents separated by blank lines, the convention of BERT's pretraining data. One
-document per file would make a book one endless document; one per line would break prose and code. A document
-that itself contains blank lines belongs into JSONL with a "text" field.
+| format     | definition                                                     |
+|------------|----------------------------------------------------------------|
+| JSON       | RFC 8259, so no NaN and no duplicate keys                      |
+| JSON Lines | one object per line                                            |
+| CSV        | RFC 4180, with a header row                                    |
+| Parquet    | through pyarrow                                                |
+| plain text | documents separated by blank lines, as BERT's pretraining data |
+
+One document per text file would turn a book into one endless document, and one per line would break prose and code.
+A document that contains blank lines belongs into JSONL, in a field "text".
 """
 
 from __future__ import annotations
@@ -19,10 +24,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.data.record import RawRecord, without_nulls
 from loratune.errors import DataError, nearest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name, or owner/name:split
@@ -30,28 +35,19 @@ JSON_COLUMNS = ("messages", "conversations", "tools", "history")  # CSV cells th
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """One object of a data file as it stands there."""
-
-    source: str
-    """Where it stands: "train.jsonl:218", or "train.parquet: row 218"."""
-    fields: dict[str, Any]
-
-
-Found = Iterator[Raw | DataError]
+Found = Iterator[RawRecord | DataError]
 
 
 def read_objects(path: str) -> Found:
     """Yields every object of a file or hub data set in order, with a DataError in place of each broken one.
 
     Args:
-        path: a file with an extension of `READERS`, or `owner/name[:split]` of a hub data set if no such path
-            exists here.
-    Raises: DataError: the file as a whole cannot be read: missing, a folder, empty, of unknown kind.
+        path: a file with an extension of `READERS`, or `owner/name[:split]` of a hub data set if no local path has
+            this name.
+    Raises: DataError: the path is missing, a folder, empty or of an unknown kind.
     """
     if is_hub_id(path):
-        from loratune.data.hub import read_hub  # `datasets` takes a second to import and is rarely needed
+        from loratune.data.hub import read_hub  # importing `datasets` takes a second, and few runs need it
 
         return _not_empty(path, read_hub(path))
     reader = _reader(path)
@@ -59,14 +55,14 @@ def read_objects(path: str) -> Found:
 
 
 def content_hash(path: str) -> str:
-    """SHA-256 (hex) of a file's bytes, or of the rows of a hub data set: two equal hashes are equal data.
+    """SHA-256 (hex) of a file's bytes, or of the rows of a hub data set. Equal hashes mean equal data.
 
-    Raises: DataError: there is nothing to read at `path`.
+    Raises: DataError: `path` cannot be read.
     """
     digest = hashlib.sha256()
     if is_hub_id(path):
         for found in read_objects(path):
-            if isinstance(found, Raw):
+            if isinstance(found, RawRecord):
                 digest.update(json.dumps(found.fields, sort_keys=True, default=str).encode())
         return digest.hexdigest()
     _reader(path)
@@ -77,13 +73,13 @@ def content_hash(path: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a hub data set: nothing of that name is here, and it looks like owner/name[:split]."""
+    """True if `path` looks like owner/name[:split] and no local file or folder has this name."""
     looks_local = Path(path).suffix.lower() in READERS or Path(path).parent.is_dir()
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and not looks_local
 
 
 def _reader(path: str) -> Callable[[str], Found]:
-    """The reader for the file's extension, after making sure that there is a file with content."""
+    """The reader for the file's extension. Raises DataError unless `path` is a file with content."""
     place = Path(path)
     if place.is_dir():
         inside = sorted(child.name for child in place.iterdir() if child.suffix.lower() in READERS)
@@ -146,14 +142,14 @@ def _text(path: str) -> str:
 
 
 class _Strict(json.JSONDecoder):
-    """RFC 8259: no NaN or Infinity, and no key twice in one object (json would keep the last, silently)."""
+    """A decoder for RFC 8259: no NaN or Infinity, and no duplicate keys, of which json silently keeps the last."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 class _NotStrict(ValueError):
-    """Text that json would accept though the standard, and the reader's intent, would not."""
+    """Text that `json` accepts although the standard does not."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -183,23 +179,23 @@ def _read_jsonl(path: str) -> Found:
             yield DataError(f"{source}: {error}")
 
 
-def _object(source: str, value: Any, written: str) -> Raw | DataError:
+def _object(source: str, value: Any, written: str) -> RawRecord | DataError:
     if isinstance(value, dict):
-        return _half_character(source, value, written) or Raw(source, value)
+        return _half_character(source, value, written) or RawRecord(source, value)
     kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
     kind = kinds.get(type(value), "a number")
     return DataError(f'{source}: this is {kind}; a record must be an object such as {{"text": "..."}}')
 
 
 def _half_character(source: str, value: Any, written: str) -> DataError | None:
-    """JSON may escape half of a surrogate pair, which is no character and which no tokenizer accepts."""
+    """An error if a string holds half of a surrogate pair. JSON can escape one, but no tokenizer accepts it."""
     if "\\ud" not in written.lower():
         return None
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        return DataError(f"{source}: \\u{ord(half):04x} is half of a surrogate pair, not a character; mend the text")
+        return DataError(f"{source}: \\u{ord(half):04x} is half of a surrogate pair, not a character; fix the text")
     return None
 
 
@@ -215,7 +211,7 @@ def _broken(source: str, message: str, column: int, line: str) -> DataError:
 
 
 def _read_json(path: str) -> Found:
-    """A list of objects, or {"data": [...]}: element by element, so that each knows its line."""
+    """Reads a list of objects, or {"data": [...]}, element by element, so that each has its line number."""
     text = _text(path)
     try:
         start = _list_start(path, text)
@@ -230,7 +226,7 @@ def _read_json(path: str) -> Found:
 
 
 def _list_start(path: str, text: str) -> int:
-    """Offset of the "[" that opens the list of records; -1 if the file is really JSONL."""
+    """Offset of the "[" that opens the list of records; -1 if the file holds JSONL."""
     start = _skip(text, 0)
     if text.startswith("[", start):
         return start
@@ -328,14 +324,16 @@ def _header(source: str, row: list[str]) -> list[str]:
     return names
 
 
-def _csv_record(source: str, fields: dict[str, Any]) -> Raw | DataError:
+def _csv_record(source: str, fields: dict[str, Any]) -> RawRecord | DataError:
     for name in JSON_COLUMNS:
         if fields.get(name, "").strip():
             try:
                 fields[name] = _Strict().decode(fields[name])
             except ValueError as error:
                 return DataError(f'{source}: the column "{name}" must hold JSON: {error}')
-    return Raw(source, {name: value for name, value in fields.items() if value != "" or name not in JSON_COLUMNS})
+    return RawRecord(
+        source, {name: value for name, value in fields.items() if value != "" or name not in JSON_COLUMNS}
+    )
 
 
 def _read_text(path: str) -> Found:
@@ -347,12 +345,12 @@ def _read_text(path: str) -> Found:
                 first_line = number
             document.append(line.rstrip("\r"))
         elif document:
-            yield Raw(f"{path}:{first_line}", {"text": "\n".join(document)})
+            yield RawRecord(f"{path}:{first_line}", {"text": "\n".join(document)})
             document = []
 
 
 def _read_parquet(path: str) -> Found:
-    import pyarrow  # a large library, which no other format needs
+    import pyarrow  # a large library that only this format needs
     import pyarrow.parquet
 
     try:
@@ -361,19 +359,10 @@ def _read_parquet(path: str) -> Found:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield Raw(f"{path}: row {number}", without_nulls(row))
+                    yield RawRecord(f"{path}: row {number}", without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be read as Parquet: {reason}") from error
-
-
-def without_nulls(value: Any) -> Any:
-    """Drops the null fields that a column of unlike objects was filled up with to make one Arrow type of them."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 READERS: dict[str, Callable[[str], Found]] = {

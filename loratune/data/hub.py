@@ -1,4 +1,4 @@
-"""Hub data sets through the `datasets` library: rows to raw objects, its errors to ours."""
+"""Hub data sets to raw objects, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 import datasets
 
 from loratune import hub
-from loratune.data.files import Raw, without_nulls
+from loratune.data.record import RawRecord, without_nulls
 from loratune.errors import DataError, nearest
 
 
-def read_hub(name: str) -> Iterator[Raw]:
+def read_hub(name: str) -> Iterator[RawRecord]:
     """Yields the rows of a hub data set's split.
 
     Args:
         name: "owner/name" for the split "train", or "owner/name:split".
-    Raises: DataError: no such data set or split, or the hub cannot be reached and it was not downloaded before.
+    Raises: DataError: there is no such data set or split, or the hub cannot be reached and there is no local copy.
     """
     dataset_id, _, split = name.partition(":")
     try:
@@ -35,4 +35,4 @@ def read_hub(name: str) -> Iterator[Raw]:
             f"{nearest(chosen, splits)}"
         )
     for number, row in enumerate(splits[chosen], start=1):
-        yield Raw(f"{name}: row {number}", without_nulls(dict(row)))
+        yield RawRecord(f"{name}: row {number}", without_nulls(dict(row)))

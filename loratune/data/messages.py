@@ -1,18 +1,17 @@
-"""A list of chat messages, checked and brought into the one shape that chat templates expect.
+"""Chat messages: checks them and converts them to the one form that chat templates expect.
 
-The shape is OpenAI's (role, content, tool_calls, name, tool_call_id, and weight 0 or 1 on an assistant's message)
-with the two changes that transformers' templates ask for: text parts are joined to one string, and the arguments
-of a tool call are an object, not JSON in a string. ShareGPT's from/value pairs are converted into it. Everything
-else of a message goes to the template untouched.
+The form is OpenAI's: role, content, tool_calls, name, tool_call_id, and on an assistant's message weight 0 or 1. Two
+details follow transformers' templates: text parts are joined to one string, and the arguments of a tool call are an
+object, not JSON in a string. All other fields of a message reach the template unchanged.
 Source: https://platform.openai.com/docs/api-reference/chat and transformers' chat templating guide.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import Any
 
+from loratune.data.record import Message, misspelt
 from loratune.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,14 +31,12 @@ SHAREGPT_ROLES = {
 }
 SYNONYMS = SHAREGPT_ROLES | {"bot": "assistant", "ai": "assistant", "developer": "system", "prompter": "user"}
 
-Message = dict[str, Any]
-
 
 def check_messages(source: str, value: Any) -> tuple[Message, ...]:
-    """Returns the messages in the shape that templates expect.
+    """Returns the messages in the form that templates expect.
 
-    Raises: DataError: anything that would make a template fail or train on nothing: a wrong role, content that
-        is missing or not text, an empty answer, no answer at all, an answer to nothing.
+    Raises: DataError: a template would fail or nothing would be trained, because of a wrong role, missing content,
+        content other than text, an empty answer, no answer at all, or an answer without a question.
     """
     if not isinstance(value, list):
         raise DataError(f'{source}: "messages" must be a list of messages, not {type(value).__name__}')
@@ -50,39 +47,12 @@ def check_messages(source: str, value: Any) -> tuple[Message, ...]:
     return messages
 
 
-def from_sharegpt(source: str, value: Any) -> list[Message]:
-    """Converts ShareGPT turns {"from": "human", "value": "..."} to messages, not yet checked.
-
-    Raises: DataError: a turn without "from" or "value", or with an unknown speaker.
-    """
-    if not isinstance(value, list):
-        raise DataError(f'{source}: "conversations" must be a list of turns, not {type(value).__name__}')
-    messages: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise DataError(f'{source}: turn {number} must be an object with "from" and "value"{_has(turn)}')
-        speaker = turn["from"]
-        if speaker not in SHAREGPT_ROLES:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise DataError(
-                f'{source}: turn {number} is from "{speaker}"; speakers are {known}.'
-                f"{nearest(str(speaker), SHAREGPT_ROLES)}"
-            )
-        message: Message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
-        if speaker == "function_call":
-            message = {"role": "assistant", "tool_calls": [_sharegpt_call(source, number, turn["value"])]}
-        if turn.get("weight") is not None:
-            message["weight"] = turn["weight"]
-        messages.append(message)
-    return messages
-
-
 def check_tools(source: str, value: Any) -> list[dict[str, Any]] | None:
-    """The tool descriptions as a list of objects; a string is read as JSON, as some data sets store them.
+    """Returns the tool descriptions as a list of objects. A string is parsed as JSON, since some data sets store it.
 
-    Raises: DataError: not a list of objects.
+    Raises: DataError: the value is not a list of objects.
     """
-    tools = _parsed(source, '"tools"', value)
+    tools = parse_json(source, '"tools"', value)
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -90,16 +60,12 @@ def check_tools(source: str, value: Any) -> list[dict[str, Any]] | None:
     return tools
 
 
-def misspelt(name: str, fields: Any) -> str:
-    """A question about the field that resembles the missing `name`, or ''."""
-    close = difflib.get_close_matches(name, [str(field) for field in fields] if isinstance(fields, dict) else [], n=1)
-    return f' Is "{close[0]}" meant to be "{name}"?' if close else ""
-
-
 def _message(source: str, number: int, item: Any) -> Message:
     where = f"{source}: message {number}"
     if not isinstance(item, dict) or "role" not in item:
-        raise DataError(f'{where} must be an object with "role" and "content"{_has(item)}.{misspelt("role", item)}')
+        raise DataError(
+            f'{where} must be an object with "role" and "content"{listed_fields(item)}.{misspelt("role", item)}'
+        )
     role = item["role"]
     if role not in ROLES:
         synonym = SYNONYMS.get(str(role).lower())
@@ -118,7 +84,7 @@ def _content(where: str, message: Message) -> str:
     if content is None:
         if message.get("tool_calls"):
             return ""
-        raise DataError(f'{where} has no "content"{_has(message)}.{misspelt("content", message)}')
+        raise DataError(f'{where} has no "content"{listed_fields(message)}.{misspelt("content", message)}')
     if isinstance(content, list):
         content = "".join(_part(where, part) for part in content)
     if not isinstance(content, str):
@@ -157,18 +123,20 @@ def _tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f'{where} has a tool call without a function "name"')
-    arguments = _parsed(where, "the arguments of a tool call", function.get("arguments", {}))
+    arguments = parse_json(where, "the arguments of a tool call", function.get("arguments", {}))
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: the arguments of a tool call must be an object, or one as JSON in a string")
     whole = function | {"arguments": arguments}
     return call | {"function": whole} if "function" in call else {"type": "function", "function": whole}
 
 
-def _sharegpt_call(source: str, number: int, value: Any) -> Any:
-    return _parsed(source, f"turn {number} (function_call)", value)
+def parse_json(where: str, name: str, value: Any) -> Any:
+    """Parses a string as JSON, an empty one as None, and returns any other value unchanged.
 
-
-def _parsed(where: str, what: str, value: Any) -> Any:
+    Args:
+        name: the value's name in the error.
+    Raises: DataError: the string is not JSON.
+    """
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -176,7 +144,7 @@ def _parsed(where: str, what: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: {what} must be JSON: {error}") from error
+        raise DataError(f"{where}: {name} must be JSON: {error}") from error
 
 
 def _check_turns(source: str, messages: tuple[Message, ...]) -> None:
@@ -192,7 +160,8 @@ def _check_turns(source: str, messages: tuple[Message, ...]) -> None:
         )
 
 
-def _has(item: Any) -> str:
+def listed_fields(item: Any) -> str:
+    """The end of an error about a missing field: "; it has" and the fields, or the type of a value without fields."""
     if not isinstance(item, dict):
         return f", not {type(item).__name__}"
     return "; it has " + (", ".join(f'"{key}"' for key in item) or "no fields")

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.config import DataConfig, TrainOn
 from loratune.data.examples import Batch, Example, RenderJob, prompt_ids, reference, render_batch
-from loratune.data.records import Record, raise_all
+from loratune.data.record import Record
+from loratune.data.records import raise_all
 from loratune.data.template import end_token, plain_prefix, read_template, require_template, special_tokens
 from loratune.errors import ConfigError, DataError
 

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.messages import Message
+from loratune.data.record import Message
 from loratune.errors import ConfigError, DataError, ModelError
 
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)

@@ -11,7 +11,8 @@ from loratune.base.forward import prepare
 from loratune.base.load import max_document_tokens
 from loratune.config import DataConfig, RunConfig
 from loratune.data.feed import rows_of_epoch
-from loratune.data.records import Record, read_records
+from loratune.data.record import Record
+from loratune.data.records import read_records
 from loratune.data.render import prompt_ids, reference, render
 from loratune.errors import DataError
 from loratune.infer.evaluate import Evaluation, ExactMatch, Loss, exact_match

@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.load import max_document_tokens
-from loratune.data.messages import Message
+from loratune.data.record import Message
 from loratune.data.template import chat_text, encode, plain_prefix
 from loratune.errors import ConfigError, DataError, LoratuneError, nearest
 from loratune.infer.engine import Detokenizer, Sampling, stream

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune.config import DataConfig, TrainOn
 from loratune.data.messages import check_messages
-from loratune.data.records import Record
+from loratune.data.record import Record
 from loratune.data.render import Example, Rendered, prompt_ids, reference, render
 from loratune.errors import DataError, ModelError
 from tests.data.toy_tokenizers import (

@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from loratune.data.files import Raw, content_hash, is_hub_id, read_objects
+from loratune.data.files import content_hash, is_hub_id, read_objects
+from loratune.data.record import RawRecord
 from loratune.errors import DataError
 
 
@@ -21,7 +22,7 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def found(path: str, content: str | bytes) -> list[Raw | DataError]:
+def found(path: str, content: str | bytes) -> list[RawRecord | DataError]:
     Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
     return list(read_objects(path))
 
@@ -36,9 +37,9 @@ def only_fault(path: str, content: str | bytes) -> str:
     return str(faults[0])
 
 
-def sources(items: list[Raw | DataError]) -> list[str]:
-    assert all(isinstance(item, Raw) for item in items)
-    return [item.source for item in items if isinstance(item, Raw)]
+def sources(items: list[RawRecord | DataError]) -> list[str]:
+    assert all(isinstance(item, RawRecord) for item in items)
+    return [item.source for item in items if isinstance(item, RawRecord)]
 
 
 def test_jsonl_numbers_lines_as_an_editor_does() -> None:
@@ -59,7 +60,7 @@ def test_jsonl_under_the_name_json_is_read() -> None:
 
 def test_a_whole_surrogate_pair_is_a_character() -> None:
     (item,) = found("a.jsonl", '{"a": "\\ud83e\\udd8a"}')
-    assert item == Raw("a.jsonl:1", {"a": "🦊"})
+    assert item == RawRecord("a.jsonl:1", {"a": "🦊"})
 
 
 def test_byte_order_mark_is_accepted() -> None:
@@ -144,7 +145,7 @@ def test_missing_file_lists_what_is_near() -> None:
 
 def test_one_broken_line_does_not_hide_the_next() -> None:
     items = found("a.jsonl", '{"a"}\n{"text": "fine"}\n[]\n')
-    assert [type(item) for item in items] == [DataError, Raw, DataError]
+    assert [type(item) for item in items] == [DataError, RawRecord, DataError]
 
 
 def test_hash_is_of_the_content() -> None:
@@ -165,6 +166,7 @@ def test_only_what_is_not_here_is_a_hub_id() -> None:
 HUB_SCRIPT = """
 import sys
 from loratune.data.hub import read_hub
+from loratune.data.record import RawRecord
 from loratune.errors import DataError
 print([raw.fields["text"] for raw in read_hub("owner")], next(read_hub("owner")).source)
 for name in ("owner:tset", "nobody/nothing"):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from loratune.data.messages import check_messages, check_tools, from_sharegpt
+from loratune.data.formats import sharegpt
+from loratune.data.messages import check_messages, check_tools
+from loratune.data.record import RawRecord
 from loratune.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
@@ -77,7 +79,8 @@ def test_sharegpt_becomes_messages() -> None:
         {"from": "human", "value": "q"},
         {"from": "gpt", "value": "b"},
     ]
-    messages = check_messages("f:1", from_sharegpt("f:1", turns))
+    messages = sharegpt.FORMAT.convert(RawRecord("f:1", {"conversations": turns})).messages
+    assert messages is not None
     assert [message["role"] for message in messages] == [
         "system",
         "user",
@@ -103,7 +106,7 @@ def test_sharegpt_becomes_messages() -> None:
 )
 def test_sharegpt_faults(turns: Any, message: str) -> None:
     with pytest.raises(DataError) as fault:
-        from_sharegpt("f:1", turns)
+        sharegpt.FORMAT.convert(RawRecord("f:1", {"conversations": turns}))
     assert message in str(fault.value)
 
 

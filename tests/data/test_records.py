@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from loratune.config import DataFormat
-from loratune.data.records import Record, read, read_records
+from loratune.data.record import Record
+from loratune.data.records import read, read_records
 from loratune.errors import ConfigError, DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

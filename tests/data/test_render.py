@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratune.config import DataConfig
-from loratune.data.records import Record
+from loratune.data.record import Record
 from loratune.data.render import RECORDS_PER_BATCH, Rendered, render
 from loratune.errors import ConfigError, DataError, ModelError
 from tests.data.toy_tokenizers import CHATML, stop_ids, toy_tokenizer

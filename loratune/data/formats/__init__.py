@@ -1,0 +1,1 @@
+"""Record formats, one file each. The table is `loratune.tables.FORMATS`."""

@@ -1,0 +1,25 @@
+"""Tables of extension points: name -> "module:object", imported on first use.
+
+`config` reads the names, because settings accept them. The package that owns the concept imports the objects. Nothing
+is imported here, so help and argument errors stay fast. An extension is one file and one line in a table.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+FORMATS: dict[str, str] = {
+    "messages": "loratune.data.formats.messages:FORMAT",
+    "sharegpt": "loratune.data.formats.sharegpt:FORMAT",
+    "alpaca": "loratune.data.formats.alpaca:FORMAT",
+    "prompt_completion": "loratune.data.formats.prompt_completion:FORMAT",
+    "text": "loratune.data.formats.text:FORMAT",
+}
+"""Record formats (`loratune.data.record.RecordFormat`). If a record fits several, the first one counts."""
+
+
+def load_entry(location: str) -> Any:
+    """Imports the object at "module:object"."""
+    module, _, name = location.partition(":")
+    return getattr(import_module(module), name)

@@ -28,8 +28,9 @@ from torch import Tensor
 from benchmarks.ladder import CASES, measure, release
 from benchmarks.shapes import SHAPES
 from loratune.ops import layer
-from loratune.ops.low_rank import AdapterSlices, down_project
+from loratune.ops.low_rank import down_project
 from loratune.ops.measure import PAD_COLUMNS, Measure, behind, measured
+from loratune.ops.projection import StackedAdapters
 from loratune.precision import fp8, fp8_kernels
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 
@@ -74,8 +75,8 @@ def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8
     held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(weight)], ranks)
     adapter = torch.randn(ranks, d_in, device="cuda", dtype=BF16) / d_in**0.5
     other = torch.randn(d_out, ranks, device="cuda", dtype=BF16) * 1e-3
-    member = AdapterSlices([slice(0, d_out)], [slice(0, ranks)], [1.0])
-    return Fp8Projection.around(held, None, (adapter, other), member, both_ways=both_ways)
+    member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
+    return Fp8Projection.of(held, None, (adapter, other), member, hold_transposed=both_ways)
 
 
 def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) -> dict[str, object]:
@@ -103,7 +104,7 @@ def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) ->
         found["turned_alone_us"] = timed(lambda: fp8.transposed(p.frozen.values))
         found["product_us"] = timed(lambda: fp8.product(rows, turned, p.frozen.column_scale, BF16))
     else:
-        found["product_us"] = timed(lambda: fp8.product(rows, p.bordered, p.frozen.scale[:, 0], BF16))
+        found["product_us"] = timed(lambda: fp8.product(rows, p.augmented, p.frozen.scale[:, 0], BF16))
     return found
 
 

@@ -53,7 +53,8 @@ def measure(
     from loratune.lora.inject import attach
     from loratune.ops.attention import documents as attention
     from loratune.ops.attention import flash
-    from loratune.precision.loading import FORMS
+    from loratune.precision.contract import weight_format
+    from loratune.precisions import QUANTISED
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
@@ -61,7 +62,7 @@ def measure(
     global IMPORTED
     IMPORTED = IMPORTED or time.perf_counter() - STARTED
     started = time.perf_counter() - IMPORTED
-    model = model_of(shape, form=FORMS.get(precision))
+    model = model_of(shape, form=weight_format(precision).quantise if precision in QUANTISED else None)
     torch.cuda.synchronize()
     built = time.perf_counter() - started
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

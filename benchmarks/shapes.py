@@ -20,7 +20,7 @@ from transformers import (
 
 from loratune.data.examples import Example
 from loratune.data.pack import Row, make_row
-from loratune.ops.frozen import Frozen
+from loratune.ops.frozen import FrozenWeight
 from loratune.precision import nf4
 from loratune.precision.linear import quantise_linears
 from loratune.precision.nf4 import Nested, Nf4Weight
@@ -84,7 +84,9 @@ def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
     return Nf4Weight(codes, absmax, nested, nf4.nf4_book(device), (d_out, d_in), weight.dtype)
 
 
-def model_of(shape: str, device: str = "cuda", form: Callable[[Tensor], Frozen] | None = None) -> PreTrainedModel:
+def model_of(
+    shape: str, device: str = "cuda", form: Callable[[Tensor], FrozenWeight] | None = None
+) -> PreTrainedModel:
     """A frozen bfloat16 model with random weights; `form` quantises its layers one by one as they are made."""
     config, kind = _kind(shape)
     settings = SHAPES[shape] | {"max_position_embeddings": 8192}

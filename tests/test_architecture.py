@@ -24,11 +24,8 @@ ALLOWED = {
 KNOWN: set[str] = {
     "class Adapter",
     "class Checkpoint",
-    "class Held",
     "class Settings",
-    "class Stored",
     "class Updates",
-    "loratune.data.files -> loratune.data.hub -> loratune.data.files",
     "loratune.fused.block is too long",
     "loratune.fused.layer -> loratune.base.one_pass",
     "loratune.memory.budget._layer is cached",

@@ -7,7 +7,6 @@ import torch
 import transformers as tf
 
 import loratune as lt
-from loratune.base import load as loading
 from loratune.base.forward import fuse, prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.examples import Example
@@ -15,6 +14,7 @@ from loratune.data.pack import make_row
 from loratune.errors import ModelError
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
+from loratune.precision import fp8
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.linear import quantised_layers
 from loratune.training.optim import adamw
@@ -80,9 +80,9 @@ def one_step(model, forward, plan):
     """Loss and gradients of one row."""
     forward.plan = plan
     with forward.installed():
-        carried = forward._copies.carried
+        carried = forward._copies.refreshed
         assert len(carried) == 2 * 4
-        assert all((p.turned is not None) == (plan is not None and plan.both_ways) for p in carried)
+        assert all((p.transposed is not None) == (plan is not None and plan.both_ways) for p in carried)
         loss = row_loss(forward, a_row())
         loss.backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]
@@ -125,6 +125,6 @@ def test_an_adapter_is_switched_on_and_off_without_a_trace(folder):
 
 
 def test_a_gpu_without_8_bit_products_is_named_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(loading.fp8, "supported", lambda device: False)
+    monkeypatch.setattr(fp8, "supported", lambda device: False)
     with pytest.raises(ModelError, match=r"fp8.*8\.9"):
         lt.load("no/such-model", "fp8", "cpu")

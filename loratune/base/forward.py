@@ -37,8 +37,7 @@ from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.host import HostOffload, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.state import ForwardState
-from loratune.precision.fp8 import Fp8Weight
-from loratune.precision.linear import quantised_layers
+from loratune.precision.linear import formats_in
 
 _PROBE_LENGTHS = (7, 12, 4)
 _ROADS = ("documents", "positions", "one by one")
@@ -330,11 +329,6 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def _tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
-    """Far above what rounding does through a deep model, far below what one foreign document does (order 1).
-
-    Where products run in 8 bits, a last bit that differs sends some of the elements behind it to the other neighbour,
-    an eighth away; after a few layers the roundings of two runs are as good as independent.
-    """
-    if any(isinstance(layer.frozen, Fp8Weight) for _, layer in quantised_layers(model)):
-        return 0.3
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    """Relative error far above rounding in a deep model, and far below that of one foreign document (order 1)."""
+    rounding = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return max([rounding, *(form.forward_tolerance or 0.0 for form in formats_in(model))])

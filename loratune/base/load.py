@@ -31,8 +31,9 @@ from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
 from loratune.ops.attention import documents as attention
-from loratune.precision import fp8
-from loratune.precision.loading import FORMS, form_of_files, load_quantised
+from loratune.precision.contract import weight_format
+from loratune.precision.loading import form_of_files, load_quantised
+from loratune.precisions import QUANTISED
 
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""
@@ -92,20 +93,21 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
-    if precision == "fp8" and not fp8.supported(where):
-        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-        raise ModelError(f"--precision fp8: {name} multiplies no 8-bit numbers (compute capability 8.9); try nf4")
+    wanted = weight_format(precision) if precision in QUANTISED else None
+    why = None if wanted is None else wanted.why_unsupported(where)
+    if why is not None:
+        raise ModelError(f"--precision {precision}: {why}")
     source = resolve(model)
     config = load_config(model)
     _check_causal(model, config)
-    files = form_of_files(model, config, precision)
+    files = form_of_files(model, config, wanted)
     try:
-        if precision in FORMS or files in ("4-bit", "8-bit"):
+        if wanted is not None or files.reader is not None:
             dtype = _compute_dtype(precision, where, config)
-            loaded, missing = load_quantised(_local(source), config, dtype, where, FORMS.get(precision))
+            loaded, missing = load_quantised(_local(source), config, dtype, where, files, wanted)
         else:
             loaded, missing = _load_dense(source, config, precision, where)
-            if files == "dequantised" and where.type == "cpu" and precision == "auto":
+            if files.dequantised and where.type == "cpu" and precision == "auto":
                 loaded = loaded.float()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError | torch.OutOfMemoryError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune import atomic
 from loratune.errors import AdapterError, ModelError, OutputError
 from loratune.lora.state import find
-from loratune.precision import nf4_files
-from loratune.precision.linear import count_parameters, quantised_layers
-from loratune.precision.nf4 import Nf4Weight
+from loratune.precision.linear import count_parameters, formats_in, quantised_layers
 from loratune.units import size
 
 
@@ -55,13 +54,13 @@ def save_quantised(
     """
     folder = Path(out)
     layers = [layer for _, layer in quantised_layers(model)]
-    nested = {layer.frozen.nested is not None for layer in layers if isinstance(layer.frozen, Nf4Weight)}
-    if not nested:
+    settings = _quantization_config(model)
+    if settings is None:
         raise ModelError(f'{model.name_or_path}: nothing in this model is in 4 bits; load it with precision="nf4"')
     if find(model) is not None:
         raise AdapterError("the model has adapters; detach them, and save each by itself")
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
-        model.config.quantization_config = nf4_files.quantization_config(model.dtype, nested=True in nested)
+        model.config.quantization_config = settings
         try:
             model.save_pretrained(temporary, state_dict={n: t.cpu() for n, t in model.state_dict().items()})
         except SafetensorError as error:  # how its Rust code reports a full disk
@@ -72,3 +71,13 @@ def save_quantised(
             tokenizer.save_pretrained(temporary)
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     return Quantised(folder, file_bytes, len(layers), count_parameters(model))
+
+
+def _quantization_config(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The `quantization_config` of the model's precision; None if it has no files of its own."""
+    for form in formats_in(model):
+        weights = [layer.frozen for _, layer in quantised_layers(model) if layer.frozen.precision == form.name]
+        settings = form.quantization_config(weights, model.dtype)
+        if settings is not None:
+            return settings
+    return None

@@ -28,15 +28,10 @@ from torch.autograd.function import once_differentiable
 from loratune.fused.policy import TILE, Level, tiles
 from loratune.ops import layer
 from loratune.ops.attention.recorded import Attend, RecordedAttention
-from loratune.ops.bank.projection import BankProjection
 from loratune.ops.host import HostOffload
 from loratune.ops.low_rank import GradientOperands, gradients_of
 from loratune.ops.measure import Measure
-from loratune.precision.fp8_projection import Fp8Projection
-from loratune.precision.projection import Projection
-
-AnyProjection = Projection | Fp8Projection | BankProjection
-"""What `d_inner` gives is handed on to `d_input` and `d_adapters` of the same projection; each kind has its own."""
+from loratune.ops.projection import LinkedActivation, Projection
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class Above(NamedTuple):
 class Before:
     """What is fixed about the part before attention."""
 
-    projection: AnyProjection
+    projection: Projection
     norm: Tensor
     eps: float
     heads: Heads
@@ -126,16 +121,17 @@ class Before:
 
     def dropping(self, row: Tensor) -> Before:
         """The same with dropout, see `precision.projection`."""
-        return replace(self, projection=self.projection.dropping(row))
+        return replace(self, projection=self.projection.with_dropout(row))
 
 
 @dataclass(frozen=True)
 class Behind:
     """What is fixed about the part behind attention."""
 
-    output: AnyProjection
-    gate_up: AnyProjection
-    down: AnyProjection
+    output: Projection
+    gate_up: Projection
+    activation: LinkedActivation
+    down: Projection
     norm: Tensor
     eps: float
     up: Passage
@@ -143,12 +139,12 @@ class Behind:
 
     def dropping(self, row: Tensor) -> Behind:
         """The same with dropout, see `precision.projection`."""
-        output, gate_up, down = (p.dropping(row) for p in (self.output, self.gate_up, self.down))
+        output, gate_up, down = (p.with_dropout(row) for p in (self.output, self.gate_up, self.down))
         return replace(self, output=output, gate_up=gate_up, down=down)
 
     def at(self, part: slice) -> Behind:
         """The same for the MLP of some of the row's tokens."""
-        return replace(self, gate_up=self.gate_up.at(part.start), down=self.down.at(part.start))
+        return replace(self, gate_up=self.gate_up.from_token(part.start), down=self.down.from_token(part.start))
 
 
 @dataclass(frozen=True)
@@ -269,13 +265,13 @@ class _Layer(torch.autograd.Function):
         del dy
         (h, inner), kept.stream = kept.stream, None
         del h
-        d_inner: Any = behind.output.d_inner(d_stream)
-        of_behind = _gradients([behind.output.d_adapters(d_stream, d_inner, attended.out, inner), *of_mlp])
+        through_output = behind.output.backward(d_stream)
+        of_behind = _gradients([through_output.d_adapters(attended.out, inner), *of_mlp])
         of_mlp.clear()  # what it was made of
         below: Tensor | None = None
         of_heads: list[Tensor] = []
         if ctx.needs_heads:
-            d_attended = behind.output.d_input(d_stream, d_inner)
+            d_attended = through_output.d_input()
             heads = heads or _turned(x, cos, sin, before)
             d_heads = attended.backward(d_attended, heads.whole)
             heads.turned = None
@@ -342,7 +338,7 @@ def _forward(
         gate_up, inner_gate_up = of_part.gate_up.forward(normed[part])
         if part is parts[-1]:
             del normed
-        y, inner_down = of_part.down.forward_swiglu(gate_up, of_part.gate_up, inner_gate_up)
+        y, inner_down = of_part.down.forward(of_part.activation.forward(gate_up, inner_gate_up))
         if level.keeps_gate_up:
             kept.gate_up = gate_up, inner_gate_up
         del gate_up
@@ -352,7 +348,7 @@ def _forward(
     return behind.up.sum(h, ys.pop()) if len(parts) == 1 else torch.cat(ys), kept
 
 
-def _padding(projection: AnyProjection) -> tuple[int, Measure | None]:
+def _padding(projection: Projection) -> tuple[int, Measure | None]:
     """How an x of this projection is to be written."""
     return projection.pad_columns, projection.measure_x
 
@@ -445,20 +441,18 @@ def _tile_backward(
 ) -> tuple[Tensor, list[GradientOperands | list[Tensor]]]:
     """Gradient of the stream, and what makes those of the adapters, from one tile of tokens; empties `held`."""
     gate_up, inner_gate_up = held.pop()
-    d_inner: Any = behind.down.d_inner(dy)
-    d_inner_gate_up: Any
-    d_active = behind.down.d_input(dy, d_inner)
-    d_gate_up, active, d_inner_gate_up = behind.gate_up.swiglu_backward(
-        gate_up, inner_gate_up, d_active, behind.down, d_inner
-    )
+    through_down = behind.down.backward(dy)
+    d_active = through_down.d_input()
+    d_gate_up, active = behind.activation.backward(gate_up, inner_gate_up, d_active, through_down)
     del gate_up, d_active
-    of_down = behind.down.d_adapters(dy, d_inner, active, inner_down)
+    of_down = through_down.d_adapters(active, inner_down)
     del active
-    d_normed = behind.gate_up.d_input(d_gate_up, d_inner_gate_up)
+    through_gate_up = behind.gate_up.backward(d_gate_up)
+    d_normed = through_gate_up.d_input()
     d_past = dy[:, : h.shape[1]]
     pad, measure = behind.output.pad_columns, behind.output.measure_dy
     d_h, normed = layer.rms_norm_backward(d_normed, d_past, h, behind.norm, behind.eps, pad, measure)
-    of_gate_up = behind.gate_up.d_adapters(d_gate_up, d_inner_gate_up, normed, inner_gate_up)
+    of_gate_up = through_gate_up.d_adapters(normed, inner_gate_up)
     return d_h, [of_gate_up, of_down]
 
 
@@ -480,10 +474,10 @@ def _heads_backward(
     dy = layer.rotate_backward(d_query, d_key, d_value, cos, sin, heads.unturned, norm, eps, pad, measure)
     heads.unturned = None
     del d_query, d_key, d_value
-    d_inner: Any = before.projection.d_inner(dy)
+    through_projection = before.projection.backward(dy)
     below: Tensor | None = None
     if needs_below:
-        d_normed = before.projection.d_input(dy, d_inner)
+        d_normed = through_projection.d_input()
         d_past = d_stream[:, : x.shape[1]]
         down = before.down
         d_x, normed = layer.rms_norm_backward(
@@ -492,4 +486,4 @@ def _heads_backward(
         below = down.enter(d_x)
     else:
         normed = layer.rms_norm(x, before.norm, before.eps)
-    return below, _gradients([before.projection.d_adapters(dy, d_inner, normed, heads.inner)])
+    return below, _gradients([through_projection.d_adapters(normed, heads.inner)])

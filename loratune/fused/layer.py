@@ -9,7 +9,7 @@ takes the fused layers only if they reproduce the model's own hidden states.
 While rows run, each such layer is stood in for by a `FusedLayer` that shares all of its children, so parameter paths
 stay what they are. The adapters' float32 masters are cast once a forward into working copies, and while they train
 they drop what the modules would (`ops.dropout`).
-The frozen weights of projections that read the same input are laid side by side in memory (`precision.border`).
+The frozen weights of projections that read the same input are laid side by side in memory (`precision.dense`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from loratune.base import one_pass
 from loratune.fused import block
+from loratune.fused.activation import SwiGlu
 from loratune.fused.policy import ActivationPlan, Level
-from loratune.fused.stacking import Copies, adapter_of, can_stack, dropout_of, masters_of, projection_of
+from loratune.fused.stacking import (
+    Copies,
+    adapter_of,
+    can_stack,
+    dropout_of,
+    masters_of,
+    mlp_of,
+    of_one_form,
+    projection_of,
+)
 from loratune.ops.attention import documents as attention
-from loratune.ops.bank.projection import BankProjection
 from loratune.ops.dropout import random_row_key
 from loratune.ops.host import HostOffload
 from loratune.ops.state import ForwardState
-from loratune.precision.linear import QuantisedLinear
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -79,13 +87,13 @@ class FusedLayer(nn.Module):
         )
         layer.before = block.Before(projection_of(into, copies), _weight(first), _eps(first), heads, below)
         below.above = layer.before.above
-        down = projection_of([_linear(mlp, "down_proj")], copies)
-        gate_up = projection_of([_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], copies)
-        if isinstance(gate_up, BankProjection) and isinstance(down, BankProjection) and down.pool.tables is not None:
-            gate_up, down = replace(gate_up, leaves_output=True), replace(down, leaves_input=True)
+        gate_up, activation, down = mlp_of(
+            [_linear(mlp, "gate_proj"), _linear(mlp, "up_proj")], SwiGlu(), [_linear(mlp, "down_proj")], copies
+        )
         layer.behind = block.Behind(
             projection_of([_linear(attn, "o_proj")], copies),
             gate_up,
+            activation,
             down,
             _weight(second),
             _eps(second),
@@ -227,7 +235,7 @@ def _fusible(layer: nn.Module) -> bool:
     return (
         all(can_stack(module) for module in linears)
         and len({dropout_of(module) for module in linears if adapter_of(module) is not None}) <= 1
-        and len({isinstance(module, QuantisedLinear) for module in linears}) == 1
+        and of_one_form(linears)
         and all(n is None or (isinstance(getattr(n, "weight", None), Tensor) and _eps(n) > 0) for n in norms)
         and isinstance(getattr(attn, "head_dim", None), int)
         and not _trains_more(layer, linears)

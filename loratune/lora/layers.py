@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import AdapterError
 from loratune.lora.contract import Fusion
 from loratune.lora.linear import LoraLayer, LoraLinear
-from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.lora import lora_linear
 from loratune.precision.linear import QuantisedLinear
 
@@ -94,7 +94,7 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
     A merge makes the sum dense, since rounding it to the codes would lose most of the update.
     """
 
-    _before_merge: Frozen | None = None
+    _before_merge: FrozenWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
@@ -113,7 +113,7 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         before = self.frozen
         total = torch.addmm(before.dense().to(left.dtype), left, right, alpha=self.scaling)
         self._before_merge = before if reversible else None
-        self.frozen = Dense(total.to(before.dtype))
+        self.frozen = DenseWeight(total.to(before.dtype))
         self.release()
 
     def unmerge(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
 from loratune.lora.linear import LoraLayer
-from loratune.ops.frozen import Frozen
+from loratune.ops.frozen import FrozenWeight
 
 _ATTRIBUTE = "loratune_adapters"
 
@@ -38,11 +38,11 @@ class LayerWeights:
     """(d_out, r)"""
     scaling: float
 
-    def fits(self, weight: Tensor | Frozen) -> bool:
+    def fits(self, weight: Tensor | FrozenWeight) -> bool:
         """Whether A and B are where the layer's weight is, in the masters' dtype for it."""
         return self.lora_A.device == weight.device and self.lora_A.dtype == master_dtype(weight)
 
-    def follow(self, weight: Tensor | Frozen) -> None:
+    def follow(self, weight: Tensor | FrozenWeight) -> None:
         """Moves A and B to the device of the layer's weight and to the masters' dtype for it."""
         for parameter in (self.lora_A, self.lora_B):
             parameter.data = parameter.data.to(weight.device, master_dtype(weight))
@@ -149,7 +149,7 @@ def uninstall(model: nn.Module) -> None:
     delattr(model, _ATTRIBUTE)
 
 
-def master_dtype(weight: Tensor | Frozen) -> torch.dtype:
+def master_dtype(weight: Tensor | FrozenWeight) -> torch.dtype:
     """dtype in which an adapter of a layer with this weight is kept and trained."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 

@@ -26,6 +26,7 @@ from loratune.memory.devices import DeviceSpec
 from loratune.memory.simulate import SimulatedBytes
 from loratune.memory.survey import ModelSurvey
 from loratune.ops.logprobs import chunk_rows
+from loratune.precision.contract import weight_format
 
 _MIB = 1 << 20
 CONTEXT = 520 * _MIB
@@ -181,16 +182,16 @@ def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
     """One optimizer step; 0 where the device's rates are not known. `setting.tokens` are taken as one document."""
     if device.flops == 0 or survey.shape is None:
         return 0.0
-    shape, tokens = survey.shape, setting.tokens
+    shape, tokens, cost = survey.shape, setting.tokens, weight_format(survey.quantised).cost
     forward = 2.0 * tokens * survey.layer_elements
     attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
     passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
-    unpacking = 2.5 * survey.layer_elements / device.bytes_per_second if survey.quantised == "nf4" else 0.0
+    unpacking = cost.unpack * survey.layer_elements / device.bytes_per_second
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
-    if survey.quantised == "fp8" and not plan.both_ways:  # each weight is turned for the backward
-        once += 2 * survey.layer_elements / device.bytes_per_second
+    if not plan.both_ways:
+        once += cost.transpose * survey.layer_elements / device.bytes_per_second
     # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
-    mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + (2.5 if survey.quantised == "nf4" else 0.0))
+    mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + cost.unpack)
     tiling = (len(tiles(tokens, plan.tile)) - 1) * mlp / device.bytes_per_second
     total = crossing = 0.0
     for level in plan.levels:
@@ -254,7 +255,7 @@ def choose(
         host_limit: bytes of the host's memory that may be pinned; None for any number.
     """
     best: PlanChoice | None = None
-    ways = (True, False) if survey.quantised == "fp8" else (False,)
+    ways = (True, False) if weight_format(survey.quantised).holds_transposed else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
         for family, both_ways in itertools.product(_families(survey.layers), ways):
 

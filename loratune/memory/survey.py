@@ -18,12 +18,10 @@ from loratune.base.recompute import decoder_layers
 from loratune.fused import layer as fused
 from loratune.fused.ledger import LayerShape, rounded
 from loratune.lora.contract import adapter_tensors_of, rank_of
-from loratune.precision import nf4
-from loratune.precision.linear import QuantisedLinear
-from loratune.precision.nf4 import Nf4Weight
+from loratune.precision.contract import weight_format
+from loratune.precision.linear import QuantisedLinear, formats_in
+from loratune.precisions import QUANTISED
 
-_NF4_BYTES = 0.5 + 1 / nf4.BLOCK + 8 / (nf4.BLOCK * nf4.GROUP)
-_FP8_BYTES = 1.0
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -73,7 +71,7 @@ def survey(
         on_gpu: fused layers are for GPUs.
     """
     layers = decoder_layers(model)
-    quantised = precision if precision in ("nf4", "fp8") else _quantised(layers)
+    quantised = precision if precision in QUANTISED else _quantised(layers)
     fusible = on_gpu and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
     per_layer = [_trained_in(layer, ranks) for layer in layers]
     shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []
@@ -108,8 +106,7 @@ def ranks_of(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _quantised(layers: nn.ModuleList) -> str:
-    frozen = next((m.frozen for m in layers.modules() if isinstance(m, QuantisedLinear)), None)
-    return "" if frozen is None else "nf4" if isinstance(frozen, Nf4Weight) else "fp8"
+    return next((form.name for form in formats_in(layers)), "")
 
 
 def _elements(module: nn.Module) -> int:
@@ -135,17 +132,14 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
     total, seen = 0, set()
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
-            frozen = module.frozen
-            in_8_bits = rounded(_FP8_BYTES * _elements(module)) + rounded(4 * module.out_features)
-            total += frozen.nbytes if isinstance(frozen, Nf4Weight) else in_8_bits
+            total += rounded(module.frozen.nbytes)
         adapter = adapter_tensors_of(module)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in seen or name in adapter:
                 continue
             seen.add(id(tensor))
             if id(tensor) in to_quantise:
-                each = _NF4_BYTES if quantised == "nf4" else _FP8_BYTES
-                total += rounded(each * tensor.numel()) + (0 if quantised == "nf4" else rounded(4 * tensor.shape[0]))
+                total += rounded(weight_format(quantised).bytes_held(tensor.shape, tensor.element_size()))
             else:
                 total += rounded(tensor.element_size() * tensor.numel())
     return total

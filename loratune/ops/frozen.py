@@ -1,22 +1,22 @@
-"""A frozen weight, in whichever form it is held: what a LoRA layer needs of W, and nothing else.
+"""Contract of a frozen weight: the products a LoRA layer needs from W, whatever form W has in memory.
 
-A LoRA layer multiplies with W once forward and once backward and never changes it, so W need not be a matrix of
-floating-point numbers: it may be 4-bit codes that become a matrix for the length of one product (`precision.nf4`), or
-8-bit numbers that the product takes as they are (`precision.fp8`). Every form answers the same three questions.
+A LoRA layer multiplies with W once forward and once backward and never changes it. W can therefore be a matrix, 4-bit
+codes that become a matrix for the length of one product (`precision.nf4`), 8-bit numbers that are multiplied directly
+(`precision.fp8`), or a shard that is gathered for the product. Layers, fused layers and banks use this contract only.
 
-Both products can be added `onto` a tensor of their shape and dtype, such as the low-rank part of the layer: where the
-form can, inside the product, so that the total is rounded once. Added to a product that has been rounded already,
-most of what is smaller than half a unit in its last place is lost. A CPU sums so; on an H100 cuBLAS was seen to round
-the product first after all (benchmarks/NOTES.md, 25 November), and only a border (`precision.projection`) avoids it
-there.
-The result may take the place of `onto`, which must not be read afterwards. A bias comes last: added to `onto` first,
-it would round it away.
+Both products can be added onto a tensor of their shape and dtype, usually the low-rank part of the layer. Where the
+form allows, the sum is taken inside the product, so that the total is rounded once. Adding to a product that is
+rounded already loses most of an update smaller than half a unit in its last place. A CPU sums inside the product; on
+an H100, cuBLAS was seen to round the product first, and only the augmented weight (`precision.projection`) avoids it.
+
+The result may reuse the memory of `onto`, so `onto` must not be read afterwards. A bias is added last: added to
+`onto` first, it would round `onto` away.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,12 @@ from torch.nn.functional import linear
 from loratune.ops.products import mm
 
 
-class Frozen(Protocol):
-    """W, (d_out, d_in), that never receives a gradient."""
+class FrozenWeight(Protocol):
+    """W, (d_out, d_in); never receives a gradient and is never written to."""
+
+    @property
+    def precision(self) -> str:
+        """Name of its precision in `loratune.precisions`, or "dense"."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,26 +39,34 @@ class Frozen(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what goes into the products and comes out of them."""
+        """Compute dtype: of the products' operands and results."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is held."""
+        """Device that holds the weight."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, tensors shared with other weights excepted."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b, (N, d_in) -> (N, d_out), added to `onto` if there is one; see above."""
+        """x Wᵀ + b, (N, d_in) -> (N, d_out), added to `onto` if given."""
 
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
-        """dy W, the gradient of x, (N, d_out) -> (N, d_in), added to `onto` if there is one."""
+        """dy W, the gradient of x, (N, d_out) -> (N, d_in), added to `onto` if given."""
 
     def dense(self) -> Tensor:
-        """W itself in `dtype`, (d_out, d_in): the tensor that is held, or one made now. Not to be written to."""
+        """W in the compute dtype, (d_out, d_in): the tensor held, or one made now. Read-only."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FrozenWeight:
+        """The same weight on another device or for another compute dtype."""
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A weight held as a matrix of floating-point numbers."""
+class DenseWeight:
+    """A weight held as a matrix of floating-point numbers, of any strides."""
 
+    precision: ClassVar[str] = "dense"
     weight: Tensor
 
     @property
@@ -65,13 +77,18 @@ class Dense:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix."""
+        """Dtype of the matrix."""
         return self.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the matrix."""
+        """Device of the matrix."""
         return self.weight.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.weight.nbytes
 
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
@@ -88,9 +105,13 @@ class Dense:
         """The matrix."""
         return self.weight
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> DenseWeight:
+        """The matrix on another device or in another dtype."""
+        return DenseWeight(self.weight.to(device, dtype))
 
-def frozen_linear(x: Tensor, frozen: Frozen, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b as one autograd node; (..., d_in) -> (..., d_out). Keeps nothing of x or W for the backward."""
+
+def frozen_linear(x: Tensor, frozen: FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b as one autograd node; (..., d_in) -> (..., d_out). Saves neither x nor W for the backward."""
     x = x.to(frozen.dtype)
     bias = None if bias is None else bias.to(frozen.dtype)
     if torch.is_grad_enabled():
@@ -101,7 +122,7 @@ def frozen_linear(x: Tensor, frozen: Frozen, bias: Tensor | None = None) -> Tens
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, frozen: FrozenWeight, bias: Tensor | None) -> Tensor:
         ctx.frozen, ctx.x_shape = frozen, x.shape
         return frozen.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], frozen.shape[0])
 

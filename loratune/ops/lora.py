@@ -22,14 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from loratune.errors import AdapterError
 from loratune.ops.dropout import drop
-from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.low_rank import AdapterSlices, down_project, gradients
 from loratune.ops.state import ForwardState
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Frozen,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -83,7 +83,7 @@ def lora_linear(
 
 def _forward(
     rows: Tensor,  # (N, d_in)
-    weight: Tensor | Frozen,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -95,7 +95,7 @@ def _forward(
     """Returns y (N, d_out), the inner activation drop(x) Aᵀ (N, r), and the kept elements (N, d_in) bool."""
     kept, mask = drop(rows, dropout, salt, row) if dropout > 0.0 else (rows, None)
     inner = down_project(kept, lora_A.to(rows.dtype).T)
-    frozen = Dense(weight) if isinstance(weight, Tensor) else weight
+    frozen = DenseWeight(weight) if isinstance(weight, Tensor) else weight
     low = rows.new_empty(rows.shape[0], lora_B.shape[0])
     low.addmm_(inner, lora_B.to(rows.dtype).T, beta=0, alpha=scaling)
     return frozen.forward(rows, bias, low), inner, mask
@@ -106,7 +106,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | Frozen,
+        weight: Tensor | FrozenWeight,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -151,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
         elif needs_B:
             dB = (dy.T @ inner).to(dtype_B).mul_(ctx.scaling)
         if needs_x:
-            frozen = Dense(weight) if ctx.frozen is None else ctx.frozen
+            frozen = DenseWeight(weight) if ctx.frozen is None else ctx.frozen
             low = (d_inner if mask is None else d_inner * ctx.keep_scale) @ lora_A.to(dy.dtype)
             dx = frozen.d_input(dy, low if mask is None else low.mul_(mask)).view(ctx.x_shape)
         if needs_bias:

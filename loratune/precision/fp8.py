@@ -36,12 +36,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.measure import LEAST, PER_MOST, Measure, behind, measured, scales, upward
 
 E4M3 = torch.float8_e4m3fn
@@ -174,15 +175,16 @@ def fits(shape: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """W held in 8 bits; implements `ops.frozen.Frozen`. With a border it carries adapters: `fp8_projection`."""
+    """W held in 8 bits; implements `ops.frozen.FrozenWeight`. With adapter columns it serves `fp8_projection`."""
 
+    precision: ClassVar[str] = "fp8"
     values: Tensor
-    """(d_out, d_in) e4m3; with a border, the first columns of `bordered`."""
+    """(d_out, d_in) e4m3; with a border, the first columns of `augmented`."""
     scale: Tensor
     """(d_out, 1) float32"""
     dtype: torch.dtype
     """Of what goes into the products and comes out of them."""
-    bordered: Tensor | None = None
+    augmented: Tensor | None = None
     """(d_out, d_in + border) e4m3, or None."""
     _ones: Tensor | None = field(default=None, repr=False)
     _factors: Tensor | None = field(default=None, repr=False)
@@ -230,18 +232,18 @@ class Fp8Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is held."""
+        """Device of the values."""
         return self.values.device
 
-    def has_room(self, ranks: int) -> bool:
-        """True if `stacked` would give it no wider border for so many ranks."""
-        width = 0 if self.bordered is None else self.bordered.shape[1] - self.shape[1]
-        return width >= _border_that_pays(ranks, self.shape)
-
     @property
-    def carries(self) -> bool:
-        """True if a low-rank part can ride in the products."""
-        return self.bordered is not None
+    def nbytes(self) -> int:
+        """Bytes of values and scales, without adapter columns."""
+        return self.values.numel() + 4 * self.scale.numel()
+
+    def has_adapter_columns(self, ranks: int) -> bool:
+        """True if `stacked` would give it no wider border for so many ranks."""
+        width = 0 if self.augmented is None else self.augmented.shape[1] - self.shape[1]
+        return width >= _border_that_pays(ranks, self.shape)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out). A product in 8 bits adds to nothing: `onto` comes after it."""
@@ -268,9 +270,9 @@ class Fp8Weight:
         return self.scale.new_ones(self.shape[1]) if self._ones is None else self._ones
 
 
-def quantise(weight: Tensor) -> Frozen:
+def quantise(weight: Tensor) -> FrozenWeight:
     """A matrix, (d_out, d_in), in 8 bits; as it is, if no product in 8 bits has its shape."""
-    return Fp8Weight.quantised(weight) if fits(weight.shape) else Dense(weight)
+    return Fp8Weight.quantised(weight) if fits(weight.shape) else DenseWeight(weight)
 
 
 def _border_that_pays(ranks: int, shape: tuple[int, int]) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 from loratune.errors import ModelError
 from loratune.ops.measure import LEAST
 from loratune.precision.fp8 import E4M3, Fp8Weight, fits
-from loratune.precision.tensors import Stored
+from loratune.precision.tensors import StoredTensor, set_frozen_form
 
 _PART = 1024  # rows that are made dense at once: their float32 copies are small
 _STRATEGIES = ("tensor", "channel", "block")
@@ -62,8 +62,8 @@ class Scheme:
 class Unread:
     """One weight in its file, in place of a tensor in transformers' loader."""
 
-    values: Stored
-    scale: Stored
+    values: StoredTensor
+    scale: StoredTensor
     block: tuple[int, int] | None
     take_over: bool
     """Whether the codes are wanted, and not only the dense weight."""
@@ -85,7 +85,7 @@ class Scaled8:
     name: str
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, made on the device; `codes_of` finds what it was made of, where that is to be taken over.
+        """The dense weight, made on the device; with its `frozen_form` where that is wanted.
 
         Raises: ModelError: the scales do not fit the weight.
         """
@@ -93,21 +93,13 @@ class Scaled8:
         dense = _dense(values, scale, self.block, dtype or torch.float32, self.name)
         if self.take_over and _by_rows(scale, values.shape) and fits(values.shape):
             each = scale.reshape(-1, 1).expand(values.shape[0], 1).clamp_min(LEAST).contiguous()
-            dense.codes = Fp8Weight(values, each, dense.dtype)  # type: ignore[attr-defined]
+            set_frozen_form(dense, Fp8Weight(values, each, dense.dtype))
         return dense
 
 
-def codes_of(dense: Tensor) -> Fp8Weight | None:
-    """The weight in 8 bits that a dense one was made of, if it came as it is through transformers' conversions.
-
-    What these merge, split or permute is a new tensor, and knows nothing of codes.
-    """
-    return getattr(dense, "codes", None)
-
-
-def entries(stored: Mapping[str, Stored], scheme: Scheme, take_over: bool) -> dict[str, Stored | Unread]:
+def entries(stored: Mapping[str, StoredTensor], scheme: Scheme, take_over: bool) -> dict[str, StoredTensor | Unread]:
     """The tensors of a checkpoint by name, each weight in 8 bits as one. Raises: ModelError: one has no scale."""
-    made: dict[str, Stored | Unread] = {}
+    made: dict[str, StoredTensor | Unread] = {}
     scales = {name + scheme.suffix for name, tensor in stored.items() if tensor.dtype == E4M3}
     for name, tensor in stored.items():
         if tensor.dtype == E4M3:

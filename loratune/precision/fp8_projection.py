@@ -1,15 +1,14 @@
-"""Several frozen linear maps of one input with their adapters, where W is held in 8 bits and carries A and B.
+"""Projection with the adapters of one run, for weights that are multiplied in 8 bits.
 
-The counterpart of `precision.projection.Projection`, with the same methods. There the passes that write x and dy
-leave room
-for the inner columns; here they leave a measure of each row in it (`ops.measure`), from which `precision.fp8.lay`
-knows the
-row's scale, and makes x Aᵀ and the row in 8 bits, with x Aᵀ behind it, in one reading. An x or dy without a measure,
-such as attention's output, is read once more for it.
+The counterpart of `precision.projection.LowRankProjection`. There, the passes that write x and dy reserve padding
+columns for the low-rank activation. Here they leave a measure of each row in those columns (`ops.measure`).
+`precision.fp8.lay` derives the row's scale from the measure. It then computes x Aᵀ and the row in 8 bits, with x Aᵀ
+behind it, in one reading. An x or dy without a measure, such as attention's output, is read once more.
 
-A and B change between steps only, so what follows from them alone is found then, for all projections (`refresh`):
-factors and bounds, B's border behind W, and A's behind W transposed where that is kept. Where it is not, it is made
-for the length of one product, A's border with it: two passes over a byte a weight, or as much memory as W.
+A and B change between steps only. Everything derived from them alone is computed then, for all projections
+(`refresh`): factors and bounds, B's adapter columns beside W, and A's beside W transposed where that copy is held.
+Where it is not, it is made for the length of one product. That costs two passes over a byte for each element of W,
+instead of as much memory as W.
 """
 
 from __future__ import annotations
@@ -20,138 +19,129 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratune.ops import layer
-from loratune.ops.low_rank import AdapterSlices, GradientOperands
+from loratune.ops.low_rank import GradientOperands
 from loratune.ops.measure import PAD_COLUMNS, Measure
+from loratune.ops.projection import StackedAdapters
 from loratune.precision.fp8 import Fp8Weight, Scaled, border_of, lay, lay_border, numbers_of, product, transposed
-
-
-@dataclass
-class Laid:
-    """Made when the first of the two methods asks, so that dy in 8 bits is held no longer than it must be."""
-
-    values: Tensor | None = None
-    """The gradient of x Aᵀ, (N, R)."""
-    rows: Scaled | None = None
-    """dy in 8 bits with the values behind it, until `d_input` has multiplied it."""
 
 
 @dataclass(frozen=True)
 class Fp8Projection:
-    """Frozen linear maps of one input, stacked, and working copies of their adapters, as in `Projection`."""
+    """Stacked 8-bit weights with their adapters; implements `ops.projection.Projection`."""
 
     frozen: Fp8Weight
-    """(D, d_in), with a border wide enough for R ranks."""
+    """(D, d_in), with adapter columns for R ranks"""
     bias: Tensor | None
     """(D,)"""
     lora_A: Tensor
-    """(R, d_in)"""
+    """(R, d_in), compute dtype"""
     lora_B: Tensor
-    """(D, R)"""
-    rows: Sequence[slice]
-    ranks: Sequence[slice]
-    scalings: Sequence[float]
+    """(D, R), compute dtype, the scaling multiplied in"""
+    adapters: StackedAdapters
     numbers: Tensor
-    """(4,) float32, see `precision.fp8.numbers_of`."""
-    turned: Tensor | None = None
-    """(d_in, D + border) e4m3, W transposed with its border, where it is kept."""
+    """(4,) float32, see `precision.fp8.numbers_of`"""
+    transposed: Tensor | None = None
+    """(d_in, D + adapter columns) e4m3, a held copy of W transposed with A; None to make it for each backward."""
     pad_columns: int = PAD_COLUMNS
-    """Columns that x and dy may have beyond their own."""
 
     @classmethod
-    def around(
+    def of(
         cls,
         frozen: Fp8Weight,
         bias: Tensor | None,
-        adapter: tuple[Tensor, Tensor],
-        members: AdapterSlices,
+        copies: tuple[Tensor, Tensor],
+        adapters: StackedAdapters,
         *,
-        both_ways: bool,
+        hold_transposed: bool,
     ) -> Fp8Projection:
-        """Of a weight that carries; `both_ways` keeps it transposed as well. To be refreshed before it is used."""
-        lora_A, lora_B = adapter
+        """Over a weight with adapter columns. `refresh` must run before its first use."""
+        lora_A, lora_B = copies
         numbers = torch.zeros(4, device=frozen.device)
-        assert frozen.bordered is not None
-        frozen.bordered[:, frozen.shape[1] :].view(torch.uint8).zero_()  # of an adapter before this one
-        turned = transposed(frozen.values, lora_A, numbers.new_ones(1)) if both_ways else None
-        return cls(frozen, bias, lora_A, lora_B, members.rows, members.ranks, members.scalings, numbers, turned)
+        assert frozen.augmented is not None
+        frozen.augmented[:, frozen.shape[1] :].view(torch.uint8).zero_()  # an earlier adapter may have filled them
+        held = transposed(frozen.values, lora_A, numbers.new_ones(1)) if hold_transposed else None
+        return cls(frozen, bias, lora_A, lora_B, adapters, numbers, held)
 
-    def dropping(self, _: Tensor) -> Fp8Projection:
-        """The same: with dropout, A and B do not ride, and the weight is in an `precision.projection.Projection`."""
+    def with_dropout(self, row: Tensor) -> Fp8Projection:
+        """Unchanged: adapters with dropout get a `precision.projection.LowRankProjection`."""
         return self
 
-    def at(self, _: int) -> Fp8Projection:
-        """The same: without dropout it does not matter which tokens of the row run."""
+    def from_token(self, first: int) -> Fp8Projection:
+        """Unchanged: nothing depends on a token's number without dropout."""
         return self
 
     @property
     def measure_x(self) -> Measure:
-        """What x is to be measured for."""
+        """Rows of x, unscaled."""
         return Measure()
 
     @property
     def measure_dy(self) -> Measure:
-        """What dy is to be measured for."""
+        """Rows of dy times the weight's row scales."""
         return Measure(self.frozen.row_scale)
 
     @property
-    def bordered(self) -> Tensor:
-        """(D, d_in + border) e4m3, W with the border that so many ranks take."""
-        assert self.frozen.bordered is not None
-        return self.frozen.bordered[:, : self.frozen.shape[1] + border_of(self.lora_A.shape[0])]
+    def augmented(self) -> Tensor:
+        """(D, d_in + adapter columns) e4m3, W and as many adapter columns as R ranks take."""
+        assert self.frozen.augmented is not None
+        return self.frozen.augmented[:, : self.frozen.shape[1] + border_of(self.lora_A.shape[0])]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, d_in), or with room as measured -> outputs of all members (N, D), and x Aᵀ, (N, R)."""
-        rows, inner = lay(x, self.lora_A.T, None, self.numbers[:2])
-        return product(rows, self.bordered, self.frozen.scale[:, 0], x.dtype, self.bias), inner
+        """(N, d_in), or padded and measured -> output (N, D), and x Aᵀ, (N, R)."""
+        rows, low_rank = lay(x, self.lora_A.T, None, self.numbers[:2])
+        return product(rows, self.augmented, self.frozen.scale[:, 0], x.dtype, self.bias), low_rank
 
-    def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`forward` of swiglu(gate_up), (N, 2 d_in); `before` and `inner` are asked for by a bank's (`ops.bank`)."""
-        return self.forward(layer.swiglu(gate_up, self.pad_columns, self.measure_x))
-
-    def swiglu_backward(
-        self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: object
-    ) -> tuple[Tensor, Tensor, Laid]:
-        """As `Projection.swiglu_backward`."""
-        d_gate_up, active = layer.swiglu_backward(gate_up, d_active, self.pad_columns, self.measure_dy)
-        return d_gate_up, active, self.d_inner(d_gate_up)
-
-    def d_inner(self, dy: Tensor) -> Laid:
-        """(N, D), or with room as measured -> what `d_input` and `d_adapters` share, still empty."""
-        return Laid()
-
-    def d_input(self, dy: Tensor, d_inner: Laid) -> Tensor:
-        """Gradient of the input, (N, d_in). Lets go of dy in 8 bits, so it is called once."""
-        self._lay(dy, d_inner)
-        rows, d_inner.rows = d_inner.rows, None
-        assert rows is not None, "d_input is called once"
-        turned = self.turned
-        if turned is None:
-            turned = transposed(self.frozen.values, self.lora_A, self.numbers[2:3])
-        return product(rows, turned, self.frozen.column_scale, dy.dtype)
-
-    def d_adapters(self, dy: Tensor, d_inner: Laid, x: Tensor, inner: Tensor | None) -> GradientOperands:
-        """As `Projection.d_adapters`."""
-        assert inner is not None
-        members = AdapterSlices(self.rows, self.ranks, self.scalings)
-        return GradientOperands(x[:, : self.frozen.shape[1]], self._lay(dy, d_inner), dy, inner, members)
-
-    def _lay(self, dy: Tensor, d_inner: Laid) -> Tensor:
-        if d_inner.values is None:
-            d_inner.rows, d_inner.values = lay(dy, self.lora_B, self.frozen.row_scale, self.numbers[2:])
-        return d_inner.values
+    def backward(self, dy: Tensor) -> Fp8Backward:
+        """Starts the backward for dy, (N, D), or padded and measured; nothing is computed yet."""
+        return Fp8Backward(self, dy)
 
     def refresh(self) -> None:
-        """Brings numbers and borders up to A and B; on a GPU `refresher` does it for many at once."""
+        """Brings factors and adapter columns up to A and B; on a GPU `refresher` does it for many at once."""
         d_out, d_in = self.frozen.shape
         self.numbers.copy_(numbers_of(self.lora_A, self.lora_B, self.frozen.scale))
-        lay_border(self.lora_B, self.frozen.scale[:, 0], self.numbers[0], self.bordered[:, d_in:])
-        if self.turned is not None:
-            lay_border(self.lora_A.T, None, self.numbers[2], self.turned[:, d_out:])
+        lay_border(self.lora_B, self.frozen.scale[:, 0], self.numbers[0], self.augmented[:, d_in:])
+        if self.transposed is not None:
+            lay_border(self.lora_A.T, None, self.numbers[2], self.transposed[:, d_out:])
+
+
+class Fp8Backward:
+    """Backward of an `Fp8Projection`; implements `ops.projection.ProjectionBackward`.
+
+    dy is quantised when the first result is asked for, and freed by `d_input`, so that it is held briefly.
+    """
+
+    def __init__(self, projection: Fp8Projection, dy: Tensor) -> None:
+        self.projection, self.dy = projection, dy
+        self._d_low_rank: Tensor | None = None
+        self._rows: Scaled | None = None
+
+    @property
+    def d_low_rank(self) -> Tensor:
+        """(N, R)"""
+        if self._d_low_rank is None:
+            p = self.projection
+            self._rows, self._d_low_rank = lay(self.dy, p.lora_B, p.frozen.row_scale, p.numbers[2:])
+        return self._d_low_rank
+
+    def d_input(self) -> Tensor:
+        """(N, d_in); called at most once, since it frees the quantised dy."""
+        assert self.d_low_rank is not None  # quantises dy
+        p, rows, self._rows = self.projection, self._rows, None
+        assert rows is not None, "d_input is called once"
+        weight = p.transposed
+        if weight is None:
+            weight = transposed(p.frozen.values, p.lora_A, p.numbers[2:3])
+        return product(rows, weight, p.frozen.column_scale, self.dy.dtype)
+
+    def d_adapters(self, x: Tensor, low_rank: Tensor | None) -> GradientOperands:
+        """See `ops.projection.ProjectionBackward`."""
+        assert low_rank is not None
+        p = self.projection
+        return GradientOperands(x[:, : p.frozen.shape[1]], self.d_low_rank, self.dy, low_rank, p.adapters.members)
 
 
 def refresher(projections: Sequence[Fp8Projection]) -> Callable[[], None]:
-    """What to call whenever working copies have changed."""
+    """A function to call whenever the working copies have changed."""
     if projections[0].lora_A.is_cuda:
         from loratune.precision.fp8_kernels import Adapter, RefreshAll  # imports Triton
 
@@ -161,8 +151,8 @@ def refresher(projections: Sequence[Fp8Projection]) -> Callable[[], None]:
                     p.lora_A,
                     p.lora_B,
                     p.frozen.scale,
-                    p.bordered[:, p.frozen.shape[1] :],
-                    None if p.turned is None else p.turned[:, p.frozen.shape[0] :],
+                    p.augmented[:, p.frozen.shape[1] :],
+                    None if p.transposed is None else p.transposed[:, p.frozen.shape[0] :],
                     p.numbers,
                 )
                 for p in projections

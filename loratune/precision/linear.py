@@ -1,11 +1,11 @@
-"""A linear layer whose weight is not a matrix of floating-point numbers, and the one way to ask any layer for its W.
+"""A linear layer over a `FrozenWeight`, and the access of all other code to the weight of a layer.
 
-`QuantisedLinear` stands where an `nn.Linear` stood (or transformers' Conv1D) and holds a `Frozen` in place of the
-Parameter `weight`. It is no `nn.Linear`, so that code which would reach for that Parameter, and be wrong, does not
-take it for one. What a layer multiplies with is asked for by `frozen_of`, dense or not.
+`QuantisedLinear` replaces an `nn.Linear` or transformers' Conv1D and holds a `FrozenWeight` instead of the Parameter
+`weight`. It is no subclass of `nn.Linear`, so code that expects that Parameter does not mistake it for one.
+`frozen_of` gives the weight of any layer, dense or not. `stack` joins the weights of layers that read the same input.
 
-Its state_dict is that of bitsandbytes' 4-bit layer (`precision.nf4_files`), or a plain `weight` once something
-dense, such as a merged adapter, has taken the place of the codes.
+Its state_dict holds the tensors of the precision (`WeightFormat.pack`), or a dense `weight` where the precision has
+no such tensors or a merged adapter has replaced the codes.
 """
 
 from __future__ import annotations
@@ -19,148 +19,161 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loratune.ops.frozen import Dense, Frozen, frozen_linear
-from loratune.precision import nf4, nf4_files
-from loratune.precision.fp8 import Fp8Weight
-from loratune.precision.nf4 import Nf4Weight
+from loratune.ops.frozen import DenseWeight, FrozenWeight, frozen_linear
+from loratune.precision import nf4
+from loratune.precision.contract import WeightFormat, format_of
+from loratune.precision.dense import FrozenParameter, separate, stack_parameters
 
 
-class Held:
-    """Where a weight is held: one place for a layer and what stands in for it, so that no second copy lives on."""
+class WeightSlot:
+    """The place of a layer's weight, shared with the layer that replaces it, so that no second copy stays alive."""
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: FrozenWeight) -> None:
         self.frozen = frozen
-        self.stack: tuple[Nf4Weight | Fp8Weight, list[Frozen]] | None = None
-        """All rows of a stack that this weight is the first of, and the weights that it consists of."""
+        self.stack: tuple[FrozenWeight, list[FrozenWeight]] | None = None
+        """A stack that begins with this weight, and the weights of its members."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
-        """Weights are never written to, so a copy of a layer shares them."""
-        return Held(self.frozen)
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightSlot:
+        """Copies of a layer share the weight, which is never written to."""
+        return WeightSlot(self.frozen)
 
 
 class QuantisedLinear(nn.Module):
-    """x Wᵀ + b with a frozen W in whichever form `frozen` is."""
+    """x Wᵀ + b with a frozen W of any precision."""
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
-    held: Held
+    weight_slot: WeightSlot
     transposed_in_files: bool
-    """True if checkpoints of the architecture hold a dense weight as (d_in, d_out): in the place of a Conv1D."""
+    """True if the architecture's checkpoints hold a dense weight as (d_in, d_out): it replaces a Conv1D."""
 
-    def __init__(self, frozen: Frozen, bias: nn.Parameter | None, transposed_in_files: bool = False) -> None:
+    def __init__(self, frozen: FrozenWeight, bias: nn.Parameter | None, transposed_in_files: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = frozen.shape
-        self.held = Held(frozen)
+        self.weight_slot = WeightSlot(frozen)
         self.transposed_in_files = transposed_in_files
         self.register_parameter("bias", bias)
 
     @classmethod
-    def in_place_of(cls, layer: nn.Module, frozen: Frozen) -> Self:
-        """A layer with the bias and the mode of `layer`, an `nn.Linear` or Conv1D."""
-        stand_in = cls(frozen, layer._parameters.get("bias"), isinstance(layer, Conv1D))
-        return stand_in.train(layer.training)
+    def in_place_of(cls, layer: nn.Module, frozen: FrozenWeight) -> Self:
+        """A layer with the bias and mode of `layer`, an `nn.Linear` or Conv1D."""
+        replacement = cls(frozen, layer._parameters.get("bias"), isinstance(layer, Conv1D))
+        return replacement.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
         return frozen_linear(input, self.frozen, self.bias)
 
     @property
-    def frozen(self) -> Frozen:
-        """What the layer multiplies with."""
-        return self.held.frozen
+    def frozen(self) -> FrozenWeight:
+        """The layer's weight."""
+        return self.weight_slot.frozen
 
     @frozen.setter
-    def frozen(self, frozen: Frozen) -> None:
-        self.held.frozen = frozen
+    def frozen(self, frozen: FrozenWeight) -> None:
+        self.weight_slot.frozen = frozen
 
     @property
     def weight(self) -> Tensor:
-        """W, made dense now: right, but slow, for code that reads a layer's weight instead of calling the layer."""
+        """W, made dense now: right but slow, for code that reads a layer's weight instead of calling the layer."""
         return self.frozen.dense()
 
     def extra_repr(self) -> str:
-        """As of `nn.Linear`, and the form of the weight."""
+        """As `nn.Linear`, with the class of the weight."""
         form = type(self.frozen).__name__
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {form}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the weight along with `to`, `cuda` and so on: its device, and the dtype of products, but no code."""
+        """`to`, `cuda` and so on: moves the weight and sets its compute dtype; codes keep their dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         wanted = fn(torch.empty(0, dtype=self.frozen.dtype, device=self.frozen.device))
         if (wanted.device, wanted.dtype) != (self.frozen.device, self.frozen.dtype):
-            self.frozen = moved(self.frozen, wanted.device, wanted.dtype)
+            self.frozen = self.frozen.to(wanted.device, wanted.dtype)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.frozen, Nf4Weight):
-            for name, tensor in nf4_files.pack(self.frozen).items():
-                destination[prefix + name] = tensor
-        else:
+        packed = format_of(self.frozen).pack(self.frozen)
+        if packed is None:
             dense = self.frozen.dense()
-            destination[prefix + "weight"] = dense.T.contiguous() if self.transposed_in_files else dense
+            packed = {"weight": dense.T.contiguous() if self.transposed_in_files else dense}
+        for name, tensor in packed.items():
+            destination[prefix + name] = tensor
 
 
-def moved(frozen: Frozen, device: torch.device, dtype: torch.dtype) -> Frozen:
-    """The same weight on a device and for products in a dtype."""
-    if isinstance(frozen, Dense):
-        return Dense(frozen.weight.to(device, dtype))
-    to = cast(Callable[..., Frozen], frozen.to)  # type: ignore[attr-defined]
-    return to(device=device, dtype=dtype)
-
-
-def frozen_of(module: nn.Module) -> Frozen:
-    """What a linear layer, a Conv1D or an embedding multiplies with, as (d_out, d_in)."""
+def frozen_of(module: nn.Module) -> FrozenWeight:
+    """The weight of a linear layer, a Conv1D or an embedding, as (d_out, d_in)."""
     if isinstance(module, QuantisedLinear):
         return module.frozen
     weight = cast(Tensor, module.weight)
-    return Dense(weight.T if isinstance(module, Conv1D) else weight)
+    return DenseWeight(weight.T if isinstance(module, Conv1D) else weight)
 
 
-def stackable(frozen: Frozen) -> bool:
-    """Whether `stacked` can lay a weight beside others."""
-    if isinstance(frozen, Fp8Weight):
-        return True
-    return isinstance(frozen, Nf4Weight) and frozen.shape[0] * frozen.shape[1] % frozen.block == 0
+def can_stack(layer: nn.Module) -> bool:
+    """True if `stack` accepts the layer, together with others of the same precision."""
+    if isinstance(layer, QuantisedLinear):
+        return format_of(layer.frozen).can_stack(layer.frozen)
+    weight = layer._parameters.get("weight")
+    return isinstance(layer, nn.Linear | Conv1D) and weight is not None and weight.is_floating_point()
 
 
-def stacked(members: Sequence[QuantisedLinear], ranks: int = 0) -> Frozen:
-    """The weights of layers that read the same input as one; they are all `stackable`, and of one kind.
+def form_of_layer(layer: nn.Module) -> tuple[str, bool]:
+    """Layers are stacked only with layers of the same form: the precision, and whether W is a Parameter."""
+    return frozen_of(layer).precision, not isinstance(layer, QuantisedLinear)
 
-    Afterwards the members share its memory, so that nothing is held twice. `ranks`: those of their adapters, for
-    which weights in 8 bits leave room.
+
+def stack(layers: Sequence[nn.Module], ranks: int = 0) -> FrozenWeight:
+    """The weights of layers that read the same input, as one. All are `can_stack`, of one form.
+
+    Afterwards the layers share the memory of the stack, so that nothing is held twice. `release` gives Parameters
+    memory of their own again; quantised weights keep the stack, and a second call finds it.
+
+    Args:
+        ranks: sum of their adapters' ranks, for precisions that reserve adapter columns.
     """
+    if not isinstance(layers[0], QuantisedLinear):
+        return stack_parameters([_parameter(layer) for layer in layers], ranks)
+    members = cast("Sequence[QuantisedLinear]", layers)
     weights = [member.frozen for member in members]
-    before = members[0].held.stack
-    same = before is not None and len(before[1]) == len(weights) and all(map(operator.is_, before[1], weights))
-    if before is not None and same and (isinstance(before[0], Nf4Weight) or before[0].has_room(ranks)):
+    form, before = format_of(weights[0]), members[0].weight_slot.stack
+    if before is not None and _same(before[1], weights) and form.has_adapter_columns(before[0], ranks):
         return before[0]
-    together: Nf4Weight | Fp8Weight
-    if isinstance(weights[0], Fp8Weight):
-        together = Fp8Weight.stacked(cast("list[Fp8Weight]", weights), ranks)
-    elif len(weights) == 1:
-        return weights[0]
-    else:
-        together = nf4.stack(cast("list[Nf4Weight]", weights))
+    joined = form.join(weights, ranks)
+    if joined is weights[0]:
+        return joined
     row = 0
     for member in members:
-        member.frozen = together.rows(slice(row, row + member.out_features))
-        row += member.out_features
-    members[0].held.stack = together, [member.frozen for member in members]
-    return together
+        rows = slice(row, row + member.out_features)
+        member.frozen = form.rows(joined, rows) or member.frozen
+        row = rows.stop
+    members[0].weight_slot.stack = joined, [member.frozen for member in members]
+    return joined
+
+
+def release(layers: Sequence[nn.Module]) -> None:
+    """Ends the stack of these layers: Parameters get memory of their own."""
+    separate(_parameter(layer).parameter for layer in layers if not isinstance(layer, QuantisedLinear))
+
+
+def _parameter(layer: nn.Module) -> FrozenParameter:
+    return FrozenParameter(cast(nn.Parameter, layer.weight), transposed=isinstance(layer, Conv1D))
+
+
+def _same(before: Sequence[FrozenWeight], now: Sequence[FrozenWeight]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def quantise_linears(
-    module: nn.Module, form: Callable[[Tensor], Frozen] = nf4.quantise, skip: Collection[nn.Module] = ()
+    module: nn.Module, form: Callable[[Tensor], FrozenWeight] = nf4.quantise, skip: Collection[nn.Module] = ()
 ) -> None:
     """Replaces every `nn.Linear` and Conv1D below `module` by a `QuantisedLinear`, one after the other.
 
     Args:
-        form: makes the frozen weight from a dense one, (d_out, d_in).
-        skip: layers that stay as they are, such as a model's head.
+        form: makes the frozen weight from a dense one, (d_out, d_in); usually `WeightFormat.quantise`.
+        skip: layers to leave unchanged, such as a model's head.
     """
     for path, layer in list(module.named_modules()):
         if type(layer) in (nn.Linear, Conv1D) and not any(layer is kept for kept in skip):
@@ -176,15 +189,21 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
             yield path, module
 
 
+def formats_in(model: nn.Module) -> list[WeightFormat]:
+    """Precisions of the model's quantised layers, each once, floating point excepted."""
+    found = {layer.frozen.precision: format_of(layer.frozen) for _, layer in quantised_layers(model)}
+    return [form for name, form in sorted(found.items()) if name != "dense"]
+
+
 def form_in_memory(model: PreTrainedModel) -> str:
-    """In words for a person: "bfloat16", or "nf4 beside bfloat16" with quantised layers."""
+    """For a person: "bfloat16", or "nf4 beside bfloat16" with quantised layers."""
     dtype = str(model.dtype).removeprefix("torch.")
-    forms = {type(layer.frozen).__name__.removesuffix("Weight").lower() for _, layer in quantised_layers(model)}
-    return f"{' and '.join(sorted(forms - {'dense'}))} beside {dtype}" if forms - {"dense"} else dtype
+    forms = [form.name for form in formats_in(model)]
+    return f"{' and '.join(forms)} beside {dtype}" if forms else dtype
 
 
 def mostly_dense(model: PreTrainedModel) -> str | None:
-    """One line for a user whose quantised model is dense for the most part, else None."""
+    """One line for a user whose quantised model is mostly dense; else None."""
     total = count_parameters(model)
     quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
     if not 0 < quantised < total / 2:
@@ -196,13 +215,13 @@ def mostly_dense(model: PreTrainedModel) -> str | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model's weights, those in 4 bits as well."""
+    """Numbers in the model's weights, quantised ones included."""
     quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
     return quantised + sum(parameter.numel() for parameter in model.parameters())
 
 
 def dense_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The model's state_dict as if no layer were quantised; made tensor by tensor, in CPU memory where made anew."""
+    """The model's state_dict with every quantised layer dense, made in CPU memory tensor by tensor."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for path, layer in quantised_layers(model):
         for name in [name for name in tensors if name.startswith(f"{path}.weight")]:

@@ -22,12 +22,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loratune.ops.frozen import Dense
+from loratune.ops.frozen import DenseWeight
 from loratune.ops.products import mm
 from loratune.precision.pieces import PIECE_STEP, pieces
 
@@ -83,8 +84,9 @@ class Nested:
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A frozen matrix of 4-bit codes; implements `ops.frozen.Frozen`."""
+    """A frozen matrix of 4-bit codes; implements `ops.frozen.FrozenWeight`."""
 
+    precision: ClassVar[str] = "nf4"
     codes: Tensor
     """(elements / 2,) uint8."""
     absmax: Tensor
@@ -112,12 +114,12 @@ class Nf4Weight:
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         d_out, d_in = self.shape
-        parts = self._rows(x.shape[0])
+        parts = self.row_pieces(x.shape[0])
         if len(parts) == 1:
-            return Dense(self.dense()).forward(x, bias, onto)
+            return DenseWeight(self.dense()).forward(x, bias, onto)
         y = x.new_empty(x.shape[0], d_out) if onto is None else onto
         for rows in parts:
-            part = self._rectangle(rows, slice(0, d_in)).T
+            part = self.rectangle(rows, slice(0, d_in)).T
             if onto is not None:
                 y[:, rows].addmm_(x, part)
             elif bias is None:
@@ -130,12 +132,12 @@ class Nf4Weight:
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in). Pieces are columns, so that no partial sum is rounded."""
         d_out, d_in = self.shape
-        parts = self._columns(dy.shape[0])
+        parts = self.column_pieces(dy.shape[0])
         if len(parts) == 1:
-            return Dense(self.dense()).d_input(dy, onto)
+            return DenseWeight(self.dense()).d_input(dy, onto)
         dx = dy.new_empty(dy.shape[0], d_in) if onto is None else onto
         for columns in parts:
-            part = self._rectangle(slice(0, d_out), columns)
+            part = self.rectangle(slice(0, d_out), columns)
             if onto is not None:
                 dx[:, columns].addmm_(dy, part)
             else:
@@ -143,53 +145,28 @@ class Nf4Weight:
             del part
         return dx
 
-    def carries(self, ranks: int) -> bool:
-        """Whether the low-rank part of adapters can ride in the products: rows that stay aligned to 16 bytes."""
+    def aligned_with(self, ranks: int) -> bool:
+        """True if rows of W stay aligned to 16 bytes with `ranks` adapter columns behind them."""
         return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
 
-    def forward_carrying(self, x: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
-        """[x, x Aᵀ] [W B]ᵀ + b; x (N, d_in + R), lora_B (d_out, R) -> (N, d_out)."""
-        d_out, d_in = self.shape
-        y = x.new_empty(x.shape[0], d_out)
-        for rows in self._rows(x.shape[0]):
-            part = x.new_empty(rows.stop - rows.start, x.shape[1])
-            self._rectangle(rows, slice(0, d_in), part[:, :d_in])
-            part[:, d_in:] = lora_B[rows]
-            if bias is None:
-                mm(x, part.T, out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, part.T, out=y[:, rows])
-            del part  # so that the next piece takes its place
-        return y
-
-    def d_input_carrying(self, dy: Tensor, lora_A: Tensor) -> Tensor:
-        """[dy, dy B] [W; A]; dy (N, d_out + R), lora_A (R, d_in) -> (N, d_in)."""
-        d_out, d_in = self.shape
-        dx = dy.new_empty(dy.shape[0], d_in)
-        for columns in self._columns(dy.shape[0]):
-            part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
-            self._rectangle(slice(0, d_out), columns, part[:d_out])
-            part[d_out:] = lora_A[:, columns]
-            mm(dy, part, out=dx[:, columns])
-            del part
-        return dx
-
-    def _rows(self, tokens: int) -> list[slice]:
+    def row_pieces(self, tokens: int) -> list[slice]:
+        """Rows that are dense at a time in the forward of `tokens` tokens."""
         d_out, d_in = self.shape
         return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
 
-    def _columns(self, tokens: int) -> list[slice]:
+    def column_pieces(self, tokens: int) -> list[slice]:
+        """Columns that are dense at a time in the backward of `tokens` tokens."""
         d_out, d_in = self.shape
         return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
 
     def dense(self) -> Tensor:
         """W in `dtype`, made now."""
         if self._by_kernel:
-            return self._rectangle(slice(0, self.shape[0]), slice(0, self.shape[1]))
+            return self.rectangle(slice(0, self.shape[0]), slice(0, self.shape[1]))
         return dequantise(self)
 
     def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Nf4Weight:
-        """The same codes elsewhere, or for products in another dtype; not rounded again."""
+        """The same codes on another device or for another compute dtype; not rounded again."""
         device = self.device if device is None else torch.device(device)
         nested = self.nested and Nested(
             self.nested.scale.to(device),
@@ -237,7 +214,7 @@ class Nf4Weight:
 
         return nf4_kernels.usable(self.codes, self.dtype, self.shape[1], self.block)
 
-    def _rectangle(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+    def rectangle(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
         """Part of W, dense, in `out` (whose rows may lie apart) or a new tensor."""
         if out is None:
             shape = rows.stop - rows.start, columns.stop - columns.start
@@ -260,6 +237,49 @@ class Nf4Weight:
             columns=columns,
             out=out,
         )
+
+
+@dataclass(frozen=True)
+class AugmentedNf4:
+    """[W B; A 0], made dense in pieces; implements `precision.projection.AugmentedWeight`."""
+
+    weight: Nf4Weight
+    lora_A: Tensor
+    """(R, d_in), compute dtype"""
+    lora_B: Tensor
+    """(d_out, R), compute dtype"""
+
+    @property
+    def pad_columns(self) -> int:
+        """R."""
+        return self.lora_B.shape[1]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[x, x Aᵀ] [W B]ᵀ + b; (N, d_in + R) -> (N, d_out)."""
+        d_out, d_in = self.weight.shape
+        y = x.new_empty(x.shape[0], d_out)
+        for rows in self.weight.row_pieces(x.shape[0]):
+            part = x.new_empty(rows.stop - rows.start, x.shape[1])
+            self.weight.rectangle(rows, slice(0, d_in), part[:, :d_in])
+            part[:, d_in:] = self.lora_B[rows]
+            if bias is None:
+                mm(x, part.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part.T, out=y[:, rows])
+            del part  # so that the next piece reuses its memory
+        return y
+
+    def d_input(self, dy: Tensor) -> Tensor:
+        """[dy, dy B] [W; A]; (N, d_out + R) -> (N, d_in)."""
+        d_out, d_in = self.weight.shape
+        dx = dy.new_empty(dy.shape[0], d_in)
+        for columns in self.weight.column_pieces(dy.shape[0]):
+            part = dy.new_empty(dy.shape[1], columns.stop - columns.start)
+            self.weight.rectangle(slice(0, d_out), columns, part[:d_out])
+            part[d_out:] = self.lora_A[:, columns]
+            mm(dy, part, out=dx[:, columns])
+            del part
+        return dx
 
 
 @torch.no_grad()

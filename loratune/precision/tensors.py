@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import ModelError
+from loratune.ops.frozen import FrozenWeight
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,8 +35,18 @@ _PART = 8 << 20  # bytes that one thread reads at a time
 _THREADS = min(8, os.cpu_count() or 1)
 
 
+def set_frozen_form(dense: Tensor, frozen: FrozenWeight) -> None:
+    """Notes the quantised weight that a dense tensor was made from, so that a loader can use it instead."""
+    dense.frozen_form = frozen  # type: ignore[attr-defined]
+
+
+def frozen_form(dense: Tensor) -> FrozenWeight | None:
+    """The noted weight. Tensors that transformers merges, splits or permutes are new and have none."""
+    return getattr(dense, "frozen_form", None)
+
+
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file, not read yet. `stored[...]` reads it, as transformers asks for one."""
 
     file: Path
@@ -86,7 +97,7 @@ class Checkpoint:
     pinned: bool = False
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name. Raises: ModelError: a file is missing or not safetensors."""
         return {stored.name: stored for file in self.files for stored in _header(file, self.pinned)}
 
@@ -110,7 +121,7 @@ class Checkpoint:
         return [self.folder / name for name in names]
 
 
-def _header(file: Path, pinned: bool) -> Iterator[Stored]:
+def _header(file: Path, pinned: bool) -> Iterator[StoredTensor]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -120,6 +131,6 @@ def _header(file: Path, pinned: bool) -> Iterator[Stored]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start = 8 + length + int(entry["data_offsets"][0])
-                yield Stored(file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, pinned)
+                yield StoredTensor(file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, pinned)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: not a readable safetensors file: {error!r}") from error

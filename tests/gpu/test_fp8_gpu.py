@@ -16,6 +16,7 @@ from loratune.lora.inject import attach
 from loratune.memory.fit import fit
 from loratune.ops import layer, low_rank, measure
 from loratune.ops.measure import PAD_COLUMNS, Measure
+from loratune.ops.projection import StackedAdapters
 from loratune.precision import fp8, fp8_kernels
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 from loratune.precision.linear import quantise_linears
@@ -122,30 +123,30 @@ def test_a_projection_in_8_bits(d_out, d_in, ranks):
     torch.manual_seed(2)
     held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(random(d_out, d_in, size=0.02))], ranks)
     adapter = random(ranks, d_in, size=d_in**-0.5), random(d_out, ranks, size=0.02)
-    member = low_rank.AdapterSlices([slice(0, d_out)], [slice(0, ranks)], [1.0])
-    one, two = (Fp8Projection.around(held, None, adapter, member, both_ways=both) for both in (False, True))
+    member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
+    one, two = (Fp8Projection.of(held, None, adapter, member, hold_transposed=both) for both in (False, True))
     one.refresh()
-    border, numbers = one.bordered[:, d_in:].clone(), one.numbers.clone()
-    one.bordered[:, d_in:].view(torch.uint8).zero_()
+    border, numbers = one.augmented[:, d_in:].clone(), one.numbers.clone()
+    one.augmented[:, d_in:].view(torch.uint8).zero_()
     refresher([one, two])()
     for p in (one, two):
         torch.testing.assert_close(p.numbers, numbers, rtol=1e-5, atol=0)
-    assert differing(one.bordered[:, d_in:], border) == 0.0
-    assert two.turned is not None
+    assert differing(one.augmented[:, d_in:], border) == 0.0
+    assert two.transposed is not None
     turned = fp8.transposed(held.values, adapter[0], one.numbers[2:3])
-    assert differing(turned, two.turned) == 0.0
+    assert differing(turned, two.transposed) == 0.0
     assert differing(turned[:, :d_out], held.values.T.contiguous()) == 0.0
 
     x, dy = random(700, d_in), random(700, d_out)
     wide, (lora_A, lora_B) = held.dense().double(), (a.double() for a in adapter)
     exact = wide + lora_B @ lora_A
     y, inner = one.forward(x)
-    d_inner = one.d_inner(dy)
-    dx = one.d_input(dy, d_inner)
+    backward = one.backward(dy)
+    dx = backward.d_input()
     assert off(y, x.double() @ exact.T) < 2.0**-4
     assert off(dx, dy.double() @ exact) < 2.0**-4
-    assert torch.equal(dx, two.d_input(dy, two.d_inner(dy)))
-    dA, dB = low_rank.gradients(*one.d_adapters(dy, d_inner, x, inner))
+    assert torch.equal(dx, two.backward(dy).d_input())
+    dA, dB = low_rank.gradients(*backward.d_adapters(x, inner))
     assert off(dA, (dy.double() @ lora_B).T @ x.double()) < 1e-2
     assert off(dB, dy.double().T @ (x.double() @ lora_A.T)) < 1e-2
 
@@ -182,7 +183,7 @@ def test_fused_layers_are_as_near_to_the_dense_model_as_modules_in_8_bits():
     wide = small()
     for module in wide.modules():
         if hasattr(module, "frozen"):
-            module.frozen = fp8.Dense(module.frozen.dense())
+            module.frozen = fp8.DenseWeight(module.frozen.dense())
     exact = gradients(wide, PackedForward(wide, "one by one", forward.head), row)
     assert off(fast[0], exact[0]) <= 1.5 * off(plain[0], exact[0]) + 1e-3
     for path, gradient in exact[1].items():
@@ -215,8 +216,8 @@ def test_recorded_equals_eager_to_the_bit_whatever_is_kept(monkeypatch):
         for plan in (
             None,
             ActivationPlan.uniform(Level.NONE, LAYERS),
-            ActivationPlan((Level.NONE,) * LAYERS, both_ways=True),
-            ActivationPlan((Level.FULL, Level.SELECTIVE, Level.WIDE), both_ways=True),
+            ActivationPlan((Level.NONE,) * LAYERS, hold_transposed=True),
+            ActivationPlan((Level.FULL, Level.SELECTIVE, Level.WIDE), hold_transposed=True),
         ):
             losses, same, step = trained(plan, record=True)
             assert any(graph is not None for graph in step._graphs.values())

@@ -48,17 +48,18 @@ def test_products_in_pieces_are_products(monkeypatch, bias):
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
 
 
-def test_riding_low_rank_parts_are_those_added_after(monkeypatch):
+def test_the_augmented_weight_equals_a_product_and_a_sum(monkeypatch):
     """To bfloat16's rounding of the sum, of which riding takes one and adding two."""
     weight = nf4.quantise((torch.randn(1024, 2048, device="cuda") * 0.02).bfloat16())
     half = {"device": "cuda", "dtype": torch.bfloat16}
     lora_A, lora_B = torch.randn(48, 2048, **half) * 0.02, torch.randn(1024, 48, **half) * 0.02
     x, dy = torch.randn(300, 2048, **half), torch.randn(300, 1024, **half)
     inner, d_inner = x @ lora_A.T, dy @ lora_B
+    augmented = nf4.AugmentedNf4(weight, lora_A, lora_B)
     for elements in (1 << 30, 1 << 18):
         monkeypatch.setattr(pieces, "PIECE_ELEMENTS", elements)
-        y = weight.forward_carrying(torch.cat([x, inner], 1), None, lora_B)
-        dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
+        y = augmented.forward(torch.cat([x, inner], 1), None)
+        dx = augmented.d_input(torch.cat([dy, d_inner], 1))
         for got, expected in (
             (y, x.double() @ weight.dense().double().T + inner.double() @ lora_B.double().T),
             (dx, dy.double() @ weight.dense().double() + d_inner.double() @ lora_A.double()),

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.ops.frozen import Dense, Frozen
+from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.precision import nf4
 from loratune.precision.fp8 import Fp8Weight
 
 FORMS = {
-    "dense": Dense,
-    "turned": lambda weight: Dense(weight.T.contiguous().T),  # as Conv1D hands it over
+    "dense": DenseWeight,
+    "turned": lambda weight: DenseWeight(weight.T.contiguous().T),  # as Conv1D hands it over
     "nf4": nf4.quantise,
     "fp8": Fp8Weight.quantised,
 }
 
 
-def a_weight(form: str, dtype: torch.dtype = torch.float32) -> Frozen:
+def a_weight(form: str, dtype: torch.dtype = torch.float32) -> FrozenWeight:
     """(48, 64)"""
     generator = torch.Generator().manual_seed(0)
     return FORMS[form]((0.1 * torch.randn(48, 64, generator=generator)).to(dtype))

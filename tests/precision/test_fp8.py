@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loratune.fused.ledger import LayerShape
-from loratune.ops.low_rank import AdapterSlices, gradients
+from loratune.ops.low_rank import gradients
 from loratune.ops.measure import MOST, PAD_COLUMNS
+from loratune.ops.projection import StackedAdapters
 from loratune.precision.fp8 import Fp8Weight, quantise_rows
 from loratune.precision.fp8_projection import Fp8Projection
 from tests.ops.twins import compare, needs_triton
@@ -63,20 +64,20 @@ def test_stacked_weights_give_each_members_products():
 def a_projection(d_out, d_in, lora_A, lora_B, both_ways=False):
     r = lora_A.shape[0]
     held = Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
-    assert held.carries
-    member = AdapterSlices([slice(0, d_out)], [slice(0, r)], [1.0])
-    projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=both_ways)
+    assert held.augmented is not None
+    member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
+    projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=both_ways)
     projection.refresh()
     return projection
 
 
 def d_input(projection, dy):
-    return projection.d_input(dy, projection.d_inner(dy))
+    return projection.backward(dy).d_input()
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
-def test_the_low_rank_part_rides_along_with_the_precision_of_bfloat16(size, both_ways):
+def test_adapter_columns_have_the_precision_of_bfloat16(size, both_ways):
     """The adapter's part of y and dx, whatever the size of B, even far above that of W.
 
     It can be seen alone where W is zero. Allowed: 2^-8 of that part for each of the two factors, and what 8 bits
@@ -93,14 +94,13 @@ def test_the_low_rank_part_rides_along_with_the_precision_of_bfloat16(size, both
     dx = d_input(projection, dy)
     exact = dy.double() @ projection.frozen.dense().double()
     assert off(dx, exact + (dy @ lora_B).double() @ lora_A.double()) < HALF_STEP
-    d_inner = projection.d_inner(dy)
-    dA, dB = gradients(*projection.d_adapters(dy, d_inner, x, inner))
+    dA, dB = gradients(*projection.backward(dy).d_adapters(x, inner))
     torch.testing.assert_close(dA, (dy @ lora_B).T @ x)
     torch.testing.assert_close(dB, dy.T @ inner)
 
     projection.frozen.values.view(torch.uint8).zero_()
-    if projection.turned is not None:
-        projection.turned[:, :d_out].view(torch.uint8).zero_()
+    if projection.transposed is not None:
+        projection.transposed[:, :d_out].view(torch.uint8).zero_()
     for got, exact in (
         (projection.forward(x)[0], (x @ lora_A.T) @ lora_B.T),
         (d_input(projection, dy), (dy @ lora_B) @ lora_A),
@@ -115,8 +115,8 @@ def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
     weight[3], weight[5] = 0.0, 1e-30
     lora_A, lora_B = torch.randn(4, 1024) / 32, torch.randn(1024, 4) * 0.01
     held = Fp8Weight.stacked([Fp8Weight.quantised(weight)], 4)
-    member = AdapterSlices([slice(0, 1024)], [slice(0, 4)], [1.0])
-    projection = Fp8Projection.around(held, None, (lora_A, lora_B), member, both_ways=False)
+    member = StackedAdapters([slice(0, 1024)], [slice(0, 4)], [1.0])
+    projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=False)
     projection.refresh()
     held.values.view(torch.uint8).zero_()
     x = torch.randn(9, 1024)
@@ -133,12 +133,12 @@ def test_the_ledger_knows_the_borders(ranks, width, mlp):
         d_in, d_out = shape.sides(nth)
         weight = Fp8Weight(torch.empty(d_out, d_in, dtype=torch.uint8), torch.ones(d_out, 1), torch.float32)
         held = Fp8Weight.stacked([weight], rank)
-        assert shape.border(nth) == (0 if held.bordered is None else held.bordered.shape[1] - d_in)
-        assert shape.room(nth) == (PAD_COLUMNS if held.carries else 0)
+        assert shape.border(nth) == (0 if held.augmented is None else held.augmented.shape[1] - d_in)
+        assert shape.room(nth) == (PAD_COLUMNS if held.augmented is not None else 0)
 
 
 def test_an_adapter_of_high_rank_is_added_afterwards():
-    assert not Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(64, 64))], 16).carries
+    assert not Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(64, 64))], 16).augmented
 
 
 COMPARE = """
@@ -147,7 +147,7 @@ from loratune.precision import fp8, fp8_kernels
 from loratune.ops import layer_kernels as kernels, layer, measure
 from loratune.precision.fp8_kernels import Adapter, RefreshAll
 from loratune.precision.fp8_projection import Fp8Projection
-from loratune.ops.low_rank import AdapterSlices
+from loratune.ops.projection import StackedAdapters
 
 torch.manual_seed(0)
 # Triton's interpreter loses the carry when a rounding reaches the next power of two, so numbers are taken that e4m3
@@ -205,24 +205,24 @@ def projections(both_ways):
     for d_out, d_in, r in ((1024, 1040, 6), (2064, 1024, 16)):
         weight = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
         adapter = (torch.randint(-8, 8, (r, d_in)) / 64).half(), (torch.randint(-8, 8, (d_out, r)) / 2).half()
-        member = AdapterSlices([slice(0, d_out)], [slice(0, r)], [1.0])
-        yield Fp8Projection.around(weight, None, adapter, member, both_ways=both_ways)
+        member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
+        yield Fp8Projection.of(weight, None, adapter, member, hold_transposed=both_ways)
 
 for both_ways in (False, True):
     expected, got = list(projections(both_ways)), list(projections(both_ways))
     for p in expected:
         p.refresh()
     RefreshAll([
-        Adapter(p.lora_A, p.lora_B, p.frozen.scale, p.bordered[:, p.frozen.shape[1]:],
-                p.turned[:, p.frozen.shape[0]:] if both_ways else None, p.numbers)
+        Adapter(p.lora_A, p.lora_B, p.frozen.scale, p.augmented[:, p.frozen.shape[1]:],
+                p.transposed[:, p.frozen.shape[0]:] if both_ways else None, p.numbers)
         for p in got
     ])()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.numbers, b.numbers, rtol=1e-6, atol=0)
         assert bool((b.numbers > 0).all())
-        same(a.bordered, b.bordered)
+        same(a.augmented, b.augmented)
         if both_ways:
-            same(a.turned, b.turned)
+            same(a.transposed, b.transposed)
 
 # The passes leave what `measured` finds in what they wrote.
 def half(*shape):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import loratune as lt
 from loratune.base.load import load
 from loratune.errors import ModelError
-from loratune.ops.low_rank import AdapterSlices
+from loratune.ops.projection import StackedAdapters
 from loratune.precision.fp8 import E4M3, Fp8Weight
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 from loratune.precision.linear import quantised_layers
@@ -254,15 +254,15 @@ def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
     values, scale, dense = (tensor.to(device) for tensor in quantise(torch.randn(1536, 1024)))
     each = scale.float().reshape(-1, 1).expand(1536, 1).contiguous()
     frozen = Fp8Weight.stacked([Fp8Weight(values, each, dtype)], 16)
-    assert frozen.carries
+    assert frozen.augmented is not None
     lora_A, lora_B = torch.randn(16, 1024, device=device) / 32, torch.randn(1536, 16, device=device)
     x, dy = torch.randn(64, 1024, device=device), torch.randn(64, 1536, device=device)
-    member = AdapterSlices([slice(0, 1536)], [slice(0, 16)], [1.0])
+    member = StackedAdapters([slice(0, 1536)], [slice(0, 16)], [1.0])
     adapter = lora_A.to(dtype), lora_B.to(dtype)
-    projection = Fp8Projection.around(frozen, None, adapter, member, both_ways=False)
+    projection = Fp8Projection.of(frozen, None, adapter, member, hold_transposed=False)
     refresher([projection])()
     out, _ = projection.forward(x.to(dtype))
-    d_x = projection.d_input(dy.to(dtype), projection.d_inner(dy.to(dtype)))
+    d_x = projection.backward(dy.to(dtype)).d_input()
     return off(out, x @ (dense + lora_B @ lora_A).T), off(d_x, dy @ (dense + lora_B @ lora_A))
 
 

@@ -22,7 +22,7 @@ from loratune.precision.linear import (
     mostly_dense,
     quantise_linears,
     quantised_layers,
-    stacked,
+    stack,
 )
 from loratune.precision.nf4 import Nf4Weight
 from tests.conftest import build
@@ -116,8 +116,8 @@ def test_a_stack_is_made_once_and_held_once():
     attach(model, LoraConfig(r=4), name="a")
     attention = model.model.layers[0].self_attn
     members = [attention.q_proj, attention.k_proj, attention.v_proj]
-    together = stacked(members)
-    assert stacked(members) is together
+    together = stack(members)
+    assert stack(members) is together
     detach(model)
     storages = {attention.get_submodule(n).frozen.codes.untyped_storage().data_ptr() for n in ("q_proj", "k_proj")}
     assert storages == {together.codes.untyped_storage().data_ptr()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.ops.frozen import Dense, frozen_linear
+from loratune.ops.frozen import DenseWeight, frozen_linear
 from loratune.precision import nf4
 from tests.ops.twins import compare, needs_triton
 
@@ -89,7 +89,7 @@ def test_it_takes_a_quarter_of_bfloat16():
 
 def test_products_and_gradients_are_those_of_the_dense_matrix():
     weight, x, bias = nf4.quantise(random(40, 128)), random(3, 5, 128, seed=1).requires_grad_(), random(40, seed=2)
-    reference = Dense(weight.dense())
+    reference = DenseWeight(weight.dense())
     y = frozen_linear(x, weight, bias)
     assert torch.equal(y, frozen_linear(x, reference, bias))
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
@@ -164,15 +164,16 @@ def test_absmax_halfway_between_two_codes_take_the_even_one():
     assert codes[1 + 57] == 58
 
 
-def test_low_rank_parts_ride_in_the_products():
+def test_the_augmented_weight_adds_the_low_rank_part_in_the_product():
     """Both ways the same as a product and a sum after it, in float64, where only the order of summation differs."""
     weight = nf4.quantise(random(96, 128)).to(dtype=torch.float64)
     lora_A, lora_B = random(4, 128, seed=1).double(), random(96, 4, seed=2).double()
     x, dy, bias = random(7, 128, seed=3).double(), random(7, 96, seed=4).double(), random(96, seed=5).double()
-    assert weight.carries(4)
-    assert not nf4.quantise(random(96, 128).bfloat16()).carries(4)  # rows of 132 bfloat16 are not aligned
+    assert weight.aligned_with(4)
+    assert not nf4.quantise(random(96, 128).bfloat16()).aligned_with(4)  # rows of 132 bfloat16 are not aligned
     inner, d_inner = x @ lora_A.T, dy @ lora_B
-    y = weight.forward_carrying(torch.cat([x, inner], 1), bias, lora_B)
+    augmented = nf4.AugmentedNf4(weight, lora_A, lora_B)
+    y = augmented.forward(torch.cat([x, inner], 1), bias)
     torch.testing.assert_close(y, weight.forward(x, bias) + inner @ lora_B.T, rtol=1e-12, atol=1e-14)
-    dx = weight.d_input_carrying(torch.cat([dy, d_inner], 1), lora_A)
+    dx = augmented.d_input(torch.cat([dy, d_inner], 1))
     torch.testing.assert_close(dx, weight.d_input(dy) + d_inner @ lora_A, rtol=1e-12, atol=1e-14)

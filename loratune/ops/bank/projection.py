@@ -28,7 +28,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; the idea of segments with grouped prod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ from torch.autograd.function import once_differentiable
 from loratune.ops import layer
 from loratune.ops.dispatch import wide
 from loratune.ops.dropout import keep_mask, row_key
-from loratune.ops.frozen import Frozen
+from loratune.ops.frozen import FrozenWeight
+from loratune.ops.projection import Activation, LinkedActivation, PaddedActivation, ProjectionBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ class Lane:
 class Pool:
     """The numbers of all slots, and the segments of the row that is running."""
 
-    def __init__(self, starts: Sequence[int], lanes: int, max_rank: int, dtype: torch.dtype, like: Frozen) -> None:
+    def __init__(
+        self, starts: Sequence[int], lanes: int, max_rank: int, dtype: torch.dtype, like: FrozenWeight
+    ) -> None:
         """Args:
         starts: (slots + 1,) where each slot's slice of the flat tensors begins, and their length.
         lanes: how many layers have a place.
@@ -117,82 +120,110 @@ class Pool:
 
 @dataclass(frozen=True)
 class BankProjection:
-    """Frozen linear maps of one input, stacked, with the low-rank updates of all slots.
+    """Stacked frozen weights with the low-rank updates of all slots; implements `ops.projection.Projection`.
 
-    The counterpart of `precision.projection.Projection`, with the same four methods; gradients of the adapters go
-    straight to the pool.
+    Gradients of the adapters are added to the pool.
     """
 
-    frozen: Frozen
+    frozen: FrozenWeight
     """(D, d_in)"""
     bias: Tensor | None
     """(D,)"""
     pool: Pool
     lanes: Sequence[Lane]
-    """Members that have a place in the pool."""
+    """Members that have an entry in the pool."""
     rows: Sequence[slice]
-    """Which rows of the weight each of them has."""
-    leaves_output: bool = False
-    """Whether the output lacks the low-rank part, which `swiglu` then adds on the way: gate and up on a GPU."""
-    leaves_input: bool = False
-    """The same for the gradient of the input: the down projection on a GPU."""
+    """Rows of the weight that belong to each of them."""
+    defers_output: bool = False
+    """The output lacks the low-rank part, which `BankActivation` adds."""
+    defers_d_input: bool = False
+    """The gradient of the input lacks the low-rank part, which `BankActivation` adds."""
     pad_columns: int = 0
-    """Columns that x and dy have beyond their own (`precision.projection`): none."""
     measure_x: None = None
     measure_dy: None = None
-    """What rows are measured for: nothing."""
 
-    def dropping(self, _: Tensor) -> BankProjection:
-        """The same: the segments say what is dropped."""
+    def with_dropout(self, row: Tensor) -> BankProjection:
+        """Unchanged: the segments hold each slot's dropout."""
         return self
 
-    def at(self, first: int) -> BankProjection:
-        """The same: rows run whole (`fused.layer`)."""
+    def from_token(self, first: int) -> BankProjection:
+        """Unchanged: rows of a bank are not cut into tiles (`fused.layer`)."""
         assert first == 0
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, d_in) -> outputs of all members (N, D), and drop(x) Aᵀ (N, members * max_rank)."""
+        """(N, d_in) -> output (N, D), and drop(x) Aᵀ, (N, members * max_rank)."""
         if not self.pool.segments:
             return self.frozen.forward(x, self.bias), None
-        inner = thin_forward(self, x)
-        return self.frozen.forward(x, self.bias, None if self.leaves_output else wide_forward(self, inner)), inner
+        low_rank = thin_forward(self, x)
+        onto = None if self.defers_output else wide_forward(self, low_rank)
+        return self.frozen.forward(x, self.bias, onto), low_rank
 
-    def forward_swiglu(self, gate_up: Tensor, before: object, inner: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`forward` of swiglu(gate_up), (N, 2 d_in), as `before` gave it together with `inner`."""
-        if isinstance(before, BankProjection) and before.leaves_output and inner is not None:
-            return self.forward(swiglu(before, gate_up, inner))
-        return self.forward(layer.swiglu(gate_up))
+    def backward(self, dy: Tensor) -> BankBackward:
+        """Starts the backward for dy, (N, D)."""
+        return BankBackward(self, dy, thin_backward(self, dy) if self.pool.segments else None)
 
-    def swiglu_backward(
-        self, gate_up: Tensor, inner: Tensor | None, d_active: Tensor, after: object, d_inner: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradient through the activation behind this projection; swiglu(gate_up); `d_inner`.
 
-        Args:
-            gate_up, inner: what `forward` gave.
-            d_active, d_inner: what `d_input` and `d_inner` of `after`, the next projection, gave.
-        """
-        if isinstance(after, BankProjection) and self.leaves_output and inner is not None and d_inner is not None:
-            d_gate_up, active = swiglu_backward(self, gate_up, inner, d_active, after, d_inner)
-        else:
-            d_gate_up, active = layer.swiglu_backward(gate_up, d_active)
-        return d_gate_up, active, self.d_inner(d_gate_up)
+@dataclass(frozen=True)
+class BankBackward:
+    """Backward of a `BankProjection`; implements `ops.projection.ProjectionBackward`."""
 
-    def d_inner(self, dy: Tensor) -> Tensor | None:
-        """(N, D) -> gradient of drop(x) Aᵀ, (N, members * max_rank)."""
-        return thin_backward(self, dy) if self.pool.segments else None
+    projection: BankProjection
+    dy: Tensor
+    """(N, D)"""
+    d_low_rank: Tensor | None
+    """(N, members * max_rank)"""
 
-    def d_input(self, dy: Tensor, d_inner: Tensor | None) -> Tensor:
-        """Gradient of the input, (N, d_in)."""
-        onto = None if d_inner is None or self.leaves_input else wide_backward(self, d_inner)
-        return self.frozen.d_input(dy, onto)
+    def d_input(self) -> Tensor:
+        """(N, d_in)"""
+        p = self.projection
+        if self.d_low_rank is None or p.defers_d_input:
+            return p.frozen.d_input(self.dy)
+        return p.frozen.d_input(self.dy, wide_backward(p, self.d_low_rank))
 
-    def d_adapters(self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Tensor | None) -> list[Tensor]:
-        """Adds the gradients to the pool; returns that of `Pool.entry`, which has no elements."""
-        if d_inner is not None and inner is not None:
-            outer(self, dy, d_inner, x, inner)
-        return [self.pool.entry.detach()]
+    def d_adapters(self, x: Tensor, low_rank: Tensor | None) -> list[Tensor]:
+        """Adds the gradients to the pool. Returns the gradient of `Pool.entry`, which has no elements."""
+        if self.d_low_rank is not None and low_rank is not None:
+            outer(self.projection, self.dy, self.d_low_rank, x, low_rank)
+        return [self.projection.pool.entry.detach()]
+
+
+@dataclass(frozen=True)
+class BankActivation:
+    """SwiGLU that adds the low-rank parts of both projections around it; implements `LinkedActivation`.
+
+    Adding a low-rank part to a wide tensor reads and writes the tensor once more. On a GPU the activation's kernel
+    adds it instead (`ops.bank.swiglu_kernels`), so the first projection defers its output's low-rank part and the
+    second one that of its input gradient.
+    """
+
+    first: BankProjection
+    second: BankProjection
+    activation: Activation
+
+    def forward(self, y: Tensor, low_rank: Tensor | None) -> Tensor:
+        """(N, 2 m) -> (N, m)."""
+        if low_rank is None:
+            return self.activation.forward(y, 0, None)
+        return swiglu(self.first, y, low_rank)
+
+    def backward(
+        self, y: Tensor, low_rank: Tensor | None, d_out: Tensor, following: ProjectionBackward
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of y, (N, 2 m), and the activation, (N, m)."""
+        if low_rank is None or following.d_low_rank is None:
+            return self.activation.backward(y, d_out, 0, None)
+        return swiglu_backward(self.first, y, low_rank, d_out, self.second, following.d_low_rank)
+
+
+def linked(
+    first: BankProjection, activation: Activation, second: BankProjection
+) -> tuple[BankProjection, LinkedActivation, BankProjection]:
+    """Both projections of an MLP and the activation between them, with low-rank parts deferred where that pays."""
+    if first.pool.tables is None or not activation.gated or activation.kind != "silu":
+        return first, PaddedActivation(activation, first, second), second
+    first, second = replace(first, defers_output=True), replace(second, defers_d_input=True)
+    return first, BankActivation(first, second, activation), second
 
 
 def thin_forward(p: BankProjection, x: Tensor) -> Tensor:
@@ -328,8 +359,7 @@ class _BankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner = ctx.saved_tensors
-        dy, projection = dy.reshape(-1, dy.shape[-1]), ctx.projection
-        d_inner = None if inner is None else projection.d_inner(dy)
-        (d_entry,) = projection.d_adapters(dy, d_inner, rows, inner)
-        dx = projection.d_input(dy, d_inner).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        backward = ctx.projection.backward(dy.reshape(-1, dy.shape[-1]))
+        (d_entry,) = backward.d_adapters(rows, inner)
+        dx = backward.d_input().view(ctx.x_shape) if ctx.needs_input_grad[0] else None
         return dx, d_entry, None

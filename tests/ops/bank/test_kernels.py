@@ -13,7 +13,7 @@ from loratune.ops.bank import projection as bank
 from loratune.ops.bank.projection import BankProjection, Lane, Part, Pool, Segment
 from loratune.ops.bank.kernels import Tables
 from loratune.ops.dropout import dropout_key, layer_salt
-from loratune.ops.frozen import Dense
+from loratune.ops.frozen import DenseWeight
 
 torch.manual_seed(0)
 half = torch.float16
@@ -21,7 +21,7 @@ D_IN, OUTS, SLOTS, TOKENS = 96, (64, 32, 48), 4, 334
 RANKS = {0: (4, 4, 0), 1: (1, 40, 17), 3: (16, 16, 16)}  # a slot without adapter, a member without, unequal ranks
 
 def a_pool():
-    frozen = Dense(torch.zeros(sum(OUTS), D_IN, dtype=half))
+    frozen = DenseWeight(torch.zeros(sum(OUTS), D_IN, dtype=half))
     room = 64 * 200
     pool = Pool([slot * room for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
     rows, lanes, at = [], [], 0
@@ -68,7 +68,7 @@ expected = run(p, x, dy)
 
 def gate_up_and_down():
     # Members of one width, and the projection behind them.
-    into, out_of = (Dense(torch.zeros(n, k, dtype=half)) for n, k in ((128, D_IN), (D_IN, 64)))
+    into, out_of = (DenseWeight(torch.zeros(n, k, dtype=half)) for n, k in ((128, D_IN), (D_IN, 64)))
     gate_up = BankProjection(into, None, pool, [lanes[0], Lane(1, 5, D_IN, OUTS[0], twin_parts)],
                              [slice(0, 64), slice(64, 128)])
     return gate_up, BankProjection(out_of, None, pool, [back], [slice(0, D_IN)])

@@ -9,10 +9,9 @@ from torch import nn
 
 from loratune.base.forward import fuse, prepare
 from loratune.lora.inject import merge
-from loratune.ops.frozen import Dense
 from loratune.ops.low_rank import gradients
-from loratune.precision.border import bordered, separate
-from loratune.precision.projection import Projection
+from loratune.ops.projection import StackedAdapters
+from loratune.precision.dense import DenseFormat, FrozenParameter, separate, stack_parameters
 from tests.training.helpers import model_with_adapter
 
 
@@ -24,7 +23,7 @@ def weights():
 def test_parameters_become_views_with_the_values_that_they_had():
     members = weights()
     values = [weight.detach().clone() for weight in members]
-    matrix = bordered(members, 70)
+    matrix = stack_parameters([FrozenParameter(member) for member in members], 70).matrix
     assert matrix.shape == (80 + 128, 40 + 128)
     for weight, value in zip(members, values, strict=True):
         assert torch.equal(weight, value)
@@ -38,24 +37,22 @@ def test_parameters_become_views_with_the_values_that_they_had():
     assert all(torch.equal(weight, value) for weight, value in zip(members, values, strict=True))
 
 
-def test_a_projection_computes_the_same_with_room_and_without():
+def test_a_projection_computes_the_same_with_padding_columns_and_without():
     members = [nn.Parameter(weight.double(), requires_grad=False) for weight in weights()]
-    matrix = bordered(members, 5)
-    matrix[80:85, :40] = torch.randn(5, 40)
-    matrix[:80, 40:45] = torch.randn(80, 5)
-    lora_A, lora_B, bias = matrix[80:85, :40], matrix[:80, 40:45], torch.randn(80).double()
-    member = [slice(0, 80)], [slice(0, 5)], [2.0]
-    projection = Projection(Dense(matrix[:80, :40]), bias, lora_A, lora_B, *member, matrix)
+    weight, bias = stack_parameters([FrozenParameter(member) for member in members], 5), torch.randn(80).double()
+    made = DenseFormat().project(weight, bias, StackedAdapters([slice(0, 80)], [slice(0, 5)], [2.0]))
+    lora_A, lora_B = made.lora_A, made.lora_B
+    lora_A.copy_(torch.randn(5, 40))
+    lora_B.copy_(torch.randn(80, 5))
     x, dy = torch.randn(7, 40).double(), torch.randn(7, 80).double()
-    roomy_x, roomy_dy = (nn.functional.pad(t, (0, 64), value=float("nan")) for t in (x, dy))
+    padded_x, padded_dy = (nn.functional.pad(t, (0, 64), value=float("nan")) for t in (x, dy))
     results = []
-    for given, gradient in ((x, dy), (roomy_x, roomy_dy)):
-        y, inner = projection.forward(given)
-        d_inner = projection.d_inner(gradient)
-        dx = projection.d_input(gradient, d_inner)
-        results.append([y, dx, *gradients(*projection.d_adapters(gradient, d_inner, given, inner))])
-    for plain, carried in zip(*results, strict=True):
-        torch.testing.assert_close(plain, carried, rtol=1e-12, atol=1e-12)
+    for given, gradient in ((x, dy), (padded_x, padded_dy)):
+        y, low_rank = made.projection.forward(given)
+        backward = made.projection.backward(gradient)
+        results.append([y, backward.d_input(), *gradients(*backward.d_adapters(given, low_rank))])
+    for plain, augmented in zip(*results, strict=True):
+        torch.testing.assert_close(plain, augmented, rtol=1e-12, atol=1e-12)
     exact = x @ torch.cat(members).T + bias + (x @ lora_A.T) @ lora_B.T
     torch.testing.assert_close(results[1][0], exact, rtol=1e-12, atol=1e-12)
 
@@ -87,13 +84,11 @@ def test_a_small_update_arrives():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 1024, generator=generator).bfloat16()
     weight = nn.Parameter(0.02 * torch.randn(256, 1024, generator=generator).bfloat16(), requires_grad=False)
-    matrix = bordered([weight], 16)
-    matrix[256:272, :1024] = (2 * torch.rand(16, 1024, generator=generator) - 1) / 32
-    matrix[:256, 1024:1040] = 1e-4 * torch.randn(256, 16, generator=generator).sign()
-    lora_A, lora_B = matrix[256:272, :1024], matrix[:256, 1024:1040]
-    projection = Projection(
-        Dense(matrix[:256, :1024]), None, lora_A, lora_B, [slice(0, 256)], [slice(0, 16)], [1.0], matrix
-    )
+    layout = StackedAdapters([slice(0, 256)], [slice(0, 16)], [1.0])
+    made = DenseFormat().project(stack_parameters([FrozenParameter(weight)], 16), None, layout)
+    lora_A, lora_B = made.lora_A, made.lora_B
+    lora_A.copy_((2 * torch.rand(16, 1024, generator=generator) - 1) / 32)
+    lora_B.copy_(1e-4 * torch.randn(256, 16, generator=generator).sign())
     exact = x.double() @ lora_A.double().T @ lora_B.double().T
-    change = projection.forward(x)[0].double() - x.double() @ weight.double().T
+    change = made.projection.forward(x)[0].double() - x.double() @ weight.double().T
     assert abs(float((change * exact).sum() / exact.square().sum()) - 1) < 0.06

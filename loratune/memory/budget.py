@@ -135,7 +135,7 @@ def peak_of_modules(
     """
     masters, optimizer = 4 * survey.trainable, int(setting.optimizer_bytes * survey.trainable)
     gradients = masters
-    kept, temporary = activations.kept, activations.peak - activations.kept
+    kept, temporary = activations.saved, activations.peak - activations.saved
     temporary = max(0, temporary - gradients) + (_WORKSPACES if baseline is None else 0)
     slack = int(_SLACK * (survey.base_bytes + masters + optimizer) + _LOOSE * (kept + temporary))
     return PeakMemory(

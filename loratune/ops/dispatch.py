@@ -1,19 +1,24 @@
 """Chooses between a reference in PyTorch and its Triton twin.
 
 A reference runs anywhere and defines the result. Its twin has the same name and arguments and runs on a GPU in half
-precision. No setting chooses: the arguments' device, dtype and shape do. On PyTorch's meta device, where the memory
-of a step is counted, only the outputs of the twin are allocated, and none of the reference's temporaries.
+precision. No setting chooses: the arguments' device, dtype and shape do.
+
+PyTorch's meta device, where tensors have shapes and no data, behaves like a GPU here. The memory of a step is counted
+on it (`memory.meter`), so a function with a twin allocates the outputs of the twin, and none of the temporaries that
+the reference has and the twin keeps in registers.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,58 +28,68 @@ MAX_ROW = 1 << 16
 
 
 def with_kernel(
-    usable: Callable[..., bool],
-    module: str = "ops.layer_kernels",
-    *,
-    rowwise: bool = False,
-    outputs: Callable[..., object] | None = None,
+    usable: Callable[..., bool], module: str = "ops.layer_kernels"
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a reference that has a Triton twin of the same name in `loratune.<module>`.
 
+    The twin must allocate its outputs and nothing else of their size, and overwrite an argument where the reference
+    does.
+
     Args:
-        usable: whether the twin can take these arguments.
-        rowwise: all positional tensors and all outputs have a row for each token, so that the shapes of the outputs
-            on the meta device follow from a call without tokens.
-        outputs: for functions that are not rowwise, allocates the outputs of the twin on the meta device.
+        usable: whether the twin can take these arguments; on the meta device, whether it could on a GPU (`on_gpu`).
     """
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(reference)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if usable(*args, **kwargs):
-                # Imported here because Triton is installed with PyTorch for CUDA only.
-                kernels = importlib.import_module(f"loratune.{module}")
-                twin: Callable[P, R] = getattr(kernels, reference.__name__)
-                return twin(*args, **kwargs)
-            if isinstance(args[0], Tensor) and args[0].is_meta:
-                if outputs is not None:
-                    return cast(R, outputs(*args, **kwargs))
-                if rowwise and args[0].shape[0]:
-                    return cast(R, _rows_of(reference, args, kwargs))
-            return reference(*args, **kwargs)
+            if not usable(*args, **kwargs):
+                return reference(*args, **kwargs)
+            if _first_tensor(args).is_meta:
+                return _outputs_of(reference, args, kwargs)
+            # Imported here because Triton is installed with PyTorch for CUDA only.
+            kernels = importlib.import_module(f"loratune.{module}")
+            twin: Callable[P, R] = getattr(kernels, reference.__name__)
+            return twin(*args, **kwargs)
 
         return call
 
     return decorate
 
 
-def _rows_of(
-    reference: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor | tuple[Tensor, ...]:
-    """Outputs of a rowwise function without values; an output that is an argument stays that argument."""
-    empty = [a[:0] if isinstance(a, Tensor) else a for a in args]
-    found = cast(Tensor | tuple[Tensor, ...], reference(*empty, **kwargs))
-    rows = cast(Tensor, args[0]).shape[0]
-    full = {id(e): a for e, a in zip(empty, args, strict=True) if isinstance(a, Tensor)}
-    for out in (found,) if isinstance(found, Tensor) else found:
-        if id(out) not in full:
-            full[id(out)] = out.new_empty(rows, *out.shape[1:])
-    return full[id(found)] if isinstance(found, Tensor) else tuple(full[id(out)] for out in found)
+def _first_tensor(args: object) -> Tensor:
+    """The first argument, or the first tensor of a sequence of operands."""
+    while not isinstance(args, Tensor):
+        assert isinstance(args, Sequence)
+        args = args[0]
+    return args
+
+
+def _outputs_of(reference: Callable[..., R], args: Sequence[object], kwargs: Mapping[str, object]) -> R:
+    """Calls `reference` unseen by dispatch modes, then allocates its outputs where modes see them.
+
+    Returns: meta tensors like the reference's outputs. An output in the memory of an argument stays there.
+    """
+    with _disable_current_modes(), torch.no_grad():
+        found = reference(*args, **kwargs)
+    given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+
+    def allocated(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage() in given:
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    outputs: R = tree_map_only(Tensor, allocated, found)
+    return outputs
+
+
+def on_gpu(x: Tensor) -> bool:
+    """True on a GPU, and on the meta device."""
+    return x.is_cuda or x.is_meta
 
 
 def half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
     """Whether x is on a GPU, in half precision, with rows that one program can load."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= MAX_ROW
+    return on_gpu(x) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= MAX_ROW
 
 
 def wide(x: Tensor) -> Tensor:

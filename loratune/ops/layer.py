@@ -108,13 +108,13 @@ class HeadSpec:
         return torch.cat(parts, 2).flatten(1, 2)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def norm(x: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """The norm of x, (N, d) -> (N, d + pad). An identity that adds nothing to the rows returns x itself."""
     return x if spec.is_identity(pad, measure) else _padded(_normalised(x, spec), pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def add_norm(
     x: Tensor, y: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -123,13 +123,13 @@ def add_norm(
     return total, norm(total, spec, pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def post_norm_add(x: Tensor, y: Tensor, post: NormSpec, scale: float = 1.0) -> Tensor:
     """x + scale * norm(y), (N, d): a branch whose output is normalised before it joins the residual stream."""
     return _sum(x, _normalised(y, post), scale)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def post_norm_add_norm(
     x: Tensor,
     y: Tensor,
@@ -144,7 +144,7 @@ def post_norm_add_norm(
     return total, norm(total, spec, pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def norm_backward(
     d_out: Tensor, d_residual: Tensor, x: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def norm_backward(
     return _padded(d_x.to(x.dtype), pad, measure), norm(x, spec)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def post_norm_backward(
     d_h: Tensor, y: Tensor, post: NormSpec, scale: float = 1.0, pad: int = 0, measure: Measure | None = None
 ) -> Tensor:
@@ -175,14 +175,14 @@ def post_norm_backward(
     return _padded(_through_norm(d_normed, y, post).to(d_h.dtype), pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def gated(gate_up: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """activation(gate) * up, (N, m + pad), for `gate_up` (N, 2 m) with the gate first."""
     gate, up = gate_up.chunk(2, -1)
     return _padded(gated_product(gate, up, kind), pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def gated_backward(
     gate_up: Tensor, d_out: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -192,13 +192,13 @@ def gated_backward(
     return _padded(d_gate_up, pad, measure), gated_product(gate, up, kind)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def gated_product(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
     """activation(gate) * up, (N, m), for gate and up in tensors of their own; rows may be strided."""
     return _active(wide(gate), kind).to(gate.dtype) * up
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def gated_product_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (N, m) each."""
     x, d = wide(gate), wide(d_out)
@@ -206,13 +206,13 @@ def gated_product_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: Activa
     return (d * wide(up) * _slope(x, active, kind)).to(gate.dtype), (d * active).to(up.dtype)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def activation(x: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """activation(x), (N, m) -> (N, m + pad), for MLPs without a gate."""
     return _padded(_active(wide(x), kind).to(x.dtype), pad, measure)
 
 
-@with_kernel(half_on_gpu, rowwise=True)
+@with_kernel(half_on_gpu)
 def activation_backward(
     x: Tensor, d_out: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def rotatable(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec
     return half_on_gpu(x) and heads.dim % 2 == 0
 
 
-@with_kernel(rotatable, "ops.rotary_kernels", rowwise=True)
+@with_kernel(rotatable, "ops.rotary_kernels")
 def rotate_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec) -> Tensor:
     """Normalises and rotates the query and key heads of each token; value heads stay.
 
@@ -250,7 +250,6 @@ def rotate_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadS
 @with_kernel(
     lambda d_query, d_key, d_value, cos, sin, x, heads, *_, **__: rotatable(d_query, cos, sin, heads),
     "ops.rotary_kernels",
-    rowwise=True,
 )
 def rotate_heads_backward(
     d_query: Tensor,
@@ -473,7 +472,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | N
         head = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + eps)
         head = wide(weight * head.to(x.dtype))
     turned = head * wide(cos)[:, None] + _quarter_turn(head, False) * wide(sin)[:, None]
-    return torch.cat([turned.to(x.dtype), x[:, rotated:]], 1)
+    out = torch.cat([turned.to(x.dtype), x[:, rotated:]], 1)
+    return x.copy_(out) if weight is None else out
 
 
 @with_kernel(_whole_heads)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loratune.ops.dispatch import wide, with_kernel
+from loratune.ops.dispatch import on_gpu, wide, with_kernel
 from loratune.ops.products import mm
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
@@ -38,7 +38,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = torch.empty(hidden.shape[0], dtype=_accurate(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        if hidden.is_cuda:
+        if hidden.is_cuda or (hidden.is_meta and hidden.dtype.itemsize == 2):
             _on_gpu(hidden, weight, bias, targets, scale, softcap, logprobs, gradient)
             ctx.save_for_backward(gradient)
             return logprobs
@@ -69,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _half_on_gpu(logits: Tensor, *_: object) -> bool:
-    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16)
+    return on_gpu(logits) and logits.dtype in (torch.bfloat16, torch.float16)
 
 
 @with_kernel(_half_on_gpu)

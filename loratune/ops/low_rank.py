@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loratune.ops.dispatch import with_kernel
+from loratune.ops.dispatch import on_gpu, with_kernel
 from loratune.ops.dropout import keep_mask
 
 
@@ -52,7 +52,7 @@ class AdapterDropout:
 
 
 def _half_on_gpu(wide: Tensor, thin: Tensor, *_: object, **__: object) -> bool:
-    return wide.is_cuda and wide.dtype in (torch.bfloat16, torch.float16) and wide.dtype == thin.dtype
+    return on_gpu(wide) and wide.dtype in (torch.bfloat16, torch.float16) and wide.dtype == thin.dtype
 
 
 @with_kernel(_half_on_gpu, "ops.low_rank_kernels")

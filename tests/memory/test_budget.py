@@ -149,7 +149,7 @@ def test_an_imagined_row_holds_what_a_real_one_holds(name):
     copy, real = without_data(config, torch.float32), build(name)
     for model in (copy, real):
         attach(model, LoraConfig(r=4), name="default", seed=0)
-    expected = simulate(copy, 256, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).kept
+    expected = simulate(copy, 256, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).saved
     held: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
 
@@ -172,7 +172,7 @@ def test_soft_caps_and_sinks_take_no_square_of_scores_in_half_precision(name):
     model = without_data(build(name).config, torch.bfloat16)
     attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), name="default", seed=0)
     short, long = (
-        simulate(model, tokens, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).kept for tokens in (256, 1024)
+        simulate(model, tokens, ActivationPlan.uniform(Level.NONE, 2), on_gpu=False).saved for tokens in (256, 1024)
     )
     assert long < 4.2 * short
 

@@ -9,7 +9,7 @@ import torch
 
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
-from loratune.fused.policy import Level, Plan
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.step import row_loss, train_step
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
@@ -25,7 +25,7 @@ def forward_of(kind: str, seed: int, dropout: float = 0.3) -> PackedForward:
     if kind == "fused":
         assert fuse(forward)
     if kind == "recomputed":
-        forward.plan = Plan.uniform(Level.FULL, model.config.num_hidden_layers)
+        forward.plan = ActivationPlan.uniform(Level.FULL, model.config.num_hidden_layers)
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
     return forward

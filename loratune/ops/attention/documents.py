@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
-from loratune.ops.attention import flash
+from loratune.ops.attention import flash, simulated
 from loratune.ops.attention.capped import DocumentSpans, attend
 
 IMPLEMENTATION = "loratune_documents"
@@ -86,6 +86,8 @@ def document_attention(
     Returns: (1, T, heads, head_dim), and None in place of the attention weights.
     Raises: NotImplementedError: a position bias, or no boundaries; `base.forward` then takes another road.
     """
+    if query.is_meta:
+        return _on_meta(query, key, value, softcap, s_aux, cu_seq_lens_q, max_length_q), None
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -98,6 +100,25 @@ def document_attention(
             spans = spans or DocumentSpans(cu_seq_lens_q)
             return attend(query, key, value, scaling, sliding_window, softcap, s_aux, spans), None
     return _one_by_one(query, key, value, scaling, dropout, sliding_window, softcap, s_aux, cu_seq_lens_q), None
+
+
+def _on_meta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+) -> Tensor:
+    """(1, T, heads, head_dim) without values; boundaries have no values either, and may be missing."""
+    if query.dtype.itemsize > 2 and (softcap is not None or sinks is not None):  # no kernel of a CPU has them
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return explicit(query, key, value, 1.0, 0.0, None, softcap, sinks).transpose(1, 2)
+    documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    even = documents == 1 or documents * (longest or 0) == query.shape[2]
+    return simulated.attend(query, key, value, 0 if even else documents)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:

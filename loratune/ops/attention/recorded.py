@@ -136,7 +136,7 @@ class _Held:
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.untyped_storage() is b.untyped_storage()
 
 
 class _Enter(torch.autograd.Function):

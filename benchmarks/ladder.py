@@ -54,7 +54,7 @@ def measure(
     from loratune.ops.attention import documents as attention
     from loratune.ops.attention import flash
     from loratune.precision.contract import weight_format
-    from loratune.precisions import QUANTISED
+    from loratune.tables import PRECISIONS
     from loratune.training.graph import GraphStep
     from loratune.training.optim import adamw, set_rate
     from loratune.training.step import train_step
@@ -62,7 +62,7 @@ def measure(
     global IMPORTED
     IMPORTED = IMPORTED or time.perf_counter() - STARTED
     started = time.perf_counter() - IMPORTED
-    model = model_of(shape, form=weight_format(precision).quantise if precision in QUANTISED else None)
+    model = model_of(shape, form=weight_format(precision).quantise if precision in PRECISIONS else None)
     torch.cuda.synchronize()
     built = time.perf_counter() - started
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

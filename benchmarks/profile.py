@@ -20,7 +20,7 @@ from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach
 from loratune.precision.contract import weight_format
-from loratune.precisions import QUANTISED
+from loratune.tables import PRECISIONS
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw
 
@@ -36,7 +36,7 @@ PARTS = (
 def main() -> None:
     shape, batch, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     precision = sys.argv[4] if len(sys.argv) > 4 else "bf16"
-    model = model_of(shape, form=weight_format(precision).quantise if precision in QUANTISED else None)
+    model = model_of(shape, form=weight_format(precision).quantise if precision in PRECISIONS else None)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune.errors import ConfigError, nearest
-from loratune.tables import FORMATS
+from loratune.tables import FORMATS, PRECISIONS
 from loratune.units import bytes_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ else:
 
 TrainOn = Literal["assistant", "last", "all"]
 DensePrecision = Literal["auto", "float32", "bfloat16", "float16"]
-Precision = Literal["auto", "float32", "bfloat16", "float16", "nf4", "fp8"]
+if TYPE_CHECKING:
+    Precision = str
+else:
+    Precision = Literal["auto", "float32", "bfloat16", "float16", *PRECISIONS]
 Schedule = Literal["cosine", "linear", "constant"]
 Optim = Literal["adamw", "adamw_8bit", "adamw_offload"]
 Bias = Literal["none", "all", "lora_only"]

@@ -18,6 +18,12 @@ FORMATS: dict[str, str] = {
 }
 """Record formats (`loratune.data.record.RecordFormat`). If a record fits several, the first one counts."""
 
+PRECISIONS: dict[str, str] = {
+    "nf4": "loratune.precision.nf4_format:Nf4Format",
+    "fp8": "loratune.precision.fp8_format:Fp8Format",
+}
+"""Precisions that quantise the base (`loratune.precision.contract.WeightFormat`)."""
+
 
 def load_entry(location: str) -> Any:
     """Imports the object at "module:object"."""

@@ -33,7 +33,7 @@ from loratune.errors import ModelError, nearest
 from loratune.ops.attention import documents as attention
 from loratune.precision.contract import weight_format
 from loratune.precision.loading import form_of_files, load_quantised
-from loratune.precisions import QUANTISED
+from loratune.tables import PRECISIONS
 
 POCKET = "loratune/pocket"
 """The name of the model in the box, usable wherever a model is asked for."""
@@ -93,7 +93,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
-    wanted = weight_format(precision) if precision in QUANTISED else None
+    wanted = weight_format(precision) if precision in PRECISIONS else None
     why = None if wanted is None else wanted.why_unsupported(where)
     if why is not None:
         raise ModelError(f"--precision {precision}: {why}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +100,7 @@ def _resumed(out: str) -> SweepArguments:
         near = [file.parent.name for file in folder.parent.glob(f"*/{STATE_FILE}")]
         raise ConfigError(f"{out}: no sweep to resume: there is no {STATE_FILE}.{nearest(folder.name, near)}")
     state = read_state(folder)
-    jobs, precision = str(folder / JOBS_FILE), typing.cast(Precision, state.precision)
+    jobs, precision = str(folder / JOBS_FILE), state.precision
     return SweepArguments(
         model=state.model, jobs=jobs, out=out, precision=precision, device=state.device, resume=True
     )

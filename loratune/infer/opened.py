@@ -18,7 +18,7 @@ from loratune.errors import AdapterError, ModelError
 from loratune.lora.files import load_adapter, read_config, read_info
 from loratune.lora.inject import activate
 from loratune.lora.store import Store
-from loratune.precisions import QUANTISED
+from loratune.tables import PRECISIONS
 
 RESIDENT = 8
 """Adapters that are on the device at a time; if there are more, they rest in host memory."""
@@ -69,7 +69,7 @@ def open_folders(
             )
     names = _names(folders)
     run = runs[folders[0]]
-    if precision == "auto" and run is not None and run.precision in QUANTISED:
+    if precision == "auto" and run is not None and run.precision in PRECISIONS:
         precision = run.precision
     loaded = load(base, precision, device)
     tokenizer = load_tokenizer(base, run.dataset.chat_template if run else None)

@@ -31,6 +31,7 @@ from loratune.memory.budget import PeakMemory, PlanChoice, RowSetting, choose, p
 from loratune.memory.devices import DeviceSpec
 from loratune.memory.simulate import simulate, without_data
 from loratune.memory.survey import ModelSurvey, survey
+from loratune.precision.contract import smallest_format
 
 _POLICIES = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
 
@@ -188,7 +189,7 @@ def _changes(
     for text, tokens, factor in shorter:
         setting = replace(wish.setting, tokens=tokens, rows=wish.setting.rows * factor)
         yield text, replace(auto, setting=setting), what
-    for precision in ("nf4",):
+    for precision in (smallest_format().name,):
         if what.quantised == precision:
             continue
         smaller = replace(auto, precision=precision)

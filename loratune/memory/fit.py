@@ -32,6 +32,7 @@ from loratune.memory import budget, devices
 from loratune.memory.budget import PeakMemory, RowSetting
 from loratune.memory.devices import DeviceSpec
 from loratune.memory.survey import ModelSurvey, ranks_of, survey
+from loratune.precision.contract import smallest_format
 from loratune.training.graph import GraphStep
 from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
 from loratune.training.step import row_loss
@@ -249,7 +250,7 @@ def too_small(what: ModelSurvey, setting: RowSetting, config: TrainConfig, devic
             fixes.append(f"--tokens-per-row {tokens} --gradient-accumulation-steps {less.rows}")
             break
     if not what.quantised:
-        fixes.append("--precision nf4")
+        fixes.append(f"--precision {smallest_format().name}")
     if not fixes:
         fixes.append("a larger device, or a smaller model")
     return (

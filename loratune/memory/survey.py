@@ -20,7 +20,7 @@ from loratune.fused.ledger import LayerShape, rounded
 from loratune.lora.contract import adapter_tensors_of, rank_of
 from loratune.precision.contract import weight_format
 from loratune.precision.linear import QuantisedLinear, formats_in
-from loratune.precisions import QUANTISED
+from loratune.tables import PRECISIONS
 
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -71,7 +71,7 @@ def survey(
         on_gpu: fused layers are for GPUs.
     """
     layers = decoder_layers(model)
-    quantised = precision if precision in QUANTISED else _quantised(layers)
+    quantised = precision if precision in PRECISIONS else _quantised(layers)
     fusible = on_gpu and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
     per_layer = [_trained_in(layer, ranks) for layer in layers]
     shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []

@@ -31,7 +31,7 @@ class FrozenWeight(Protocol):
 
     @property
     def precision(self) -> str:
-        """Name of its precision in `loratune.precisions`, or "dense"."""
+        """Name of its precision in `loratune.tables.PRECISIONS`, or "dense"."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
     FrozenWeight   (ops.frozen) one weight: both products, dense values, bytes, transfer
     WeightFormat   one precision: quantising, stacking, projections, checkpoints, devices, cost
 
-Code outside `precision` asks these two and never tests a class or a name. The table is `loratune.precisions`.
+Code outside `precision` asks these two and never tests a class or a name. The table is `loratune.tables.PRECISIONS`.
 
 Access to a weight belongs to its `FrozenWeight`. Layers, fused layers and banks call `forward` and `d_input`, and
 nobody else reads the tensor. A weight that is sharded over ranks is therefore one more `FrozenWeight`: it holds a
@@ -16,7 +16,6 @@ default for everything except `quantise` and `bytes_held`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -24,12 +23,14 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loratune import precisions
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Projection, StackedAdapters
 from loratune.precision.concatenated import Concatenated
 from loratune.precision.projection import AugmentedWeight, LowRankProjection
 from loratune.precision.tensors import StoredTensor
+from loratune.tables import PRECISIONS, load_entry
+
+_DENSE = "loratune.precision.dense:DenseFormat"
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,10 @@ class WeightFormat:
         return None
 
 
-def _imported(entry: str) -> WeightFormat:
-    module, _, name = entry.partition(":")
-    found: WeightFormat = getattr(importlib.import_module(module), name)()
-    return found
-
-
 def weight_format(precision: str) -> WeightFormat:
     """The format behind a name of `--precision`; that of floating point for every name that quantises nothing."""
-    return _imported(precisions.QUANTISED.get(precision, precisions.DENSE))
+    found: WeightFormat = load_entry(PRECISIONS.get(precision, _DENSE))()
+    return found
 
 
 def format_of(weight: FrozenWeight) -> WeightFormat:
@@ -186,6 +182,11 @@ def format_of(weight: FrozenWeight) -> WeightFormat:
     return weight_format(weight.precision)
 
 
+def smallest_format() -> WeightFormat:
+    """The format with the fewest bytes per weight, to suggest where memory is short."""
+    return min(quantised_formats(), key=lambda form: form.bytes_held((4096, 4096), 2))
+
+
 def quantised_formats() -> list[WeightFormat]:
     """All formats of the table but floating point."""
-    return [weight_format(name) for name in precisions.QUANTISED]
+    return [weight_format(name) for name in PRECISIONS]

@@ -17,10 +17,11 @@ from typing import Any
 
 from loratune.base.load import POCKET
 from loratune.config import LoraConfig, Precision, RunConfig
+from loratune.precision.contract import weight_format
+from loratune.tables import PRECISIONS
 from loratune.units import duration, size
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank accepts
-_FORMS = {"nf4": "4 bits (NF4)", "fp8": "8 bits (FP8)"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -120,8 +121,13 @@ def _front_matter(facts: CardFacts) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _form(facts: CardFacts) -> str | None:
+    """The quantised form of the base while it trained; None for floating point."""
+    return weight_format(facts.precision).label if facts.precision in PRECISIONS else None
+
+
 def _dequantised(facts: CardFacts) -> str:
-    form = _FORMS.get(facts.precision)
+    form = _form(facts)
     return f" The adapter was trained over weights in {form}; it is added here to those, made dense." if form else ""
 
 
@@ -212,7 +218,7 @@ def _data(facts: CardFacts) -> str:
 
 
 def _load_words(facts: CardFacts) -> str:
-    return f', precision="{facts.precision}"' if facts.precision in _FORMS else ""
+    return f', precision="{facts.precision}"' if facts.precision in PRECISIONS else ""
 
 
 def _training_rows(facts: CardFacts) -> dict[str, str]:
@@ -226,7 +232,7 @@ def _training_rows(facts: CardFacts) -> dict[str, str]:
         "`target_modules`": targets if isinstance(targets, str) else ", ".join(targets),
         "`modules_to_save`": ", ".join(lora.modules_to_save or []),
         "`bias`": "" if lora.bias == "none" else lora.bias,
-        "base weights": _FORMS.get(facts.precision, ""),
+        "base weights": _form(facts) or "",
         **facts.settings,
     }
     rows |= dict(_run_rows(facts))

@@ -6,7 +6,7 @@
     lt.train(model, lt.load_tokenizer("path/or/id"), "data.jsonl")
     lt.save(model, "out/sql", name="sql")
 
-The names below are imported when they are first used, so `import loratune` costs nothing and loads no torch.
+Each name below is imported on first use, so `import loratune` is fast and loads no torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What can be done while Python is still importing: reading a model's files.
+"""Reads a model's files into the system's cache while Python is still importing.
 
-Importing PyTorch and transformers takes seconds of one core. From a disk that has not been read since the machine
-started, the weights take seconds more, and the two need not wait for each other: the kernel is told which files will
-be wanted, and reads them into its cache. It cuts what it is told at once down to one window of read-ahead, so it is
-told in pieces, which may wait for the disk, and so from a thread of its own that nobody waits for.
+Importing PyTorch and transformers takes seconds of one core. Reading weights from a disk for the first time since the
+machine started takes more seconds, and the two can overlap. `posix_fadvise` announces the files to the kernel, which
+cuts each request to one window of read-ahead. So the files are announced in pieces. Each call may wait for the disk,
+so a background thread makes them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def read_ahead(model: str) -> threading.Thread | None:
     """Starts reading the weights of `model` into the system's cache, and returns at once.
 
     Args:
-        model: as the user named it; anything but a folder with weights is left to who loads it, errors as well.
+        model: as the user named it. Anything but a folder with weights is ignored; loading reports the error.
 
-    Returns: the thread, or None if there is nothing to do: no folder, no such system call (it is Linux's), or files
-        of more than half of the machine's memory, which would push each other out.
+    Returns: the thread. None if `model` is no folder with weights, if the system is not Linux, or if the files exceed
+        half of the machine's memory, because they would evict each other from the cache.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
     files = sorted(
         Path(model).expanduser().glob("model*.safetensors")
-    )  # whole, or in shards as transformers names them
+    )  # one file, or shards with transformers' names
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not files or sum(file.stat().st_size for file in files) > memory // 2:
         return None
@@ -39,7 +39,7 @@ def read_ahead(model: str) -> threading.Thread | None:
 
 
 def _announce(files: list[Path]) -> None:
-    with contextlib.suppress(OSError):  # whoever loads the file says what is wrong with it
+    with contextlib.suppress(OSError):  # loading the file reports the error
         for file in files:
             with file.open("rb") as stream:
                 for at in range(0, file.stat().st_size, _PIECE):

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that are written completely or not at all.
 
-Everything is written beside its destination under a temporary name, flushed to the disk, and renamed, which the
-operating system does in one step. A crash, a full disk or Ctrl-C leaves the old content, never half of the new.
+Content is written beside its destination under a temporary name, flushed to the disk, and renamed. Renaming is one
+step for the operating system, so a crash, a full disk or Ctrl-C leaves the old content intact.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from loratune.errors import OutputError
 def check_new(path: Path, *, overwrite: bool) -> None:
     """Raises OutputError if `path` exists and may not be replaced, or its parent cannot be written to."""
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise OutputError(f"{path}: exists already; choose another place or pass --overwrite")
+        raise OutputError(f"{path}: exists already; choose another name or pass --overwrite")
     if path.is_file():
-        raise OutputError(f"{path}: a file stands where a folder is to be written")
+        raise OutputError(f"{path}: is a file, but a folder is to be written here; choose another name")
     parent = _existing_parent(path)
-    try:  # asking for permission is not enough: a read-only or virtual file system refuses all the same
+    try:  # permission bits are not enough: a read-only or virtual file system fails only on use
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
     except OSError as error:
         raise OutputError(f"{path}: cannot write into {parent}: {error.strerror}") from error
@@ -53,9 +53,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends without an error.
+    """Yields a temporary folder, which is renamed to `path` when the block ends without an error.
 
-    Raises: OutputError: `path` exists (without `overwrite`), or the disk is full or read-only.
+    Raises: OutputError: `path` exists and `overwrite` is False, or the disk is full or read-only.
     """
     check_new(path, overwrite=overwrite)
     with _as_output_error(path):
@@ -65,18 +65,18 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    file.chmod(0o666 & ~_umask())  # some writers make private files
+                    file.chmod(0o666 & ~_umask())  # some libraries create private files
                     _flush(file)
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
-        except OutputError as error:  # of a file inside; the user knows the folder by its own name
+        except OutputError as error:  # name the folder as the user does
             raise OutputError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; an old folder there is moved aside first and deleted last."""
+    """Renames `new` to `path`. An old folder is moved aside first and deleted last."""
     if not path.exists():
         os.rename(new, path)
         return
@@ -117,7 +117,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _umask() -> int:
-    """The process's file mode mask; the system offers no way to read it but to set it."""
+    """The file mode mask of the process. The system can only return it while setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""Every setting of loratune, once: the same names in Python, in TOML and on the command line.
+"""Every setting of loratune, defined once, with the same name in Python, in TOML and on the command line.
 
-`LoraConfig` bears the field names of PEFT's `adapter_config.json`, so nothing is translated when an adapter is
-saved. The other groups use the names of transformers' `TrainingArguments` where one exists, and say the unit in
-the name where one is needed. This module imports no torch: `loratune --help` reads it.
+`LoraConfig` has the field names of PEFT's `adapter_config.json`, so nothing is translated when an adapter is saved.
+The other groups use the names of transformers' `TrainingArguments` where one exists. Units are part of the name where
+needed. This module imports no torch, because `loratune --help` reads it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MajoritySign = Literal["total", "frequency"]
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Which layers get an adapter, and of what shape. Field names are those of PEFT's adapter_config.json."""
+    """The adapted layers and the shape of their adapters. Field names as in PEFT's adapter_config.json."""
 
     r: int = 16
     """Rank of the update: A is (r, d_in), B is (d_out, r)."""
@@ -70,56 +70,56 @@ class LoraConfig:
     use_rslora: bool = False
     """Rank-stabilised scaling, lora_alpha / sqrt(r) (arXiv:2312.03732)."""
     bias: Bias = "none"
-    """Which bias vectors train along: none, all of the model, or those of the adapted layers."""
+    """Bias vectors to train: none, all of the model, or only those of the adapted layers."""
     modules_to_save: list[str] | None = None
-    """Modules trained in full beside the adapter and saved with it, for example a new classification head."""
+    """Modules to train in full and save with the adapter, for example a new classification head."""
     init_lora_weights: bool | Literal["gaussian"] = True
-    """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero. False: both Kaiming/normal, so
-    that the update is not zero at the start (for tests)."""
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero. False: both random, so the update
+    is not zero at the start (for tests)."""
     layers_to_transform: list[int] | None = None
-    """Only adapt layers with these indices."""
+    """Indices of the layers to adapt; by default all."""
     layers_pattern: list[str] | None = None
-    """Name of the module list that layers_to_transform counts in, if it is not the usual one."""
+    """Name of the module list that layers_to_transform counts, if it is not the usual one."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Regular expression (anchored as the end of a module's path) -> rank, where it differs from r."""
+    """Regular expression (anchored as the end of a module's path) -> rank, for layers whose rank is not r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Regular expression (anchored as the end of a module's path) -> lora_alpha, where it differs."""
+    """Regular expression (anchored as the end of a module's path) -> lora_alpha, for layers with another one."""
 
     def __post_init__(self) -> None:
-        for what, rank in {
+        for name, rank in {
             "r": self.r,
             **{f'rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()},
         }.items():
-            _require(rank >= 1, f"{what} is {rank}; a rank is at least 1")
+            _require(rank >= 1, f"{name} is {rank}; a rank is at least 1")
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it lies in 0 <= p < 1")
-        for what, alpha in {
+        for name, alpha in {
             "lora_alpha": self.lora_alpha,
             **{f'alpha_pattern["{k}"]': v for k, v in self.alpha_pattern.items()},
         }.items():
-            _require(0 < alpha < math.inf, f"{what} is {alpha}; it must be positive and finite")
+            _require(0 < alpha < math.inf, f"{name} is {alpha}; it must be positive and finite")
         _require(bool(self.target_modules), 'target_modules is empty; give module names or "all-linear"')
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """How records become rows of tokens."""
+    """Settings of the data: from records to rows of tokens."""
 
     format: DataFormat = "auto"
-    """Record layout; "auto" recognises it from the fields of each file's first record."""
+    """Record format; "auto" recognises it from the fields of each file's first record."""
     train_on: TrainOn = "assistant"
-    """Which tokens the loss sees: every assistant turn, only the last one, or all tokens."""
+    """Tokens that count in the loss: every answer of the assistant, only the last one, or all tokens."""
     tokens_per_row: int = 2048
-    """Tokens in one packed row; every micro-step sees exactly this many."""
+    """Tokens in one packed row; every micro-step processes exactly this many."""
     truncate: bool = False
-    """Cut documents that are longer than a row (or than the model's context) instead of refusing them."""
+    """Cut documents that are longer than a row or the model's context; otherwise they are an error."""
     eval_data: list[str] = field(default_factory=list)
-    """Held-out files. Without any, eval_fraction of the training records is held out."""
+    """Held-out files; by default eval_fraction of the training records is held out."""
     eval_fraction: float = 0.05
-    """Share of the training records held out when eval_data is empty; 0 holds out nothing."""
+    """Share of the training records to hold out if eval_data is empty; 0 holds out nothing."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for a tokenizer that has none or the wrong one."""
+    """File with a Jinja chat template, for a tokenizer with no template or a wrong one."""
     num_proc: int | None = None
-    """Processes that render and tokenise; by default one per core for large data, one for small."""
+    """Processes that render and tokenise; by default one per core for large data, otherwise one."""
     cache_dir: str | None = None
     """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
 
@@ -137,7 +137,7 @@ class TrainConfig:
     """The optimisation: AdamW on the adapter, warm-up and schedule, evaluation, checkpoints."""
 
     learning_rate: float | Literal["auto"] = 2e-4
-    """Peak learning rate; "auto" tries some on the first part of the data and keeps the best."""
+    """Peak learning rate; "auto" tries several on the first part of the data and uses the best."""
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup_ratio: float = 0.03
@@ -149,8 +149,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Rows (micro-steps) in one optimizer step."""
     optim: Optim = "adamw"
-    """Form of AdamW's moments: float32; 8 bits each, in blocks (adamw_8bit); or float32 in host memory
-    (adamw_offload), which leaves the GPU's to the model and takes longer."""
+    """Format of AdamW's moments: float32 (adamw), blocks of 8-bit values (adamw_8bit), or float32 in host memory
+    (adamw_offload), which saves GPU memory and takes longer."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: float = 0.9
@@ -168,12 +168,13 @@ class TrainConfig:
     save_every_steps: int | None = None
     """Optimizer steps between checkpoints; by default at every evaluation."""
     activations: Activations = "auto"
-    """What is recomputed to save memory: none, selective, full (layers keep their inputs only), or offload (and these
-    wait on the host); each takes less memory and more time than the one before. auto: the fastest that fits."""
+    """Activations to recompute in the backward: none, selective, full (a layer saves only its input), or offload (the
+    input is saved in host memory). Each uses less memory and more time than the one before. auto: the fastest that
+    fits."""
     memory: str | None = None
-    """The most GPU memory that the run may take, such as 24GiB; by default all that is free."""
+    """The most GPU memory that the run may use, such as 24GiB; by default all free memory."""
     seed: int = 0
-    """Seeds A's initial values, the order of the data, the held-out split and dropout."""
+    """Seed of A's initial values, the order of the data, the held-out split and dropout."""
     log_to: list[Tracker] = field(default_factory=list)
     """Trackers to report to, besides metrics.jsonl."""
 
@@ -200,23 +201,24 @@ class TrainConfig:
 
     @property
     def rate(self) -> float:
-        """The peak learning rate as a number; "auto" has become one before anything trains."""
+        """The peak learning rate as a number. "auto" must have been resolved."""
         assert self.learning_rate != "auto"
         return self.learning_rate
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """One training run, whole: what `run.toml` in an output folder holds."""
+    """All settings of one training run, as `run.toml` in an output folder."""
 
     model: str
-    """Base model: a local folder, a hub id, or "loratune/pocket", the model in the box."""
+    """Base model: a local folder, a hub id, or "loratune/pocket", the bundled model."""
     data: list[str]
     """Training files (JSON, JSONL, Parquet, CSV, text) or a hub data set id."""
     out: str
-    """Folder for the adapter and everything about the run."""
+    """Folder for the adapter and all files of the run."""
     precision: Precision = "auto"
-    """Number format of the frozen base; auto is the format of its files on a GPU and float32 on a CPU, nf4 4 bits."""
+    """Number format of the frozen base: nf4 has 4 bits, fp8 8. auto: the format of its files on a GPU, float32 on a
+    CPU."""
     device: str | None = None
     """Torch device such as cpu, cuda or cuda:1; by default the GPU if there is one."""
     overwrite: bool = False
@@ -242,8 +244,8 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str, root: type[A
     Args:
         kind: the dataclass to build; fields that `values` lacks take their defaults.
         values: field name -> value, sections as mappings.
-        where: what to name in errors, for example the file.
-        root: the dataclass of the whole file, if `kind` is that of a section; for hints.
+        where: the source of the values for errors, for example the file.
+        root: the dataclass of the whole file if `kind` is a section; for hints.
 
     Raises: ConfigError: a name is unknown, a value has the wrong type or is out of range, or one is missing.
     """
@@ -260,7 +262,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str, root: type[A
 def check_values(
     kind: type[Any], values: Mapping[str, Any], where: str, root: type[Any] | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments for `kind` in `values`, with sections built; see `from_dict`."""
+    """The keyword arguments for `kind` from `values`, with sections as dataclasses; see `from_dict`."""
     hints = typing.get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     built: dict[str, Any] = {}
@@ -282,7 +284,10 @@ def check_values(
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The content of a TOML file. Raises: ConfigError: it cannot be read or parsed; the message has the line."""
+    """The content of a TOML file.
+
+    Raises: ConfigError: it cannot be read or parsed; the message has the line.
+    """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -292,7 +297,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def to_toml(config: object) -> str:
-    """The complete configuration as TOML; settings that are None are left out, as TOML has no null."""
+    """The complete configuration as TOML, without settings that are None, because TOML has no null."""
     import tomli_w
 
     assert is_dataclass(config)
@@ -313,7 +318,7 @@ def _required(setting: Field[Any]) -> bool:
 
 
 def _elsewhere(root: type[Any], name: str) -> str:
-    """A hint if the setting belongs to a section of `root`, or to no section."""
+    """A hint if the setting belongs to a section of `root` or above all sections; "" otherwise."""
     if name in {f.name for f in fields(root)}:
         return " It belongs above the first section."
     for section, hint in typing.get_type_hints(root).items():
@@ -323,7 +328,7 @@ def _elsewhere(root: type[Any], name: str) -> str:
 
 
 def _fits(value: object, expected: Any) -> bool:
-    """Whether `value` is of the annotated type; an int will do for a float, a bool for no number."""
+    """True if `value` has the annotated type. An int counts as a float; a bool does not count as a number."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in arguments)

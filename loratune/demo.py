@@ -1,8 +1,8 @@
-"""`loratune demo`: the whole journey on the model in the box, in about two minutes on a laptop's CPU.
+"""`loratune demo`: the whole journey on the bundled model, in about two minutes on a laptop's CPU.
 
-Ask the base (it cannot), train two adapters, measure all three on held-out records, switch back and forth and compare
-to the bit, merge and prove it, and say how to go on. Everything runs through the same functions as the verbs; the
-demo only tells the story and keeps the figures, which `--out DIR` leaves in `demo.json`.
+It asks the base, which cannot answer, and trains two adapters. It measures all three on held-out records, switches
+between them and compares the logits to the bit. Then it merges, verifies the result, and shows the next commands. All
+steps use the functions of the other verbs; the demo adds the narration. `--out DIR` saves the figures in `demo.json`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from loratune.units import duration
 
 TRAINING = TrainConfig(learning_rate=2e-3, max_steps=120, eval_every_steps=30, warmup_ratio=0.1)
 TOKENS_PER_ROW = 512
-SHOWN = 3  # prompts of each task that are printed
-PROOF_PROMPTS = 16  # prompts of each task whose logits are compared
+SHOWN = 3  # prompts per task that are printed
+PROOF_PROMPTS = 16  # prompts per task whose logits are compared
 
 _SKILLS = {"dates": "a date in any spelling -> ISO 8601", "orders": "an order in a sentence -> JSON"}
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """The base in memory and what it is asked."""
+    """The base in memory, with the held-out records."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -62,10 +62,10 @@ class _Bench:
 
 
 def demo(out: str | None, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
-    """Walks the journey and returns its figures.
+    """Runs the demo and returns its figures.
 
     Args:
-        out: folder to keep the adapters, plots, merged checkpoint and demo.json in; None deletes them at the end.
+        out: folder for the adapters, plots, merged checkpoint and demo.json; None deletes them at the end.
         overwrite: replace an existing folder.
 
     Raises: OutputError: `out` exists or cannot be written.
@@ -126,7 +126,7 @@ def _meet_the_base(console: Console) -> _Bench:
 
 
 def _ask_everything(bench: _Bench) -> dict[str, ExactMatch]:
-    """Exact match on both held-out sets with whatever adapter is active."""
+    """Exact match of the active adapter or base on both held-out sets."""
     with bench.console.status("answering held-out prompts"):
         return {
             task: answers(bench.model, bench.tokenizer, records, bench.stop_ids)
@@ -155,7 +155,7 @@ def _train(task: str, folder: Path, console: Console, overwrite: bool) -> RunRes
 
 
 def _switch(bench: _Bench, fingerprints: dict[str, list[Tensor]]) -> bool:
-    """Goes back and forth between base and adapters; True if every logit is the same as at the first visit."""
+    """Switches between base and adapters. Returns True if every logit equals its first value."""
     _chapter(bench.console, "Switching: one base, two adapters, nothing reloaded")
     identical = True
     prompts = {task: records[0] for task, records in bench.held_out.items()}
@@ -174,7 +174,7 @@ def _switch(bench: _Bench, fingerprints: dict[str, list[Tensor]]) -> bool:
 
 
 def _merge(bench: _Bench, folder: Path, overwrite: bool) -> float:
-    """Merges one adapter into a checkpoint in float32; returns the largest difference of its logits."""
+    """Merges one adapter into a float32 checkpoint. Returns the largest difference of the logits."""
     _chapter(bench.console, "Merging “dates” into the weights, and proving it")
     with bench.console.status("writing, reloading and comparing"):
         merged = merge_checkpoint(
@@ -195,7 +195,7 @@ def _merge(bench: _Bench, folder: Path, overwrite: bool) -> float:
 
 
 def _fingerprint(bench: _Bench) -> list[Tensor]:
-    """Logits of the active model on some prompts, to compare to the bit."""
+    """Logits of the active model on some prompts, for comparison to the bit."""
     with torch.inference_mode():
         return [bench.model(input_ids=torch.tensor([prompt])).logits.clone() for prompt in _proof_prompts(bench)]
 
@@ -209,7 +209,7 @@ def _proof_prompts(bench: _Bench) -> list[list[int]]:
 
 
 def _show_answers(console: Console, answering: dict[str, ExactMatch]) -> None:
-    """The first few prompts of a task and what each model makes of them, right answers green."""
+    """Shows the first prompts of a task with each model's answers, correct ones in green."""
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     table.add_column("asked", width=36, no_wrap=True, overflow="ellipsis")
     for who in answering:

@@ -1,9 +1,9 @@
-"""The exceptions that reach a user, and the "did you mean" that ends their messages.
+"""The exceptions for users, and the "did you mean" at the end of their messages.
 
-Every one says what is wrong, where, why, and the nearest fix, in one or two lines, and is raised before
-expensive work starts. The command line prints the message without a traceback and exits with status 2.
-Each kind also inherits the standard exception that fits, so that library callers may catch `ValueError` or
-`OSError` as they would elsewhere. A broken invariant of our own is an `assert`, not one of these.
+A message gives the fault, its place, its cause and the nearest fix in one or two lines. It is raised before expensive
+work starts. The command line prints it without a traceback and exits with status 2. Each class also inherits the
+fitting standard exception, so library users can catch `ValueError` or `OSError` as usual. A broken internal invariant
+is an `assert` instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 
 class LoratuneError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class ConfigError(LoratuneError, ValueError):
@@ -29,19 +29,19 @@ class ModelError(LoratuneError, ValueError):
 
 
 class AdapterError(LoratuneError, ValueError):
-    """An adapter does not fit the model, its file is wrong, or its name is unknown or taken."""
+    """An adapter does not fit the model, its file is invalid, or its name is unknown or already used."""
 
 
 class OutputError(LoratuneError, OSError):
-    """An output cannot be written: it exists, is read-only, or the disk is full."""
+    """An output cannot be written: it exists already, is read-only, or the disk is full."""
 
 
 class TrainingError(LoratuneError, RuntimeError):
-    """Training cannot go on, for example because the loss stays non-finite."""
+    """Training cannot continue, for example because the loss stays non-finite."""
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
-    """Returns ' Did you mean "x"?' for the candidates that resemble `word`, or '' if none does."""
+    """Returns ' Did you mean "x"?' with the candidates that resemble `word`, or '' if none does."""
     close = difflib.get_close_matches(word, list(candidates), n=limit, cutoff=0.6)
     if not close:
         return ""

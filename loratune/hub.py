@@ -1,7 +1,7 @@
-"""Whether the hub has something, asked once and with a limit.
+"""Asks the hub once whether it has a model or data set, with a time limit.
 
-Where there is no network, the libraries that load from the hub try each file again for half a minute before they say
-so. Asking first, without retries, turns that into one clear line in seconds; what was downloaded before still loads.
+Without a network, the libraries that load from the hub retry each file for half a minute before they report an error.
+Asking first, without retries, gives one clear line in seconds. Earlier downloads still load.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from huggingface_hub.errors import (
 
 TIMEOUT_S = 10.0
 
-_FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # the HTTP client's, and OSError
+_FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # the HTTP client's error and OSError
 
 
 class NotOnHub(Exception):
-    """The hub does not give this, and it was not downloaded before; the message says why."""
+    """The hub lacks the name or cannot be reached, and there is no earlier download. The message gives the reason."""
 
 
 @lru_cache(maxsize=16)
 def find(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """None if the hub answers and has `name`, else the folder to which it was downloaded before.
+    """Returns None if the hub has `name`, else the folder of an earlier download.
 
-    Raises: NotOnHub.
+    Raises: NotOnHub: neither exists.
     """
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Quantities as a person reads them: bytes in binary units, durations."""
+"""Quantities for people: bytes in binary units, durations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.8 s, 48 s, 3 min 05 s, 2 h 10 min."""
+    """Seconds in readable units: 4.8 s, 48 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
@@ -29,7 +29,7 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def bytes_of(text: str) -> int:
-    """Bytes from a size as a person writes it: 24GiB, 500 MB, 1.5GiB; raises ValueError for anything else."""
+    """Bytes from a size such as 24GiB, 500 MB or 1.5GiB. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f'"{text}" is not a size; write a number and a unit, such as 24GiB')

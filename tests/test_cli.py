@@ -233,7 +233,7 @@ def test_a_signal_saves_and_resuming_is_as_if_it_had_not_come(way: str, here: Pa
     assert losses(here / way)[-1][0] < STEPS, "the run was over before the signal came"
     resumed = loratune("train", "--resume", "--out", way)
     assert resumed.status == 0, resumed.err
-    assert "going on after step" in resumed.out
+    assert "continuing after step" in resumed.out
     same_run(here / way, here / "whole")
 
 

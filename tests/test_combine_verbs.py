@@ -65,7 +65,7 @@ def test_the_words_say_what_was_lost(here: Path) -> None:
     ("words", "message"),
     [
         (["combine", "a", "c", "--out", "x"], "c: there is no such folder"),
-        (["combine", "a", "b", "--out", "sum"], "exists already; choose another place or pass --overwrite"),
+        (["combine", "a", "b", "--out", "sum"], "exists already; choose another name or pass --overwrite"),
         (["combine", "a", "b", "--out", "x", "--weights", "1"], "1 weights for 2 adapters"),
         (["combine", "a", "base", "--out", "x"], "base: has no adapter_config.json"),
         (["resize", "a", "--rank", "0", "--out", "x"], "a rank is at least 1"),

@@ -1,6 +1,6 @@
-"""What ships inside the package: a small pretrained chat model and two little data sets to try LoRA on.
+"""The bundled files: a small pretrained chat model and two small data sets to try LoRA with.
 
-`tools/pocket/` in the repository made both; its README says how, and what the model can and cannot do.
+`tools/pocket/` in the repository made both. Its README describes how, and the model's abilities and limits.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Rendered examples on disk, one safetensors file per data set, named by the hash of all that they depend on.
+"""Rendered examples on disk: one safetensors file per data set, named by the hash of all its inputs.
 
-The hash covers the data's bytes, the tokenizer, its chat template, the settings and the code that renders. A file
-is written beside its place and renamed, so it is whole or absent; its own checksum tells a damaged one, which is
-rebuilt. Arrays and JSON only: a cache must not be able to run code.
+The hash covers the data's bytes, the tokenizer, its chat template, the settings and this package's code. A file is
+written under a temporary name and renamed, so it is complete or absent. Its checksum detects damage, and a damaged
+file is rendered again. Files hold arrays and JSON only, so a cache cannot run code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from loratune.data.examples import Example
 from loratune.data.template import read_template
 from loratune.errors import OutputError
 
-HASHED_OTHERWISE = ("cache_dir", "num_proc", "tokens_per_row", "chat_template")  # or without effect on examples
+HASHED_OTHERWISE = ("cache_dir", "num_proc", "tokens_per_row", "chat_template")
+"""Settings that do not change examples, or that the hash covers by content."""
+
 Content = tuple[list[Example], list[Example], list[str]]
 
 
@@ -41,11 +43,11 @@ def key_of(
     stop_ids: frozenset[int],
     seed: int,
 ) -> str:
-    """SHA-256 (hex) of everything that rendered examples depend on.
+    """SHA-256 (hex) of all inputs of rendered examples.
 
     Args:
         hashes: path -> content hash of training and held-out data, in order.
-        paths: the training data among them.
+        paths: the training files among them.
     """
     settings = dataclasses.asdict(config)
     for name in HASHED_OTHERWISE:
@@ -66,7 +68,7 @@ def key_of(
 
 
 def load(cache_dir: str, key: str) -> Content | None:
-    """Returns (train, held-out, notes) from the cache, or None if it is not there or damaged."""
+    """Returns (train, held-out, notes) from the cache, or None if the file is missing or damaged."""
     path = Path(cache_dir) / f"{key}.safetensors"
     if not path.is_file():
         return None
@@ -86,7 +88,7 @@ def load(cache_dir: str, key: str) -> Content | None:
 def store(cache_dir: str, key: str, train: Sequence[Example], held_out: Sequence[Example], notes: list[str]) -> None:
     """Writes examples into the cache, atomically.
 
-    Raises: OutputError: the folder cannot be written; the message says how to do without.
+    Raises: OutputError: the folder cannot be written.
     """
     examples = [*train, *held_out]
     about = {"n_train": len(train), "notes": notes, "sources": [example.source for example in examples]}
@@ -108,12 +110,12 @@ def store(cache_dir: str, key: str, train: Sequence[Example], held_out: Sequence
             Path(temporary).unlink(missing_ok=True)
         raise OutputError(
             f'{cache_dir}: the data cache cannot be written: {error}; name another folder with --cache-dir, or "" '
-            "to do without"
+            "for no cache"
         ) from error
 
 
 def _unpacked(arrays: Mapping[str, NDArray[Any]], sources: Sequence[str]) -> list[Example]:
-    """Examples as views into the three long arrays."""
+    """The examples, as views into the concatenated arrays."""
     ends = np.cumsum(arrays["lengths"]).tolist()
     starts = [0, *ends[:-1]]
     return [

@@ -1,17 +1,17 @@
-"""Records to examples: the tokens that the model will see in use, and the loss weight of predicting each.
+"""Records to examples: the tokens of a document, and the loss weight of predicting each token.
 
-For an answer of the assistant the prompt is what the chat template renders from the messages before it with the
-header of an answer (`add_generation_prompt`), exactly as in use. The answer is what the template adds once the
-answer is there. It is trained up to and including the token that stops generation; what a template prints after
-that token (often a newline) the model never generates, so it has weight 0.
+For an assistant's answer, the prompt is the chat template's text for the messages before it, with the header of an
+answer (`add_generation_prompt`), as in inference. The answer is the text that the template adds once the answer is
+there. It is trained up to and including the token that stops generation. Templates often print more after that token,
+such as a newline; the model never generates it, so it has weight 0.
 
-A conversation with several answers is one example if every prompt, token by token, is also how the whole
-conversation begins. Where it is not (Qwen3's template drops the reasoning of earlier answers, so that the past
-looks different once a new question is asked) every answer is an example of its own.
+A conversation with several answers is one example if every prompt is, token by token, a prefix of the whole
+conversation. Some templates rewrite earlier turns: Qwen3's drops the reasoning of earlier answers once a new question
+follows. Then every answer becomes an example of its own.
 
-Refused: deriving the trained part from marks in the template, from `return_assistant_tokens_mask` or from a search
-for the answer's text. The first two need templates written for it, the last is wrong as soon as a template trims
-or an answer repeats the question; all three fail silently.
+Rejected alternatives: finding the trained part by marks in the template, by `return_assistant_tokens_mask`, or by a
+search for the answer's text. The first two need templates written for them. The last is wrong as soon as a template
+trims or an answer repeats the question. All three fail silently.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Example:
     token_ids: NDArray[np.int32]
     """(length,)"""
     weights: NDArray[np.float32]
-    """(length,) weights[i] is the loss weight of *predicting* token i; weights[0] is 0."""
+    """(length,): weights[i] is the loss weight of *predicting* token i; weights[0] is 0."""
     source: str
     """file:line of its record."""
 
@@ -55,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """Everything that rendering depends on besides the records; travels to worker processes."""
+    """All inputs of rendering besides the records. Sent to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
@@ -70,16 +70,16 @@ class RenderJob:
 
 @dataclass(slots=True)
 class Batch:
-    """What became of some records."""
+    """The result of rendering some records."""
 
     examples: list[Example] = field(default_factory=list)
-    examples_per_record: list[int] = field(default_factory=list)  # of the records without fault
+    examples_per_record: list[int] = field(default_factory=list)  # for the records without an error
     faults: list[DataError] = field(default_factory=list)
-    too_long: list[tuple[int, str]] = field(default_factory=list)  # (tokens, source)
-    counts: Counter[str] = field(default_factory=Counter)  # occasions for notes
+    too_long: list[tuple[int, str]] = field(default_factory=list)  # (tokens, source) of examples over the limit
+    counts: Counter[str] = field(default_factory=Counter)  # how often each reason for a note occurred
 
     def add(self, other: Batch) -> None:
-        """Appends what became of the records after these."""
+        """Appends the result of the records that follow."""
         self.examples += other.examples
         self.examples_per_record += other.examples_per_record
         self.faults += other.faults
@@ -89,15 +89,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One stretch to train on, as text: what stands before it, and that together with it."""
+    """One answer or document to train on, as text."""
 
     prompt: str
+    """The text before the trained part."""
     full: str
-    place: str  # for errors: file:line, message n
+    """The prompt and the trained part."""
+    place: str
+    """For errors: "file:line: message n"."""
 
 
 def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:
-    """Renders some records, tokenising all their texts in one call; collects faults instead of raising them."""
+    """Renders some records. Tokenises all texts in one call, and collects errors instead of raising them."""
     batch = Batch()
     plans: list[tuple[Record, list[Turn]]] = []
     for record in records:
@@ -118,13 +121,13 @@ def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:
 
 
 def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[int]:
-    """What the model sees in use when it has to write the record's last answer.
+    """The tokens of the prompt from which the model generates the record's last answer.
 
     Args:
         chat_template: Jinja text used in place of the tokenizer's own.
     Raises:
-        DataError: the record is raw text, which asks nothing, or the template refuses the conversation.
-        ModelError: there is no chat template for a conversation.
+        DataError: the record is raw text, which has no prompt, or the template rejects the conversation.
+        ModelError: the record is a conversation, and there is no chat template.
     """
     turn = _last_turn(record, tokenizer, chat_template)
     ids = encode(tokenizer, [turn.prompt])[turn.prompt]
@@ -140,12 +143,12 @@ def reference(
     stop_ids: frozenset[int],
     chat_template: str | None = None,
 ) -> str:
-    """The record's last answer as a model that learned it perfectly would generate it, decoded, without specials.
+    """The text that a model with perfect recall of the record generates as its last answer, without special tokens.
 
     Raises: as `prompt_ids`; also DataError if the answer has no stop token.
     """
     if record.messages is None:
-        _last_turn(record, tokenizer, chat_template)  # refuses raw text
+        _last_turn(record, tokenizer, chat_template)  # raises DataError for raw text
         return record.completion or ""
     turn = _last_turn(record, tokenizer, chat_template)
     _, answer = _split(turn, encode(tokenizer, [turn.prompt, turn.full]), tokenizer)
@@ -157,7 +160,7 @@ def reference(
 
 
 def _turns(record: Record, job: RenderJob, counts: Counter[str]) -> list[Turn]:
-    """The stretches of a record that are trained, as text."""
+    """The trained parts of a record, as text."""
     if record.text is not None:
         return [Turn("", record.text, record.source)]
     if record.messages is None:
@@ -196,7 +199,7 @@ def _chat_turn(record: Record, index: int, tokenizer: PreTrainedTokenizerBase, c
     if not full.startswith(prompt):
         raise DataError(
             f"{place}: the chat template shows the model {prompt[-40:]!r} before it answers, but renders the given "
-            f"answer as {full[_common(prompt, full) :][:40]!r}, so it could not be trained as in use; "
+            f"answer as {full[_common(prompt, full) :][:40]!r}, so training would differ from inference; "
             "name another template with --chat-template FILE"
         )
     turn = Turn(prompt, full, place)
@@ -205,7 +208,7 @@ def _chat_turn(record: Record, index: int, tokenizer: PreTrainedTokenizerBase, c
 
 
 def _count_left_out(messages: Sequence[Message], turn: Turn, counts: Counter[str]) -> None:
-    """Counts messages whose text the template does not show; reasoning that it drops is no loss, see above."""
+    """Counts messages whose text the template does not show. Dropped reasoning does not count, see above."""
     for message in messages:
         if message["content"].split("</think>")[-1].strip() not in turn.full:
             counts[f"left out {message['role']}"] += 1
@@ -220,7 +223,7 @@ def _check_tools_shown(record: Record, index: int, turn: Turn) -> None:
         if str(function.get("name", "")) not in turn.full:
             raise DataError(
                 f'{turn.place}: the chat template does not show the function "{function["name"]}", so the model '
-                "would learn to call what it cannot see; name a template for tools with --chat-template FILE"
+                "would learn to call an unknown function; name a template for tools with --chat-template FILE"
             )
 
 
@@ -236,7 +239,7 @@ def _pair_turn(record: Record) -> Turn:
 
 def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Turn:
     if record.text is not None:
-        raise DataError(f"{record.source}: raw text asks nothing, so no answer to it can be judged")
+        raise DataError(f"{record.source}: raw text has no question, so there is no answer to compare")
     if record.messages is None:
         return _pair_turn(record)
     require_template(tokenizer, chat_template)
@@ -274,14 +277,14 @@ def _examples(
 def _plain_example(
     record: Record, turn: Turn, ids: dict[str, list[int]], job: RenderJob, counts: Counter[str]
 ) -> Example:
-    """Text without template: the tokenizer's prefix (BOS), the text, eos; a prompt is not trained."""
+    """Text without a template: the tokenizer's prefix (BOS), the text, EOS. A prompt is not trained."""
     prompt, answer = _split(turn, ids, job.tokenizer)
     whole = prompt + answer
-    if whole[: len(job.plain_prefix)] != job.plain_prefix:  # else the text brings its own BOS
+    if whole[: len(job.plain_prefix)] != job.plain_prefix:  # otherwise the text has its own BOS
         prompt, whole = job.plain_prefix + prompt, job.plain_prefix + whole
     start = 1 if record.text is not None or job.train_on == "all" else len(prompt)
     end = end_token(job.tokenizer)
-    if whole[-1] != end and whole[-1] not in job.stop_ids:  # else the text brings its own end
+    if whole[-1] != end and whole[-1] not in job.stop_ids:  # otherwise the text has its own end
         whole = [*whole, end]
     if record.text is None:
         _count_unknown_stop(whole[-1], job, counts)
@@ -289,11 +292,11 @@ def _plain_example(
 
 
 def _split(turn: Turn, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, exactly as in use, and of the answer after it."""
+    """Token ids of the prompt, as in inference, and of the answer after it."""
     prompt, full = ids[turn.prompt], ids[turn.full]
     if full[: len(prompt)] == prompt:
         return prompt, full[len(prompt) :]
-    answer = turn.full[len(turn.prompt) :]  # a token would span the border: in use, it cannot
+    answer = turn.full[len(turn.prompt) :]  # one token would span both parts, which inference cannot produce
     return prompt, encode(tokenizer, [answer])[answer]
 
 
@@ -306,7 +309,7 @@ def _stop_index(
 ) -> int:
     """Index in `answer` of the token that ends it: the first stop token, else a special token at its end.
 
-    Raises: DataError: there is none, or the answer goes on after it, so that the rest could never be generated.
+    Raises: DataError: there is none, or text follows it, which the model could never generate.
     """
     stop = next((at for at, token in enumerate(answer) if token in stop_ids), None)
     if stop is not None:
@@ -314,8 +317,8 @@ def _stop_index(
         if rest:
             name = decode(tokenizer, [answer[stop]])
             raise DataError(
-                f'{turn.place}: the answer goes on after the stop token "{name}" with {rest[:40]!r}, which the '
-                "model could never generate; take the token out of the text"
+                f'{turn.place}: the answer continues after the stop token "{name}" with {rest[:40]!r}, which the '
+                "model could never generate; remove the token from the text"
             )
         return stop
     last = max((at for at, token in enumerate(answer) if token in special_ids), default=None)
@@ -337,12 +340,12 @@ def _count_unknown_stop(token: int, job: RenderJob, counts: Counter[str]) -> Non
 def _example(source: str, ids: list[int], spans: list[tuple[int, int]]) -> Example:
     weights = np.zeros(len(ids), dtype=np.float32)
     for start, end in spans:
-        weights[max(start, 1) : end] = 1  # nothing precedes token 0, so nothing can predict it
+        weights[max(start, 1) : end] = 1  # token 0 has no predecessor that could predict it
     return Example(np.array(ids, dtype=np.int32), weights, source)
 
 
 def _fit(example: Example, job: RenderJob, batch: Batch) -> None:
-    """Adds the example to the batch if it fits, or cut to fit with truncate."""
+    """Adds the example to the batch if it fits, or with truncate its beginning."""
     if job.max_tokens is not None and len(example) > job.max_tokens:
         if not job.truncate:
             batch.too_long.append((len(example), example.source))
@@ -353,5 +356,5 @@ def _fit(example: Example, job: RenderJob, batch: Batch) -> None:
         example = Example(example.token_ids[cut].copy(), example.weights[cut].copy(), example.source)
     if not example.weights.any():
         after = f" after cutting it to {job.max_tokens:,} tokens" if job.truncate else ""
-        raise DataError(f"{example.source}: no token is left to train on{after}; take this record out")
+        raise DataError(f"{example.source}: no token is left to train on{after}; remove this record")
     batch.examples.append(example)

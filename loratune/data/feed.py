@@ -1,8 +1,8 @@
-"""Files to a data set, and a data set to the rows of an epoch: what the training loop reads.
+"""Files to a data set, and a data set to the rows of an epoch, which the training loop reads.
 
-Rendering is kept on disk under the hash of all that it depends on, so that the second run on the same data starts at
-once and no run ever sees stale tokens. Rows are built when asked for: epoch and index determine a row, which is all
-that resuming needs.
+Rendered examples are cached on disk under the hash of all their inputs, so a second run on the same data starts at
+once and no run sees stale tokens. A row is built on access. It depends only on epoch and index, so a resumed run
+needs no other state.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from loratune.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Rendered training and held-out examples, and where they come from."""
+    """Rendered training and held-out examples, with notes and the hashes of their files."""
 
     train: list[Example]
     eval: list[Example]
     """Held-out examples; empty if nothing is held out."""
     notes: list[str] = field(default_factory=list)
-    """What a person should know about how the data was read and rendered, each said once."""
+    """Remarks for the user about reading and rendering, without repetitions."""
     file_hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 (hex) of each data file's bytes, for the model card."""
 
 
 class EpochRows(Sequence[Row]):
-    """The packed rows of one epoch; a row is built when it is asked for."""
+    """The packed rows of one epoch. A row is built on access."""
 
     def __init__(self, examples: Sequence[Example], tokens_per_row: int, pad_id: int, seed: int) -> None:
         lengths = [len(example) for example in examples]
         self.packing = best_fit(lengths, tokens_per_row, seed)
         """Indices of the examples in each row."""
         self.fullness = fullness(lengths, len(self.packing), tokens_per_row)
-        """Share of the tokens that are documents, not padding."""
+        """Share of the tokens that belong to documents; the rest is padding."""
         self.tokens_per_row = tokens_per_row
         self._examples, self._pad_id = examples, pad_id
 
@@ -68,11 +68,11 @@ class EpochRows(Sequence[Row]):
 def rows_of_epoch(
     examples: Sequence[Example], tokens_per_row: int, pad_id: int, *, seed: int, epoch: int
 ) -> EpochRows:
-    """The rows of an epoch, packed and shuffled anew in each, the same for the same (seed, epoch).
+    """The rows of an epoch. Packing and order depend on (seed, epoch) only.
 
     Args:
         examples: each of at most tokens_per_row tokens.
-        pad_id: token id that fills up rows.
+        pad_id: token id of the padding.
         epoch: counts from 0.
     """
     return EpochRows(examples, tokens_per_row, pad_id, random.Random(f"{seed}/{epoch}").getrandbits(63))
@@ -88,14 +88,14 @@ def prepare(
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Reads, checks, splits and renders the data, or takes it from the cache.
+    """Reads, checks, splits and renders the data, or loads it from the cache.
 
     Args:
         paths: training files or hub data set ids.
         stop_ids: tokens at which generation stops.
-        max_tokens: the model's context, if it has a limit; an example must fit it and a row.
-        seed: decides which records are held out.
-        cache_dir: folder for rendered data; None keeps nothing. (config.cache_dir is resolved by the caller.)
+        max_tokens: the model's context length, None for no limit. An example must fit into it and into a row.
+        seed: selects the held-out records.
+        cache_dir: folder for rendered data; None: no cache. The caller resolves `config.cache_dir`.
     Raises: DataError, ModelError, ConfigError: see `read_records` and `render`.
     """
     _check(config)
@@ -122,9 +122,9 @@ def prepare(
 
 
 def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Holds out a share of the records, at least one if the share is not 0; both parts keep their order.
+    """Returns (training, held-out) records, both in their original order. A positive share holds out at least one.
 
-    Raises: DataError: too few records to hold one out.
+    Raises: DataError: there are too few records to hold one out.
     """
     if fraction == 0:
         return list(records), []

@@ -1,9 +1,9 @@
-"""Examples to rows: several documents end to end in exactly `capacity` tokens, so that every step has one shape.
+"""Examples to rows: several documents end to end in exactly `capacity` tokens, so every step has one shape.
 
-Best-fit decreasing: longest documents first, each into the fullest row that still has room. It needs at most 11/9
-of the fewest possible rows (Johnson 1974), in practice rows are more than 99 % full once documents are much shorter
-than a row. Concatenating and cutting would be fuller still, but cuts documents apart (Ding et al. 2024,
-arXiv:2404.10830); here a document is always whole.
+Best-fit decreasing packs the longest documents first, each into the fullest row with enough space. It needs at most
+11/9 of the minimum number of rows (Johnson 1974). Rows are more than 99 % full once documents are much shorter than a
+row. Concatenating and cutting would fill rows completely, but cuts documents apart, which costs quality (Ding et al.
+2024, arXiv:2404.10830). Here a document stays whole.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from loratune.data.examples import Example
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row of T tokens, on the CPU. The padding tail is a last document of its own with weight 0."""
+    """One packed row of T tokens, on the CPU. Padding at the end is a document of its own with weight 0."""
 
     tokens: Tensor
     """(T,) int64"""
     position_ids: Tensor
-    """(T,) int64, from 0 in each document; 0 throughout the padding tail"""
+    """(T,) int64, from 0 in each document; 0 in the padding"""
     targets: Tensor
     """(T,) int64: the next token of the same document where its weight is not 0, else 0"""
     weights: Tensor
     """(T,) float32: loss weight of predicting targets[t] at position t"""
     cu_seqlens: Tensor
-    """(documents + 1,) int32: where documents begin, and T"""
+    """(documents + 1,) int32: start of each document, then T"""
 
 
 def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Packs documents into as few rows as best-fit decreasing finds.
+    """Packs documents into rows by best-fit decreasing.
 
     Args:
         lengths: tokens of each document, from 1 to capacity.
         capacity: tokens in a row.
-        seed: decides which of equally long documents meet, their order in a row, and the order of rows.
-    Returns: for each row the indices of its documents; the same for the same arguments.
+        seed: shuffles documents of equal length, the documents in a row, and the rows.
+    Returns: for each row the indices of its documents. Equal arguments give equal rows.
     Time: O(n log n) for n documents.
     """
     assert all(0 < length <= capacity for length in lengths)
@@ -79,17 +79,17 @@ def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]
 
 
 def fullness(lengths: Sequence[int], n_rows: int, capacity: int) -> float:
-    """Share of the rows' tokens that are documents, not padding: from 0 to 1."""
+    """Share of the rows' tokens that belong to documents, from 0 to 1."""
     return sum(lengths) / (n_rows * capacity) if n_rows else 0.0
 
 
 def make_row(examples: Sequence[Example], capacity: int, pad_id: int) -> Row:
-    """Lays documents end to end and fills up with padding.
+    """Joins documents to one row and pads it.
 
     Args:
         examples: documents of together at most `capacity` tokens.
         capacity: T, tokens in the row.
-        pad_id: any valid token id; it is seen by no document and has no weight.
+        pad_id: any valid token id. No document attends to padding, and its weight is 0.
     """
     lengths = [len(example) for example in examples]
     used = sum(lengths)
@@ -99,10 +99,10 @@ def make_row(examples: Sequence[Example], capacity: int, pad_id: int) -> Row:
     targets = np.zeros(capacity, dtype=np.int64)
     weights = np.zeros(capacity, dtype=np.float32)
     position_ids = np.arange(capacity) - np.repeat(bounds[:-1], np.diff(bounds))
-    position_ids[used:] = 0  # a tail may be longer than the model has positions
+    position_ids[used:] = 0  # padding may be longer than the model's context
     for example, start, length in zip(examples, bounds.tolist(), lengths, strict=False):
         tokens[start : start + length] = example.token_ids
-        weights[start : start + length - 1] = example.weights[1:]  # the last token predicts nothing
+        weights[start : start + length - 1] = example.weights[1:]  # the last token has no target
         targets[start : start + length - 1] = example.token_ids[1:]
     targets[weights == 0] = 0
     return Row(

@@ -1,9 +1,9 @@
-"""All records to examples: in several processes if there are many, in order, with errors that keep their file:line.
+"""Renders all records to examples, in order, in several processes if there are many.
 
-Jinja templates are Python and hold its lock, so large data needs processes. They are spawned, not forked: a fork of
-a process that holds CUDA or tokenizer threads may hang. Small data stays in this process, as starting workers (each
-imports transformers) takes seconds. What a person should know about the outcome is collected as notes, each said
-once; what makes the outcome unusable is an error here, before training starts.
+Jinja templates run in Python and hold its global lock, so large data needs processes. They are spawned, not forked: a
+fork of a process that holds CUDA or tokenizer threads may hang. Small data stays in this process, because each worker
+imports transformers, which takes seconds. Errors name file:line and are raised before training starts. Remarks about
+the result are collected as notes, each once.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ RECORDS_WORTH_PROCESSES = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Examples in the order of their records, and what a person should know about how they came to be."""
+    """Examples in the order of their records, with notes for the user."""
 
     examples: list[Example]
     examples_per_record: list[int]
-    """1, or the number of answers where each became an example of its own."""
+    """1, or the number of answers if each became an example of its own."""
     notes: list[str]
 
 
@@ -55,12 +55,13 @@ def render(
 
     Args:
         tokenizer: the model's own, with its chat template (unless config.chat_template names another).
-        max_tokens: longest example; longer ones are refused, or cut with config.truncate. None: no limit.
+        max_tokens: longest allowed example; longer ones are errors, or cut with config.truncate. None: no limit.
         stop_ids: tokens at which generation stops, from the model's generation settings and tokenizer.
     Raises:
-        DataError: a template refuses a conversation, an answer has no stop token, a document is too long,
-            nothing would be trained; says file:line of the first few and counts the others.
-        ModelError: there is no chat template for conversations, or no eos token for plain text.
+        DataError: a template rejects a conversation, an answer has no stop token, a document is too long, or
+            nothing would be trained. The message has file:line of the first errors and counts the others.
+        ModelError: there is no chat template for conversations, or no EOS token for plain text.
+        ConfigError: train_on is unknown, or the worker processes ended.
     """
     if config.train_on not in get_args(TrainOn):
         raise ConfigError(f'train_on is "{config.train_on}"; it must be one of {", ".join(get_args(TrainOn))}')
@@ -68,7 +69,7 @@ def render(
     if any(record.messages is not None for record in records):
         require_template(tokenizer, chat_template)
     if any(record.messages is None for record in records):
-        end_token(tokenizer)  # refuses a tokenizer without one
+        end_token(tokenizer)  # raises ModelError if there is none
     job = RenderJob(
         tokenizer=tokenizer,
         chat_template=chat_template,
@@ -88,7 +89,7 @@ def render(
 
 
 def _batches(records: Sequence[Record], job: RenderJob, processes: int) -> Iterator[Batch]:
-    """Rendered records in order, in parts of which each process does one."""
+    """The results in order, one per process."""
     if processes == 1:
         yield _render_part(records, job)
         return
@@ -138,7 +139,7 @@ def _notes(counts: Counter[str], n_records: int, max_tokens: int | None) -> list
     if split := counts["one per answer"]:
         notes.append(
             f"The chat template shows earlier turns differently once the conversation goes on; {split:,} of "
-            f"{n_records:,} conversations became one example per answer, each exactly what the model sees in use."
+            f"{n_records:,} conversations became one example per answer, each as the model sees it in inference."
         )
     if trailing := counts["trailing messages"]:
         notes.append(
@@ -162,7 +163,7 @@ def _notes(counts: Counter[str], n_records: int, max_tokens: int | None) -> list
             )
         if key.startswith("left out "):
             notes.append(
-                f'The chat template leaves out or rewrites what the role "{key.removeprefix("left out ")}" says '
-                f"(messages: {count:,}); see with `loratune preview` what the model is shown."
+                f'The chat template leaves out or rewrites text of the role "{key.removeprefix("left out ")}" '
+                f"(messages: {count:,}); `loratune preview` shows the rendered text."
             )
     return notes

@@ -1,9 +1,8 @@
 """The model's own chat template and tokenizer, called in the two ways that data needs.
 
-There are no templates of ours: what a conversation looks like is what the tokenizer's Jinja template says, in
-training as in use. Templated text is tokenised without adding special tokens, because a template prints them
-itself (adding them again is how models end up with two BOS tokens); text that never saw a template gets the
-special tokens that the tokenizer puts before any plain prompt.
+loratune has no templates of its own. The tokenizer's Jinja template renders conversations, as it does in inference.
+Templated text is tokenised without adding special tokens, because the template prints them; adding them again would
+give two BOS tokens. Text without a template gets the special tokens that the tokenizer puts before a plain prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexE
 
 
 def read_template(path: str) -> str:
-    """Reads a Jinja chat template from a file, for a tokenizer that has none or the wrong one.
+    """Reads a Jinja chat template from a file, for a tokenizer with no template or a wrong one.
 
     Raises: ConfigError: the file is missing, unreadable or empty.
     """
@@ -36,7 +35,7 @@ def read_template(path: str) -> str:
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-    """Raises ModelError if conversations cannot be rendered because there is no chat template."""
+    """Raises ModelError if there is no chat template to render conversations with."""
     if chat_template is None and not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, and the data holds "
@@ -56,13 +55,13 @@ def chat_text(
     """Renders a conversation to text.
 
     Args:
-        messages: checked messages; their "weight" is not shown to the template.
+        messages: checked messages; their "weight" is removed before the template sees them.
         source: file:line, for errors.
         chat_template: Jinja text used in place of the tokenizer's own.
-        answer_next: end with the header of an answer, as when the model is about to write one.
+        answer_next: end with the header of an answer, after which the model generates.
     Raises:
-        DataError: the template refuses the conversation; says the template's own words.
-        ModelError: the template itself is broken.
+        DataError: the template rejects the conversation; the message quotes it.
+        ModelError: the template has a syntax error.
     """
     shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
@@ -91,15 +90,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning for texts beyond the model's context: we check lengths ourselves
+        verbose=False,  # no warning about long texts: `render` checks lengths
     )
     return dict(zip(distinct, encoded["input_ids"], strict=True))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, specials: bool = True) -> str:
-    """The text of token ids, with or without special tokens, otherwise unchanged."""
+    """The text of token ids, with or without special tokens, and without clean-up of spaces."""
     text = tokenizer.decode(list(ids), skip_special_tokens=not specials, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # one sequence in, one text out
+    assert isinstance(text, str)  # one sequence gives one text
     return text
 
 

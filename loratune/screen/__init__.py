@@ -1,1 +1,1 @@
-"""What is drawn for a person, with rich. Functions here take finished values and a console; they decide nothing."""
+"""Displays with rich. Functions here take finished values and a console, and make no decisions."""

@@ -1,11 +1,11 @@
-"""`loratune chat`: talk to a base model and its adapters, and switch between them while the conversation goes on.
+"""`loratune chat`: a conversation with a base model and its adapters, with switching at any time.
 
-One copy of the base is in memory; switching re-points the adapter's few matrices, so it costs nothing and nothing is
-loaded again. What the model sees is what it saw in training: the conversation through the tokenizer's own chat
-template. A model without one continues each line by itself, as it does with prompt/completion data.
+One copy of the base is in memory. Switching re-points the adapter's few matrices, so nothing is loaded again. The
+model sees the conversation through the tokenizer's own chat template, as in training. A model without a template
+continues each line by itself, as it does with prompt/completion data.
 
-On a terminal, lines are edited with readline (history, Tab completes commands, names and settings). From a pipe,
-each line is echoed before its answer and no escape code is written, so a transcript can be kept and compared.
+On a terminal, readline edits the lines: history, and Tab completes commands, names and settings. From a pipe, each
+line is echoed before its answer and no escape code is written, so transcripts can be saved and compared.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from loratune.screen.text import visible
 
 try:
     import readline
-except ImportError:  # Windows and some minimal builds of Python; input() then edits lines by itself
+except ImportError:  # Windows and minimal builds of Python lack it; input() then edits lines by itself
     readline = None  # type: ignore[assignment]
 
 BASE = "none"
-"""What the bare base is called in commands; an adapter of this name would have to be renamed."""
+"""Name of the bare base in commands. An adapter of this name cannot be chosen."""
 
 DEFAULTS = Sampling(max_new_tokens=512, temperature=0.0, top_p=1.0, top_k=0, seed=None)
 
 _COMMANDS = {
     "/adapter": ("[NAME]", "switch to this adapter; none is the bare base"),
-    "/compare": ("[TEXT]", "ask the base and all adapters this, or the last question"),
-    "/system": ("[TEXT]", "set or remove the system message, and begin anew"),
-    "/reset": ("", "forget the conversation"),
+    "/compare": ("[TEXT]", "put this, or the last question, to the base and all adapters"),
+    "/system": ("[TEXT]", "set or remove the system message, and start a new conversation"),
+    "/reset": ("", "start a new conversation"),
     "/set": ("[NAME VALUE]", "temperature 0.7, top_p 0.9, max_new_tokens 256, ..."),
-    "/help": ("", "this"),
-    "/quit": ("", "leave, as Ctrl-D does; Ctrl-C stops an answer"),
+    "/help": ("", "list the commands"),
+    "/quit": ("", "leave, like Ctrl-D; Ctrl-C stops an answer"),
 }
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
 
 
 class Chat:
-    """One conversation with one model and the adapters that are attached to it."""
+    """One conversation with a model and its attached adapters."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Chat:
         console: Console,
         sampling: Sampling = DEFAULTS,
     ) -> None:
-        """Begins with the first adapter active, or the base if there is none."""
+        """Starts with the first adapter active, or with the base if there is none."""
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
         self.console, self.sampling = console, sampling
         self.names = adapters(model)
@@ -73,7 +73,7 @@ class Chat:
         self._switch(self.names[0] if self.names else None)
 
     def say(self, line: str) -> bool:
-        """Takes one line, a command or a message, and answers it; False if it ends the conversation."""
+        """Answers one line, a command or a message. Returns False if it ends the conversation."""
         text = line.strip()
         if not text:
             return True
@@ -86,13 +86,13 @@ class Chat:
         return True
 
     def welcome(self, base: str) -> None:
-        """Says who is there and how to get help."""
+        """Prints the names of the base and the adapters, and the command for help."""
         people = f" with {', '.join(self.names)}" if self.names else ""
         self.console.print(
             Text.assemble(("loratune chat", "bold"), f"  {base}{people}  ", ("/help", "cyan")), soft_wrap=True
         )
         if not self.tokenizer.chat_template:
-            self._note("This model has no chat template: it continues each line, and remembers nothing.")
+            self._note("This model has no chat template: it continues each line, without the earlier ones.")
 
     def _command(self, text: str) -> bool:
         word, _, rest = text.partition(" ")
@@ -119,21 +119,21 @@ class Chat:
         return True
 
     def _ask(self, question: str) -> None:
-        """A turn of the conversation; an answer that Ctrl-C stopped stays as far as it came."""
+        """Adds a question and its answer to the conversation, also an answer that Ctrl-C cut."""
         self._last_question = question
         answer = self._answer([*self.turns, {"role": "user", "content": question}])
         if answer and self.tokenizer.chat_template:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def _compare(self, question: str) -> None:
-        """The same question to the base and every adapter, aside: the conversation does not change."""
+        """Puts a question to the base and every adapter without changing the conversation."""
         asked = question or self._last_question
         if asked is None:
             raise ConfigError("nothing to compare yet: /compare TEXT, or ask something first")
         self._last_question = asked
         history = self.turns
         if not question and history and history[-2]["content"] == asked:
-            history = history[:-2]  # ask it again where it stood
+            history = history[:-2]  # ask it again at its place in the conversation
         before = self.active
         try:
             for name in (None, *self.names):
@@ -143,7 +143,7 @@ class Chat:
             self._switch(before)
 
     def _answer(self, messages: Sequence[Message]) -> str:
-        """Streams one answer to the screen behind the name of who gives it."""
+        """Streams one answer to the screen, after the name of the adapter."""
         prompt = self._prompt(messages)
         tokens = stream(self.model, prompt, stop_ids=self.stop_ids, **asdict(self.sampling))
         self.console.print(self._label(self.active), end="")
@@ -173,7 +173,7 @@ class Chat:
         limit = max_document_tokens(self.model.config)
         if limit is not None and len(prompt) >= limit:
             raise ConfigError(
-                f"the conversation has {len(prompt)} tokens and the model ends at {limit}; /reset begins anew"
+                f"the conversation has {len(prompt)} tokens and the model allows {limit}; /reset starts a new one"
             )
         return prompt
 
@@ -238,8 +238,8 @@ def chat(
     """Runs a conversation on standard input until it ends.
 
     Args:
-        model: with every adapter attached that may be talked to, named as the user should call them.
-        base: what to call the base model in the first line.
+        model: the base with all adapters attached under the names that the user will type.
+        base: name of the base model in the first line.
     """
     talk = Chat(model, tokenizer, stop_ids=stop_ids, console=console, sampling=sampling)
     talk.welcome(base)
@@ -249,7 +249,7 @@ def chat(
 
 
 def completions(talk: Chat, line: str) -> list[str]:
-    """What may stand for the last word of `line`, for Tab."""
+    """Completions of the last word of `line`, for Tab."""
     words = line.split(" ")
     if len(words) == 1:
         known: Collection[str] = _COMMANDS
@@ -280,7 +280,7 @@ def _number(name: str, value: str) -> Any:
 def _typed_lines(talk: Chat) -> Iterator[str]:
     """Lines from a terminal until Ctrl-D."""
     console = talk.console
-    # \001 and \002 tell readline what takes no room on the line.
+    # \001 and \002 enclose characters that readline must not count in the width of the line.
     prompt = "> " if console.color_system is None else "\001\033[1m\002> \001\033[0m\002"
     if readline is not None:
         readline.set_completer_delims(" ")
@@ -309,7 +309,7 @@ def _completer(talk: Chat) -> Callable[[str, int], str | None]:
 
 
 def _piped_lines(console: Console) -> Iterator[str]:
-    """Lines from a file or another program, echoed so that the transcript can be read."""
+    """Lines from a file or another program, echoed so that the transcript is complete."""
     try:
         for line in sys.stdin:
             if line.strip():

@@ -1,4 +1,4 @@
-"""What a run would need, as a table: bytes by cause, speed, and what would make it fit."""
+"""The estimate of a run as a table: bytes by cause, speed, and settings that make it fit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _CAUSES = (
     ("adapters", "adapters, masters and copies"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer"),
-    ("kept", "activations kept for the backward"),
+    ("kept", "activations saved for the backward"),
     ("temporary", "largest temporary"),
-    ("slack", "allocator and what is not known"),
+    ("slack", "allocator and uncertainty"),
     ("context", "CUDA context, or the process"),
 )
 _SHOWN = 5
 
 
 def as_json(found: RunEstimate) -> dict[str, object]:
-    """The estimate as plain values; bytes and seconds."""
+    """The estimate as plain values, in bytes and tokens per second."""
     return {
         "bytes": {name: getattr(found.choice.bytes, name) for name, _ in _CAUSES},
         "total_bytes": found.choice.bytes.total,
@@ -40,7 +40,11 @@ def as_json(found: RunEstimate) -> dict[str, object]:
 
 
 def draw(found: RunEstimate, console: Console, tokens_in_all: int = 0) -> None:
-    """Prints the table. `tokens_in_all`: of the whole run's rows, for its hours; 0 if no data are given."""
+    """Prints the table.
+
+    Args:
+        tokens_in_all: tokens of all rows of the run, for its duration; 0 without data.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -62,7 +66,7 @@ def draw(found: RunEstimate, console: Console, tokens_in_all: int = 0) -> None:
     for change in found.changes[:_SHOWN]:
         console.print(f"  {change.what}   {size(change.choice.bytes.total)}, {change.choice.plan}", highlight=False)
     if not found.fits and not found.changes:
-        console.print("No change of these settings makes it fit: a smaller model, or a larger device, would.")
+        console.print("No change of these settings makes it fit; use a smaller model or a larger device.")
 
 
 def _missing(found: RunEstimate) -> int:

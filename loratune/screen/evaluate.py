@@ -1,7 +1,7 @@
-"""`loratune eval`: a table of what was measured, and a few wrong answers to see why.
+"""`loratune eval`: a table of the measurements, and the first wrong answers.
 
-Numbers alone do not tell a date with the month first from an answer that never ends, so the first wrong answers are
-shown with what was wanted. `as_json` gives the same values to programs.
+A share alone does not tell a date with the month first from an answer that never ends. So wrong answers are shown
+beside the right ones. `as_json` gives the same values to programs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ MAX_CHARACTERS = 240  # of a prompt or an answer; the middle of a longer one is 
 
 
 def draw(evaluations: Sequence[Evaluation], console: Console, *, data: str, wrong: int = 3) -> None:
-    """Draws one row for each model measured on `data`, then up to `wrong` wrong answers of each."""
+    """Draws one row per model, then up to `wrong` wrong answers of each.
+
+    Args:
+        data: name of the data, for the title.
+    """
     console.print(Text(data, style="bold"), soft_wrap=True)
     console.print(_table(evaluations))
     for evaluation in evaluations:
@@ -32,7 +36,7 @@ def draw(evaluations: Sequence[Evaluation], console: Console, *, data: str, wron
 
 
 def as_json(evaluations: Sequence[Evaluation], *, data: str, answers: bool = False) -> dict[str, Any]:
-    """The same as plain values: {"data": ..., "results": [...]}."""
+    """The measurements as plain values: {"data": ..., "results": [...]}."""
     return {"data": data, "results": [evaluation.as_json(answers=answers) for evaluation in evaluations]}
 
 
@@ -74,7 +78,7 @@ def _draw_wrong(name: str, answers: Sequence[Answer], limit: int, console: Conso
 
 
 def _short(text: str) -> str:
-    """Stripped, with control characters as signs, and without its middle if it is long."""
+    """The text without its middle if it is long, and with control characters made visible."""
     text = visible(text.strip())
     if len(text) <= MAX_CHARACTERS:
         return text

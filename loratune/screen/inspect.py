@@ -1,8 +1,8 @@
-"""`loratune inspect`: what an adapter is, how strong it is where, and what it was trained on.
+"""`loratune inspect`: an adapter's base, its shape, the size of its updates, and its training.
 
-Any folder in PEFT format will do; run.toml and metrics.jsonl are read where they lie beside it. The strength of an
-update is the Frobenius norm of scaling · B A, which needs two r x r products and never the full size, because
-‖B A‖² = sum((BᵀB) ∘ (A Aᵀ)). Drawn over the depth of the model it shows at a glance which layers learned something.
+Any folder in PEFT's format works; run.toml and metrics.jsonl are read if they are in it. The size of an update is the
+Frobenius norm of scaling · B A. It needs two r x r products and never the full matrix, because
+‖B A‖² = sum((BᵀB) ∘ (A Aᵀ)). Drawn over the depth of the model, it shows the layers that learned most.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """Everything that a folder says about its adapter."""
+    """All facts about an adapter in its folder."""
 
     info: AdapterInfo
     layers: tuple[Layer, ...]
@@ -64,7 +64,12 @@ class Inspected:
 
 
 def inspect(directory: str | Path) -> Inspected:
-    """Reads a folder. Raises AdapterError: it is no LoRA adapter; ConfigError: its run.toml is damaged."""
+    """Reads a folder.
+
+    Raises:
+        AdapterError: it holds no LoRA adapter.
+        ConfigError: its run.toml is damaged.
+    """
     info = read_info(directory)
     layers, in_full = _read_layers(info)
     run_file = info.folder / "run.toml"
@@ -75,7 +80,7 @@ def inspect(directory: str | Path) -> Inspected:
 
 
 def as_json(found: Inspected) -> dict[str, Any]:
-    """The same as plain values, for programs."""
+    """The facts as plain values, for programs."""
     info = found.info
     return {
         "folder": str(info.folder),
@@ -100,14 +105,14 @@ def as_json(found: Inspected) -> dict[str, Any]:
 
 
 def draw(found: Inspected, console: Console) -> None:
-    """Draws what `inspect` found."""
+    """Draws the facts."""
     console.print(Text(found.info.folder.resolve().name, style="bold"), soft_wrap=True)
     console.print(Padding(_facts(_adapter_facts(found)), (1, 0, 0, 2)))
     console.print(Padding(_layer_table(found.layers, console), (0, 0, 0, 1)))
     if found.run or found.history:
         console.print(Padding(_facts(_training_facts(found, console)), (0, 0, 1, 2)))
     elif not found.made:
-        console.print(Text("  no run.toml here: how it was trained is not recorded\n", style="dim"))
+        console.print(Text("  no run.toml here: the training is not recorded\n", style="dim"))
 
 
 def _adapter_facts(found: Inspected) -> dict[str, str]:
@@ -176,7 +181,7 @@ def _facts(facts: Mapping[str, str]) -> Table:
 
 
 def _layer_table(layers: Sequence[Layer], console: Console) -> Table:
-    """One row for each kind of layer, with the norm of its update over the depth of the model."""
+    """One row per kind of layer, with the norm of its update over the depth of the model."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim")
     table.add_column("layer", overflow="fold")
     table.add_column("count", justify="right")
@@ -223,7 +228,7 @@ def _read_layers(info: AdapterInfo) -> tuple[tuple[Layer, ...], tuple[str, ...]]
 
 
 def _layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Layer:
-    """Facts of one layer; a shape with more than two sides (a convolution's kernel) counts flattened."""
+    """Facts of one layer. Matrices with more than two dimensions (convolutions) are flattened."""
     A, B = lora_A.flatten(1).double(), lora_B.flatten(1).double()
     r = A.shape[0]
     alpha = next(
@@ -235,7 +240,7 @@ def _layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Lay
 
 
 def _depth(layer: Layer) -> list[tuple[int, str]]:
-    """Sorts "layers.10" after "layers.9"."""
+    """Sort key that puts "layers.10" after "layers.9"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.path.split(".")]
 
 

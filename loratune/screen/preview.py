@@ -1,9 +1,9 @@
-"""`loratune preview`: what the model will really see, before any time is spent on training.
+"""`loratune preview`: the data as the model sees it, before any time is spent on training.
 
-Most fine-tuning that goes wrong goes wrong here: a template that prints two BOS tokens, an answer that never ends,
-a prompt that is trained along. So the tokens themselves are shown, with what is trained in colour, the token that
-ends an answer marked, and special tokens by name. Borders between tokens are two shades of the same colour. Without
-colour (NO_COLOR, a file, a dumb terminal) trained stretches stand in brackets instead.
+Typical faults of fine-tuning are visible here: a template that prints two BOS tokens, an answer that never ends, a
+trained prompt. So the preview shows the tokens themselves. Trained tokens are coloured, the token that ends an answer
+is marked, and special tokens have their names. Neighbouring tokens alternate between two shades. Without colour
+(NO_COLOR, a file, a simple terminal) brackets enclose the trained tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loratune.data.examples import Example
 from loratune.data.feed import Dataset, EpochRows
 from loratune.data.template import decode, special_tokens
 
-TOKENS_SHOWN = 360  # of one example; the middle of a longer one is left out
+TOKENS_SHOWN = 360  # per example; the middle of a longer one is left out
 BAR_WIDTH = 40
 BINS = 8
 LOW_FULLNESS = 0.8
@@ -44,7 +44,7 @@ WARN = Style(color="#f0b429", bold=True)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One token as text; several if together they are one character."""
+    """One token as text, or several tokens that form one character."""
 
     text: str
     trained: bool
@@ -54,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The signs that a console can show."""
+    """Symbols that a console can show."""
 
     newline: str
     tab: str
@@ -84,7 +84,7 @@ def draw_preview(
     Args:
         rows: the rows of one epoch of dataset.train.
         stop_ids: tokens at which generation stops.
-        show: how many examples to draw.
+        show: number of examples to draw.
     """
     marks = ASCII if console.options.ascii_only else UNICODE
     coloured = console.color_system is not None and not console.no_color
@@ -100,21 +100,21 @@ def draw_preview(
 
 
 def warnings(dataset: Dataset, rows: EpochRows) -> list[str]:
-    """What looks unintended in the data, in words."""
+    """Sentences about properties of the data that are probably unintended."""
     found = []
     lengths = [len(example) for example in dataset.train]
     if len(rows) == 1:
         found.append(
             f"All {len(lengths):,} documents fit into one row, so an epoch is a single step; with a smaller "
-            "--tokens-per-row or more --epochs the model sees more steps."
+            "--tokens-per-row or more --epochs there are more steps."
         )
     elif rows.fullness < LOW_FULLNESS:
         found.append(
-            f"Rows are only {rows.fullness:.0%} full; the rest is padding that costs time. The longest document has "
-            f"{max(lengths):,} tokens: a --tokens-per-row a few times that packs better."
+            f"Rows are only {rows.fullness:.0%} full; padding costs time. The longest document has "
+            f"{max(lengths):,} tokens; a --tokens-per-row of a few times that packs better."
         )
     if not dataset.eval:
-        found.append("Nothing is held out, so nobody will notice when training starts to overfit.")
+        found.append("Nothing is held out, so overfitting will not be noticed.")
     return found
 
 
@@ -125,7 +125,7 @@ def _legend(coloured: bool, marks: Marks) -> Text:
     legend = Text("  ")
     if not coloured:
         legend.append(f"{marks.open_trained}trained{marks.close_trained}   not trained   ")
-        return legend.append(f"{marks.stop} stands before the token that ends an answer")
+        return legend.append(f"{marks.stop} comes before the token that ends an answer")
     legend.append(" trai", TRAINED[0]).append("ned ", TRAINED[1]).append("  ")
     legend.append("not tr", CONTEXT[0]).append("ained", CONTEXT[1]).append("   ")
     legend.append("ends an answer", STOP).append("   ")
@@ -162,7 +162,7 @@ def _example_panel(
 
 
 def _shown(length: int) -> tuple[range, range]:
-    """Token ranges to draw: the beginning and, if all is too much, the end (else an empty range)."""
+    """Token ranges to draw: the beginning, and the end of a long example (otherwise an empty range)."""
     if length <= TOKENS_SHOWN:
         return range(length), range(0)
     return range(TOKENS_SHOWN // 2), range(length - TOKENS_SHOWN // 2, length)
@@ -175,7 +175,7 @@ def _pieces(
     specials: frozenset[int],
     stop_ids: frozenset[int],
 ) -> Iterator[Piece]:
-    """Tokens as text. Decoded as growing prefixes: some tokenizers drop a space if a token stands alone."""
+    """Tokens as text, decoded as growing prefixes, because some tokenizers drop the space of a single token."""
     ids = example.token_ids[part.start : part.stop].tolist()
     weights = example.weights[part.start : part.stop].tolist()
     before = ""
@@ -216,7 +216,7 @@ def _bracketed(pieces: Iterator[Piece], marks: Marks) -> Text:
 
 
 def _append(text: Text, piece: str, style: Style, marks: Marks) -> None:
-    """Appends a token with its white space made visible; a colour never runs to the end of a line."""
+    """Appends a token with visible white space. Colour ends with the text of a line."""
     for at, line in enumerate(piece.replace("\t", marks.tab).split("\n")):
         if at:
             text.append(marks.newline, style + Style(dim=True)).append("\n")

@@ -1,7 +1,7 @@
-"""Training as a person likes to watch it: what is about to happen, one live line, and what to do next.
+"""`loratune train`: the settings at the start, one live line, and the next commands at the end.
 
-On a terminal a single line moves (step, loss with a small curve, rate, tokens a second, memory, time left) and
-evaluations scroll by above it. Without one, as in a log file, a plain line is printed every tenth of the run.
+On a terminal a single line shows step, loss with a small curve, rate, tokens per second, memory and time left, and
+evaluations scroll by above it. In a log file, a plain line is printed every tenth of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CURVE_WIDTH = 24
 
 
 def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
-    """Draws a run's events as they come and returns its result."""
+    """Draws a run's events as they arrive and returns its result."""
     view = _ProgressView(console)
     result: RunResult | None = None
     waiting = console.status("loading the model and rendering the data")
@@ -69,14 +69,14 @@ def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
 
 
 def summary(result: RunResult, console: Console) -> None:
-    """The closing lines of `loratune train`: how it went and the commands that come next."""
+    """Prints the result of `loratune train` and the next commands."""
     progress = result.progress
     headline = {
         "done": ("finished", "bold green"),
         "early stop": ("stopped early: the held-out loss no longer falls", "bold green"),
         "interrupted": ("interrupted; everything is saved", "bold yellow"),
         "diverged": ("stopped: the loss is not finite", "bold red"),
-        "dropped": ("left to better ones of its sweep", "bold yellow"),
+        "dropped": ("dropped: other jobs of its sweep were better", "bold yellow"),
     }[result.reason]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -102,10 +102,10 @@ def summary(result: RunResult, console: Console) -> None:
 
 
 def _memory(fit: FittedPlan) -> str:
-    """What is expected and what may be taken; where it cannot be computed, what a row took when it was tried."""
+    """Expected and available memory. If no estimate exists, the memory that a trial row used."""
     if fit.expected is None:
-        return f"{size(fit.tried)} tried, {size(fit.limit)} may be taken"
-    return f"{size(fit.expected.total)} expected, {size(fit.limit)} may be taken"
+        return f"{size(fit.tried)} measured, {size(fit.limit)} available"
+    return f"{size(fit.expected.total)} expected, {size(fit.limit)} available"
 
 
 class _ProgressView:
@@ -121,11 +121,11 @@ class _ProgressView:
         self._eval_loss: float | None = None
 
     def note(self, text: str) -> None:
-        """Prints something a person should know."""
+        """Prints a remark."""
         self.console.print(Text.assemble(("note  ", "yellow"), text))
 
     def chose(self, event: RateChoice) -> None:
-        """Shows what was tried to find the learning rate, and what became of it."""
+        """Shows the losses of the learning rates that were tried, and the choice."""
         table = Table(box=None, padding=(0, 1), header_style="dim")
         table.add_column("rate", justify="right")
         table.add_column(f"{'held-out' if event.held_out else 'training'} loss", justify="right")
@@ -138,7 +138,7 @@ class _ProgressView:
         self.console.print(Text.assemble((f"learning rate {event.rate:g}", "bold green"), f": {event.why}\n"))
 
     def prepare(self, event: Prepared) -> None:
-        """Says in a few lines what will be trained on what."""
+        """Prints the adapter, the data and the device."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column()
@@ -151,8 +151,8 @@ class _ProgressView:
             )
         held_out = f", {len(event.dataset.eval):,} held out" if event.dataset.eval else ", none held out"
         table.add_row("data", f"{len(event.dataset.train):,} examples{held_out}")
-        table.add_row("rows", f"{event.rows_per_epoch:,} an epoch, {event.fullness:.1%} full")
-        resumed = f", going on after step {event.resumed_at:,}" if event.resumed_at else ""
+        table.add_row("rows", f"{event.rows_per_epoch:,} per epoch, {event.fullness:.1%} full")
+        resumed = f", continuing after step {event.resumed_at:,}" if event.resumed_at else ""
         table.add_row("steps", f"{event.total_steps:,}{resumed}")
         table.add_row("device", f"{event.device}, base in {event.dtype}")
         if event.fit.limit:
@@ -167,7 +167,7 @@ class _ProgressView:
             self._live.start()
 
     def step(self, event: StepDone) -> None:
-        """Moves the live line, or prints one now and then where nothing can move."""
+        """Updates the live line, or without a terminal prints a plain line now and then."""
         if not event.skipped:
             self._losses.append(event.loss)
         left = self._time_left(event)
@@ -185,7 +185,7 @@ class _ProgressView:
             )
 
     def evaluated(self, event: Evaluated) -> None:
-        """Prints one line a held-out evaluation."""
+        """Prints one line per held-out evaluation."""
         self._eval_loss = event.eval_loss
         mark = ("  best so far", "green") if event.best else ("", "")
         self.console.print(
@@ -193,7 +193,7 @@ class _ProgressView:
         )
 
     def close(self) -> None:
-        """Takes the live line off the screen."""
+        """Removes the live line from the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None

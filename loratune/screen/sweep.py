@@ -1,7 +1,7 @@
-"""A sweep as a person likes to watch it: a row per job while it runs, the ranking at the end.
+"""`loratune sweep`: one row per job while it runs, and the ranking at the end.
 
-On a terminal one table moves; where it would not fit, the jobs in the middle of things are shown and the others
-counted. Without a terminal, as in a log file, a plain line is printed when a job is measured or ends.
+On a terminal one table is updated in place. If it does not fit, it shows the running jobs and counts the others. In a
+log file, a plain line is printed when a job is evaluated or ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STYLES = {"running": "cyan", "done": "green", "early stop": "green", "dropped":
 
 
 def watch(events: Iterable[SweepEvent], console: Console) -> SweepResult:
-    """Draws a sweep's events as they come and returns its result."""
+    """Draws a sweep's events as they arrive and returns its result."""
     view = _SweepView(console)
     result: SweepResult | None = None
     waiting = console.status("rendering the data and loading the model")
@@ -56,7 +56,7 @@ def watch(events: Iterable[SweepEvent], console: Console) -> SweepResult:
 
 
 def summary(result: SweepResult, console: Console) -> None:
-    """The ranking, and the commands that come next."""
+    """Prints the ranking and the next commands."""
     columns = settings_shown(result.standings)
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("", justify="right", style="dim")
@@ -89,7 +89,7 @@ def summary(result: SweepResult, console: Console) -> None:
 
 @dataclass
 class _Line:
-    """What the table shows of one job."""
+    """One job's line of the table."""
 
     total_steps: int
     state: str = "queued"
@@ -100,7 +100,7 @@ class _Line:
 
 
 class _SweepView:
-    """The live table and what it is made of."""
+    """The live table and its values."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -109,7 +109,7 @@ class _SweepView:
         self._started, self._tokens, self._steps = time.monotonic(), 0, 0
 
     def prepare(self, event: Ready) -> None:
-        """Says in two lines what will be trained."""
+        """Prints the jobs, the rows and the device."""
         for job, total in zip(event.jobs, event.total_steps, strict=True):
             self._lines[job.name] = _Line(total, event.ended.get(job.name, "queued"))
         left = f", {len(event.ended)} of them ended before" if event.ended else ""
@@ -126,7 +126,7 @@ class _SweepView:
             self._live.start()
 
     def job(self, name: str, event: JobEvent) -> None:
-        """Takes note of what happened to one job."""
+        """Updates the line of one job."""
         line = self._lines[name]
         match event:
             case Started(step=step):
@@ -149,20 +149,20 @@ class _SweepView:
                 self._say(name, reason)
 
     def met(self, event: RungDone) -> None:
-        """Says who goes on."""
+        """Prints the jobs that continue after a rung and those that end."""
         for name in event.dropped:
             self._lines[name].state = "dropped"
         self.console.print(
             Text.assemble(
                 (f"at {event.share:.0%} of the steps  ", "dim"),
-                (f"{len(event.kept)} go on: ", "bold"),
+                (f"{len(event.kept)} continue: ", "bold"),
                 ", ".join(event.kept),
-                (f"; {len(event.dropped)} leave", "yellow"),
+                (f"; {len(event.dropped)} dropped", "yellow"),
             )
         )
 
     def close(self) -> None:
-        """Takes the table off the screen."""
+        """Removes the table from the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -197,7 +197,7 @@ class _SweepView:
         return Group(table, Text(foot, "dim"))
 
     def _shown(self, rows: int) -> list[str]:
-        """Names for at most `rows` lines: those that run first, in the order of the plan."""
+        """Names of at most `rows` jobs, running ones first, in the order of the plan."""
         busy = ("running", "waiting", "queued")
         order = sorted(
             self._lines, key=lambda name: next((n for n, s in enumerate(busy) if s == self._lines[name].state), 3)

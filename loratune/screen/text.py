@@ -1,4 +1,4 @@
-"""Text for a terminal: a model's words without its control characters, and curves in one line."""
+"""Text for a terminal: model output without control characters, and curves in one line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "._-=+*#@"
-# Characters that would move the cursor or set colours: those below 32 as their pictures, the others as one sign.
+# Control characters could move the cursor or set colours. Those below 32 become their pictures, the others U+FFFD.
 _VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(127, 160), 0xFFFD)
 
 
 def visible(text: str) -> str:
-    """The text with control characters (but line ends and tabs) as signs: a model's output gives no orders."""
+    """The text with visible symbols for control characters, except line ends and tabs."""
     return text.translate(_VISIBLE)
 
 
 def curve(values: Sequence[float], width: int, *, top: float | None = None, ascii_only: bool = False) -> str:
-    """The course of `values` in at most `width` characters, each the mean of its share.
+    """A curve of `values` in at most `width` characters, each the mean of its share of the values.
 
-    Without `top` the lowest value is the lowest block and the highest the highest; with it, blocks go from 0 to it.
+    Args:
+        top: value of the highest block, with 0 as the lowest. None: the range of the values.
     """
     if not values:
         return ""

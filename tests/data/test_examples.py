@@ -196,7 +196,7 @@ def test_templates_that_cannot_be_trained_are_refused_before_training() -> None:
         rendered([chat("a", "b")], REWRITES)
     with pytest.raises(DataError, match=r"f:1: message 3: .*System role not supported"):
         rendered([chat("a", "b", system="s")], TEMPLATES["gemma"])
-    with pytest.raises(DataError, match="f:1: message 2: the answer goes on after the stop token"):
+    with pytest.raises(DataError, match="f:1: message 2: the answer continues after the stop token"):
         rendered([chat("a", "b<|im_end|>c")])
     with pytest.raises(ModelError, match="the chat template is broken at line 1"):
         rendered([chat("a", "b")], "{% if %}")
@@ -213,7 +213,7 @@ def test_a_stop_token_unknown_to_the_model_is_trained_and_said() -> None:
 def test_text_that_the_template_drops_is_said() -> None:
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     result = rendered([chat("a", "b", system="be brief")], deaf)
-    assert 'leaves out or rewrites what the role "system" says (messages: 1)' in result.notes[0]
+    assert 'leaves out or rewrites text of the role "system" (messages: 1)' in result.notes[0]
 
 
 def test_use_after_training_sees_the_trained_prompt_and_expects_the_trained_answer() -> None:
@@ -228,5 +228,5 @@ def test_use_after_training_sees_the_trained_prompt_and_expects_the_trained_answ
     pair = Record("f:1", prompt="the", completion=" dog")
     assert prompt_ids(pair, TOKENIZER) == TOKENIZER("the")["input_ids"]
     assert reference(pair, TOKENIZER, frozenset()) == " dog"
-    with pytest.raises(DataError, match="f:1: raw text asks nothing"):
+    with pytest.raises(DataError, match="f:1: raw text has no question"):
         prompt_ids(Record("f:1", text="a"), TOKENIZER)

@@ -136,7 +136,7 @@ def test_a_system_message_is_seen_and_begins_anew(talk: Talk) -> None:
         ("/set temprature 1", 'Did you mean "temperature"?'),
         ("/set temperature hot", 'needs a number, not "hot"'),
         ("/set top_p 2", "at most 1"),
-        ("hello " * 300, "/reset begins anew"),
+        ("hello " * 300, "/reset starts a new one"),
     ],
 )
 def test_mistakes_are_explained_and_change_nothing(talk: Talk, line: str, words: str) -> None:

@@ -85,7 +85,7 @@ def test_without_a_terminal_lines_come_when_something_is_measured():
     watch(iter(events), screen)
     text = screen.file.getvalue()
     assert "job1  step 1/40  held-out loss 1.5000" in text
-    assert "at 25% of the steps  1 go on: job1; 1 leave" in text
+    assert "at 25% of the steps  1 continue: job1; 1 dropped" in text
     assert "\x1b" not in text
 
 

@@ -48,8 +48,8 @@ def fill_device(model: nn.Module, count: int) -> None:
         layers = {
             path: LayerWeights(
                 part.kind,
-                nn.Parameter(torch.empty_like(part.lora_A)),
-                nn.Parameter(torch.empty_like(part.lora_B)),
+                part.variant,
+                {name: nn.Parameter(torch.empty_like(tensor)) for name, tensor in part.tensors.items()},
                 part.scaling,
             )
             for path, part in first.layers.items()

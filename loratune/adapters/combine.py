@@ -1,19 +1,19 @@
-"""Several adapters made into one ordinary adapter, and one adapter made into another rank; files in, a file out.
+"""Several adapters combined into one ordinary adapter, and one adapter resized to another rank. Files in, files out.
 
 The methods have the names of PEFT's `add_weighted_adapter` and its results. With u = weight · scaling of an adapter:
 
 - "cat" is the weighted sum itself, Σ u B A, exact: ranks add up. "svd" is the nearest update of a given rank to it.
-- "linear" adds A and B by themselves, (Σ √u B)(Σ √u A). That is cheap and has its products B_i A_j between different
-  adapters, which nobody trained; it makes sense for adapters that grew from one start.
-- "magnitude_prune" keeps the largest share `density` of the values, "dare_linear" a random share, rescaled; then as
-  "linear". "ties" keeps the largest share, elects a sign for each value, and takes the mean over the adapters with
-  that sign; "dare_ties" the same with a random share.
+- "linear" adds A and B separately, (Σ √u B)(Σ √u A). That is cheap. It also contains products B_i A_j of different
+  adapters, which nobody trained, so it makes sense for adapters that started from the same weights.
+- "magnitude_prune" keeps the largest share `density` of the values, "dare_linear" a random share, rescaled; then both
+  proceed as "linear". "ties" keeps the largest share, elects a sign for each value, and averages the adapters with
+  that sign; "dare_ties" does the same with a random share.
 - With "_svd" at the end the same is done to the full update of each adapter, B A, instead of to A and B, and the
-  result is cut to a rank. This forms (d_out, d_in) for one layer at a time; nothing else here does.
+  result is cut to a rank. This forms (d_out, d_in) for one layer at a time; no other method does.
 
-The methods that work on A and B by themselves need equal ranks in a layer; the others do not. An adapter without a
-layer has a zero update there. rsLoRA and patterns are part of the scaling, which PEFT 0.21 gets wrong for results of
-rsLoRA adapters (they come out √r too large).
+The methods that treat A and B separately need equal ranks in a layer; the others do not. An adapter without a layer
+has a zero update there. rsLoRA and patterns are part of the scaling. PEFT 0.21 gets this wrong for results of rsLoRA
+adapters: they come out √r too large.
 
 Sources: Ilharco et al. 2022, arXiv:2212.04089 (weighted sums); Yadav et al. 2023, arXiv:2306.01708 (TIES); Yu et al.
 2023, arXiv:2311.03099 (DARE); PEFT 0.21 for names, defaults and the order of random draws.
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from loratune.adapters.lowrank import LowRank, decompose, decompose_product
 from loratune.adapters.updates import (
+    AdapterUpdates,
     Update,
-    Updates,
     check_out,
     read_updates,
     same_base,
@@ -46,22 +46,22 @@ from loratune.errors import AdapterError, ConfigError
 from loratune.version import __version__
 
 DENSITY = 0.5
-"""Share of the values that pruning keeps if nothing is said."""
+"""Default share of the values that pruning keeps."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to combine."""
+class CombineRecipe:
+    """Method of combining, and its parameters."""
 
     method: CombineMethod = "cat"
     rank: int | None = None
-    """Of the result of "svd" and "..._svd"; by default the largest of the adapters."""
+    """Rank of the result of "svd" and "..._svd"; by default the largest rank of the adapters."""
     density: float | None = None
     """Share of the values kept by ties, dare and magnitude_prune; by default `DENSITY`."""
     majority_sign: MajoritySign = "total"
     """How ties elects a sign: by the sum of the values, or by the number of positive and negative ones."""
     seed: int = 0
-    """Of the random draws of dare."""
+    """Seed of dare's random draws."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and (self.rank < 1 or not self.cuts):
@@ -75,23 +75,23 @@ class Recipe:
 
     @property
     def cuts(self) -> bool:
-        """Whether the result is cut to a rank."""
+        """True if the result is cut to a rank."""
         return self.method.endswith("svd")
 
     @property
     def prunes(self) -> bool:
-        """Whether values are dropped."""
+        """True if values are dropped."""
         return self.method.startswith(("ties", "dare", "magnitude"))
 
 
 @dataclass(frozen=True)
 class Combined:
-    """An adapter that was made of others; `print` it."""
+    """Report of `combine` or `resize`; `print` it."""
 
     path: Path
     sources: dict[str, float]
     """Folder -> weight."""
-    recipe: Recipe
+    recipe: CombineRecipe
     rank: int
     layers: int
     error: float | None = None
@@ -125,21 +125,21 @@ def combine(
     device: str | torch.device = "cpu",
     overwrite: bool = False,
 ) -> Combined:
-    """Makes one adapter of those in `folders` and writes it to `out`, in PEFT's format.
+    """Combines the adapters in `folders` into one and writes it to `out`, in PEFT's format.
 
     Args:
         weights: one for each folder, any sign; by default 1 each, the plain sum of the updates.
-        rank, density, majority_sign, seed: as in `Recipe`.
-        model: the base model of all, if they record different names of it.
+        rank, density, majority_sign, seed: as in `CombineRecipe`.
+        model: the base model of all, if they record different names for it.
         device: to compute on.
 
     Raises:
         ConfigError: a value is out of range or does not go with the method.
-        AdapterError: a folder is no adapter; adapters of different models; ranks that the method cannot mix;
-            modules trained in full, of which there is no sum.
+        AdapterError: a folder holds no adapter; adapters of different models; ranks that the method cannot mix;
+            modules trained in full, which cannot be summed.
         OutputError: `out` is taken or cannot be written.
     """
-    recipe = Recipe(method, rank, density, majority_sign, seed)
+    recipe = CombineRecipe(method, rank, density, majority_sign, seed)
     named = _weights(folders, weights)
     target = check_out(out, folders, overwrite=overwrite)
     sources = [read_updates(folder) for folder in folders]
@@ -162,10 +162,10 @@ def combine(
 def resize(
     folder: str | Path, out: str | Path, rank: int, *, device: str | torch.device = "cpu", overwrite: bool = False
 ) -> Combined:
-    """Writes the adapter in `folder` with another rank to `out`: the nearest of that rank, layer by layer.
+    """Writes the adapter in `folder` with another rank to `out`: the nearest update of that rank, layer by layer.
 
-    A larger rank is the same update to rounding; the rows that A gains are random and the columns of B zero, as in a
-    new adapter, so that they can be trained. Modules and biases trained in full come along.
+    A larger rank is the same update up to rounding. The additional rows of A are random and the additional columns
+    of B zero, as in a new adapter, so that they can be trained. Modules and biases trained in full are copied.
 
     Raises: ConfigError: rank below 1. AdapterError: no adapter. OutputError: `out` is taken or cannot be written.
     """
@@ -180,30 +180,30 @@ def resize(
         found = decompose_product(here.lora_A, here.lora_B * here.scaling)
         lora_A, lora_B = found.factors(rank)
         _make_trainable(lora_A, lora_B, found.significant, generator)
-        layers[path] = Update(lora_A, lora_B, embedding=update.embedding)
+        layers[path] = Update(lora_A, lora_B, keys=update.keys)
         missed[path], norms[path] = found.error(rank), found.norm
     errors, error = _relative(missed, norms)
     report = _report("resize", {str(folder): 1.0}, error, errors) | {"rank": rank}
     write_updates(target, layers, source.fields, report, others=source.others, overwrite=overwrite)
-    return Combined(target, {str(folder): 1.0}, Recipe("svd", rank), rank, len(layers), error, errors)
+    return Combined(target, {str(folder): 1.0}, CombineRecipe("svd", rank), rank, len(layers), error, errors)
 
 
 def _make_trainable(lora_A: Tensor, lora_B: Tensor, used: int, generator: torch.Generator) -> None:
-    """Starts what lies beyond the first `used` ranks anew: A random, B zero. Both zero could never learn."""
+    """Re-initialises the ranks after the first `used`: A random, B zero. Both zero could never learn."""
     fresh = 2 * torch.rand(lora_A[used:].shape, generator=generator) - 1
     lora_A[used:] = (fresh / math.sqrt(lora_A.shape[1])).to(lora_A)
     lora_B[:, used:] = 0
 
 
 def combine_layers(
-    parts: Sequence[tuple[Mapping[str, Update], float]], recipe: Recipe
+    parts: Sequence[tuple[Mapping[str, Update], float]], recipe: CombineRecipe
 ) -> tuple[dict[str, Update], dict[str, float], float | None]:
-    """Combines updates in memory; layers in the order of the first adapter that has them, which is that of the draws.
+    """Combines updates in memory. Layers come, and draw random numbers, in the order of the first adapter with them.
 
     Args:
         parts: the layers of each adapter, and its weight.
 
-    Returns: the layers; the relative Frobenius error of each where the method cuts to a rank; that of all together.
+    Returns: the layers; if the method cuts to a rank, the relative Frobenius error of each, and of all together.
     Raises: AdapterError: as `combine`.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -213,7 +213,7 @@ def combine_layers(
     for path in paths:
         members = [(layers[path], weight) for layers, weight in parts if path in layers]
         _check_layer(path, [update for update, _ in members], recipe)
-        embedding = members[0][0].embedding
+        keys = members[0][0].keys
         if recipe.method == "cat":
             lora_A, lora_B = _concatenated(members)
         elif recipe.cuts:
@@ -222,12 +222,12 @@ def combine_layers(
             lora_A, lora_B = found.factors(rank)
         else:
             lora_A, lora_B = _merged_factors(members, recipe, generator)
-        combined[path] = Update(lora_A, lora_B, embedding=embedding)
+        combined[path] = Update(lora_A, lora_B, keys=keys)
     errors, error = _relative(missed, norms)
     return combined, errors, error if recipe.cuts else None
 
 
-def _check_layer(path: str, updates: Sequence[Update], recipe: Recipe) -> None:
+def _check_layer(path: str, updates: Sequence[Update], recipe: CombineRecipe) -> None:
     shapes = sorted({update.shape for update in updates})
     if len(shapes) > 1:
         raise AdapterError(
@@ -238,7 +238,7 @@ def _check_layer(path: str, updates: Sequence[Update], recipe: Recipe) -> None:
     if len(ranks) > 1 and recipe.method != "cat" and not recipe.cuts:
         svd = "svd" if recipe.method == "linear" else f"{recipe.method}_svd"
         raise AdapterError(
-            f'method "{recipe.method}" adds A and B by themselves and needs equal ranks, but layer "{path}" has '
+            f'method "{recipe.method}" adds A and B separately and needs equal ranks, but layer "{path}" has '
             f'{" and ".join(map(str, ranks))}; use "{svd}", "cat", or loratune resize first'
         )
 
@@ -250,9 +250,9 @@ def _concatenated(members: Sequence[tuple[Update, float]]) -> tuple[Tensor, Tens
 
 
 def _decomposed(
-    members: Sequence[tuple[Update, float]], recipe: Recipe, rank: int, generator: torch.Generator
+    members: Sequence[tuple[Update, float]], recipe: CombineRecipe, rank: int, generator: torch.Generator
 ) -> LowRank:
-    """The combined full update of one layer; the weighted sum needs no more than the factors."""
+    """The combined full update of one layer. The weighted sum is decomposed from its factors."""
     if recipe.method == "svd":
         return decompose_product(*_concatenated(members))
     full = [(update.lora_B @ update.lora_A) * update.scaling for update, _ in members]
@@ -263,9 +263,9 @@ def _decomposed(
 
 
 def _merged_factors(
-    members: Sequence[tuple[Update, float]], recipe: Recipe, generator: torch.Generator
+    members: Sequence[tuple[Update, float]], recipe: CombineRecipe, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A and B combined by themselves, each with the root of weight and scaling; a negative sign goes to A."""
+    """A and B combined separately, each with the root of weight and scaling; a negative sign goes to A."""
     factors = [weight * update.scaling for update, weight in members]
     roots = [math.sqrt(abs(factor)) for factor in factors]
     signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
@@ -274,9 +274,9 @@ def _merged_factors(
 
 
 def _merged(
-    tensors: Sequence[Tensor], factors: Sequence[float], recipe: Recipe, generator: torch.Generator
+    tensors: Sequence[Tensor], factors: Sequence[float], recipe: CombineRecipe, generator: torch.Generator
 ) -> Tensor:
-    """One tensor of several of one shape: pruned, weighted, and summed or averaged by elected sign."""
+    """Several tensors of one shape pruned, weighted, and summed or averaged by elected sign."""
     density = recipe.density or DENSITY
     if recipe.method.startswith(("ties", "magnitude")):
         tensors = [_keep_largest(tensor, density) for tensor in tensors]
@@ -308,7 +308,7 @@ def _keep_random(tensor: Tensor, density: float, generator: torch.Generator) -> 
 
 
 def _has_majority_sign(stacked: Tensor, method: MajoritySign) -> Tensor:
-    """Where each of the stacked values has the sign elected for its place (TIES: elect); a tie elects plus."""
+    """True where a stacked value has the sign elected for its place (TIES: elect); a tie elects plus."""
     signs = stacked.sign()
     votes = (stacked if method == "total" else signs).sum(dim=0)
     return signs == torch.where(votes >= 0, 1, -1)
@@ -328,7 +328,7 @@ def _weights(folders: Sequence[str | Path], weights: Sequence[float] | None) -> 
     return named
 
 
-def _zip(sources: Sequence[Updates], named: Mapping[str, float]) -> list[tuple[Updates, float]]:
+def _zip(sources: Sequence[AdapterUpdates], named: Mapping[str, float]) -> list[tuple[AdapterUpdates, float]]:
     return list(zip(sources, named.values(), strict=True))
 
 

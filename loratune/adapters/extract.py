@@ -1,13 +1,12 @@
-"""An adapter out of a fine-tuned checkpoint: the low-rank part of tuned - base, and what each rank leaves out.
+"""An adapter extracted from a fine-tuned checkpoint: the low-rank part of tuned - base, and the error of each rank.
 
-Weights are read one at a time from both folders, so memory is that of one layer whatever the size of the model, and
-no model is loaded: the layers are found on an empty copy of the architecture. What changed outside of them (norms,
-embeddings, biases, the head) cannot be in the adapter; it is measured and listed, so that nobody takes the adapter
-for the checkpoint.
+Weights are read one at a time from both folders, so memory is that of one layer for a model of any size. No model is
+loaded: the layers are found on an empty copy of the architecture. Changes outside of them (norms, embeddings, biases,
+the head) cannot be in the adapter. They are measured and listed, so that nobody takes the adapter for the checkpoint.
 
-The error of a rank r is ‖Δ - B A‖ / ‖Δ‖ in the Frobenius norm, for each layer and for all together; see `lowrank` for
-how it is computed and why it holds for large layers too. Full fine-tuning changes every direction a little: expect
-large errors at small ranks, and that a model often loses less by them than the norm suggests.
+The error of a rank r is ‖Δ - B A‖ / ‖Δ‖ in the Frobenius norm, for each layer and for all together. `lowrank`
+explains how it is computed and why it holds for large layers too. Full fine-tuning changes every direction a little.
+Expect large errors at small ranks; a model often loses less by them than the norm suggests.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from loratune.base.load import load_config, resolve
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.lora import peft_config
-from loratune.lora.layers import LoraEmbedding
-from loratune.lora.select import Target, find_places, select, shortest_names
+from loratune.lora.select import Target, find_modules, select, shortest_names
 from loratune.version import __version__
 
 _MAX_LISTED = 6
@@ -41,27 +39,27 @@ _MAX_LISTED = 6
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """What low ranks leave of one layer's difference."""
+    """Errors of low ranks for one layer's difference."""
 
     norm: float
     """Frobenius norm of tuned - base."""
     relative: float
-    """The same over the norm of the base weight: how far training moved it."""
+    """The norm divided by that of the base weight: the relative distance that training moved it."""
     errors: dict[int, float]
     """Rank -> relative Frobenius error of the best update of that rank."""
     exact: bool
-    """False if found by a randomised decomposition; its errors are true all the same."""
+    """False if found by a randomised decomposition. Its errors are measured and hold too."""
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """An adapter from the difference of two checkpoints; `print` it."""
+    """Report of `extract`; `print` it."""
 
     path: Path
     rank: int
     layers: dict[str, LayerError]
     left_out: dict[str, float] = field(default_factory=dict)
-    """Tensor that changed and is not in the adapter -> relative size of its change."""
+    """Changed tensor that is not in the adapter -> relative size of its change."""
 
     @property
     def errors(self) -> dict[int, float]:
@@ -102,11 +100,12 @@ def extract(
     device: str | torch.device | None = None,
     overwrite: bool = False,
 ) -> Extracted:
-    """Writes the nearest adapter of `rank` to the difference of two checkpoints of one architecture to `out`.
+    """Writes the adapter of `rank` that is nearest to the difference of two checkpoints of one architecture.
 
     Args:
         tuned, base: folders or hub ids of transformers models in safetensors.
         target_modules: as in `LoraConfig`.
+        out: folder for the adapter.
         device: to compute on; by default the GPU if there is one.
 
     Raises:
@@ -121,9 +120,9 @@ def extract(
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
     targets = select(model, config, strict=False).targets
     with ExitStack() as stack:
-        before, after = (Checkpoint(name, stack) for name in (base, tuned))
+        before, after = (CheckpointReader(name, stack) for name in (base, tuned))
         updates, layers = _updates(before, after, targets, rank, on)
-        left_out = dict(_left_out(before, after, {f"{place}.weight" for t in targets for place in t.places}))
+        left_out = dict(_left_out(before, after, {f"{path}.weight" for t in targets for path in t.paths}))
     extracted = Extracted(target, rank, layers, left_out)
     write_updates(
         target, updates, _adapter_fields(model, config, targets, base), _report(extracted, tuned), overwrite=overwrite
@@ -131,7 +130,7 @@ def extract(
     return extracted
 
 
-class Checkpoint:
+class CheckpointReader:
     """The tensors of a transformers folder, read one by one; files stay open until `stack` closes."""
 
     def __init__(self, model: str, stack: ExitStack) -> None:
@@ -158,7 +157,7 @@ class Checkpoint:
         return set(self._files)
 
     def read(self, key: str) -> Tensor:
-        """One tensor. Raises ModelError: it is not there, or not in floating point."""
+        """One tensor. Raises ModelError: it is missing, or not in floating point."""
         found = next((name for name in _names(key) if name in self._files), None)
         if found is None:
             raise ModelError(f"{self.name}: has no tensor {key}")
@@ -169,7 +168,7 @@ class Checkpoint:
 
 
 def _names(key: str) -> Iterator[str]:
-    """A tensor's name, and those it has where the head was saved along or left out."""
+    """A tensor's name, and its names in checkpoints saved with or without the head."""
     yield key
     yield from (key.removeprefix(prefix) for prefix in ("model.", "transformer.") if key.startswith(prefix))
     yield f"model.{key}"
@@ -183,7 +182,7 @@ def _empty(base: str) -> nn.Module:
 
 
 def _updates(
-    before: Checkpoint, after: Checkpoint, targets: Sequence[Target], rank: int, device: torch.device
+    before: CheckpointReader, after: CheckpointReader, targets: Sequence[Target], rank: int, device: torch.device
 ) -> tuple[dict[str, Update], dict[str, LayerError]]:
     updates, layers = {}, {}
     ranks = _ranks(rank)
@@ -195,13 +194,12 @@ def _updates(
                 f"{before.name}; they are not of one architecture"
             )
         old, new = (weight.to(device, torch.float32) for weight in weights)
-        delta = (new - old).T if target.layer_class.transposed else new - old
+        delta = (new - old).T if target.kind.transposed else new - old
         if not bool(delta.isfinite().all()):
             raise ModelError(f"{target.path}.weight: the difference of {after.name} and {before.name} is not finite")
         found = decompose(delta, max(ranks))
         lora_A, lora_B = found.factors(rank)
-        embedding = issubclass(target.layer_class, LoraEmbedding)
-        updates[target.path] = Update(lora_A.cpu(), lora_B.cpu(), embedding=embedding)
+        updates[target.path] = Update(lora_A.cpu(), lora_B.cpu(), keys=target.kind.keys)
         norm = found.norm
         errors = {r: found.error(r) / norm if norm else 0.0 for r in ranks}
         layers[target.path] = LayerError(norm, norm / max(float(old.norm()), 1e-30), errors, found.exact)
@@ -211,11 +209,11 @@ def _updates(
 
 
 def _ranks(rank: int) -> list[int]:
-    """The rank that is written, and powers of two up to four times that, for comparison."""
+    """The written rank, and powers of two up to four times that, for comparison."""
     return sorted({rank, *(2**i for i in range(16) if 2**i <= 4 * rank)})
 
 
-def _left_out(before: Checkpoint, after: Checkpoint, adapted: set[str]) -> Iterator[tuple[str, float]]:
+def _left_out(before: CheckpointReader, after: CheckpointReader, adapted: set[str]) -> Iterator[tuple[str, float]]:
     """Tensors that differ and are not adapted, with the relative size of the change; infinite for another shape."""
     for key in sorted((before.keys() & after.keys()) - {name for path in adapted for name in _names(path)}):
         old, new = before.read(key).float(), after.read(key).float()
@@ -226,9 +224,8 @@ def _left_out(before: Checkpoint, after: Checkpoint, adapted: set[str]) -> Itera
 
 
 def _adapter_fields(model: nn.Module, config: LoraConfig, targets: Sequence[Target], base: str) -> dict[str, Any]:
-    every = [path for place in find_places(model) for path in place.paths]
-    places = [place for target in targets for place in target.places]
-    conv1d = any(t.layer_class.transposed and not issubclass(t.layer_class, LoraEmbedding) for t in targets)
+    every = [path for entry in find_modules(model) for path in entry.paths]
+    adapted = [path for target in targets for path in target.paths]
     return (
         peft_config.UNUSED
         | {f.name: getattr(config, f.name) for f in fields(config)}
@@ -236,9 +233,9 @@ def _adapter_fields(model: nn.Module, config: LoraConfig, targets: Sequence[Targ
             "peft_type": "LORA",
             "task_type": peft_config.task_type(model),
             "base_model_name_or_path": base,
-            "fan_in_fan_out": conv1d,
+            "fan_in_fan_out": any(target.kind.fan_in_fan_out for target in targets),
             "inference_mode": True,
-            "target_modules": shortest_names(places, every),
+            "target_modules": shortest_names(adapted, every),
         }
     )
 

@@ -1,10 +1,10 @@
 """An adapter without its model: the low-rank update of each layer, read from a folder and written to one.
 
-Combining, resizing and inspecting adapters is arithmetic on A and B; the base model, a thousand times larger, has no
-part in it. So these work on files: a folder in PEFT's format becomes a mapping of layer paths to updates, with the
-scaling of each layer resolved from r, lora_alpha, the patterns and rsLoRA.
+Combining, resizing and inspecting adapters is arithmetic on A and B. It does not need the base model, which is a
+thousand times larger. So these functions work on files: a folder in PEFT's format becomes a mapping of layer paths to
+updates, with the scaling of each layer resolved from r, lora_alpha, the patterns and rsLoRA.
 
-What is written is as plain as the format allows: one rank for all layers (padded with zeros where a layer needs
+The written adapter is as plain as the format allows: one rank for all layers (padded with zeros where a layer needs
 less), lora_alpha equal to r, no patterns, no rsLoRA. alpha / r is then 1 for every reader, also for vLLM, which
 leaves the patterns out of the scaling, and for llama.cpp, which knows neither them nor rsLoRA.
 """
@@ -29,12 +29,13 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError
 from loratune.lora import peft_config
 from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
+from loratune.lora.layers import KEY_PAIRS, LoraEmbedding
 from loratune.lora.peft_config import CONFIG_FILE
+from loratune.lora.variants import variant_of
 
 REPORT_FILE = "provenance.json"
-"""Beside an adapter that was computed from others: from which, how, and what was lost."""
+"""Beside an adapter that was computed from others: its sources, the method, and the error."""
 
-_ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -47,9 +48,10 @@ class Update:
     lora_B: Tensor
     """(d_out, r), float32; of an embedding (d, r)."""
     scaling: float = 1.0
-    embedding: bool = False
+    keys: tuple[str, str] = KEY_PAIRS[0]
+    """Names of A and B in files, behind the layer's path and a dot; see `LoraLayer.keys`."""
     transposed: bool = False
-    """Whether the layer stores its weight as (d_in, d_out): embeddings, transformers' Conv1D."""
+    """True if the layer stores its weight as (d_in, d_out): embeddings, transformers' Conv1D."""
 
     @property
     def r(self) -> int:
@@ -63,47 +65,56 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Updates:
-    """What a folder holds."""
+class AdapterUpdates:
+    """The content of an adapter's folder."""
 
     folder: Path
     config: LoraConfig
     fields: dict[str, Any]
-    """adapter_config.json as it is."""
+    """adapter_config.json, unchanged."""
     layers: dict[str, Update]
     """Path of a layer -> its update, in the order of the model's layers (layers.2 before layers.10)."""
     others: dict[str, Tensor]
-    """Key -> tensor of what is trained in full: modules_to_save and biases."""
+    """Key -> tensor trained in full: modules_to_save and biases."""
 
 
-def read_updates(directory: str | Path) -> Updates:
+def read_updates(directory: str | Path) -> AdapterUpdates:
     """Reads an adapter's folder, ours or PEFT's.
 
-    Raises: AdapterError: it is no LoRA adapter, uses something not implemented here, is damaged, or holds values that
-        are not finite.
+    Raises: AdapterError: it is no LoRA adapter, uses a feature not implemented here, is no plain low-rank sum, is
+        damaged, or holds values that are not finite.
     """
     folder = find_folder(directory)
     config = peft_config.read(folder).lora
+    variant = variant_of(config)
+    if not variant.low_rank_sum:
+        raise AdapterError(
+            f"{folder}: is a {type(variant).__name__}; only plain low-rank updates can be computed with"
+        )
     fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     tensors = read_tensors(folder)
     _check_finite(folder, tensors)
     layers: dict[str, Update] = {}
     for key in sorted(tensors, key=_natural):
-        end = next((end for end in _ENDS if key.endswith(end)), None)
-        if end is None:
+        keys = pair_of(key)
+        if keys is None:
             continue
-        path = key.removeprefix(PREFIX).removesuffix(end)
-        partner = key.removesuffix(end) + _ENDS[end]
+        path = key.removeprefix(PREFIX).removesuffix(f".{keys[0]}")
+        partner = key.removesuffix(keys[0]) + keys[1]
         if partner not in tensors:
             raise AdapterError(f"{folder}: has {key} without {partner}")
         scaling = _scaling(config, path, tensors[key].shape[0])
-        embedding = "embedding" in end
-        transposed = embedding or bool(fields.get("fan_in_fan_out"))
+        transposed = keys == LoraEmbedding.keys or bool(fields.get("fan_in_fan_out"))
         _check_factors(folder, path, tensors[key], tensors[partner])
-        layers[path] = Update(tensors[key].float(), tensors[partner].float(), scaling, embedding, transposed)
+        layers[path] = Update(tensors[key].float(), tensors[partner].float(), scaling, keys, transposed)
     if not layers:
         raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no lora_A and lora_B")
-    return Updates(folder, config, fields, layers, _others(tensors, config))
+    return AdapterUpdates(folder, config, fields, layers, _others(tensors, config))
+
+
+def pair_of(key: str) -> tuple[str, str] | None:
+    """Names of A and B behind a layer's path, if `key` is that of an A; else None."""
+    return next((keys for keys in KEY_PAIRS if key.endswith(f".{keys[0]}")), None)
 
 
 def _scaling(config: LoraConfig, path: str, r: int) -> float:
@@ -121,8 +132,8 @@ def _check_factors(folder: Path, path: str, lora_A: Tensor, lora_B: Tensor) -> N
 
 
 def _others(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """What is trained in full, without the base's own tensors that PEFT saves along for embeddings."""
-    ends = (*_ENDS, *_ENDS.values())
+    """Tensors trained in full, without tensors of the base, which PEFT also saves for embeddings."""
+    ends = tuple(f".{key}" for keys in KEY_PAIRS for key in keys)
     rest = {key: tensor for key, tensor in tensors.items() if not key.endswith(ends)}
     return {
         key: tensor
@@ -147,7 +158,7 @@ def check_out(out: str | Path, sources: Iterable[str | Path], *, overwrite: bool
     folder = Path(out)
     for source in sources:
         if Path(source).exists() and folder.resolve() == Path(source).resolve():
-            raise OutputError(f"{out}: is what is read; name another folder for the result")
+            raise OutputError(f"{out}: is one of the sources; name another folder for the result")
     atomic.check_new(folder, overwrite=overwrite)
     return folder
 
@@ -164,17 +175,16 @@ def write_updates(
     """Writes an ordinary adapter to `out`, whole or not at all, and `report` beside it. Returns its rank.
 
     Args:
-        fields: adapter_config.json; what concerns ranks and scalings is set here.
+        fields: adapter_config.json; fields of ranks and scalings are set here.
 
     Raises: OutputError: `out` exists (without `overwrite`), the disk is full or read-only.
     """
     rank = max(update.r for update in layers.values())
     tensors: dict[str, Tensor] = dict(others or {})
     for path, update in layers.items():
-        ends = list(_ENDS)[update.embedding]
-        lora_A, lora_B = padded(update.lora_A, update.lora_B * update.scaling, rank)
-        tensors[f"{PREFIX}{path}{ends}"] = lora_A.cpu().contiguous()
-        tensors[f"{PREFIX}{path}{_ENDS[ends]}"] = lora_B.cpu().contiguous()
+        factors = padded(update.lora_A, update.lora_B * update.scaling, rank)
+        for key, factor in zip(update.keys, factors, strict=True):
+            tensors[f"{PREFIX}{path}.{key}"] = factor.cpu().contiguous()
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     with atomic.new_directory(out, overwrite=overwrite) as temporary:
         atomic.write_bytes(temporary / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
@@ -184,7 +194,7 @@ def write_updates(
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What `write_updates` noted beside an adapter; empty if nothing did, or if it is damaged: it is only a note."""
+    """The report that `write_updates` wrote beside an adapter; empty if there is none or it is damaged."""
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -192,8 +202,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def selection_fields(sources: Sequence[Updates], paths: Iterable[str]) -> dict[str, Any]:
-    """The fields of adapter_config.json that select exactly the layers that any of the sources adapts."""
+def selection_fields(sources: Sequence[AdapterUpdates], paths: Iterable[str]) -> dict[str, Any]:
+    """Fields of adapter_config.json that select exactly the layers that any of the sources adapts."""
     given = [{name: source.fields.get(name) for name in _SELECTION} for source in sources]
     if all(fields == given[0] for fields in given):
         return given[0]
@@ -204,7 +214,7 @@ def selection_fields(sources: Sequence[Updates], paths: Iterable[str]) -> dict[s
     return none | {"target_modules": list(paths)}
 
 
-def same_base(sources: Sequence[Updates], model: str | None) -> str | None:
+def same_base(sources: Sequence[AdapterUpdates], model: str | None) -> str | None:
     """The base model that the sources were made for; `model`, if given, overrides what they record.
 
     Raises: AdapterError: they record different ones.

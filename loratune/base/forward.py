@@ -30,7 +30,7 @@ from loratune.errors import ModelError
 from loratune.fused import layer as fusing
 from loratune.fused.policy import ActivationPlan
 from loratune.fused.stacking import Copies, holds_bank
-from loratune.lora.linear import running_with
+from loratune.lora.layer import running_with
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention import flash
 from loratune.ops.attention.capped import DocumentSpans

@@ -1,26 +1,21 @@
-"""A new adapter, made beside the model: initial weights, copies of modules_to_save and of biases.
+"""A new adapter, built beside the model: initial weights, copies of modules_to_save and of biases.
 
-Everything that can go wrong goes wrong here, before the model is touched. Initial values come from a generator of
-their own, seeded by the caller and drawn in the order of the model's modules, so that attaching is reproducible on
-any device and leaves torch's global generator alone.
-
-Source of the initialisation: A Kaiming-uniform with a = √5, which is U(-1/√d_in, 1/√d_in), and B zero, as in the
-reference implementation of arXiv:2106.09685; embeddings A zero and B normal.
+Everything that can fail fails here, before the model is touched. Initial values come from a generator of their own,
+seeded by the caller and drawn in the order of the model's modules. So attaching is reproducible on any device and
+leaves torch's global generator alone.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
-from loratune.lora.layers import LoraEmbedding
-from loratune.lora.linear import LoraLayer
-from loratune.lora.select import Place, Selection, Target
+from loratune.lora.layer import LoraLayer
+from loratune.lora.select import ModulePaths, Selection, Target
 from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
 from loratune.precision.linear import frozen_of
 
@@ -32,13 +27,13 @@ def build(
     seed: int | None,
     device: torch.device | None = None,
 ) -> Adapter:
-    """An adapter for `model`, whose base must be at rest (no adapter in use). Changes nothing.
+    """An adapter for `model`, whose bare base must be in use. Changes nothing.
 
     Args:
-        seed: of the initial values; None leaves A and B uninitialised, for a reader that fills them.
-        device: of A and B; by default that of each layer.
+        seed: of the initial values; None leaves the layers' tensors uninitialised, for a reader that fills them.
+        device: of the layers' tensors; by default that of each layer.
 
-    Raises: AdapterError: a module of modules_to_save is tied to one that is not; there is no bias to train.
+    Raises: AdapterError: a module of modules_to_save is tied to a module outside of it; there is no bias to train.
     """
     adapter = Adapter(copy.deepcopy(config))
     adapter.modules = _copies(model, selection.saved)
@@ -49,57 +44,34 @@ def build(
         )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for target in selection.targets:
-        adapter.layers[target.path] = _weights(target, config.init_lora_weights, generator, device)
+        adapter.layers[target.path] = _weights(target, config, generator, device)
     return adapter
 
 
 def _weights(
-    target: Target, init: bool | str, generator: torch.Generator | None, device: torch.device | None
+    target: Target, config: LoraConfig, generator: torch.Generator | None, device: torch.device | None
 ) -> LayerWeights:
-    d_in, d_out = target.layer_class.features(target.base)
     weight = frozen_of(target.base)
-    lora_A = torch.empty(target.r, d_in, dtype=master_dtype(weight))
-    lora_B = torch.empty(d_out, target.r, dtype=master_dtype(weight))
-    if generator is not None and issubclass(target.layer_class, LoraEmbedding):
-        _fill_embedding(lora_A, lora_B, init, generator)
-    elif generator is not None:
-        _fill_linear(lora_A, lora_B, init, generator)
-    A, B = (nn.Parameter(t.to(device or weight.device)) for t in (lora_A, lora_B))
-    return LayerWeights(target.layer_class, A, B, target.scaling)
+    dtype = master_dtype(weight)
+    tensors = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in target.tensors().items()}
+    if generator is not None:
+        target.variant.initialise(tensors, target.base, target.kind, config, generator)
+    parameters = {name: nn.Parameter(tensor.to(device or weight.device)) for name, tensor in tensors.items()}
+    return LayerWeights(target.kind, target.variant, parameters, target.scaling)
 
 
-def _fill_linear(lora_A: Tensor, lora_B: Tensor, init: bool | str, generator: torch.Generator) -> None:
-    r, d_in = lora_A.shape
-    if init == "gaussian":
-        lora_A.normal_(0.0, 1.0 / r, generator=generator)
-    else:
-        lora_A.uniform_(-1.0 / math.sqrt(d_in), 1.0 / math.sqrt(d_in), generator=generator)
-    if init is False:
-        lora_B.uniform_(-1.0 / math.sqrt(r), 1.0 / math.sqrt(r), generator=generator)
-    else:
-        lora_B.zero_()
-
-
-def _fill_embedding(lora_A: Tensor, lora_B: Tensor, init: bool | str, generator: torch.Generator) -> None:
-    lora_B.normal_(generator=generator)
-    if init is False:
-        lora_A.normal_(generator=generator)
-    else:
-        lora_A.zero_()
-
-
-def _copies(model: nn.Module, saved: tuple[Place, ...]) -> dict[str, nn.Module]:
-    """Trainable copies of the modules; those that are tied to each other stay tied."""
+def _copies(model: nn.Module, saved: tuple[ModulePaths, ...]) -> dict[str, nn.Module]:
+    """Trainable copies of the modules; modules that are tied to each other stay tied."""
     _check_ties(model, saved)
     memo: dict[int, object] = {}
-    copies = {place.paths[0]: _without_stand_ins(copy.deepcopy(place.module, memo)) for place in saved}
+    copies = {entry.paths[0]: _with_base_layers(copy.deepcopy(entry.module, memo)) for entry in saved}
     for module in copies.values():
         module.requires_grad_(True)
     return copies
 
 
-def _without_stand_ins(module: nn.Module) -> nn.Module:
-    """`module` with the layers that other adapters have replaced in it put back."""
+def _with_base_layers(module: nn.Module) -> nn.Module:
+    """`module` with the base layers in the places of layers that other adapters have replaced in it."""
     if isinstance(module, LoraLayer):
         return module.to_base()
     for path, child in list(module.named_modules(remove_duplicate=False)):
@@ -108,10 +80,10 @@ def _without_stand_ins(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_ties(model: nn.Module, saved: tuple[Place, ...]) -> None:
+def _check_ties(model: nn.Module, saved: tuple[ModulePaths, ...]) -> None:
     """Raises AdapterError if a parameter of `saved` also belongs to a module outside of it."""
-    inside = {p: "" for place in saved for path in place.paths for p in _paths_below(model, path)}
-    parameters = [p for place in saved for p in place.module.parameters()]
+    inside = {p: "" for entry in saved for path in entry.paths for p in _paths_below(model, path)}
+    parameters = [p for entry in saved for p in entry.module.parameters()]
     for where in ties(model, parameters).values():
         outside = [path for path in where if path not in inside]
         if outside:
@@ -129,11 +101,11 @@ def _paths_below(model: nn.Module, path: str) -> list[str]:
 
 
 def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> dict[str, nn.Parameter]:
-    """Trainable copies of the biases that `config.bias` names, tied where those of the base are."""
+    """Trainable copies of the biases that `config.bias` names, tied where the base's biases are."""
     if config.bias == "none":
         return {}
-    adapted = {path for target in selection.targets for path in target.places}
-    saved = tuple(path for place in selection.saved for path in place.paths)
+    adapted = {path for target in selection.targets for path in target.paths}
+    saved = tuple(path for entry in selection.saved for path in entry.paths)
     copies: dict[int, nn.Parameter] = {}
     biases: dict[str, nn.Parameter] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""The contract between an adapted layer and the code that computes it faster than its own `forward` does.
+"""The contract between an adapted layer and the code that computes it without calling its `forward`.
 
 A fused decoder layer never calls its linear layers. It reads the frozen weight and the adapter, and computes both
 itself. That is right only for layers whose output is
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -70,13 +70,35 @@ _PLAIN = (nn.Linear, QuantisedLinear, Conv1D)
 
 
 class AdaptedLayer(nn.Module):
-    """A layer that replaces a base layer and can hold an adapter."""
+    """A layer that replaces a base layer of the model and can hold adapters.
+
+    It shares the Parameters of the base layer, so state-dict keys, tied weights and code that reads `layer.weight`
+    stay valid.
+    """
 
     _declares_fusion: ClassVar[bool] = True
+    _base: tuple[nn.Module]
+    """The base layer. In a tuple, so that `nn.Module` does not register it as a child."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        cls._declares_fusion = _defines_last(cls, "fusion", "forward")
+        cls._declares_fusion = defines_last(cls, "fusion", "forward")
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> Self:
+        """A replacement for `base` with the same Parameters, buffers, hooks and attributes, holding no adapter."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(base.__dict__)
+        layer._parameters = dict(base._parameters)
+        layer._base = (base,)
+        return layer
+
+    def to_base(self) -> nn.Module:
+        """The base layer, with the Parameters that the replacement has now."""
+        base = self._base[0]
+        for name in base._parameters:
+            base._parameters[name] = self._parameters[name]
+        return base.train(self.training)
 
     def fusion(self) -> Fusion:
         """The formula of `forward`, for code that computes it elsewhere."""
@@ -84,12 +106,12 @@ class AdaptedLayer(nn.Module):
 
     def adapter_tensors(self) -> Mapping[str, nn.Parameter]:
         """Attribute name -> tensor of the adapter in use. Empty without one, and for layers of a bank."""
-        raise NotImplementedError
+        return {}
 
     @property
     def rank(self) -> int:
-        """Rank of the adapter in use, 0 without one."""
-        raise NotImplementedError
+        """Rank of the adapter in use. 0 without one, and for layers of a bank, where each slot has a rank."""
+        return 0
 
 
 def fusion_of(module: object) -> Fusion:
@@ -116,7 +138,10 @@ def adapter_tensors_of(module: nn.Module) -> Mapping[str, nn.Parameter]:
     return module.adapter_tensors() if isinstance(module, AdaptedLayer) else {}
 
 
-def _defines_last(cls: type, claim: str, subject: str) -> bool:
-    """True if the definition of `claim` that holds for `cls` is not older than that of `subject`."""
+def defines_last(cls: type, claim: str, subject: str) -> bool:
+    """True if `cls` takes attribute `claim` from the same class as `subject`, or from a more derived one.
+
+    A statement about `subject` that was made before `subject` was overridden is no longer known to hold.
+    """
     holders = [next(base for base in cls.__mro__ if name in vars(base)) for name in (claim, subject)]
     return cls.__mro__.index(holders[0]) <= cls.__mro__.index(holders[1])

@@ -1,10 +1,10 @@
 """Adapters on disk, in PEFT's format, both ways: a folder with adapter_config.json and adapter_model.safetensors.
 
-One function, `_slots`, says which tensor of an adapter has which key; saving reads the slots and loading fills
-them. A file must fit the model exactly: a missing, unexpected or misshapen tensor is an error that names it, and
-nothing of the file is used. The adapter is built beside the model and joins it last.
+One function, `_slots`, maps the keys of the file to the tensors of an adapter. Saving reads the tensors and loading
+fills them. A file must fit the model exactly: a missing, unexpected or misshapen tensor is an error that names it,
+and nothing of the file is used. The adapter is built beside the model and joins it last.
 
-Only safetensors are read: unpickling a .bin or .pt file can run any code its maker put there.
+Only safetensors are read: unpickling a .bin or .pt file can run any code that its author put there.
 
 Format: PEFT 0.21. Keys start with "base_model.model."; the adapter's name is not part of them.
 """
@@ -27,9 +27,8 @@ from loratune.errors import AdapterError, OutputError, nearest
 from loratune.lora import peft_config
 from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
-from loratune.lora.layers import LoraEmbedding
 from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
-from loratune.lora.select import Selection, find_places, select
+from loratune.lora.select import Selection, find_modules, select
 from loratune.lora.state import Adapter, require
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,7 +40,7 @@ _MAX_LISTED = 6
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's folder says of it, without its tensors and without the base model."""
+    """Facts about an adapter's folder that need neither its tensors nor the base model."""
 
     folder: Path
     config: LoraConfig
@@ -61,8 +60,8 @@ class AdapterInfo:
 def save(model: nn.Module, directory: str | Path, name: str = "default", *, overwrite: bool = False) -> None:
     """Writes adapter `name` of `model` to `directory`, which PEFT, transformers, vLLM and llama.cpp read.
 
-    A new folder appears whole or not at all. In a folder that exists, other files stay, and the configuration comes
-    last: whenever one can be read, its tensors are there and belong to it. The adapter need not be active.
+    A new folder appears whole or not at all. In an existing folder other files stay, and the configuration is written
+    last: whenever it can be read, the tensors that belong to it are there. The adapter need not be active.
 
     Raises:
         AdapterError: no such adapter.
@@ -105,7 +104,7 @@ def _content(model: nn.Module, name: str) -> tuple[str, bytes]:
     """The text of the configuration and the bytes of the tensors."""
     state = require(model)
     adapter = state.get(name)
-    layer_paths = [place for path in adapter.layers for place in state.places[path]]
+    layer_paths = [each for path in adapter.layers for each in state.paths[path]]
     tensors = adapter_tensors(model, name)
     return peft_config.to_json(model, adapter, layer_paths), to_bytes(tensors, metadata={"format": "pt"})
 
@@ -123,8 +122,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         directory: a folder in PEFT's format, or one that holds `name/` in that format.
         name: need not be the name it was trained under, which files do not record.
 
-    Raises: AdapterError: the folder is no LoRA adapter, uses something not implemented here, is damaged, or was made
-        for another model; the name is taken. The model is then as it was.
+    Raises: AdapterError: the folder is no LoRA adapter, uses a feature not implemented here, is damaged, or was made
+        for another model; the name is taken. The model is then unchanged.
     """
     folder = find_folder(directory, name)
     read = peft_config.read(folder)
@@ -135,9 +134,9 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 def read_adapter(
     model: nn.Module, directory: str | Path, name: str, device: torch.device | None = None
 ) -> tuple[Selection, Adapter]:
-    """The adapter in `directory`, fitted to `model` and filled, with A and B on `device`; changes nothing.
+    """The adapter in `directory`, fitted to `model` and filled, with its layers' tensors on `device`.
 
-    The bare base, or an adapter without modules and biases of its own, must be in use.
+    Changes nothing. The bare base, or an adapter without modules and biases of its own, must be in use.
     Raises: AdapterError: as `load_adapter`.
     """
     folder = find_folder(directory, name)
@@ -150,7 +149,7 @@ def read_config(directory: str | Path) -> LoraConfig:
 
 
 def read_info(directory: str | Path) -> AdapterInfo:
-    """What an adapter's folder says of it, for a person; reads no tensor. Raises AdapterError."""
+    """Facts about an adapter's folder, for display; reads no tensor. Raises AdapterError."""
     folder = find_folder(directory)
     read = peft_config.read(folder)
     path = _weights_path(folder)
@@ -168,9 +167,9 @@ def read_info(directory: str | Path) -> AdapterInfo:
 
 
 def find_folder(directory: str | Path, name: str | None = None) -> Path:
-    """The folder that holds adapter_config.json: `directory`, or `directory/name` as PEFT lays out named adapters.
+    """The folder that holds adapter_config.json: `directory`, or `directory/name`, where PEFT puts named adapters.
 
-    Raises: AdapterError: there is none; the message says what is there instead.
+    Raises: AdapterError: there is none; the message names the files found instead.
     """
     folder = Path(directory)
     if folder.is_file():
@@ -234,19 +233,13 @@ def _slots(adapter: Adapter) -> dict[str, Tensor]:
     """Key in the file -> the adapter's own tensor. Several keys may have one tensor where weights are tied."""
     slots: dict[str, Tensor] = {}
     for path, weights in adapter.layers.items():
-        A, B = _layer_keys(path, embedding=issubclass(weights.kind, LoraEmbedding))
-        slots[A], slots[B] = weights.lora_A, weights.lora_B
+        slots |= {f"{PREFIX}{path}.{key}": weights.tensors[name] for name, key in weights.keys().items()}
     for path, bias in adapter.biases.items():
         owner = path.removesuffix("bias").rstrip(".")
         slots[PREFIX + (f"{owner}.base_layer.bias" if owner in adapter.layers else path)] = bias
     for path, module in adapter.modules.items():
         slots |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     return slots
-
-
-def _layer_keys(path: str, *, embedding: bool) -> tuple[str, str]:
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return f"{PREFIX}{path}.{names[0]}", f"{PREFIX}{path}.{names[1]}"
 
 
 def _fitted(
@@ -256,7 +249,7 @@ def _fitted(
     tensors: Mapping[str, Tensor],
     device: torch.device | None = None,
 ) -> tuple[Selection, Adapter]:
-    """The adapter of the file, built for the resting `model` and filled; changes nothing."""
+    """The adapter of the file, built for `model` and filled; changes nothing."""
     config = replace(read.lora, modules_to_save=_saved_paths(model, read.lora.modules_to_save or [], tensors))
     selection = select(model, config, strict=False)
     adapter = build(model, config, selection, seed=None, device=device)
@@ -275,13 +268,13 @@ def _fitted(
 
 
 def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) -> list[str] | None:
-    """The modules that PEFT saved in full: those whose path ends in an entry, and of which the file has a tensor.
+    """The modules that PEFT saved in full: their path ends in an entry, and the file has a tensor of them.
 
-    PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads, so
-    the file, not the configuration, says which modules are meant.
+    PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads. So
+    the file decides, and not the configuration.
     """
     owners = {suffix for key in keys for suffix in _parents(key.removeprefix(PREFIX))}
-    paths = [place.paths[0] for place in find_places(model)]
+    paths = [entry.paths[0] for entry in find_modules(model)]
     found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]
     return found or None
 
@@ -294,7 +287,7 @@ def _parents(key: str) -> Iterable[str]:
 def _given(
     model: nn.Module, folder: Path, slots: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The file's tensors by slot, without those of the base, which PEFT saves along for embeddings and for biases.
+    """The file's tensors by key, without tensors of the base, which PEFT also saves for embeddings and biases.
 
     Raises: AdapterError: a tensor of the base differs from the model's: the adapter was made for another base.
     """

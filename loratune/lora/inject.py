@@ -1,10 +1,10 @@
-"""Adapters on a model: attach, activate, merge, unmerge, detach. Module instances are swapped; nothing is patched.
+"""Adapters on a model: attach, activate, merge, unmerge, detach. Module instances are replaced; nothing is patched.
 
-`attach` puts a `LoraLayer` in the place of each selected layer. After that, switching adapters only re-points
-Parameters: the active adapter is found in `model.parameters()`, the others rest in the model's `Adapters` object
-and come back to the bit. With none active the model computes what it did before, to the bit.
+`attach` replaces each selected layer by a `LoraLayer`. After that, switching adapters only re-points Parameters: the
+active adapter is found in `model.parameters()`, and the model's `Adapters` object holds the others, which come back
+to the bit. With none active the model computes the same bits as before `attach`.
 
-Every function validates all it can before it changes anything, so that an error leaves the model as it was.
+Every function validates all it can before it changes anything, so an error leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.build import build
-from loratune.lora.linear import LoraLayer
+from loratune.lora.layer import LoraLayer
 from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, Adapters, find, identity, install, require, ties, uninstall
-from loratune.lora.switch import is_plain, place_module, switch
+from loratune.lora.switch import is_plain, set_module, switch
 from loratune.ops.dropout import layer_salt
-from loratune.precision.linear import QuantisedLinear, count_parameters
+from loratune.precision.linear import count_parameters
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What `attach` or `load_adapter` did; `print` it."""
+    """Report of `attach` or `load_adapter`; `print` it."""
 
     name: str
     ranks: dict[str, int]
@@ -41,7 +41,7 @@ class Attached:
     total_parameters: int
     """Of the base model and this adapter together."""
     left_out: tuple[str, ...] = ()
-    """Why each linear layer that "all-linear" could not adapt was left out."""
+    """Reasons why "all-linear" skipped linear layers; layers narrower than the rank share one line."""
 
     def __str__(self) -> str:
         share = self.trainable_parameters / max(1, self.total_parameters)
@@ -68,8 +68,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default", seed: in
 
     Raises:
         ConfigError: a value of `config` is out of range.
-        AdapterError: the name is taken or unusable; something named matches nothing or cannot be adapted; another
-            adapter is merged. The model is then as it was.
+        AdapterError: the name is taken or unusable; an entry matches nothing, or a layer that cannot be adapted;
+            another adapter is merged. The model is then unchanged.
     """
     return add(model, name, lambda: _new(model, config, seed))
 
@@ -80,30 +80,28 @@ def _new(model: nn.Module, config: LoraConfig, seed: int) -> tuple[Selection, Ad
 
 
 def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] | None) -> None:
-    """Chooses what the model computes with from now on.
+    """Chooses the adapters that the model computes with from now on.
 
     Args:
         which: one name: that adapter, trainable. None: the bare base, to the bit. Several names, or a mapping of
             names to weights: the weighted sum of their updates, for inference only (rank-concatenated copies).
 
-    Inactive tensors follow to the device of the layers that they are used in.
-    Raises: AdapterError: an unknown name; an adapter is merged; a sum over adapters with modules_to_save or biases.
+    Tensors of an adapter that comes into use move to the device of their layers.
+    Raises: AdapterError: an unknown name; an adapter is merged; a sum with an adapter that has modules_to_save or
+        biases, or that is no low-rank sum.
     """
     state = require(model)
     state.require_unmerged("activate")
     weights = _as_weights(which)
     for name in weights:
-        adapter = state.get(name)
-        if not is_plain(weights) and (adapter.modules or adapter.biases):
-            raise AdapterError(
-                f'adapter "{name}" has modules_to_save or biases, which cannot be weighted or summed; '
-                "activate it alone"
-            )
+        refusal = state.get(name).sum_refusal()
+        if refusal is not None and not is_plain(weights):
+            raise AdapterError(f'adapter "{name}" {refusal}, so it cannot be weighted or summed; activate it alone')
     switch(model, state, weights)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Removes the adapter `name`, or all. Without adapters left, the model has its original instances again.
+    """Removes the adapter `name`, or all. Without adapters left, the model has its own layer instances again.
 
     If the removed adapter was in use, the bare base is active afterwards.
     Raises: AdapterError: an unknown name, or an adapter is merged.
@@ -113,11 +111,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         state.get(name)
     before = {} if name is None or name in state.active else dict(state.active)
-    with resting(model, state):
+    with base_in_use(model, state):
         for gone in [name] if name is not None else list(state.adapters):
             del state.adapters[gone]
             if state.store is not None:
-                state.store.forget(gone)
+                state.store.release(gone)
         drop_unused(model, state)
     if state.adapters:
         switch(model, state, before)
@@ -130,14 +128,14 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -> None:
     """Adds the update of adapter `name` to the weights of `model` in place, rounded once to their dtype.
 
-    Its modules_to_save and biases take their places too. While merged, the model cannot attach, activate or train.
-    `unmerge` gives back the exact bits, which no arithmetic on rounded sums can (in bf16 most weights would come out
-    different), so a reversible merge keeps the weights from before in CPU memory: the bytes of the adapted layers.
-    With reversible=False nothing is kept; the adapter is gone and the model a plain one, as if trained in full.
+    Its modules_to_save and biases replace those of the base. While merged, the model cannot attach, activate or
+    train. `unmerge` restores the exact bits, which no arithmetic on rounded sums can: in bf16 most weights would
+    differ. So a reversible merge saves the weights from before in CPU memory, the bytes of the adapted layers. With
+    reversible=False nothing is saved: the adapter is gone, and the model is a plain one, as if trained in full.
 
-    Raises: AdapterError: an unknown name; something is merged already; a weight is tied to another module, which
-        would change too; the adapter holds non-finite values; an irreversible merge beside other adapters. Nothing
-        has changed then.
+    Raises: AdapterError: an unknown name; an adapter is merged already; a weight is tied to another module, which
+        would change too; the adapter holds non-finite values; an irreversible merge beside other adapters. The model
+        is then unchanged.
     """
     state = require(model)
     state.require_unmerged("merge")
@@ -147,12 +145,12 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
         raise AdapterError(f'an irreversible merge would leave "{others[0]}" without its base; detach it first')
     _check_finite(name, adapter)
     before = dict(state.active)
-    with resting(model, state):
+    with base_in_use(model, state):
         _check_ties(model, state, adapter)
         switch(model, state, {name: 1.0})
         _fold([state.layers[path] for path in adapter.layers], reversible)
     if not reversible:
-        # What stood aside for the adapter is not coming back: the model keeps the adapter's modules and biases.
+        # The base's modules and biases do not come back: the model keeps those of the adapter.
         state.base_modules.clear()
         state.base_biases.clear()
         state.unfrozen.clear()
@@ -163,7 +161,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undoes `merge`: the exact weights of before, and the adapters that were active then.
+    """Undoes `merge`: restores the exact weights, and the adapters that were active before.
 
     Raises: AdapterError: nothing is merged.
     """
@@ -183,7 +181,7 @@ def merged(model: nn.Module) -> str | None:
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of all adapters of `model`, in the order in which they came."""
+    """Names of all adapters of `model`, oldest first."""
     state = find(model)
     return () if state is None else tuple(state.adapters)
 
@@ -200,9 +198,9 @@ def config_of(model: nn.Module, name: str) -> LoraConfig:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The Parameters of the one active adapter by name, each once, in a fixed order: what an optimizer should get.
+    """The Parameters of the one active adapter by name, each once, in a fixed order: for an optimizer.
 
-    Raises: AdapterError: an adapter is merged, not exactly one adapter is active, or it rests in a store.
+    Raises: AdapterError: an adapter is merged, not exactly one adapter is active, or a store holds it.
     """
     state = require(model)
     state.require_unmerged("train")
@@ -211,18 +209,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     name = next(iter(state.active))
     adapter = state.get(name)
     if adapter.stored:
-        raise AdapterError(f'adapter "{name}" rests in a store, rounded for inference; load it without to train it')
+        raise AdapterError(
+            f'adapter "{name}" is in a store, rounded for inference; to train it, load it without the store'
+        )
     return adapter.parameters()
 
 
 def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter]]) -> Attached:
-    """Adds the adapter that `make` builds beside the resting base; shared by `attach` and `load_adapter`."""
+    """Adds the adapter that `make` builds while the bare base is in use; for `attach` and `load_adapter`."""
     state = find(model) or Adapters()
     state.require_unmerged("attach")
     check_name(name)
     if name in state.adapters:
         raise AdapterError(f'an adapter "{name}" is already attached; detach it first or choose another name')
-    with resting(model, state):
+    with base_in_use(model, state):
         selection, adapter = make()
     added = join(model, state, name, selection, adapter)
     switch(model, state, {name: 1.0})
@@ -230,14 +230,14 @@ def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterError for a name that could not be that of a folder."""
+    """Raises AdapterError for a name that cannot name a folder."""
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise AdapterError(f"an adapter cannot be called {name!r}: a name is not empty and holds no / or \\")
 
 
 @contextmanager
-def resting(model: nn.Module, state: Adapters) -> Iterator[None]:
-    """The bare base is in use when the block begins; if it raises, the adapters of before are in use again."""
+def base_in_use(model: nn.Module, state: Adapters) -> Iterator[None]:
+    """Takes the bare base into use for the block. If the block raises, the previous adapters are in use again."""
     before = dict(state.active)
     finished = False
     switch(model, state, {})
@@ -250,32 +250,34 @@ def resting(model: nn.Module, state: Adapters) -> Iterator[None]:
 
 
 def join(model: nn.Module, state: Adapters, name: str, selection: Selection, adapter: Adapter) -> Attached:
-    """The only part of attaching that changes the model; nothing in it can fail for a reason of the user's.
+    """Gives the model a new adapter, not yet in use. The only part of attaching that changes the model.
 
-    What the model computes stays the same: the adapter is there, and not yet in use.
+    Nothing in it can fail because of the user's input, and the model computes the same as before.
     """
     total = count_parameters(model) + sum(p.numel() for p in adapter.parameters().values())
     fresh = [target for target in selection.targets if target.path not in state.layers]
-    # The layer as it stands now: since it was selected, other adapters may have come or gone.
+    # The layer that is in the model now: since it was selected, other adapters may have come or gone.
     bases = {target.path: model.get_submodule(target.path) for target in fresh}
-    stand_ins = {target.path: target.layer_class.from_base(bases[target.path]) for target in fresh}
+    layers = {target.path: target.kind.from_base(bases[target.path]) for target in fresh}
     if not state.adapters:
         state.unfrozen = [p for p in model.parameters() if p.requires_grad]
     if not state.active:
         model.requires_grad_(False)
     for target in fresh:
-        state.places[target.path] = target.places
-        state.layers[target.path] = stand_ins[target.path]
-        stand_ins[target.path].salt = layer_salt(target.path)
-        place_module(model, target.places, stand_ins[target.path])
-    for place in selection.saved:
-        state.places[place.paths[0]] = place.paths
+        state.paths[target.path] = target.paths
+        state.layers[target.path] = layers[target.path]
+        layers[target.path].salt = layer_salt(target.path)
+        set_module(model, target.paths, layers[target.path])
+    for path, weights in adapter.layers.items():
+        state.layers[path].expect(weights.tensors)
+    for saved in selection.saved:
+        state.paths[saved.paths[0]] = saved.paths
     state.adapters[name] = adapter
-    state.plans.clear()
+    state.switches.clear()
     install(model, state)
     return Attached(
         name=name,
-        ranks={path: weights.lora_A.shape[0] for path, weights in adapter.layers.items()},
+        ranks={path: weights.r for path, weights in adapter.layers.items()},
         modules_to_save=tuple(adapter.modules),
         biases=tuple(adapter.biases),
         trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
@@ -285,11 +287,11 @@ def join(model: nn.Module, state: Adapters, name: str, selection: Selection, ada
 
 
 def drop_unused(model: nn.Module, state: Adapters) -> None:
-    """Puts the original layers back where no adapter has weights any more."""
+    """Puts the base layers back where no adapter has weights any more."""
     still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
     for path in [path for path in state.layers if path not in still_used]:
-        place_module(model, state.places[path], state.layers.pop(path).to_base())
-    state.plans.clear()
+        set_module(model, state.paths[path], state.layers.pop(path).to_base())
+    state.switches.clear()
 
 
 def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
@@ -305,7 +307,7 @@ def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict
 
 
 def _fold(layers: Sequence[LoraLayer], reversible: bool) -> None:
-    """Merges every layer, or, should memory run out half-way, puts back those that were."""
+    """Merges every layer. If memory runs out half-way, the merged layers are unmerged again."""
     folded: list[LoraLayer] = []
     try:
         for layer in layers:
@@ -318,11 +320,10 @@ def _fold(layers: Sequence[LoraLayer], reversible: bool) -> None:
 
 
 def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
-    layers = {path: state.layers[path] for path in adapter.layers}
-    layers = {path: layer for path, layer in layers.items() if not isinstance(layer, QuantisedLinear)}  # never tied
+    layers = {path: state.layers[path] for path in adapter.layers if state.layers[path].weight_is_parameter}
     holders = ties(model, [layer.weight for layer in layers.values()])
     for path, layer in layers.items():
-        own = {f"{place}.weight" for place in state.places[path]}
+        own = {f"{place}.weight" for place in state.paths[path]}
         others = [where for where in holders[identity(layer.weight)] if where not in own]
         if others:
             raise AdapterError(
@@ -333,5 +334,5 @@ def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
 
 def _check_finite(name: str, adapter: Adapter) -> None:
     for path, weights in adapter.layers.items():
-        if not (bool(weights.lora_A.isfinite().all()) and bool(weights.lora_B.isfinite().all())):
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.tensors.values()):
             raise AdapterError(f'adapter "{name}" holds non-finite values at "{path}"; it is not merged')

@@ -1,8 +1,8 @@
-"""Siblings of `LoraLinear` for transformers' Conv1D and for embeddings, and which layers can be adapted at all.
+"""The other kinds of adapted layers (Conv1D, embeddings, quantised layers), and which base layers can be adapted.
 
-A layer is adapted only if standing in for it is exact. A Linear subclass with a forward of its own, a quantised or
-parametrised layer, or a layer whose parent reads its weight instead of calling it would be silently wrong, so each
-is refused with the reason.
+A layer is adapted only if its replacement computes the same. A Linear subclass with its own forward, a sharded or
+parametrised layer, and a layer whose parent reads its weight instead of calling it would be silently wrong. Each is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import AdapterError
-from loratune.lora.contract import Fusion
-from loratune.lora.linear import LoraLayer, LoraLinear
+from loratune.lora.layer import LoraLayer
+from loratune.lora.linear import LoraLinear
 from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.lora import lora_linear
 from loratune.precision.linear import QuantisedLinear
 
 
 class Unadaptable(AdapterError):
-    """No layer of ours can stand in for this one and compute the same."""
+    """No adapted layer computes the same as this base layer."""
 
 
 class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
-    """transformers' Conv1D (GPT-2), a Linear whose weight is (d_in, d_out), plus low-rank update."""
+    """transformers' Conv1D (GPT-2), a linear layer whose weight is (d_in, d_out), plus low-rank update."""
 
     transposed = True
+    fan_in_fan_out = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
-        if self.lora_A is None or self.lora_B is None:
-            base_out: Tensor = Conv1D.forward(self, x)
-            return base_out
-        dropout = self.lora_dropout if self.training else 0.0
-        adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
-        return lora_linear(x, self.weight.T, self.bias, *adapter, self.state)
+    def base_forward(self, x: Tensor) -> Tensor:
+        """x W + b; (..., d_in) -> (..., d_out)."""
+        out: Tensor = Conv1D.forward(self, x)
+        return out
 
-    fusion = LoraLayer.fusion
+    def lora_forward(self, x: Tensor) -> Tensor:
+        """The same plus the low-rank update."""
+        return lora_linear(x, self.weight.T, self.bias, *self._plain_arguments())
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
@@ -54,32 +53,43 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     effect, as in PEFT.
     """
 
+    keys = ("lora_embedding_A", "lora_embedding_B")
+    is_linear = False
     transposed = True
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(...) int ids -> (..., d)."""
+    def base_forward(self, x: Tensor) -> Tensor:
+        """W[ids]; (...) int ids -> (..., d). Runs the base layer's own forward, which may scale the rows."""
         base = self._base[0]
         base._parameters["weight"] = self._parameters["weight"]
-        out: Tensor = base.forward(input)
-        if self.lora_A is None or self.lora_B is None:
-            return out
-        inner = embedding(
-            input,
-            self.lora_A.T,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
+        out: Tensor = base.forward(x)
+        return out
+
+    def lora_forward(self, x: Tensor) -> Tensor:
+        """The same plus the low-rank update."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        out = self.base_forward(x)
+        low_rank = embedding(
+            x, self.lora_A.T, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
         )
         embed_scale = getattr(self, "embed_scale", None)
         if embed_scale is not None:
-            inner = inner * embed_scale
-        inner = inner.to(out.dtype).reshape(-1, inner.shape[-1])
+            low_rank = low_rank * embed_scale
+        low_rank = low_rank.to(out.dtype).reshape(-1, low_rank.shape[-1])
         with torch.autocast(out.device.type, enabled=False):  # embeddings stay in the table's dtype under autocast
-            rows = torch.addmm(out.reshape(-1, out.shape[-1]), inner, self.lora_B.to(out.dtype).T, alpha=self.scaling)
+            rows = torch.addmm(
+                out.reshape(-1, out.shape[-1]), low_rank, self.lora_B.to(out.dtype).T, alpha=self.scaling
+            )
         return rows.view_as(out)
 
-    def fusion(self) -> Fusion:
-        """No linear map of activations: an embedding looks rows up."""
-        return f"{type(self).__name__} is an embedding"
+    @staticmethod
+    def initialise(lora_A: Tensor, lora_B: Tensor, init: bool | str, generator: torch.Generator) -> None:
+        """Fills A and B in place: B normal, A zero, or normal for False; as in PEFT."""
+        lora_B.normal_(generator=generator)
+        if init is False:
+            lora_A.normal_(generator=generator)
+        else:
+            lora_A.zero_()
 
     @staticmethod
     def features(base: nn.Module) -> tuple[int, int]:
@@ -89,35 +99,33 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
 
 class LoraQuantised(LoraLayer, QuantisedLinear):
-    """A `QuantisedLinear` plus low-rank update: what the layer multiplies with stays as it is.
+    """A `QuantisedLinear` plus low-rank update. The frozen weight stays quantised.
 
     A merge makes the sum dense, since rounding it to the codes would lose most of the update.
     """
 
+    weight_is_parameter = False
     _before_merge: FrozenWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
-        if self.lora_A is None or self.lora_B is None:
-            return QuantisedLinear.forward(self, input)
-        dropout = self.lora_dropout if self.training else 0.0
-        adapter = self.lora_A, self.lora_B, self.scaling, dropout, self.salt
-        return lora_linear(input, self.frozen, self.bias, *adapter, self.state)
+    def base_forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b; (..., d_in) -> (..., d_out)."""
+        return QuantisedLinear.forward(self, x)
 
-    fusion = LoraLayer.fusion
+    def lora_forward(self, x: Tensor) -> Tensor:
+        """The same plus the low-rank update."""
+        return lora_linear(x, self.frozen, self.bias, *self._plain_arguments())
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> None:
-        """Puts W + `delta`, dense, in the place of W, and lets go of the adapter."""
-        left, right = self._factors()
+        """Replaces W by the dense W + `delta`, and releases the adapter."""
         before = self.frozen
-        total = torch.addmm(before.dense().to(left.dtype), left, right, alpha=self.scaling)
+        total = self.sum_with(before.dense())
         self._before_merge = before if reversible else None
         self.frozen = DenseWeight(total.to(before.dtype))
         self.release()
 
     def unmerge(self) -> None:
-        """Puts back the weight of before `merge`, to the bit."""
+        """Restores the weight from before `merge`, to the bit."""
         assert self._before_merge is not None
         self.frozen, self._before_merge = self._before_merge, None
 
@@ -128,8 +136,14 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         return base.in_features, base.out_features
 
 
-# Modules that read the weight of a layer below them instead of calling it, always or in a fused kernel: an adapter
-# there would be ignored without a word. Class name -> names of those layers.
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraQuantised, LoraConv1D, LoraEmbedding)
+"""Every kind of adapted layer."""
+
+KEY_PAIRS: tuple[tuple[str, str], ...] = tuple({kind.keys: None for kind in KINDS})
+"""Names of A and B in PEFT's files, behind the layer's path and a dot, for every kind of layer."""
+
+# Modules that read the weight of a child layer instead of calling the layer, always or in a fused kernel: an adapter
+# there would be ignored without an error. Class name -> names of those layers.
 _READ_BY_PARENT: dict[str, frozenset[str]] = {
     "MultiheadAttention": frozenset({"out_proj"}),
     "TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
@@ -149,22 +163,22 @@ _READ_BY_PARENT: dict[str, frozenset[str]] = {
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def layer_class(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer]:
-    """The class that can stand in for `base`, which is found at `path` as a child of `parent`.
+def kind_of(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer]:
+    """The kind of adapted layer that can replace `base`, which is found at `path` as a child of `parent`.
 
-    Raises: Unadaptable: no class can do so exactly; the message says why.
+    Raises: Unadaptable: none computes the same; the message gives the reason.
     """
     if isinstance(base, LoraLayer):
         return type(base)
     found, why = _candidate(base)
-    kind = type(base).__name__
+    name = type(base).__name__
     weight = base._parameters.get("weight")
     if found is None:
         pass
     elif "forward" in vars(base):
-        why = f"the forward of this {kind} was replaced on the instance, for example by accelerate's device_map"
-    elif found is not LoraQuantised and (type(weight) is not nn.Parameter or weight.dtype not in _FLOATS):
-        why = f"the weight of this {kind} is quantised, sharded or parametrised"
+        why = f"the forward of this {name} was replaced on the instance, for example by accelerate's device_map"
+    elif found.weight_is_parameter and (type(weight) is not nn.Parameter or weight.dtype not in _FLOATS):
+        why = f"the weight of this {name} is quantised, sharded or parametrised"
     elif path.rpartition(".")[2] in _READ_BY_PARENT.get(type(parent).__name__, ()):
         why = f"{type(parent).__name__} reads its weight instead of calling it, so that an adapter would be ignored"
     if why or found is None:
@@ -172,23 +186,33 @@ def layer_class(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer
     return found
 
 
+def is_linear(module: nn.Module) -> bool:
+    """True for a linear layer, which "all-linear" means: Linear, Conv1D or quantised."""
+    return isinstance(module, nn.Linear | Conv1D | QuantisedLinear)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """True for a layer of a kind that adapters fit."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
 def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
-    """(class, "") or (None, why not)."""
-    kind = type(base).__name__
+    """(kind, "") or (None, reason)."""
+    name = type(base).__name__
     if isinstance(base, nn.Linear):
         if type(base).forward is nn.Linear.forward:
             return LoraLinear, ""
-        return None, f"{kind} is a Linear with a forward of its own"
+        return None, f"{name} is a Linear with a forward of its own"
     if isinstance(base, QuantisedLinear):
         return LoraQuantised, ""
     if isinstance(base, Conv1D):
         if type(base).forward is Conv1D.forward:
             return LoraConv1D, ""
-        return None, f"{kind} is a Conv1D with a forward of its own"
+        return None, f"{name} is a Conv1D with a forward of its own"
     if isinstance(base, nn.Embedding):
         return _embedding_candidate(base)
     return None, (
-        f"it is a {kind}; adapters fit Linear, Conv1D (of transformers) and Embedding layers: "
+        f"it is a {name}; adapters fit Linear, Conv1D (of transformers) and Embedding layers: "
         "name the layers inside it, or train it in full with modules_to_save"
     )
 

@@ -1,9 +1,9 @@
-"""PEFT's adapter_config.json: every field that PEFT 0.21 writes, and no meaning lost on the way in.
+"""PEFT's adapter_config.json: every field that PEFT 0.21 writes. Reading loses no meaning.
 
-Writing resolves what only loratune can resolve ("all-linear", layer numbers) into module names, so that PEFT,
-transformers, vLLM and llama.cpp select the same layers. Reading takes PEFT's own defaults for fields that are
-missing, and refuses by name every field whose value would change the result and that is not implemented here: an
-adapter never loads as something else than it was.
+Writing resolves settings that only loratune can resolve ("all-linear", layer numbers) into module names, so that
+PEFT, transformers, vLLM and llama.cpp select the same layers. Reading takes PEFT's own defaults for missing fields.
+It refuses by name every field that is not implemented here and would change the result, so an adapter never loads as
+a different one.
 
 Format: PEFT 0.21 `LoraConfig.save_pretrained`.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +22,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
-from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
-from loratune.lora.select import ALL_LINEAR, check_settings, find_places, shortest_names
+from loratune.lora.select import ALL_LINEAR, check_settings, find_modules, shortest_names
 from loratune.lora.state import Adapter
+from loratune.lora.variants import settings_of
 
 CONFIG_FILE = "adapter_config.json"
 
-# The fields that PEFT 0.21 writes and that loratune does not use, with the value that means "not used".
+# Fields that PEFT 0.21 writes and loratune does not use, with the value that means "not used".
 UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -56,7 +56,7 @@ UNUSED: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-# Fields that say where an adapter came from, or how others train it, and do not change what it computes.
+# Fields about an adapter's origin or its training elsewhere. They do not change its output.
 _HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -75,9 +75,8 @@ _HARMLESS = frozenset(
         "task_type",
     }
 )
-# Initialisations that leave the base weights as they are; after training they make no difference.
+# Initialisations that do not change the base weights; after training they make no difference.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
-_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class AdapterConfig:
 
     lora: LoraConfig
     base_model: str | None
-    """base_model_name_or_path: what the adapter was made for, as far as its maker said."""
+    """base_model_name_or_path: the model that the adapter was made for, if its author recorded it."""
     task_type: str | None
     peft_version: str | None
 
@@ -94,51 +93,54 @@ class AdapterConfig:
 def read(folder: Path) -> AdapterConfig:
     """Reads adapter_config.json in `folder`.
 
-    Raises: AdapterError: it is missing, not JSON, not of a LoRA adapter, or sets something not implemented here.
+    Raises: AdapterError: it is missing, not JSON, not of a LoRA adapter, or sets a field not implemented here.
     """
     path = folder / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise AdapterError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise AdapterError(f"{path}: holds a {type(fields).__name__}; an adapter's configuration is an object")
-    _check_fields(path, fields)
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: holds a {type(values).__name__}; an adapter's configuration is an object")
+    settings = settings_of(values)
+    _check_fields(path, values, _names(settings))
     try:
-        lora = from_dict(LoraConfig, _values(fields), str(path))
+        lora = from_dict(settings, _values(values, _names(settings)), str(path))
         check_settings(lora)
     except ConfigError as error:
         raise AdapterError(_at(path, error)) from error
-    base = fields.get("base_model_name_or_path")
-    return AdapterConfig(lora, base or None, fields.get("task_type"), fields.get("peft_version"))
+    base = values.get("base_model_name_or_path")
+    return AdapterConfig(lora, base or None, values.get("task_type"), values.get("peft_version"))
 
 
-def _check_fields(path: Path, fields: dict[str, Any]) -> None:
-    kind = fields.get("peft_type")
+def _names(settings: type[LoraConfig]) -> list[str]:
+    return [f.name for f in fields(settings)]
+
+
+def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> None:
+    kind = given.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f'{path}: peft_type is {kind!r}; loratune reads "LORA" adapters only')
-    for name, value in fields.items():
-        if name in _FIELDS or name in _HARMLESS or value == UNUSED.get(name) or not value:
+    for name, value in given.items():
+        if name in known or name in _HARMLESS or value == UNUSED.get(name) or not value:
             continue
-        known = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
-        raise AdapterError(
-            f"{path}: {name} = {_short(value)}{known}; the adapter would not be what it was trained to be"
-        )
-    init = fields.get("init_lora_weights", True)
+        why = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
+        raise AdapterError(f"{path}: {name} = {_short(value)}{why}; without it the adapter would be another one")
+    init = given.get("init_lora_weights", True)
     if init is not None and init not in _HARMLESS_INITS:
         raise AdapterError(
             f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion) first"
         )
-    if not fields.get("target_modules"):
-        raise AdapterError(f"{path}: target_modules is missing, and there is no telling which layers are meant")
+    if not given.get("target_modules"):
+        raise AdapterError(f"{path}: target_modules is missing, so the adapted layers are unknown")
 
 
-def _values(fields: dict[str, Any]) -> dict[str, Any]:
-    """Values for LoraConfig, with PEFT's defaults (r 8, lora_alpha 8) where a field is missing or null."""
-    values = {"r": 8, "lora_alpha": 8} | {n: v for n, v in fields.items() if n in _FIELDS and v is not None}
+def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Values for the configuration, with PEFT's defaults (r 8, lora_alpha 8) where a field is missing or null."""
+    values = {"r": 8, "lora_alpha": 8} | {n: v for n, v in given.items() if n in known and v is not None}
     for name in ("layers_to_transform", "layers_pattern"):
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]  # PEFT takes one number or name as well,
@@ -164,34 +166,34 @@ def to_json(model: nn.Module, adapter: Adapter, layer_paths: Iterable[str]) -> s
     """The text of adapter_config.json for an adapter of `model`.
 
     Args:
-        layer_paths: every path at which an adapted layer stands.
+        layer_paths: every path of every adapted layer.
     """
     config = adapter.config
-    every = [path for place in find_places(model) for path in place.paths]
-    fields: dict[str, Any] = dict(UNUSED)
-    fields |= {name: getattr(config, name) for name in _FIELDS}
+    every = [path for entry in find_modules(model) for path in entry.paths]
+    values: dict[str, Any] = dict(UNUSED)
+    values |= {name: getattr(config, name) for name in _names(type(config))}
     if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
         resolved = shortest_names(list(layer_paths), every)
-        fields |= {"target_modules": resolved, "exclude_modules": None}
-        fields |= {"layers_to_transform": None, "layers_pattern": None}
+        values |= {"target_modules": resolved, "exclude_modules": None}
+        values |= {"layers_to_transform": None, "layers_pattern": None}
     if adapter.modules:
-        fields["modules_to_save"] = [_ending(path, every) for path in adapter.modules]
+        values["modules_to_save"] = [_ending(path, every) for path in adapter.modules]
     task = task_type(model)
-    fields |= {
+    values |= {
         "peft_type": "LORA",
         "task_type": task,
         "auto_mapping": None if task else _auto_mapping(model),
         "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
-        "fan_in_fan_out": any(isinstance(model.get_submodule(path), Conv1D) for path in adapter.layers),
+        "fan_in_fan_out": any(weights.kind.fan_in_fan_out for weights in adapter.layers.values()),
         "inference_mode": True,
         "lora_alpha": _whole(config.lora_alpha),
         "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
     }
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def task_type(model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None:
-    """PEFT's task type of a language model; None for others, of which PEFT would expect a head in the file."""
+    """PEFT's task type of a language model; None for other models, for which PEFT expects a head in the file."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         return None
@@ -201,12 +203,12 @@ def task_type(model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None:
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """How PEFT's AutoPeftModel finds the class of a model that has no task type."""
+    """Value of PEFT's `auto_mapping`, by which AutoPeftModel finds the class of a model without a task type."""
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def _ending(path: str, every: list[str]) -> str:
-    """The shortest name by which PEFT finds this module, and no other, in modules_to_save (it matches any ending)."""
+    """The shortest entry of modules_to_save by which PEFT finds this module and no other; it matches any ending."""
     parts = path.split(".")
     names = (".".join(parts[i:]) for i in reversed(range(len(parts))))
     return next((name for name in names if sum(p.endswith(name) for p in every) == 1), path)

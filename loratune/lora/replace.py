@@ -1,10 +1,10 @@
-"""Hot replacement: an adapter's weights exchanged under a running model.
+"""Hot replacement: the weights of an adapter are exchanged while the model serves requests.
 
-Whoever serves an adapter while it is being retrained wants the new weights in without a pause and without a forward
-that computes half with the old and half with the new. So everything slow or fallible (reading, checking against the
-model, moving to the device or into a store's host memory) is done beside the old adapter, and the exchange is what
-`activate` does: re-pointing Parameters, in a fraction of a millisecond, between two forwards. Ranks, scalings and the
-set of layers may all differ.
+A server that retrains an adapter wants the new weights without a pause, and without a forward that computes half with
+the old and half with the new. So everything slow or fallible happens beside the old adapter: reading, checking
+against the model, moving to the device or into a store's host memory. The exchange itself re-points Parameters, as
+`activate` does, in a fraction of a millisecond between two forwards. Ranks, scalings and the set of layers may all
+differ.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from transformers import PreTrainedModel
 
 from loratune.errors import AdapterError
 from loratune.lora.files import read_adapter
-from loratune.lora.inject import drop_unused, join, resting
+from loratune.lora.inject import base_in_use, drop_unused, join
 from loratune.lora.state import Adapters, require
 from loratune.lora.switch import switch
 
 
 def replace(model: nn.Module, directory: str | Path, name: str, *, at_next_forward: bool = False) -> None:
-    """Puts the adapter in `directory` in the place of the one called `name`; if that is in use, so is the new one.
+    """Replaces adapter `name` by the one in `directory`. If the old adapter is in use, so is the new one afterwards.
 
     Args:
         at_next_forward: reading and checking happen now, the exchange just before the next forward, in the thread
             that runs it. So any thread may replace an adapter of a model whose forwards run one after another: each
-            of them sees the old weights or the new ones, never both.
+            forward sees the old weights or the new ones, never both.
 
-    Raises: AdapterError: no such adapter; the folder holds no adapter that fits the model; something is merged;
-        at_next_forward while an adapter with modules or biases of its own is in use. The old adapter stays then.
+    Raises: AdapterError: no such adapter; the folder holds no adapter that fits the model; an adapter is merged;
+        at_next_forward while an adapter with modules or biases of its own is in use. The old adapter then stays.
     """
     state = require(model)
     state.require_unmerged("replace an adapter")
     if not at_next_forward:
         before = dict(state.active)
-        with resting(model, state):
+        with base_in_use(model, state):
             exchange = _prepared(model, state, directory, name)
         switch(model, state, before)
         exchange()
         return
     if state.base_modules or state.base_biases:
         raise AdapterError(
-            "an adapter with modules or biases of its own is in use, and the base behind it cannot be looked at while"
-            " the model runs; replace without at_next_forward, between forwards"
+            "an adapter with modules or biases of its own is in use, and the base behind it cannot be inspected "
+            "while the model runs; replace without at_next_forward, between forwards"
         )
     _before_next_forward(model, _prepared(model, state, directory, name))
 
 
 def _prepared(model: nn.Module, state: Adapters, directory: str | Path, name: str) -> Callable[[], None]:
-    """Does all but the exchange, and returns that."""
+    """Does all but the exchange, and returns the exchange."""
     stored = state.get(name).stored
     selection, adapter = read_adapter(model, directory, name, torch.device("cpu") if stored else None)
     assert state.store is not None or not stored
@@ -73,7 +73,7 @@ def _prepared(model: nn.Module, state: Adapters, directory: str | Path, name: st
 
 
 def _before_next_forward(model: nn.Module, exchange: Callable[[], None]) -> None:
-    """Has `exchange` called once, before the model, or its decoder alone, runs next."""
+    """Calls `exchange` once, before the next run of the model or of its decoder alone."""
     lock = threading.Lock()
     handles: list[RemovableHandle] = []
 

@@ -1,10 +1,12 @@
-"""Which modules of a model a `LoraConfig` means: the layers to adapt, their ranks, and the modules to train in full.
+"""The modules that a `LoraConfig` selects in a model: layers to adapt with their ranks, and modules to train in full.
 
-The matching rules are PEFT's, so that a configuration means the same there: a list entry is a module's whole path
-or its end after a dot, a string is a regular expression matched in full, and the keys of `rank_pattern` and
-`alpha_pattern` are regular expressions anchored at the end of a path, the first that fits winning. Two things
-differ on purpose. An entry that matches nothing is an error that lists near names instead of being ignored, and an
-entry of `modules_to_save` is matched like any other, so that "norm" does not take `input_layernorm` as well.
+The matching rules are PEFT's, so that a configuration means the same there. A list entry is a module's whole path or
+its end after a dot. A string is a regular expression matched in full. The keys of `rank_pattern` and `alpha_pattern`
+are regular expressions anchored at the end of a path, and the first match wins. Three things differ on purpose:
+
+- An entry that matches nothing is an error that lists near names, instead of being ignored.
+- An entry of `modules_to_save` is matched like any other, so "norm" does not take `input_layernorm` as well.
+- "all-linear" skips layers that cannot be adapted or are narrower than the rank, and reports them.
 
 Nothing here changes the model.
 """
@@ -18,13 +20,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
-from loratune.lora.layers import Unadaptable, layer_class
-from loratune.lora.linear import LoraLayer
-from loratune.precision.linear import QuantisedLinear
+from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
+from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
+from loratune.lora.variants import variant_of
 
 ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("score", "classifier")  # of transformers' classification models
@@ -33,8 +34,8 @@ _Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
-class Place:
-    """One module and every path at which it stands; the first is the one that files name."""
+class ModulePaths:
+    """One module and every path at which it is found; files name the first."""
 
     module: nn.Module
     paths: tuple[str, ...]
@@ -45,61 +46,100 @@ class Target:
     """A layer to adapt."""
 
     path: str
-    places: tuple[str, ...]
+    paths: tuple[str, ...]
     base: nn.Module
-    layer_class: type[LoraLayer]
+    kind: type[LoraLayer]
+    variant: LoraVariant
     r: int
     scaling: float
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(d_in, d_out)"""
+        return self.kind.features(self.base)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Attribute name -> tensor of the adapter at this layer."""
+        return self.variant.tensors(self.kind, *self.features, self.r)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values that train at this layer."""
+        return sum(math.prod(spec.shape) for spec in self.tensors().values())
+
+    @property
+    def is_low_rank_sum(self) -> bool:
+        """True if the adapted layer computes y = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ; see `lora.contract`."""
+        return self.kind.is_linear and self.variant.low_rank_sum
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a configuration selects in one model, in the order of the model's modules."""
+    """The modules that a configuration selects in one model, in the order of the model's modules."""
 
     targets: tuple[Target, ...]
-    saved: tuple[Place, ...]
+    saved: tuple[ModulePaths, ...]
     """Modules of modules_to_save."""
     left_out: tuple[str, ...] = ()
-    """Why each layer that "all-linear" would mean, but that cannot be adapted, is not among the targets."""
+    """Reasons why layers that "all-linear" means are not among the targets. Layers too narrow share one line."""
+
+
+class _TooNarrow(AdapterError):
+    """The rank is larger than the smaller side of a layer."""
 
 
 def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
-    """Finds what `config` means in `model`.
+    """Finds the modules that `config` selects in `model`.
 
     Args:
-        strict: an entry that matches nothing, or a rank larger than the layer's smaller side, is an error. Reading
-            a file of PEFT's is not strict: what the file holds is compared with the selection afterwards.
+        strict: an entry that matches nothing, or a rank larger than the layer's smaller side, is an error. Reading a
+            file is not strict, because its tensors are compared with the selection afterwards.
 
     Raises:
         ConfigError: a value is out of range.
-        AdapterError: nothing, or something that cannot be adapted, is matched.
+        AdapterError: nothing is matched, or a matched layer cannot be adapted.
     """
     check_settings(config)
-    places = find_places(model)
-    saved = _saved(model, places, config.modules_to_save or [], strict)
-    inside = _inside([place.paths for place in saved])
-    chosen = _chosen(model, places, config, strict)
-    targets, left_out = [], []
-    for place, path in chosen:
-        if inside(place.paths):
+    modules = find_modules(model)
+    saved = _saved(model, modules, config.modules_to_save or [], strict)
+    inside = _inside([entry.paths for entry in saved])
+    variant = variant_of(config)
+    targets: list[Target] = []
+    unadaptable: list[str] = []
+    narrow: list[tuple[str, _TooNarrow]] = []
+    for entry, path in _chosen(model, modules, config, strict):
+        if inside(entry.paths):
             continue
         try:
-            targets.append(_target(place, path, _class_for(model, place), config, strict))
+            targets.append(_target(entry, path, _kind_of(model, entry), variant, config, strict))
         except Unadaptable as error:
             if config.target_modules != ALL_LINEAR:
                 raise AdapterError(f"{error}; leave it out with exclude_modules") from error
-            left_out.append(str(error))
+            unadaptable.append(str(error))
+        except _TooNarrow as error:
+            if config.target_modules != ALL_LINEAR or _matches_a_key(config.rank_pattern, path):
+                raise
+            narrow.append((path, error))
+    left_out = unadaptable + _narrow_line(narrow)
     if not targets:
-        why = f": {left_out[0]}" if left_out else ""
+        why = f": {narrow[0][1] if narrow and not unadaptable else left_out[0]}" if left_out else ""
         raise AdapterError(f"{_target_words(config)} leaves no layer of {type(model).__name__} to adapt{why}")
     if strict:
         _check_patterns(config, targets)
     return Selection(tuple(targets), tuple(saved), tuple(left_out))
 
 
+def _narrow_line(narrow: Sequence[tuple[str, _TooNarrow]]) -> list[str]:
+    """One line for all layers that are narrower than the rank."""
+    if not narrow:
+        return []
+    leaves = ", ".join({path.rpartition(".")[2]: None for path, _ in narrow})
+    return [f"{len(narrow)} layers narrower than the rank ({leaves}); the first: {narrow[0][1]}"]
+
+
 def check_settings(config: LoraConfig) -> None:
-    """Raises ConfigError for a value that no model could make sense of."""
-    from_dict(LoraConfig, vars(config), "LoraConfig")  # types and ranges, also of values set since it was made
+    """Raises ConfigError for a value that is wrong for every model."""
+    from_dict(type(config), vars(config), "LoraConfig")  # types and ranges, also of values that were set later
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError("layers_pattern without layers_to_transform selects nothing; set both or neither")
     is_expression = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
@@ -110,7 +150,7 @@ def check_settings(config: LoraConfig) -> None:
         )
 
 
-def find_places(model: nn.Module) -> list[Place]:
+def find_modules(model: nn.Module) -> list[ModulePaths]:
     """Every module below the root with all its paths, in the order of `named_modules`."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -118,13 +158,13 @@ def find_places(model: nn.Module) -> list[Place]:
         if path:
             modules[id(module)] = module
             paths.setdefault(id(module), []).append(path)
-    return [Place(module, tuple(paths[key])) for key, module in modules.items()]
+    return [ModulePaths(module, tuple(paths[key])) for key, module in modules.items()]
 
 
 def shortest_names(paths: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The fewest-dotted names that, matched as exact path or `.suffix`, mean `paths` and none of `others`.
+    """The names with the fewest dots that, matched as exact path or `.suffix`, mean `paths` and none of `others`.
 
-    This is how "all-linear" is written to a file: `["q_proj", "v_proj", ...]`, which every reader understands.
+    Files hold these instead of "all-linear": `["q_proj", "v_proj", ...]`, which every reader understands.
     """
     wanted, unwanted = set(paths), set(others) - set(paths)
     suffixes_of_others = {suffix for path in unwanted for suffix in _suffixes(path)}
@@ -142,7 +182,7 @@ def _named(entry: str, path: str) -> bool:
 
 
 def _inside(groups: Iterable[Sequence[str]]) -> Callable[[Sequence[str]], bool]:
-    """A test whether any of some paths lies at or below one of the groups' paths."""
+    """A test of paths: true if one of them is at or below one of the groups' paths."""
     roots = [path for group in groups for path in group]
 
     def test(paths: Sequence[str]) -> bool:
@@ -151,64 +191,61 @@ def _inside(groups: Iterable[Sequence[str]]) -> Callable[[Sequence[str]], bool]:
     return test
 
 
-def _chosen(model: nn.Module, places: list[Place], config: LoraConfig, strict: bool) -> list[tuple[Place, str]]:
-    """The places that target_modules, layers_to_transform and exclude_modules leave, each with the path matched."""
+def _chosen(
+    model: nn.Module, modules: list[ModulePaths], config: LoraConfig, strict: bool
+) -> list[tuple[ModulePaths, str]]:
+    """Modules left by target_modules, layers_to_transform and exclude_modules, each with the path that matched."""
     wanted = config.target_modules
-    excluded = _matcher("exclude_modules", config.exclude_modules, model, places, strict)
+    excluded = _matcher("exclude_modules", config.exclude_modules, model, modules, strict)
     if wanted == ALL_LINEAR:
         head = output_heads(model)
         found = [
-            (place, place.paths[0])
-            for place in places
-            if isinstance(place.module, nn.Linear | Conv1D | QuantisedLinear)
-            and not any(place.module is h for h in head)
+            (entry, entry.paths[0])
+            for entry in modules
+            if is_linear(entry.module) and not any(entry.module is h for h in head)
         ]
     else:
-        matches = _matcher("target_modules", wanted, model, places, strict)
-        found = [(p, path) for p in places if (path := next(filter(matches, p.paths), None)) is not None]
+        matches = _matcher("target_modules", wanted, model, modules, strict)
+        found = [(m, path) for m in modules if (path := next(filter(matches, m.paths), None)) is not None]
     if config.layers_to_transform is not None:
-        found = [(p, path) for p, path in found if _in_layers(path, config)]
+        found = [(m, path) for m, path in found if _in_layers(path, config)]
         if strict:
-            _check_layers(model, places, config)
-    return [(p, path) for p, path in found if not any(map(excluded, p.paths))]
+            _check_layers(model, modules, config)
+    return [(m, path) for m, path in found if not any(map(excluded, m.paths))]
 
 
 def _matcher(
-    field: str, entries: str | list[str] | None, model: nn.Module, places: list[Place], strict: bool
+    field: str, entries: str | list[str] | None, model: nn.Module, modules: list[ModulePaths], strict: bool
 ) -> Callable[[str], bool]:
     """Turns target_modules or exclude_modules into a test of a path; raises if an entry matches no module."""
     if not entries:
         return lambda path: False
-    every = [path for place in places for path in place.paths]
+    every = [path for entry in modules for path in entry.paths]
     if isinstance(entries, str):
         expression = _compiled(field, entries)
         if strict and not any(expression.fullmatch(path) for path in every):
             raise AdapterError(
                 f'{field} "{entries}" is a regular expression that fits no module of {type(model).__name__} in full.'
-                f"{_layers_here(places)}"
+                f"{_layers_here(modules)}"
             )
         return lambda path: expression.fullmatch(path) is not None
     if strict:
-        check_entries(field, entries, model, places)
+        check_entries(field, entries, model, modules)
     return lambda path: any(_named(entry, path) for entry in entries)
 
 
-def check_entries(field: str, entries: Iterable[str], model: nn.Module, places: list[Place]) -> None:
+def check_entries(field: str, entries: Iterable[str], model: nn.Module, modules: list[ModulePaths]) -> None:
     """Raises AdapterError for the first entry that is neither a path in the model nor the end of one."""
-    names = {suffix for place in places for path in place.paths for suffix in _suffixes(path)}
+    names = {suffix for module in modules for path in module.paths for suffix in _suffixes(path)}
     for entry in entries:
         if entry not in names:
-            near = nearest(entry, names) or _layers_here(places)
+            near = nearest(entry, names) or _layers_here(modules)
             raise AdapterError(f'{field} "{entry}" matches no module of {type(model).__name__}.{near}')
 
 
-def _layers_here(places: list[Place]) -> str:
-    """Names a person could have meant: the last components of the paths of layers that can be adapted."""
-    leaves = {
-        place.paths[0].rpartition(".")[2]: None
-        for place in places
-        if isinstance(place.module, nn.Linear | Conv1D | QuantisedLinear | nn.Embedding)
-    }
+def _layers_here(modules: list[ModulePaths]) -> str:
+    """A hint: the last components of the paths of layers that can be adapted."""
+    leaves = {entry.paths[0].rpartition(".")[2]: None for entry in modules if is_adaptable(entry.module)}
     listed = ", ".join(list(leaves)[:_MAX_LISTED])
     return f" Layers here: {listed}{', …' if len(leaves) > _MAX_LISTED else ''}." if leaves else ""
 
@@ -221,7 +258,7 @@ def _compiled(field: str, expression: str) -> re.Pattern[str]:
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The head of a transformers model, which "all-linear" leaves out: of tokens, or else of classes."""
+    """The head of a transformers model, which "all-linear" leaves out: token head, or else classification head."""
     get_head = getattr(model, "get_output_embeddings", None)
     if not callable(get_head):
         return []
@@ -233,7 +270,7 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _layer_index(path: str, layers_pattern: Sequence[str] | None) -> int | None:
-    """The number after the module list's name: the first number in the path, or that after one of the names."""
+    """The first number in the path, or the number after one of the names in `layers_pattern`."""
     expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern or ()] or [r"(?:^|.*?\.)[^.]*\.(\d+)\."]
     found = next((m for e in expressions if (m := _compiled("layers_pattern", e).match(path))), None)
     return None if found is None else int(found[1])
@@ -245,8 +282,8 @@ def _in_layers(path: str, config: LoraConfig) -> bool:
     return _layer_index(path, config.layers_pattern) in (config.layers_to_transform or [])
 
 
-def _check_layers(model: nn.Module, places: list[Place], config: LoraConfig) -> None:
-    here = {_layer_index(path, config.layers_pattern) for place in places for path in place.paths} - {None}
+def _check_layers(model: nn.Module, modules: list[ModulePaths], config: LoraConfig) -> None:
+    here = {_layer_index(path, config.layers_pattern) for entry in modules for path in entry.paths} - {None}
     missing = [i for i in config.layers_to_transform or [] if i not in here]
     if missing:
         known = sorted(i for i in here if i is not None)
@@ -257,26 +294,38 @@ def _check_layers(model: nn.Module, places: list[Place], config: LoraConfig) -> 
         )
 
 
-def _class_for(model: nn.Module, place: Place) -> type[LoraLayer]:
-    """The class that can stand in for the layer, wherever it stands. Raises Unadaptable."""
-    parents = [model.get_submodule(path.rpartition(".")[0]) for path in place.paths]
-    kinds = [layer_class(path, place.module, parent) for path, parent in zip(place.paths, parents, strict=True)]
+def _kind_of(model: nn.Module, entry: ModulePaths) -> type[LoraLayer]:
+    """The kind of layer that can replace the module at all its paths. Raises Unadaptable."""
+    parents = [model.get_submodule(path.rpartition(".")[0]) for path in entry.paths]
+    kinds = [kind_of(path, entry.module, parent) for path, parent in zip(entry.paths, parents, strict=True)]
     return kinds[0]
 
 
-def _target(place: Place, path: str, kind: type[LoraLayer], config: LoraConfig, strict: bool) -> Target:
-    """The layer that was matched by `path`, one of its places, with its rank, checked, and scaling."""
+def _target(
+    entry: ModulePaths, path: str, kind: type[LoraLayer], variant: LoraVariant, config: LoraConfig, strict: bool
+) -> Target:
+    """The layer that was matched by `path`, one of its paths, with its rank and scaling.
+
+    Raises: Unadaptable: the variant is not for this kind of layer. _TooNarrow: the rank is too large, if `strict`.
+    """
+    refusal = variant.refusal(kind)
+    if refusal is not None:
+        raise Unadaptable(f'"{path}" cannot be adapted: {refusal}')
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, path, config.lora_alpha)
-    d_in, d_out = kind.features(place.module)
+    d_in, d_out = kind.features(entry.module)
     if strict and r > min(d_in, d_out):
         leaf = path.rpartition(".")[2]
-        raise AdapterError(
+        raise _TooNarrow(
             f'rank {r} is larger than "{path}", which is {d_in} -> {d_out}: set rank_pattern {{"{leaf}": '
             f'{min(d_in, d_out)}}} or exclude_modules ["{leaf}"]'
         )
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return Target(place.paths[0], place.paths, place.module, kind, r, scaling)
+    return Target(entry.paths[0], entry.paths, entry.module, kind, variant, r, scaling)
+
+
+def _matches_a_key(patterns: Iterable[str], path: str) -> bool:
+    return any(re.match(rf"(.*\.)?({key})$", path) for key in patterns)
 
 
 def _by_pattern(field: str, patterns: dict[str, _Number], path: str, default: _Number) -> _Number:
@@ -295,22 +344,22 @@ def _check_patterns(config: LoraConfig, targets: list[Target]) -> None:
     for field, keys in fields.items():
         for key in keys:
             expression = _compiled(field, rf"(.*\.)?({key})$")
-            if not any(expression.match(path) for target in targets for path in target.places):
+            if not any(expression.match(path) for target in targets for path in target.paths):
                 names = {suffix for target in targets for suffix in _suffixes(target.path)}
                 leaves = ", ".join(list({t.path.rpartition(".")[2]: None for t in targets})[:_MAX_LISTED])
                 near = nearest(key, names) or f" Adapted are: {leaves}."
                 raise AdapterError(f'{field} "{key}" fits none of the adapted layers.{near}')
 
 
-def _saved(model: nn.Module, places: list[Place], entries: list[str], strict: bool) -> list[Place]:
+def _saved(model: nn.Module, modules: list[ModulePaths], entries: list[str], strict: bool) -> list[ModulePaths]:
     """The outermost modules that modules_to_save names."""
     if strict:
-        check_entries("modules_to_save", entries, model, places)
-    named = [p for p in places if any(_named(entry, path) for path in p.paths for entry in entries)]
-    outermost = [p for p in named if not any(_inside([q.paths])(p.paths) for q in named if q.module is not p.module)]
-    for place in outermost:
-        if next(place.module.parameters(), None) is None:
-            raise AdapterError(f'modules_to_save: "{place.paths[0]}" has no parameters to train')
+        check_entries("modules_to_save", entries, model, modules)
+    named = [m for m in modules if any(_named(entry, path) for path in m.paths for entry in entries)]
+    outermost = [m for m in named if not any(_inside([o.paths])(m.paths) for o in named if o.module is not m.module)]
+    for saved in outermost:
+        if next(saved.module.parameters(), None) is None:
+            raise AdapterError(f'modules_to_save: "{saved.paths[0]}" has no parameters to train')
     return outermost
 
 

@@ -1,11 +1,11 @@
-"""What a model knows about its adapters: one plain object on the root module, no registry anywhere.
+"""The adapters of a model: one plain object on the root module.
 
     model.loratune_adapters: Adapters
         adapters: name -> Adapter             the weights of every adapter, in use or not
-            layers:  path -> LayerWeights     A and B of one layer
+            layers:  path -> LayerWeights     its tensors at one layer
             modules: path -> Module           its copies of modules_to_save
             biases:  path -> Parameter        its copies of trained biases
-        layers: path -> LoraLayer             the layers that stand in, each holding at most one adapter
+        layers: path -> LoraLayer             the replaced layers, each holding at most one adapter
 
 An adapter's name is a key of `Adapters.adapters` and occurs nowhere else: in no module, parameter or tensor name.
 """
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
-from loratune.lora.linear import LoraLayer
+from loratune.lora.layer import LoraLayer, LoraVariant
+from loratune.lora.select import Selection
 from loratune.ops.frozen import FrozenWeight
 
 _ATTRIBUTE = "loratune_adapters"
@@ -32,25 +33,52 @@ class LayerWeights:
     """One adapter's weights at one layer."""
 
     kind: type[LoraLayer]
-    lora_A: nn.Parameter
-    """(r, d_in), float32 or, on a float64 base, float64."""
-    lora_B: nn.Parameter
-    """(d_out, r)"""
+    variant: LoraVariant
+    tensors: dict[str, nn.Parameter]
+    """Attribute name -> tensor, as `variant.tensors` names them; float32 or, on a float64 base, float64."""
     scaling: float
 
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """(r, d_in)"""
+        return self.tensors["lora_A"]
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """(d_out, r)"""
+        return self.tensors["lora_B"]
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+    def keys(self) -> dict[str, str]:
+        """Attribute name -> name in PEFT's files, behind the layer's path and a dot."""
+        specs = self.variant.tensors(self.kind, self.lora_A.shape[1], self.lora_B.shape[0], self.r)
+        return {name: spec.key for name, spec in specs.items()}
+
     def fits(self, weight: Tensor | FrozenWeight) -> bool:
-        """Whether A and B are where the layer's weight is, in the masters' dtype for it."""
+        """True if the tensors are on the device of the layer's weight and in the masters' dtype for it."""
         return self.lora_A.device == weight.device and self.lora_A.dtype == master_dtype(weight)
 
     def follow(self, weight: Tensor | FrozenWeight) -> None:
-        """Moves A and B to the device of the layer's weight and to the masters' dtype for it."""
-        for parameter in (self.lora_A, self.lora_B):
+        """Moves the tensors to the device of the layer's weight and to the masters' dtype for it."""
+        for parameter in self.tensors.values():
             parameter.data = parameter.data.to(weight.device, master_dtype(weight))
+
+    def inference_dtype(self, weight: FrozenWeight) -> torch.dtype:
+        """The dtype to which the layer rounds the tensors at each use; the masters' dtype if it does not.
+
+        An embedding scales the looked-up rows before it rounds them, so rounding A first would give other bits.
+        """
+        rounds = self.variant.low_rank_sum and self.kind.is_linear
+        return weight.dtype if rounds else self.lora_A.dtype
 
 
 @dataclass
 class Adapter:
-    """One adapter, whole. Its tensors are its own; only those in use are also found in the model."""
+    """One adapter, whole. Its tensors are its own; only the tensors in use are also found in the model."""
 
     config: LoraConfig
     layers: dict[str, LayerWeights] = field(default_factory=dict)
@@ -58,35 +86,47 @@ class Adapter:
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameter path -> copy. Paths of tied biases share one Parameter."""
     stored: bool = False
-    """True if a `Store` says where A and B are, in the dtype they compute in; such an adapter cannot train."""
+    """True if a `Store` decides where the tensors are; they are rounded for inference and cannot train."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every Parameter that trains, each once, by its name in the model while this adapter is in use."""
         named: dict[str, nn.Parameter] = {}
         for path, weights in self.layers.items():
-            named[f"{path}.lora_A"], named[f"{path}.lora_B"] = weights.lora_A, weights.lora_B
+            named |= {f"{path}.{name}": parameter for name, parameter in weights.tensors.items()}
         for path, module in self.modules.items():
             named |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
         named |= self.biases
         first = {id(parameter): name for name, parameter in reversed(named.items())}
         return {name: parameter for name, parameter in named.items() if first[id(parameter)] == name}
 
+    def sum_refusal(self) -> str | None:
+        """The reason why this adapter cannot be weighted or added to others, or None."""
+        if self.modules or self.biases:
+            return "has modules_to_save or biases"
+        variant = next((w.variant for w in self.layers.values() if not w.variant.low_rank_sum), None)
+        return None if variant is None else f"is a {type(variant).__name__} and no low-rank sum"
 
-class Residence(Protocol):
-    """What switching asks of a store of adapters in host memory (`lora.store`)."""
+
+class AdapterStore(Protocol):
+    """A store of adapters in host memory, as switching uses it (`lora.store`)."""
 
     def bring(self, names: Collection[str]) -> None:
-        """Has those of the named adapters that it keeps on the device when the work issued from now on runs."""
+        """Makes its adapters among `names` available on the device for the work issued from now on."""
 
-    def forget(self, name: str) -> None:
-        """Lets go of an adapter, if it keeps it."""
+    def release(self, name: str) -> None:
+        """Frees the memory of an adapter, if it holds it."""
 
-    def prepare(self, name: str, selection: Any, adapter: Adapter) -> Callable[[], None]:
-        """Takes in the tensors of a new adapter; what is returned puts them in the place of the old ones."""
+    def prepare(self, name: str, selection: Selection, adapter: Adapter) -> Callable[[], None]:
+        """Copies the tensors of a new adapter into host memory; the returned function exchanges old for new."""
 
 
-Plan = list[tuple[LoraLayer, LayerWeights | None]]
-"""Each layer that stands in, and what an adapter has for it."""
+class SwitchEntry(NamedTuple):
+    """One layer's part of a switch, looked up once."""
+
+    layer: LoraLayer
+    weights: LayerWeights | None
+    tensors: dict[str, nn.Parameter | None]
+    """Every tensor name of the layer -> the adapter's tensor or None."""
 
 
 @dataclass
@@ -95,19 +135,19 @@ class Adapters:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     layers: dict[str, LoraLayer] = field(default_factory=dict)
-    places: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Path of a stand-in or of a module of modules_to_save -> every path at which it stands."""
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """First path of a replaced layer or of a module of modules_to_save -> all its paths."""
     active: dict[str, float] = field(default_factory=dict)
     """Name -> weight of the adapters in use; empty is the bare base."""
     base_modules: dict[str, nn.Module] = field(default_factory=dict)
-    """Path -> module of the base that stands aside for the active adapter's copy."""
+    """Path -> module of the base that the active adapter's copy has replaced."""
     base_biases: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Parameter path -> bias of the base that stands aside for the active adapter's copy."""
+    """Parameter path -> bias of the base that the active adapter's copy has replaced."""
     merged: str | None = None
     active_before_merge: dict[str, float] = field(default_factory=dict)
-    plans: dict[str | None, Plan] = field(default_factory=dict)
+    switches: dict[str | None, list[SwitchEntry]] = field(default_factory=dict)
     """Name -> how to switch to it, until adapters or layers come or go; None is the bare base."""
-    store: Residence | None = None
+    store: AdapterStore | None = None
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters of the base that required a gradient before the first adapter came."""
 
@@ -145,12 +185,12 @@ def install(model: nn.Module, state: Adapters) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Takes the state off the root module again."""
+    """Removes the state from the root module."""
     delattr(model, _ATTRIBUTE)
 
 
 def master_dtype(weight: Tensor | FrozenWeight) -> torch.dtype:
-    """dtype in which an adapter of a layer with this weight is kept and trained."""
+    """dtype in which an adapter of a layer with this weight is stored and trained."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 

@@ -1,8 +1,8 @@
-"""Re-pointing: which adapter's tensors the model computes with. The mechanism below `inject`, without its checks.
+"""Switching: the tensors that the model computes with are re-pointed. The mechanism below `inject`, without checks.
 
-A layer that stands in is handed the A and B of the adapter in use. A module trained in full, or a bias, changes
-places with the base's. What comes in follows what leaves to its device and dtype, so that a model may be moved while
-some of its tensors rest outside of it.
+A replaced layer is given the tensors of the adapter in use. A module trained in full, or a bias, trades places with
+that of the base. The incoming tensor follows the outgoing one to its device and dtype, so that a model may be moved
+while some of its tensors are outside of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loratune.lora.state import Adapter, Adapters, LayerWeights, Plan
+from loratune.lora.state import Adapter, Adapters, LayerWeights, SwitchEntry
 from loratune.precision.linear import frozen_of
 
 
@@ -32,7 +32,7 @@ def switch(model: nn.Module, state: Adapters, weights: dict[str, float]) -> None
 
 
 def _point(state: Adapters, name: str | None) -> None:
-    """Hands every layer the A and B of one adapter, or none.
+    """Gives every layer the tensors of one adapter, or none.
 
     There are hundreds of layers, and a switch may come before every answer, so this writes to the layers' dicts:
     `nn.Module.__setattr__` would take ten times as long to find out that a Parameter is a Parameter.
@@ -40,39 +40,44 @@ def _point(state: Adapters, name: str | None) -> None:
     adapter = None if name is None else state.adapters[name]
     follows = adapter is not None and not adapter.stored
     dropout = 0.0 if adapter is None else adapter.config.lora_dropout
-    plan = state.plans.get(name) or _plan(state, name)
-    for layer, part in plan:
+    for layer, weights, tensors in state.switches.get(name) or _entries(state, name):
         parameters, attributes = layer._parameters, layer.__dict__
-        if part is None:
-            parameters["lora_A"] = parameters["lora_B"] = None
+        if weights is None:
+            parameters.update(tensors)
             attributes["scaling"] = attributes["lora_dropout"] = 0.0
             continue
         if follows:
             weight = parameters.get("weight")
             leader = frozen_of(layer) if weight is None else weight
-            if not part.fits(leader):
-                part.follow(leader)
-        parameters["lora_A"], parameters["lora_B"] = part.lora_A, part.lora_B
-        attributes["scaling"], attributes["lora_dropout"] = part.scaling, dropout
+            if not weights.fits(leader):
+                weights.follow(leader)
+        parameters.update(tensors)
+        attributes["variant"] = weights.variant
+        attributes["scaling"], attributes["lora_dropout"] = weights.scaling, dropout
 
 
-def _plan(state: Adapters, name: str | None) -> Plan:
+def _entries(state: Adapters, name: str | None) -> list[SwitchEntry]:
     """Looks up once what each layer gets from adapter `name`."""
-    parts = {} if name is None else state.adapters[name].layers
-    plan = state.plans[name] = [(layer, parts.get(path)) for path, layer in state.layers.items()]
-    return plan
+    own = {} if name is None else state.adapters[name].layers
+    entries = state.switches[name] = []
+    for path, layer in state.layers.items():
+        weights = own.get(path)
+        tensors: dict[str, nn.Parameter | None] = dict.fromkeys(layer.tensor_names())
+        tensors.update({} if weights is None else weights.tensors)
+        entries.append(SwitchEntry(layer, weights, tensors))
+    return entries
 
 
 def _point_to_sum(state: Adapters, weights: Mapping[str, float]) -> None:
-    """Hands every layer the rank-concatenated A and B of several adapters."""
+    """Gives every layer the rank-concatenated A and B of several adapters."""
     chosen = [(state.adapters[name], weight) for name, weight in weights.items()]
     for path, layer in state.layers.items():
-        parts = [(a.layers[path], weight) for a, weight in chosen if path in a.layers]
-        for (adapter, _), (part, _) in zip([c for c in chosen if path in c[0].layers], parts, strict=True):
+        here = [(adapter, adapter.layers[path], weight) for adapter, weight in chosen if path in adapter.layers]
+        for adapter, part, _ in here:
             if not adapter.stored:
                 part.follow(frozen_of(layer))
-        if parts:
-            layer.hold(*_summed(parts), 1.0, 0.0)
+        if here:
+            layer.hold(*_summed([(part, weight) for _, part, weight in here]), 1.0, 0.0)
         else:
             layer.release()
 
@@ -86,11 +91,11 @@ def _summed(parts: list[tuple[LayerWeights, float]]) -> tuple[nn.Parameter, nn.P
 
 
 def _bring_in(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
-    """Puts the adapter's own modules and biases in the places of the base's."""
+    """Replaces modules and biases of the base by the adapter's own."""
     for path, own in adapter.modules.items():
         state.base_modules[path] = model.get_submodule(path)
-        _exchange(model, state.places[path], state.base_modules[path], own)
-    # All are noted before any is replaced: one module may stand at several paths.
+        _exchange(model, state.paths[path], state.base_modules[path], own)
+    # All are noted before any is replaced: one module may have several paths.
     state.base_biases.update({path: model.get_parameter(path) for path in adapter.biases})
     for path, bias in adapter.biases.items():
         _set_bias(model, path, bias)
@@ -101,18 +106,18 @@ def _restore_base(model: nn.Module, state: Adapters) -> None:
     for path, bias in state.base_biases.items():
         _set_bias(model, path, bias)
     for path, base in state.base_modules.items():
-        _exchange(model, state.places[path], model.get_submodule(path), base)
+        _exchange(model, state.paths[path], model.get_submodule(path), base)
     state.base_biases.clear()
     state.base_modules.clear()
 
 
-def _exchange(model: nn.Module, places: Sequence[str], leaving: nn.Module, coming: nn.Module) -> None:
-    """Puts `coming`, of the same structure, where `leaving` is, on the same device and in the same mode."""
-    tensors = dict(leaving.named_parameters()) | dict(leaving.named_buffers())
-    for name, tensor in (dict(coming.named_parameters()) | dict(coming.named_buffers())).items():
+def _exchange(model: nn.Module, paths: Sequence[str], outgoing: nn.Module, incoming: nn.Module) -> None:
+    """Replaces `outgoing` by `incoming`, which has the same structure, on the same device and in the same mode."""
+    tensors = dict(outgoing.named_parameters()) | dict(outgoing.named_buffers())
+    for name, tensor in (dict(incoming.named_parameters()) | dict(incoming.named_buffers())).items():
         _follow(tensor, tensors[name])
-    coming.train(leaving.training)
-    place_module(model, places, coming)
+    incoming.train(outgoing.training)
+    set_module(model, paths, incoming)
 
 
 def _set_bias(model: nn.Module, path: str, bias: nn.Parameter) -> None:
@@ -126,13 +131,13 @@ def _follow(tensor: Tensor, leader: Tensor) -> None:
     tensor.data = tensor.data.to(leader.device, leader.dtype)
 
 
-def place_module(model: nn.Module, places: Sequence[str], module: nn.Module) -> None:
+def set_module(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
     """Puts one instance at every path."""
-    for path in places:
+    for path in paths:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
 
 
 def is_plain(weights: Mapping[str, float]) -> bool:
-    """True for one adapter at full weight (or none), which is held as it is and can train."""
+    """True for one adapter at full weight (or none): its own tensors are in use and can train."""
     return len(weights) <= 1 and all(weight == 1.0 for weight in weights.values())

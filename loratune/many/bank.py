@@ -5,15 +5,16 @@
     with bank.row([Segment(0, 0, 512), Segment(1, 512, 1024)]):
         ...  # forward and backward of one packed row; gradients arrive in bank.gradient(slot)
 
-`LoraBankLinear` stands in for a linear layer as `LoraLinear` does, with the same Parameters, but holds no adapter of
-its own: it knows its lane in the pool (`ops.bank.projection`), where the weights of all slots lie. A slot's weights
-are one flat
-float32 tensor, with a gradient of the same form; A and B of each layer are views of it. So an optimizer, a clipping
-norm, a checkpoint, joining and leaving are each a call on one tensor, and addresses never change, which is what a
-recorded graph needs.
+A `BankedLinear` replaces a linear layer as `LoraLinear` does, with the same Parameters, but holds no adapter of its
+own. It knows its index in the pool (`ops.bank.projection`), which has the weights of all slots. A slot's weights are
+one flat float32 tensor, with a gradient of the same shape; A and B of each layer are views of it. So an optimizer, a
+clipping norm, a checkpoint, joining and leaving are each a call on one tensor. Addresses never change, which a
+recorded CUDA graph needs.
 
-A slot has room for a number of parameters, not for a rank: whatever mixture of ranks and layers fits may be placed,
-and a small adapter in a large slot costs its own size in products (the update of the slot runs over all its room).
+The capacity of a slot is a number of parameters, not a rank: any mixture of ranks and layers that fits may be placed.
+A small adapter in a large slot costs its own size in products, while the slot's update covers the whole capacity.
+
+Only adapters that are plain low-rank sums of linear layers can join a bank (`lora.contract`).
 
 Source: Hu et al. 2021, arXiv:2106.09685.
 """
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,13 @@ from loratune.errors import AdapterError, nearest
 from loratune.lora import files
 from loratune.lora.build import build
 from loratune.lora.contract import AdaptedLayer, BankSum, Fusion
+from loratune.lora.layer import LoraLayer
 from loratune.lora.layers import LoraQuantised
-from loratune.lora.linear import LoraLayer, LoraLinear
+from loratune.lora.linear import LoraLinear
 from loratune.lora.select import Selection, Target, select
 from loratune.lora.state import Adapter, Adapters, LayerWeights, find, install, master_dtype, uninstall
-from loratune.lora.switch import place_module
+from loratune.lora.switch import set_module
+from loratune.lora.variants import variant_of
 from loratune.ops.bank.projection import BankProjection, Lane, Part, Pool, Segment, bank_linear
 from loratune.ops.dropout import layer_salt
 from loratune.precision.linear import QuantisedLinear, frozen_of
@@ -47,63 +50,41 @@ from loratune.precision.linear import QuantisedLinear, frozen_of
 _ALIGNED = 64
 """Elements; every matrix and every slot begins at a multiple, so that a GPU reads whole lines."""
 _BLOCK = 64
-"""Tokens of the smallest piece of a row that is one slot's, on a GPU."""
+"""Tokens. On a GPU, segments begin at multiples of it."""
 
 
-class _BankLayer(AdaptedLayer):
-    """A layer that stands in for `base` and adds the updates of all slots of a bank."""
+class BankedLayer(AdaptedLayer):
+    """A layer that computes its base and adds the updates of all slots of a bank."""
 
     lane: Lane
     pool: Pool
-    _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
-
-    @classmethod
-    def from_base(cls, base: nn.Module, lane: Lane, pool: Pool) -> Self:
-        """A stand-in for `base` with the same Parameters, buffers, hooks and attributes."""
-        layer = cls.__new__(cls)
-        layer.__dict__.update(base.__dict__)
-        layer._parameters = dict(base._parameters)
-        layer._base, layer.lane, layer.pool = (base,), lane, pool
-        return layer
-
-    def to_base(self) -> nn.Module:
-        """The original instance, with whatever Parameters it has by now."""
-        base = self._base[0]
-        for name in base._parameters:
-            base._parameters[name] = self._parameters[name]
-        return base.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out); each segment of the row with its own slot's update."""
-        bias: Any = self._parameters.get("bias")
+        bias = cast("Tensor | None", self._parameters.get("bias"))
         rows = [slice(0, self.lane.d_out)]
         return bank_linear(input, BankProjection(frozen_of(self), bias, self.pool, [self.lane], rows))
 
     def fusion(self) -> Fusion:
-        """The sum of each token's own slot."""
+        """The low-rank sum of each token's own slot."""
         return BankSum(self.lane, self.pool)
 
-    def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """None: the weights of all slots belong to the pool."""
-        return {}
 
-    @property
-    def rank(self) -> int:
-        """0: ranks belong to slots."""
-        return 0
-
-
-class LoraBankLinear(_BankLayer, nn.Linear):
+class BankedLinear(BankedLayer, nn.Linear):
     """`nn.Linear` plus the low-rank updates of all slots of a bank."""
 
 
-class LoraBankQuantised(_BankLayer, QuantisedLinear):
+class BankedQuantised(BankedLayer, QuantisedLinear):
     """`QuantisedLinear` plus the low-rank updates of all slots of a bank."""
 
 
+_BANKED: Final[dict[type[LoraLayer], type[BankedLayer]]] = {LoraLinear: BankedLinear, LoraQuantised: BankedQuantised}
+"""Kind of adapted layer -> its counterpart in a bank."""
+
+
 @dataclass(frozen=True)
-class _Place:
-    """Where one layer's weights lie in a slot."""
+class _SlotMatrices:
+    """Where A and B of one layer are in a slot."""
 
     path: str
     kind: type[LoraLayer]
@@ -119,26 +100,27 @@ class Bank:
     """Slots for adapters on one model. Made by `attach`."""
 
     def __init__(
-        self, model: nn.Module, pool: Pool, layers: dict[str, _BankLayer], places: dict[str, tuple[str, ...]]
+        self, model: nn.Module, pool: Pool, layers: dict[str, BankedLayer], paths: dict[str, tuple[str, ...]]
     ) -> None:
-        self._model, self._layers, self._places = model, layers, places
+        self._model, self._layers, self._paths = model, layers, paths
         self.pool = pool
         self.slots = len(pool.starts) - 1
         self.block = 1 if pool.tables is None else _BLOCK
         """Segments begin at multiples of this many tokens."""
         self._configs: list[LoraConfig | None] = [None] * self.slots
-        self._layouts: list[tuple[_Place, ...]] = [()] * self.slots
+        self._layouts: list[tuple[_SlotMatrices, ...]] = [()] * self.slots
 
     @classmethod
     def attach(cls, model: nn.Module, configs: Sequence[LoraConfig], slots: int | Sequence[int]) -> Bank:
-        """Puts a bank on a model: stand-ins for every layer that one of `configs` means, and empty slots.
+        """Puts a bank on a model: replaces every layer that one of `configs` selects, and makes empty slots.
 
         Args:
             model: the bare base, on its device and in its dtype; it is frozen.
-            configs: all that is ever to be placed, or at least the largest.
-            slots: how many, each with room for the largest of `configs`; or each one's room in parameters.
+            configs: all configurations that will ever be placed, or at least the largest.
+            slots: their number, each with the capacity for the largest of `configs`; or the capacity of each in
+                parameters.
 
-        Raises: AdapterError: the model has adapters; a configuration trains more than updates of linear layers.
+        Raises: AdapterError: the model has adapters; a configuration trains more than low-rank sums of linear layers.
         """
         if find(model) is not None:
             raise AdapterError("a bank is put on the bare base: detach the model's adapters first")
@@ -147,31 +129,29 @@ class Bank:
         if isinstance(slots, int):
             slots = [max(_layout(selection)[1] for selection in selections)] * slots
         starts = [0]
-        for room in slots:
-            starts.append(starts[-1] + _aligned(room))
+        for capacity in slots:
+            starts.append(starts[-1] + _aligned(capacity))
         first = frozen_of(targets[0].base)
         max_rank = max(target.r for selection in selections for target in selection.targets)
         if first.device.type == "cuda":
             max_rank = -(-max_rank // 16) * 16
         pool = Pool(starts, len(targets), max_rank, master_dtype(first), first)
         model.requires_grad_(False)
-        layers: dict[str, _BankLayer] = {}
+        layers: dict[str, BankedLayer] = {}
         for index, target in enumerate(targets):
-            d_in, d_out = target.layer_class.features(target.base)
-            kind = LoraBankQuantised if issubclass(target.layer_class, LoraQuantised) else LoraBankLinear
-            lane = Lane(index, layer_salt(target.path), d_in, d_out)
-            layers[target.path] = kind.from_base(target.base, lane, pool)
-            place_module(model, target.places, layers[target.path])
-        return cls(model, pool, layers, {target.path: target.places for target in targets})
+            layer = layers[target.path] = _BANKED[target.kind].from_base(target.base)
+            layer.lane, layer.pool = Lane(index, layer_salt(target.path), *target.features), pool
+            set_module(model, target.paths, layer)
+        return cls(model, pool, layers, {target.path: target.paths for target in targets})
 
     @staticmethod
     def size_of(model: nn.Module, config: LoraConfig) -> int:
-        """Room in parameters that an adapter needs on a model without stand-ins. Raises as `attach`."""
+        """Capacity in parameters that an adapter needs on a model without a bank. Raises as `attach`."""
         return _layout(_linear_selection(model, config))[1]
 
     def fits(self, slot: int, config: LoraConfig) -> bool:
-        """Whether `place` would take it. Raises AdapterError for what no bank takes."""
-        return self._why_not(slot, self._selection(config)) is None
+        """True if `place` would take the adapter. Raises AdapterError if no bank can."""
+        return self._refusal(slot, self._selection(config)) is None
 
     def free(self) -> list[int]:
         """Slots that hold no adapter."""
@@ -189,21 +169,21 @@ class Bank:
         """
         if self._configs[slot] is not None:
             raise AdapterError(f"slot {slot} holds an adapter; clear it first")
-        with self._at_rest():
+        with self._base_in_use():
             selection = _linear_selection(self._model, config)
-            why = self._why_not(slot, selection)
-            if why is not None:
-                raise AdapterError(why)
+            refusal = self._refusal(slot, selection)
+            if refusal is not None:
+                raise AdapterError(refusal)
             fresh = build(self._model, config, selection, seed)
         layout, _ = _layout(selection)
         self._configs[slot], self._layouts[slot] = copy.deepcopy(config), layout
         self.pool.dropout[slot] = config.lora_dropout
         weights, gradients = self.master(slot), self.gradient(slot)
-        for place in layout:
-            (A, B), (dA, dB) = _views(weights, place), _views(gradients, place)
-            self._layers[place.path].lane.parts[slot] = Part(A, B, dA, dB, place.scaling)
+        for at in layout:
+            (A, B), (dA, dB) = _views(weights, at), _views(gradients, at)
+            self._layers[at.path].lane.parts[slot] = Part(A, B, dA, dB, at.scaling)
         self.load(slot, {name: parameter.detach() for name, parameter in fresh.parameters().items()})
-        self._tell_device(slot)
+        self._update_tables(slot)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -213,34 +193,34 @@ class Bank:
         for layer in self._layers.values():
             layer.lane.parts.pop(slot, None)
         self._configs[slot], self._layouts[slot], self.pool.dropout[slot] = None, (), 0.0
-        self._tell_device(slot)
+        self._update_tables(slot)
 
     def master(self, slot: int) -> Tensor:
-        """The slot's weights, flat: (room,), zero beyond the adapter's own. Its address never changes."""
+        """The slot's weights, flat: (capacity,), zero beyond the adapter's own. Its address never changes."""
         return self.pool.slot(self.pool.master, slot)
 
     def gradient(self, slot: int) -> Tensor:
-        """The gradient of `master`, which backwards add to."""
+        """The gradient of `master`; backward passes add to it."""
         return self.pool.slot(self.pool.gradient, slot)
 
     def named(self, slot: int, flat: Tensor | None = None) -> dict[str, Tensor]:
-        """Views of `master`, or of a tensor of its form, by the parameters' names in a model with the adapter alone.
+        """Views of `master`, or of a tensor of its shape, by the parameters' names in a model with the adapter alone.
 
         Args:
-            flat: (room,), for example a moment of the optimizer.
+            flat: (capacity,), for example a moment of the optimizer.
         Returns: "path.lora_A", (r, d_in), and "path.lora_B", (d_out, r), which is a transposed view.
         """
         flat, named = self.master(slot) if flat is None else flat, {}
-        for place in self._layouts[slot]:
-            A, B = _views(flat, place)
-            named[f"{place.path}.lora_A"], named[f"{place.path}.lora_B"] = A, B.T
+        for at in self._layouts[slot]:
+            A, B = _views(flat, at)
+            named[f"{at.path}.lora_A"], named[f"{at.path}.lora_B"] = A, B.T
         return named
 
     @torch.no_grad()
     def load(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies an adapter's tensors, by the names of `named`, into the slot.
 
-        Raises: AdapterError: a tensor is missing, unknown or of another shape. The slot is then as it was.
+        Raises: AdapterError: a tensor is missing, unknown or of another shape. The slot is then unchanged.
         """
         named = self.named(slot)
         for name in tensors.keys() - named.keys():
@@ -260,36 +240,36 @@ class Bank:
         if config is None:
             raise AdapterError(f"slot {slot} holds no adapter")
         adapter, master = Adapter(copy.deepcopy(config)), self.master(slot).to("cpu", copy=True)
-        for place in self._layouts[slot]:
-            A, B = _views(master, place)
-            adapter.layers[place.path] = LayerWeights(
-                place.kind, nn.Parameter(A.clone()), nn.Parameter(B.T.contiguous()), place.scaling
-            )
+        variant = variant_of(config)
+        for at in self._layouts[slot]:
+            A, B = _views(master, at)
+            tensors = {"lora_A": nn.Parameter(A.clone()), "lora_B": nn.Parameter(B.T.contiguous())}
+            adapter.layers[at.path] = LayerWeights(at.kind, variant, tensors, at.scaling)
         return adapter
 
     def save(self, slot: int, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter in `slot` as an ordinary folder in PEFT's format; see `lora.files.save`."""
         adapter = self.adapter(slot)
-        with self._at_rest():
-            install(self._model, Adapters({"default": adapter}, places=self._places))
+        with self._base_in_use():
+            install(self._model, Adapters({"default": adapter}, paths=self._paths))
             try:
                 files.save(self._model, directory, overwrite=overwrite)
             finally:
                 uninstall(self._model)
 
-    def lay_row(self, segments: Sequence[Segment]) -> Tensor | None:
-        """The tables that `set_row` sends to the device; may be made while another row runs. None on a CPU."""
+    def prepare_row(self, segments: Sequence[Segment]) -> Tensor | None:
+        """The tables that `set_row` sends to the device. May be made while another row runs. None on a CPU."""
         return None if self.pool.tables is None else self.pool.tables.lay_row(self.pool, segments)
 
-    def set_row(self, segments: Sequence[Segment], laid: Tensor | None = None) -> None:
-        """Says whose the tokens of the next row are; without segments the model computes the base.
+    def set_row(self, segments: Sequence[Segment], prepared: Tensor | None = None) -> None:
+        """Sets the slots that the tokens of the next row belong to; without segments the model computes the base.
 
-        Segments are in order and disjoint, begin at multiples of `block`, and no document crosses their borders. What
-        lies between them belongs to nobody. On a GPU this is one copy to where recorded graphs look, and one that
-        brings the working copies up to the masters.
+        Segments are in order and disjoint, begin at multiples of `block`, and no document crosses their boundaries.
+        Tokens between them belong to no slot. On a GPU this is one copy to the memory that recorded graphs read, and
+        one that updates the working copies from the masters.
 
         Args:
-            laid: what `lay_row` gave for these segments, if it was asked in advance.
+            prepared: the result of `prepare_row` for these segments, if it was called in advance.
         """
         last = 0
         for segment in segments:
@@ -299,7 +279,7 @@ class Bank:
             last = -(-segment.stop // self.block) * self.block
         self.pool.segments = tuple(segments)
         if self.pool.tables is not None:
-            self.pool.tables.set_row(self.lay_row(segments) if laid is None else laid)
+            self.pool.tables.set_row(self.prepare_row(segments) if prepared is None else prepared)
             self.pool.refresh()
 
     @contextmanager
@@ -314,50 +294,53 @@ class Bank:
     def detach(self) -> None:
         """Puts the model's own layers back."""
         for path, layer in self._layers.items():
-            place_module(self._model, self._places[path], layer.to_base())
+            set_module(self._model, self._paths[path], layer.to_base())
 
     @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """The model's own layers, for as long as the block runs: what selects and builds reads them."""
+    def _base_in_use(self) -> Iterator[None]:
+        """Puts the model's own layers back for the block, for code that selects and builds."""
         self.detach()
         try:
             yield
         finally:
             for path, layer in self._layers.items():
-                place_module(self._model, self._places[path], layer)
+                set_module(self._model, self._paths[path], layer)
 
     def _selection(self, config: LoraConfig) -> Selection:
-        with self._at_rest():
+        with self._base_in_use():
             return _linear_selection(self._model, config)
 
-    def _why_not(self, slot: int, selection: Selection) -> str | None:
-        """One line, or None if the selection fits into the slot."""
+    def _refusal(self, slot: int, selection: Selection) -> str | None:
+        """The reason why the selection does not fit into the slot, or None."""
         foreign = [target.path for target in selection.targets if target.path not in self._layers]
         if foreign:
-            return f'the bank was attached without "{foreign[0]}"; attach it with every configuration that is to come'
+            return f'the bank was attached without "{foreign[0]}"; attach it with every configuration that will come'
         rank = max(target.r for target in selection.targets)
         if rank > self.pool.max_rank:
-            return f"a rank of {rank} is beyond the bank's {self.pool.max_rank}; attach it with the largest to come"
-        room, needed = self.pool.starts[slot + 1] - self.pool.starts[slot], _layout(selection)[1]
-        if needed > room:
-            return f"an adapter of {needed:,} parameters does not fit into slot {slot}, which has room for {room:,}"
+            return f"a rank of {rank} is above the bank's {self.pool.max_rank}; attach it with the largest to come"
+        capacity, needed = self.pool.starts[slot + 1] - self.pool.starts[slot], _layout(selection)[1]
+        if needed > capacity:
+            return f"an adapter of {needed:,} parameters does not fit into slot {slot}, which holds {capacity:,}"
         return None
 
-    def _tell_device(self, slot: int) -> None:
+    def _update_tables(self, slot: int) -> None:
         if self.pool.tables is not None:
             self.pool.tables.set_slot(self.pool, slot, [layer.lane for layer in self._layers.values()])
 
 
 def _linear_selection(model: nn.Module, config: LoraConfig) -> Selection:
-    """What `config` means. Raises AdapterError if that is more than low-rank updates of linear layers."""
+    """The layers that `config` selects. Raises AdapterError if it trains more than low-rank sums of linear layers."""
     if config.bias != "none" or config.modules_to_save:
-        what = "modules_to_save" if config.modules_to_save else f'bias = "{config.bias}"'
-        raise AdapterError(f"{what}: a bank trains updates of linear layers only; train this adapter by itself")
+        field = "modules_to_save" if config.modules_to_save else f'bias = "{config.bias}"'
+        raise AdapterError(f"{field}: a bank trains updates of linear layers only; train this adapter by itself")
     selection = select(model, config)
     for target in selection.targets:
-        if not issubclass(target.layer_class, LoraLinear | LoraQuantised):
+        if target.kind not in _BANKED:
             kind = type(target.base).__name__
             raise AdapterError(f'"{target.path}" is of type {kind}; a bank takes linear layers: train it by itself')
+        if not target.is_low_rank_sum:
+            variant = type(target.variant).__name__
+            raise AdapterError(f"{variant} is no plain low-rank sum, and a bank takes no other: train it by itself")
     return selection
 
 
@@ -368,21 +351,21 @@ def _union(model: nn.Module, selections: Sequence[Selection]) -> list[Target]:
     return sorted(targets.values(), key=lambda target: order[target.path])
 
 
-def _layout(selection: Selection) -> tuple[tuple[_Place, ...], int]:
-    """Where each matrix lies in a slot, and the room that they take together."""
-    places, end = [], 0
+def _layout(selection: Selection) -> tuple[tuple[_SlotMatrices, ...], int]:
+    """Where each matrix is in a slot, and the capacity that they need together."""
+    layout, end = [], 0
     for target in selection.targets:
-        d_in, d_out = target.layer_class.features(target.base)
+        d_in, d_out = target.features
         at_B = end + _aligned(target.r * d_in)
-        places.append(_Place(target.path, target.layer_class, target.r, d_in, d_out, target.scaling, end, at_B))
+        layout.append(_SlotMatrices(target.path, target.kind, target.r, d_in, d_out, target.scaling, end, at_B))
         end = at_B + _aligned(target.r * d_out)
-    return tuple(places), end
+    return tuple(layout), end
 
 
-def _views(flat: Tensor, place: _Place) -> tuple[Tensor, Tensor]:
+def _views(flat: Tensor, at: _SlotMatrices) -> tuple[Tensor, Tensor]:
     """A, (r, d_in), and B transposed, (r, d_out)."""
-    A = flat[place.at_A : place.at_A + place.r * place.d_in].view(place.r, place.d_in)
-    return A, flat[place.at_B : place.at_B + place.r * place.d_out].view(place.r, place.d_out)
+    A = flat[at.at_A : at.at_A + at.r * at.d_in].view(at.r, at.d_in)
+    return A, flat[at.at_B : at.at_B + at.r * at.d_out].view(at.r, at.d_out)
 
 
 def _aligned(count: int) -> int:

@@ -63,7 +63,7 @@ class _QueuedRow(NamedTuple):
     buffer: int
     """Of the two, which take turns."""
     tables: Tensor | None
-    """`Bank.lay_row`"""
+    """`Bank.prepare_row`"""
 
 
 class BankGraph:
@@ -180,7 +180,7 @@ class BankGraph:
             own = owners[weights.nonzero().squeeze(1)]
             host.fill_(-1)
             host[: len(own)] = own
-        return _QueuedRow(tuple(parts), segments, layout, self._turn, self._bank.lay_row(segments))
+        return _QueuedRow(tuple(parts), segments, layout, self._turn, self._bank.prepare_row(segments))
 
     def _send(self, laid: _QueuedRow, rates: Mapping[int, float]) -> None:
         """Brings what is special about this row to where the recording looks."""

@@ -116,7 +116,7 @@ def survey_of(model: PreTrainedModel, wish: EstimateRequest) -> ModelSurvey:
     """What the model and the adapter on it are made of. Raises: AdapterError: the settings do not fit the model."""
     selection = select(model, wish.lora)
     ranks = {target.base: target.r for target in selection.targets}
-    trainable = sum(t.r * sum(t.layer_class.features(t.base)) for t in selection.targets)
+    trainable = sum(target.parameters for target in selection.targets)
     trainable += sum(p.numel() for place in selection.saved for p in place.module.parameters())
     return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=wish.on_gpu)
 

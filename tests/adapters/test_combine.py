@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loratune.adapters.combine import Recipe, combine, combine_layers, resize
+from loratune.adapters.combine import CombineRecipe, combine, combine_layers, resize
 from loratune.adapters.updates import Update, read_updates
 from loratune.config import CombineMethod, LoraConfig
 from loratune.errors import AdapterError, ConfigError, OutputError
@@ -79,7 +79,7 @@ def test_every_method_agrees_with_peft(tmp_path: Path, model: str, method: Combi
     if method.endswith("svd"):
         asked["svd_rank"] = 5
     theirs = _theirs(model, folders, combination_type=method, **asked)
-    recipe = Recipe(method, asked.get("svd_rank"), asked.get("density"), seed=5)
+    recipe = CombineRecipe(method, asked.get("svd_rank"), asked.get("density"), seed=5)
     sources = [read_updates(folder).layers for folder in folders]
     parts = [({path: layers[path] for path in theirs}, w) for layers, w in zip(sources, WEIGHTS, strict=True)]
     ours, _, _ = combine_layers(parts, recipe)
@@ -268,7 +268,7 @@ def test_adapters_that_have_no_sum_are_refused(tmp_path: Path) -> None:
 def test_a_layer_of_two_shapes_is_refused(tmp_path: Path) -> None:
     a, b = (Update(torch.ones(2, d), torch.ones(4, 2)) for d in (6, 8))
     with pytest.raises(AdapterError, match=r'"q" is \(4, 6\) in one adapter and \(4, 8\)'):
-        combine_layers([({"q": a}, 1.0), ({"q": b}, 1.0)], Recipe())
+        combine_layers([({"q": a}, 1.0), ({"q": b}, 1.0)], CombineRecipe())
 
 
 def test_damaged_values_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune.adapters import lowrank
-from loratune.adapters.extract import Checkpoint, extract
+from loratune.adapters.extract import CheckpointReader, extract
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError, OutputError
 from loratune.lora.files import load_adapter
@@ -107,18 +107,18 @@ def test_half_precision_differences_are_exact(tmp_path: Path) -> None:
 
 def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = _saved(build("llama"), tmp_path / "base"), _saved(_tuned(), tmp_path / "tuned")
-    read = Checkpoint.read
+    read = CheckpointReader.read
     living: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def counted(self: Checkpoint, key: str) -> torch.Tensor:
+    def counted(self: CheckpointReader, key: str) -> torch.Tensor:
         nonlocal most
         tensor = read(self, key)
         living.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in living))
         return tensor
 
-    monkeypatch.setattr(Checkpoint, "read", counted)
+    monkeypatch.setattr(CheckpointReader, "read", counted)
     extract(tuned, base, tmp_path / "out", rank=2)
     assert len(living) > 28
     assert most <= 4  # both of this layer, and those of the one before it until they are replaced
@@ -134,6 +134,6 @@ def test_mistakes(tmp_path: Path) -> None:
         extract(str(tmp_path / "tune"), base, tmp_path / "out", rank=2)
     with pytest.raises(ModelError, match=r"has no tensor model.layers.0.self_attn.q_proj.weight"):
         extract(_saved(_tuned("gpt2"), tmp_path / "gpt2"), base, tmp_path / "out", rank=2)
-    with pytest.raises(OutputError, match="is what is read"):
+    with pytest.raises(OutputError, match="is one of the sources"):
         extract(tuned, base, tuned, rank=2, overwrite=True)
     assert not (tmp_path / "out").exists()

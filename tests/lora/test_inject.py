@@ -24,7 +24,7 @@ from loratune.lora.inject import (
     trainable_parameters,
     unmerge,
 )
-from loratune.lora.linear import LoraLayer
+from loratune.lora.layer import LoraLayer
 from tests.conftest import build
 from tests.lora.helpers import fill, make, make_mlp, run
 

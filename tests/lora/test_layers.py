@@ -9,14 +9,15 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import AdapterError
-from loratune.lora.layers import LoraConv1D, LoraEmbedding, layer_class
-from loratune.lora.linear import LoraLayer, LoraLinear
+from loratune.lora.layer import LoraLayer
+from loratune.lora.layers import LoraConv1D, LoraEmbedding, kind_of
+from loratune.lora.linear import LoraLinear
 
 _IDS = torch.tensor([[1, 4, 4], [0, 2, 9]])
 
 
 def _adapted(base: nn.Module, seed: int = 0) -> LoraLayer:
-    kind = layer_class("layer", base, nn.Module())
+    kind = kind_of("layer", base, nn.Module())
     d_in, d_out = kind.features(base)
     generator = torch.Generator().manual_seed(seed)
     A, B = (torch.randn(shape, generator=generator) for shape in ((3, d_in), (d_out, 3)))
@@ -117,15 +118,15 @@ def _hooked() -> nn.Module:
 def test_layers_that_would_be_silently_wrong_are_refused(base: nn.Module, parent: nn.Module, why: str) -> None:
     leaf = "linear1" if isinstance(parent, nn.TransformerEncoderLayer) else "proj"
     with pytest.raises(AdapterError, match=why) as caught:
-        layer_class(f"block.{leaf}", base, parent)
+        kind_of(f"block.{leaf}", base, parent)
     assert f'"block.{leaf}"' in str(caught.value)
 
 
 def test_out_proj_of_multihead_attention_is_refused() -> None:
     attention = nn.MultiheadAttention(4, 1)
     with pytest.raises(AdapterError, match="reads its weight"):
-        layer_class("attention.out_proj", attention.out_proj, attention)
+        kind_of("attention.out_proj", attention.out_proj, attention)
 
 
 def test_subclass_without_a_forward_of_its_own_is_fine() -> None:
-    assert layer_class("x", _SameForward(4, 4), nn.Module()) is LoraLinear
+    assert kind_of("x", _SameForward(4, 4), nn.Module()) is LoraLinear

@@ -14,7 +14,7 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import activate, active, attach, detach, trainable_parameters
-from loratune.lora.linear import LoraLayer
+from loratune.lora.layer import LoraLayer
 from loratune.lora.replace import replace
 from loratune.lora.store import Store
 from tests.conftest import build

@@ -76,7 +76,7 @@ def test_all_linear_says_what_it_left_out_because_an_adapter_would_be_ignored() 
 
 def test_a_module_at_two_places_is_one_target_by_either_name() -> None:
     (target,) = select(make_mlp(), LoraConfig(r=2, target_modules=["again"])).targets
-    assert target.places == ("shared", "again")
+    assert target.paths == ("shared", "again")
     assert len(select(make_mlp(), LoraConfig(r=2, target_modules=["again", "shared"])).targets) == 1
 
 

@@ -91,12 +91,12 @@ def test_the_slot_used_longest_ago_goes_and_pinned_ones_stay(folders: dict[str, 
 def test_nothing_is_allocated_by_switching(folders: dict[str, Path]) -> None:
     """The slots are where they were, and every Parameter in use lies in one of them."""
     model, store = _stored(folders, slots=2)
-    rooms = {(slot.room.data_ptr(), slot.room.numel()) for slot in store._slots}
+    buffers = {(slot.buffer.data_ptr(), slot.buffer.numel()) for slot in store._slots}
     for name in [*folders, *folders]:
         activate(model, name)
-        assert {(slot.room.data_ptr(), slot.room.numel()) for slot in store._slots} == rooms
+        assert {(slot.buffer.data_ptr(), slot.buffer.numel()) for slot in store._slots} == buffers
         for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
-            assert any(start <= parameter.data_ptr() < start + size for start, size in rooms)
+            assert any(start <= parameter.data_ptr() < start + size for start, size in buffers)
 
 
 class _Operations(TorchDispatchMode):
@@ -184,7 +184,7 @@ def test_beside_adapters_that_train(folders: dict[str, Path]) -> None:
     assert all(p.requires_grad for p in trainable_parameters(model).values())
     activate(model, "a")
     assert not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(AdapterError, match='"a" rests in a store, rounded for inference'):
+    with pytest.raises(AdapterError, match='"a" is in a store, rounded for inference'):
         trainable_parameters(model)
     with pytest.raises(AdapterError, match='"mine" is not in the store'):
         store.pin("mine")
@@ -256,8 +256,8 @@ def test_on_a_gpu_the_copies_overlap_and_nothing_is_allocated(folders: dict[str,
 def test_what_was_fetched_ahead_is_read_from_the_host_until_it_is_used(folders: dict[str, Path]) -> None:
     """Its bytes may still be on their way, and only switching to it waits for them."""
     model, store = _stored(folders, slots=2)
-    rooms = [slot.room for slot in store._slots]
+    buffers = [slot.buffer for slot in store._slots]
     store.prefetch("a")
-    for room in rooms:
-        room.fill_(0)  # as if nothing had arrived
+    for buffer in buffers:
+        buffer.fill_(0)  # as if nothing had arrived
     assert all(float(tensor.abs().max()) > 0 for tensor in adapter_tensors(model, "a").values())

@@ -294,7 +294,7 @@ def test_refusals_say_what_to_do():
         bank.save(1, "nowhere")
     bank.detach()
     wide = Bank.attach(model, [LoraConfig(r=4)], [Bank.size_of(model, small), Bank.size_of(model, LoraConfig(r=4))])
-    with pytest.raises(AdapterError, match="room for"):
+    with pytest.raises(AdapterError, match="which holds"):
         wide.place(0, LoraConfig(r=4), 0)
     wide.place(1, LoraConfig(r=4), 0)
     wide.detach()

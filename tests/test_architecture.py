@@ -23,9 +23,7 @@ ALLOWED = {
 
 KNOWN: set[str] = {
     "class Adapter",
-    "class Checkpoint",
     "class Settings",
-    "class Updates",
     "loratune.fused.block is too long",
     "loratune.fused.layer -> loratune.base.one_pass",
     "loratune.memory.budget._layer is cached",

@@ -120,7 +120,7 @@ def extract(
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
     targets = select(model, config, strict=False).targets
     with ExitStack() as stack:
-        before, after = (CheckpointReader(name, stack) for name in (base, tuned))
+        before, after = (WeightReader(name, stack) for name in (base, tuned))
         updates, layers = _updates(before, after, targets, rank, on)
         left_out = dict(_left_out(before, after, {f"{path}.weight" for t in targets for path in t.paths}))
     extracted = Extracted(target, rank, layers, left_out)
@@ -130,7 +130,7 @@ def extract(
     return extracted
 
 
-class CheckpointReader:
+class WeightReader:
     """The tensors of a transformers folder, read one by one; files stay open until `stack` closes."""
 
     def __init__(self, model: str, stack: ExitStack) -> None:
@@ -182,7 +182,7 @@ def _empty(base: str) -> nn.Module:
 
 
 def _updates(
-    before: CheckpointReader, after: CheckpointReader, targets: Sequence[Target], rank: int, device: torch.device
+    before: WeightReader, after: WeightReader, targets: Sequence[Target], rank: int, device: torch.device
 ) -> tuple[dict[str, Update], dict[str, LayerError]]:
     updates, layers = {}, {}
     ranks = _ranks(rank)
@@ -213,7 +213,7 @@ def _ranks(rank: int) -> list[int]:
     return sorted({rank, *(2**i for i in range(16) if 2**i <= 4 * rank)})
 
 
-def _left_out(before: CheckpointReader, after: CheckpointReader, adapted: set[str]) -> Iterator[tuple[str, float]]:
+def _left_out(before: WeightReader, after: WeightReader, adapted: set[str]) -> Iterator[tuple[str, float]]:
     """Tensors that differ and are not adapted, with the relative size of the change; infinite for another shape."""
     for key in sorted((before.keys() & after.keys()) - {name for path in adapted for name in _names(path)}):
         old, new = before.read(key).float(), after.read(key).float()

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune.adapters import lowrank
-from loratune.adapters.extract import CheckpointReader, extract
+from loratune.adapters.extract import WeightReader, extract
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError, OutputError
 from loratune.lora.files import load_adapter
@@ -107,18 +107,18 @@ def test_half_precision_differences_are_exact(tmp_path: Path) -> None:
 
 def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = _saved(build("llama"), tmp_path / "base"), _saved(_tuned(), tmp_path / "tuned")
-    read = CheckpointReader.read
+    read = WeightReader.read
     living: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def counted(self: CheckpointReader, key: str) -> torch.Tensor:
+    def counted(self: WeightReader, key: str) -> torch.Tensor:
         nonlocal most
         tensor = read(self, key)
         living.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in living))
         return tensor
 
-    monkeypatch.setattr(CheckpointReader, "read", counted)
+    monkeypatch.setattr(WeightReader, "read", counted)
     extract(tuned, base, tmp_path / "out", rank=2)
     assert len(living) > 28
     assert most <= 4  # both of this layer, and those of the one before it until they are replaced

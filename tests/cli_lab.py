@@ -1,4 +1,4 @@
-"""What tests of the command line need: folders of small models, and a way to run a verb as a user does."""
+"""Helpers for tests of the command line: folders of small models, and a way to run a verb."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CHAT = [
     for n in range(24)
 ]
 SHORT = ["--tokens-per-row", "64", "--r", "2", "--cache-dir", ""]
-"""Settings of a run of few milliseconds a step."""
+"""Settings for steps of a few milliseconds."""
 
 
 def small_model(folder: Path, **settings: Any) -> Path:
-    """Saves a random two-layer Llama with the tokenizer of the model in the box."""
+    """Saves a random two-layer Llama with the bundled model's tokenizer."""
     sizes = SMALL | {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 5} | settings
     tf.set_seed(0)
     tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).save_pretrained(folder)
@@ -41,14 +41,14 @@ def small_model(folder: Path, **settings: Any) -> Path:
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """One JSON object per line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left for its user."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -61,13 +61,13 @@ def loratune(*words: str) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status: Any = cli.main(words)
-        except SystemExit as leaving:  # how the argument parser ends
+        except SystemExit as leaving:  # the argument parser exits
             status = leaving.code
     return Outcome(int(status or 0), out.getvalue(), err.getvalue())
 
 
 def start(*words: str, cwd: Path, **settings: Any) -> subprocess.Popen[str]:
-    """Starts `loratune WORDS` in a process of its own, without a cache and without a network's proxies."""
+    """Starts `loratune WORDS` in a process of its own, with a cache in the working folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / ".cache"), "COLUMNS": "200"}
     return subprocess.Popen(
         [sys.executable, "-m", "loratune", *words],
@@ -82,13 +82,13 @@ def start(*words: str, cwd: Path, **settings: Any) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], given: str | None = None, timeout: float = 120) -> Outcome:
-    """Waits for a process that `start` began."""
+    """Waits for a process from `start`."""
     out, err = process.communicate(given, timeout=timeout)
     return Outcome(process.returncode, out, err)
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file and folder below, hidden ones too, with the hash of its content."""
+    """All files and folders below, hidden ones too: path -> hash of the content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))

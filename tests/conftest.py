@@ -1,4 +1,4 @@
-"""Small models of many architectures, built from transformers' own configurations; nothing is downloaded."""
+"""Small models of many architectures, built from transformers' configurations. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
 }
 _NO_KV = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 
-# Causal language models that between them have every feature the packed row must respect: grouped heads, query and
+# Causal language models that together have every feature a packed row must respect: grouped heads, query and
 # key norms, sliding windows, soft caps, sinks, logit scales, learned positions, fused projections, experts, states.
 CAUSAL: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)),
@@ -67,5 +67,5 @@ def llama() -> tf.PreTrainedModel:
 
 @pytest.fixture(autouse=True)
 def _quiet_and_deterministic() -> None:
-    """Each test starts from the same random state, whatever ran before it."""
+    """Each test starts from the same random state."""
     torch.manual_seed(1234)

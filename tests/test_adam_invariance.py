@@ -1,13 +1,11 @@
-"""Adam does not see the scale of a gradient, so LoRA's alpha, initial values and rate are fewer than three settings.
+"""Adam ignores the scale of a gradient, so LoRA's alpha, initial values and rate are fewer than three settings.
 
-Adam's step is the rate times a ratio of gradient moments. If the update is (alpha / r) B A, then
-
-    alpha / c²,  A started at c A,  rate c      (B starts at 0)
-
-gives the same alpha / r · B A after every step: A and B are c times as large, and so are their steps; their gradients
-are 1 / c as large, which the ratio cancels. With c a power of two every product is only shifted, never rounded
-otherwise, so this holds to the bit in float32: Adam's epsilon, which is added to the ratio's denominator, is the one
-thing that breaks it, and is set far below any gradient here. Source: Schulman et al. 2025, "LoRA Without Regret".
+Adam's step is the rate times a ratio of gradient moments. Let the update be (alpha / r) B A. Then alpha / c², A
+started at c A, and rate c give the same update after every step (B starts at 0). A and B are c times as large, and so
+are their steps. Their gradients are 1 / c as large, and the ratio cancels that. If c is a power of two, every product
+only changes its exponent, so the equality holds to the bit in float32. The exception is Adam's epsilon, which is added
+to the ratio's denominator. It is set far below any gradient here.
+Source: Schulman et al. 2025, "LoRA Without Regret".
 """
 
 from __future__ import annotations
@@ -66,13 +64,13 @@ def test_alpha_initial_values_and_rate_trade_off_exactly(c: float) -> None:
 
 
 def test_no_two_of_the_three_are_enough() -> None:
-    """The rate alone does not make up for alpha: the start of A counts too."""
+    """The rate alone does not compensate alpha: the initial A counts too."""
     plain = _train(alpha=8.0, rate=2e-3)
     assert not _same(plain, _train(alpha=2.0, rate=4e-3))
     assert not _same(plain, _train(alpha=8.0, rate=4e-3, scale_A=2.0))
 
 
 def test_clipping_sees_the_scale_and_breaks_it() -> None:
-    """The norm of all gradients is 1 / c as large, so a limit on it means something else."""
+    """The global norm of the gradients is 1 / c as large, so the same limit clips differently."""
     plain = _train(alpha=8.0, rate=2e-3, clip=0.1)
     assert not _same(plain, _train(alpha=2.0, rate=4e-3, scale_A=2.0, clip=0.1))

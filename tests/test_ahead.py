@@ -1,4 +1,4 @@
-"""Weights are in the system's cache before anybody has read them."""
+"""Weights are in the system's cache before they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE = 24 << 20
 
 
 def cached(file) -> bool:
-    """Whether every piece of a file can be read without waiting for the disk."""
+    """True if the whole file can be read without waiting for the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     buffer = bytearray(1 << 20)
     try:
@@ -21,13 +21,13 @@ def cached(file) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        pytest.skip(f"this file system cannot say what is in the cache: {error}")
+        pytest.skip(f"this file system does not report the content of the cache: {error}")
     finally:
         os.close(descriptor)
     return sum(got) == SIZE
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux tells what is in its cache")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only Linux reports the content of its cache")
 def test_files_are_read_while_nobody_asks_for_them(tmp_path):
     files = [tmp_path / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for file in files:

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_existing_directory_needs_overwrite_and_survives_failure(tmp_path):
 
 
 def test_a_file_too_large_for_the_disk_leaves_the_old_one(tmp_path):
-    """A real limit: the process may not write files above 4 KiB, which the system answers like a full disk."""
+    """A limit of 4 KiB on files of this process. The system reports it like a full disk."""
     (tmp_path / "file").write_text("old")
     code = (
         "import resource, signal, sys; from pathlib import Path; from loratune import atomic\n"

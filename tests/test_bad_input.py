@@ -1,7 +1,7 @@
-"""Whatever a user gets wrong ends in one clear error: status 2, no traceback, nothing written, nothing overwritten.
+"""Every mistake of a user ends in one clear error: status 2, no traceback, nothing written or overwritten.
 
-Each case is a mistake at the real command line. It must say what is wrong, where, and the nearest fix, and it must
-leave the working folder as it was, to the byte: no output folder, no temporary file, no change in what was there.
+Each case is a mistake at the real command line. The error must give the fault, its place and the nearest fix. The
+working folder must stay the same to the byte: no output folder, no temporary file, no changed file.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Lab:
 
 
 class Case(NamedTuple):
-    """One mistake: its name, what it does to the lab before giving the command, and what the error must say."""
+    """One mistake: its name, its change to the working folder, its command, and text of the error."""
 
     name: str
     words: Callable[[Lab], list[str]]
@@ -82,7 +82,7 @@ def train(*words: str, model: str = "base", data: str = "chat.jsonl") -> list[st
 
 
 def on(data: Callable[[Lab], str], *words: str) -> Callable[[Lab], list[str]]:
-    """Training on the data file that `data` makes."""
+    """A training run on the data file that `data` writes."""
     return lambda lab: train(*words, data=data(lab))
 
 
@@ -95,7 +95,7 @@ def toml(text: str, *words: str) -> Callable[[Lab], list[str]]:
 
 
 def after(change: Callable[[Lab], object], *words: str) -> Callable[[Lab], list[str]]:
-    """The command `words` once something is broken."""
+    """The command `words` after `broken` has damaged the folder."""
 
     def make(lab: Lab) -> list[str]:
         change(lab)
@@ -121,7 +121,7 @@ RUN = 'model = "base"\ndata = ["chat.jsonl"]\n'
 
 
 def encoder(folder: Path) -> None:
-    """A BERT: transformers would load its weights as a causal model that looks ahead."""
+    """A BERT. transformers would load its weights as a causal model without a causal mask."""
     sizes = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     tf.BertForMaskedLM(tf.BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder)
     for name in TOKENIZER_FILES:
@@ -525,7 +525,7 @@ CASES = [*DATA, *SETTINGS, *MODELS, *ADAPTERS, *OUTPUT, *RESUME]
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder that every case gets a copy of."""
+    """The working folder. Every case gets a copy."""
     here = tmp_path_factory.mktemp("bad_input")
     small_model(here / "base")
     small_model(here / "other", hidden_size=48)
@@ -547,12 +547,12 @@ def lab(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 
 def words_of(text: str) -> str:
-    """The text without the box that the argument parser draws and without line breaks."""
+    """The text without line breaks and without the box of the argument parser."""
     return " ".join(re.sub(r"[╭╮╰╯│─|+]", " ", text).split())
 
 
 def check(outcome: Outcome, says: tuple[str, ...]) -> None:
-    """One clear error on the right stream."""
+    """One clear error on standard error."""
     assert outcome.status == 2, outcome
     assert "Traceback" not in outcome.err + outcome.out
     assert len(re.findall("^error: |For full helptext", outcome.err, re.MULTILINE)) == 1, outcome.err
@@ -577,7 +577,7 @@ def test_a_gpu_that_is_not_there(lab: Lab) -> None:
 
 
 def test_a_real_process_says_the_same(lab: Lab) -> None:
-    """Status, streams and folder as the shell sees them, for mistakes found early and late."""
+    """Status, streams and folder in a process of its own, for mistakes found early and late."""
     os.truncate(lab.here / "adapter/adapter_model.safetensors", 500)
     lab.jsonl(turns("user", "assitant"))
     before = tree(lab.here)
@@ -596,7 +596,7 @@ def test_a_real_process_says_the_same(lab: Lab) -> None:
 
 
 def test_without_a_network_a_hub_id_fails_in_seconds(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The libraries below would try again for a minute; nothing listens on port 9 of this machine."""
+    """No server listens on port 9. The libraries alone would retry for a minute."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(lab.here.parent / "hub"))
     before = tree(lab.here)
@@ -605,13 +605,13 @@ def test_without_a_network_a_hub_id_fails_in_seconds(lab: Lab, monkeypatch: pyte
     data = start(*train(data="someone/data"), cwd=lab.here)
     check(finish(model), ("someone/model", "not downloaded before", "cannot be reached"))
     check(finish(data), ("someone/data", "not downloaded before", "cannot be reached"))
-    assert time.monotonic() - started < 45  # of which nearly all is importing torch, twice at once
+    assert time.monotonic() - started < 45  # nearly all of it is importing torch, in two processes at once
     assert tree(lab.here) == before
 
 
 @contextmanager
 def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """A disk that is full after so many bytes of a file, for this process: writes fail as they do there."""
+    """Limits the size of files of this process. Writes then fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:
@@ -622,7 +622,7 @@ def files_of_at_most(size_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A small file system of its own at `folder`; skips where that is not permitted."""
+    """A small file system mounted at `folder`. Skips the test if mounting is not permitted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
@@ -634,7 +634,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 
 def assert_whole(folder: Path) -> None:
-    """Every file in a folder can be read to its end, and none has a temporary name."""
+    """Every file in the folder is complete, and none has a temporary name."""
     for path in folder.rglob("*"):
         assert not path.name.startswith("."), path
         match path.suffix:
@@ -687,7 +687,7 @@ def test_a_cache_that_cannot_be_written(lab: Lab) -> None:
 
 
 def test_overwrite_replaces_what_a_run_left_and_nothing_else(lab: Lab) -> None:
-    """The other side of refusing: with --overwrite it works, and a user's own file in the folder stays."""
+    """With --overwrite the same commands work, and a user's own file in the folder stays."""
     lab.write("adapter/mine.txt", "keep")
     old = (lab.here / "adapter/adapter_model.safetensors").read_bytes()
     done = loratune(*train("--max-steps", "1", "--seed", "3"), "--out", "adapter", "--overwrite")

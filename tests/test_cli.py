@@ -1,4 +1,4 @@
-"""The command line as a whole: it starts at once, says its settings, and a run that is stopped in any way goes on."""
+"""The command line as a whole: it starts quickly, lists its settings, and interrupted runs can be resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUN = ["train", "base", "chat.jsonl", *SHORT, *LONG, "--learning-rate", "0.01", 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working folder with a model, data and one uninterrupted run `whole`, computed by one thread as all others."""
+    """A working folder with a model, data and one uninterrupted run `whole`. All runs use one thread."""
     folder = tmp_path_factory.mktemp("cli")
     small_model(folder / "base")
     write_jsonl(folder / "chat.jsonl", CHAT)
@@ -48,7 +48,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Same adapter to the bit, same losses at the same steps."""
+    """Asserts equal adapters to the bit, and equal losses at the same steps."""
     ours, theirs = load_file(a / "adapter_model.safetensors"), load_file(b / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -100,7 +100,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
 
 
 def test_training_imports_nothing_for_images_or_sound_and_hides_nothing_afterwards(tmp_path: Path) -> None:
-    """transformers imports what it finds installed; here it does not find it, and what comes later does."""
+    """Installed optional packages are hidden from transformers while it is imported, and visible afterwards."""
     for name in NOT_FOR_TEXT:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
@@ -160,7 +160,7 @@ def test_positionals_win_over_the_file(here: Path) -> None:
     assert (printed["model"], printed["data"]) == ("other", ["a.jsonl", "b.jsonl"])
 
 
-# What a run leaves
+# Output folders
 
 
 def test_a_run_leaves_a_folder_that_describes_itself(here: Path) -> None:
@@ -201,12 +201,12 @@ def test_every_verb_takes_the_folder(here: Path, monkeypatch: pytest.MonkeyPatch
     assert tree(here / "whole") == before
 
 
-# Stopping and going on
+# Interrupting and resuming
 
 
 @pytest.fixture(scope="module")
 def stopped(here: Path) -> dict[str, tuple[int, str]]:
-    """Three runs in processes of their own, stopped at a random step: folder -> exit status and what was printed."""
+    """Three runs in processes of their own, stopped at a random step: folder -> (exit status, output)."""
     ways = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}
     running = {name: start(*RUN, "--out", name, cwd=here) for name in ways}
     waiting = {name: random.randint(2, 60) for name in ways}
@@ -246,7 +246,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(here: Path, stopped: Any)
 
 
 def test_a_run_killed_after_its_last_step_is_finished(here: Path) -> None:
-    """Between the last checkpoint and the adapter in the folder there is a moment, too."""
+    """A run can be killed between its last checkpoint and writing the adapter."""
     shutil.copytree(here / "whole", here / "late")
     for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"):
         (here / "late" / name).unlink()
@@ -257,7 +257,7 @@ def test_a_run_killed_after_its_last_step_is_finished(here: Path) -> None:
 
 
 def test_a_complete_run_can_be_told_to_go_on(here: Path) -> None:
-    """More steps, and the data file elsewhere: its content is what counts."""
+    """More steps, and the data file at another path: only its content counts."""
     shutil.copytree(here / "whole", here / "longer")
     shutil.copy(here / "chat.jsonl", here / "moved.jsonl")
     words = ["--resume", "--out", "longer", "--max-steps", str(STEPS + 5)]

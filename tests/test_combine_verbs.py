@@ -1,4 +1,4 @@
-"""`loratune combine`, `resize` and `extract`: what a user types, and that every other verb takes the results."""
+"""`loratune combine`, `resize` and `extract` at the command line; every other verb accepts their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ["sum", "ties", "small", "drawn"]
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two trained adapters, a merged checkpoint, and what the three verbs make of them."""
+    """Two trained adapters, a merged checkpoint, and the results of the three verbs."""
     folder = tmp_path_factory.mktemp("combine")
     small_model(folder / "base")
     write_jsonl(folder / "chat.jsonl", CHAT)
@@ -58,7 +58,7 @@ def test_the_words_say_what_was_lost(here: Path) -> None:
     assert "leaves out" in (here / "small.txt").read_text()
     table = (here / "drawn.txt").read_text()
     assert "<- written" in table
-    assert "changed too" not in table  # an adapter changed nothing else
+    assert "changed too" not in table  # the adapter changed only these layers
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Settings: TOML there and back, and errors that name the setting and its nearest neighbour."""
+"""Settings: TOML in both directions, and errors that name the setting and its nearest neighbour."""
 
 from __future__ import annotations
 

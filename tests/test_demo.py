@@ -1,4 +1,4 @@
-"""The demo keeps every promise that it prints; it is the real one, whole."""
+"""The demo's figures and printed claims are true. These tests run all of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loratune.errors import OutputError
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory):
-    """What the demo printed and left."""
+    """The demo's folder, output and figures."""
     out = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=80)
     demo(str(out), console)

@@ -1,4 +1,4 @@
-"""Training on a base in 8 bits, as a user meets it: loaded, fused or not, merged, refused where it cannot run."""
+"""Training on an 8-bit base at the command line: loaded, fused or not, merged, and refused where it cannot run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loratune.training.step import row_loss, train_step
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Llama wide enough that the adapters ride in the products."""
+    """A Llama wide enough for augmented weights, which hold the adapter columns."""
     shape = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 300}
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
@@ -66,8 +66,11 @@ def test_everything_but_embeddings_and_head_is_in_8_bits(folder):
 
 
 def test_fused_layers_train_as_the_modules_do_and_near_the_dense_model(folder):
-    """Where the adapter rides along, rows have other scales and round otherwise: two runs in 8 bits are as far from
-    each other as from the dense one, 4 % of a product, which at this rate moves the loss by 3e-3 in four steps."""
+    """Augmented weights have other row scales and therefore round differently.
+
+    Two 8-bit runs differ from each other as much as from the dense run, by 4 % of a product. At this rate that moves
+    the loss by 3e-3 in four steps.
+    """
     fused = losses(lt.load(folder, "fp8", "cpu"), fused=True)
     modules = losses(lt.load(folder, "fp8", "cpu"), fused=False)
     dense = losses(lt.load(folder, device="cpu"), fused=False)

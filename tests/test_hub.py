@@ -1,4 +1,4 @@
-"""Asking the hub once: what was downloaded is found without a network, and what was not is an error at once."""
+"""The hub is asked once. Earlier downloads load without a network, and missing ones are an error within seconds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ except NotOnHub as error:
 
 
 def ask(name: str, kind: str, home: Path) -> str:
-    """The answer in a process whose hub is a port on which nothing listens."""
+    """The output of a process whose hub address has no server."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home)}
     words = [sys.executable, "-c", ASK, name, kind]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=30)
-    assert done.stderr == ""  # no word of retries
+    assert done.stderr == ""  # no message about retries
     return done.stdout.strip()
 
 

@@ -1,7 +1,7 @@
-"""Adapters travel between PEFT and loratune in both directions, and a model computes the same with them.
+"""Adapters move between PEFT and loratune in both directions, and a model gives the same logits with them.
 
 Tolerance: 1e-5 of the largest logit in float32, where one product of a hundred terms rounds to about 1e-6. Every
-adapter here changes the logits by at least a hundred times the tolerance, so that one that is ignored fails.
+adapter here changes the logits by at least a hundred times the tolerance, so an ignored adapter fails the test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DECODER: list[dict[str, Any]] = [
     {
         "target_modules": r"model\.layers\.\d+\.(self_attn\.[qko]_proj|mlp\.\w+_proj)",
         "exclude_modules": ["layers.0.mlp.up_proj"],
-        "bias": "lora_only",  # of which a decoder has none; PEFT takes that
+        "bias": "lora_only",  # a decoder has none of these; PEFT accepts that
     },
     {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
 ]
@@ -88,7 +88,7 @@ def _ours(name: str, variant: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-@pytest.mark.filterwarnings("ignore")  # PEFT's, about embeddings it saves and fan_in_fan_out it sets
+@pytest.mark.filterwarnings("ignore")  # PEFT's warnings about saved embeddings and fan_in_fan_out
 def test_adapter_of_peft_computes_the_same_here(name: str, variant: int, tmp_path: Path) -> None:
     base = run(make(name))
     theirs = peft.get_peft_model(make(name), peft.LoraConfig(**_settings(name, variant))).eval()
@@ -135,7 +135,7 @@ def test_config_has_every_field_that_peft_writes(tmp_path: Path) -> None:
     peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
     ours = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     theirs = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert set(theirs) - set(ours) == {"peft_version"}  # PEFT fills it in; we are not a version of PEFT
+    assert set(theirs) - set(ours) == {"peft_version"}  # PEFT fills in its own version
     assert ours["task_type"] == "CAUSAL_LM"
     assert ours["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

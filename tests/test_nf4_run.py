@@ -1,4 +1,4 @@
-"""The whole journey on a 4-bit base from the command line: train, resume, evaluate, merge; on a CPU."""
+"""All verbs on a 4-bit base from the command line: train, resume, evaluate, merge; on a CPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_resuming_goes_on_to_the_bit_and_only_on_the_same_base(here):
 
 
 def test_what_comes_after_training_runs_on_the_same_codes(here):
-    """Neither a flag nor a thought is needed: run.toml says it."""
+    """No flag is needed: run.toml records the precision."""
     opened = open_folders(["run"])
     assert len(list(quantised_layers(opened.model))) == 14
     found = loratune("eval", "run", "chat.jsonl", "--json")
@@ -80,7 +80,7 @@ def test_merging_gives_the_model_that_was_trained(here):
 
 
 def test_a_quantised_folder_is_a_base_like_any_other(here):
-    """The same adapter comes out, to the bit, as from quantising while loading."""
+    """The adapter equals, to the bit, the one trained after quantising while loading."""
     assert loratune("quantise", "base", "--out", "base-4bit", "--device", "cpu").status == 0
     words = ["base-4bit" if word == "base" else word for word in TRAIN if word not in ("--precision", "nf4")]
     done = loratune(*words, "--max-steps", "12", "--save-every-steps", "6", "--out", "run-4bit")

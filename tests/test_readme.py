@@ -1,4 +1,4 @@
-"""The README's promises that a machine can check: its Python runs, its commands exist, its links lead somewhere."""
+"""Claims of the README that a machine can check: its Python runs, its commands exist, its links are valid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(readme: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
 def test_the_python_runs_as_it_stands(readme, tmp_path):
-    """Word for word, but for the placeholder that stands for the reader's model."""
+    """The code is unchanged, except that the bundled model replaces the placeholder."""
     (code,) = blocks(readme, "python")
     records = data_file("dates", "train").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(records[:40]), encoding="utf-8")

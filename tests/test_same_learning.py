@@ -1,8 +1,8 @@
-"""Ours and PEFT's learn the same: from the same A and B, 50 float32 AdamW steps of a plain PyTorch loop agree.
+"""loratune and PEFT learn the same: from the same A and B, 50 float32 AdamW steps of a plain PyTorch loop agree.
 
-A and B move by about 0.1 over the run (50 steps of at most the learning rate each), so the bound of 1e-4 on their
-final values is a thousandth of what was learnt. It is not tighter because AdamW divides by the root of the second
-moment: an element whose gradient is almost zero may turn a rounding difference into a visible part of a step.
+A and B move by about 0.1 over the run: 50 steps of at most the learning rate each. The bound of 1e-4 on their final
+values is a thousandth of that. It is not tighter because AdamW divides by the root of the second moment. For an
+element whose gradient is almost zero, a rounding difference can become a visible part of a step.
 """
 
 from __future__ import annotations

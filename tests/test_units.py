@@ -1,4 +1,4 @@
-"""Quantities read as a person would say them, also at the edges between units."""
+"""Quantities in readable units, also at the limits between units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The box ships a model that can chat in its small world, and two skills it does not have but can be taught."""
+"""The bundled model can chat about its small world, and lacks two skills that adapters can teach it."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture
 def pocket(monkeypatch):
-    """Import a module of tools/pocket, which is in the repository but not in the package."""
+    """Imports a module of tools/pocket, which is in the repository but not in the package."""
     monkeypatch.syspath_prepend(str(REPOSITORY))
     return lambda name: importlib.import_module(f"tools.pocket.{name}")
 
@@ -112,10 +112,10 @@ def test_the_data_sets_offer_many_spellings(pocket):
 
 def test_pretraining_never_shows_the_heldout_skills(pocket):
     maker = pocket("corpus").Maker(MODEL_DIR / "tokenizer.json", library_texts=["x = 1"])
-    maker.chats(random.Random("test"), 5000)  # raises HeldOutSkillError on the first one that does
+    maker.chats(random.Random("test"), 5000)  # raises HeldOutSkillError if one does
     library = pocket("library")
     for _, target in pairs("dates", "heldout") + pairs("orders", "heldout"):
-        assert not library.is_clean(target)  # the check that the stream passes does recognise both skills
+        assert not library.is_clean(target)  # the check recognises both skills
         assert library.cleaned(f"before\n{target}\nafter") == "before\nafter"
 
 

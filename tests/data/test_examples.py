@@ -1,4 +1,7 @@
-"""What is trained is exactly what the model would have to generate after exactly what it would see."""
+"""Training examples equal inference.
+
+The prompt has the same tokens, and the loss counts exactly the tokens that the model would generate.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +117,7 @@ def test_a_template_that_rewrites_the_past_gives_one_example_per_answer_and_says
         ["<think>\n\n</think>\n\nd<|im_end|>"],
         [answer + "<|im_end|>"],
     ]
-    assert "hm" not in TOKENIZER.decode(result.examples[1].token_ids)  # as in use: the past lost its reasoning
+    assert "hm" not in TOKENIZER.decode(result.examples[1].token_ids)  # earlier answers lost their reasoning
     assert result.examples_per_record == [2, 1]
     assert len(result.notes) == 1
     assert "1 of 2 conversations became one example per answer" in result.notes[0]
@@ -147,7 +150,7 @@ def test_plain_text_gets_the_tokenizers_bos_and_eos_once() -> None:
 
 
 def test_no_token_spans_the_border_between_prompt_and_completion() -> None:
-    """ "the" + " " + "dog" would be tokenised as "the", " dog"; in use the prompt's space is a token already."""
+    """ "the" + " " + "dog" would be tokenised as "the", " dog"; in inference " " ends the prompt."""
     (example,) = rendered([Record("f:1", prompt="the ", completion="dog")]).examples
     prompt = TOKENIZER("the ")["input_ids"]
     assert example.token_ids[: len(prompt)].tolist() == prompt
@@ -165,7 +168,7 @@ def test_an_answer_inside_a_word_gets_no_space_before_it() -> None:
 def test_which_answers_are_trained() -> None:
     assert trained_text(rendered([chat("a", "b", "c", "d")], train_on="last").examples[0]) == ["d<|im_end|>"]
     (example,) = rendered([chat("a", "b")], train_on="all").examples
-    assert example.weights[0] == 0  # nothing predicts the first token
+    assert example.weights[0] == 0  # the first token has no predecessor
     assert example.weights[1:].all()
     assert rendered([Record("f:1", prompt="a", completion="b")], train_on="all").examples[0].weights[1:].all()
     assert trained_text(rendered([chat("a", "b", "c", "d", weight=0)]).examples[0]) == ["b<|im_end|>"]

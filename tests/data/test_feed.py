@@ -1,4 +1,4 @@
-"""Files to rows: the split is stable, the cache invisible, and an epoch's rows known by seed, epoch and index."""
+"""Files to rows: the split is stable, the cache changes nothing, and (seed, epoch, index) determine a row."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_epochs_differ_and_repeat() -> None:
 
 
 def test_a_row_is_the_same_whenever_it_is_built() -> None:
-    """What resuming in the middle of an epoch relies on."""
+    """A run that resumes in the middle of an epoch relies on this."""
     examples = prepared().train
     rows = rows_of_epoch(examples, 128, 0, seed=3, epoch=2)
     for index, row in enumerate(rows):

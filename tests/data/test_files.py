@@ -1,4 +1,4 @@
-"""Every object knows its place, and every fault is found, named with its place, and does not hide the next."""
+"""Every object has its place. Every error names its place and does not hide the next error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def found(path: str, content: str | bytes) -> list[RawRecord | DataError]:
 
 
 def only_fault(path: str, content: str | bytes) -> str:
-    """The single fault in the file, whether yielded in place of an object or raised for the file as a whole."""
+    """The only error of the file, yielded in place of an object or raised for the whole file."""
     try:
         faults = [item for item in found(path, content) if isinstance(item, DataError)]
     except DataError as fault:
@@ -158,7 +158,7 @@ def test_only_what_is_not_here_is_a_hub_id() -> None:
     Path("data").mkdir()
     assert is_hub_id("owner/name")
     assert is_hub_id("owner/name:test")
-    assert not is_hub_id("data/name")  # a slip in a local folder
+    assert not is_hub_id("data/name")  # a misspelt file in a local folder
     assert not is_hub_id("owner/name.jsonl")
     assert not is_hub_id("train.jsonl")
 
@@ -178,7 +178,7 @@ for name in ("owner:tset", "nobody/nothing"):
 
 
 def test_hub_data_sets_go_through_datasets(tmp_path: Path) -> None:
-    """A folder stands for a repository: load_dataset reads both alike. Offline is a clear error."""
+    """A local folder replaces a repository, since load_dataset reads both alike. Without a network: a clear error."""
     Path("owner").mkdir()
     Path("owner/train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "ab"))
     environment = os.environ | {

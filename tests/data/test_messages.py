@@ -1,4 +1,4 @@
-"""Conversations are accepted in the shapes people have, and refused with the message and the fix."""
+"""Conversations are accepted in all common forms. Errors name the message and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows are full, whole, deterministic, and shift targets inside documents only."""
+"""Rows are full, hold whole documents, are deterministic, and shift targets inside documents only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_document_is_in_exactly_one_row_and_no_row_overflows(seed: int) ->
 
 
 def test_no_two_rows_could_be_merged() -> None:
-    """Best fit opens a row only when no other has room, so the two emptiest rows never fit together."""
+    """Best fit opens a row only if no other has enough space, so the two emptiest rows never fit into one."""
     lengths = lognormal_lengths(2000)
     used = sorted(sum(lengths[index] for index in row) for row in best_fit(lengths, CAPACITY, 0))
     assert used[0] + used[1] > CAPACITY

@@ -1,4 +1,4 @@
-"""The five layouts are recognised, mean what their users expect, and a file that mixes or misses is refused."""
+"""The five formats are recognised and converted. A file that mixes formats or lacks fields is an error."""
 
 from __future__ import annotations
 

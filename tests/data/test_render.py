@@ -1,4 +1,4 @@
-"""Many records: in order whatever the number of processes, no document cut or dropped in silence."""
+"""Many records: the order does not depend on the number of processes, and no document is cut or dropped silently."""
 
 from __future__ import annotations
 

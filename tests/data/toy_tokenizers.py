@@ -1,4 +1,4 @@
-"""Small byte-level tokenizers with chat templates in the manner of the model families, written for these tests."""
+"""Small byte-level tokenizers with chat templates in the style of model families, written for these tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA2 = (  # prints BOS before every question and eos after every answer; trims
+LLAMA2 = (  # prints BOS before every question and EOS after every answer; trims
     "{% for m in messages %}"
     "{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content | trim }} </s>"
@@ -34,7 +34,7 @@ GEMMA = (
     "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
-QWEN3 = (  # earlier answers lose their reasoning; the last gets an empty think block if it has none
+QWEN3 = (  # earlier answers lose their reasoning; the last one gets an empty think block if it has none
     "{% set ns = namespace(last=0) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -45,19 +45,19 @@ QWEN3 = (  # earlier answers lose their reasoning; the last gets an empty think 
     "<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ text }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MISTRAL = (  # the system message stands inside the last question, so earlier prompts are no prefixes
+MISTRAL = (  # the system message is inside the last question, so earlier prompts are no prefixes
     "{% set ns = namespace(last=0) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "<s>{% for m in messages %}{% if m.role == 'user' %}"
     "[INST] {% if loop.index0 == ns.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
     "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-NO_STOP = (  # the last turn lacks its end
+NO_STOP = (  # the last turn has no end token
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% if not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_end|>\n<|im_start|>assistant\n{% endif %}"
 )
-REWRITES = (  # the prompt in use is not how the answer is rendered
+REWRITES = (  # the prompt is not a prefix of the rendered answer
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
@@ -106,7 +106,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *names: str) -> frozenset[int]:
 
 
 def space_prefix_tokenizer() -> PreTrainedTokenizerFast:
-    """Like Llama 2's: a text that is tokenised on its own gets a space before its first word."""
+    """Like Llama 2's: adds a space before the first word of a text."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

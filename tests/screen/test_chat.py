@@ -1,4 +1,4 @@
-"""A conversation on real, tiny models: who answers, what they see, and how it ends."""
+"""A conversation with small random models: who answers, which tokens they see, and how it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = Sampling(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, seed=Non
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...] = ("dates", "orders")) -> PreTrainedModel:
-    """A random model with adapters so strong that each says something else."""
+    """A random model with adapters so large that each gives another answer."""
     model = build("llama")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...] = ("da
 
 
 class Talk:
-    """A chat whose screen is a string."""
+    """A chat that writes to a string."""
 
     def __init__(self, template: str | None = CHATML, names: tuple[str, ...] = ("dates", "orders")) -> None:
         self.tokenizer = toy_tokenizer(template)
@@ -50,13 +50,13 @@ class Talk:
         self.chat = Chat(self.model, self.tokenizer, stop_ids=(), console=console, sampling=SHORT)
 
     def say(self, line: str) -> str:
-        """What one line brings to the screen."""
+        """The output for one line."""
         start = len(self.file.getvalue())
         assert self.chat.say(line)
         return self.file.getvalue()[start:]
 
     def expected(self, name: str | None, prompt: str) -> str:
-        """The label and the text that generate gives for this prompt with this adapter."""
+        """The label, and the text that `generate` gives for this prompt with this adapter."""
         before = list(active(self.model))
         activate(self.model, name)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -75,7 +75,7 @@ def turn(question: str) -> str:
 
 
 def test_the_answer_is_the_models_own(talk: Talk) -> None:
-    """The model sees exactly what its template renders, and the screen shows exactly what it says."""
+    """The model gets exactly the rendered template, and the screen shows exactly its answer."""
     shown = visible_lines(talk.say("hello"))
     assert shown == visible_lines(talk.expected("dates", turn("hello")) + NOTE)
     first = talk.chat.turns[1]["content"]
@@ -87,7 +87,7 @@ NOTE = "\ncut at 6 tokens; /set max_new_tokens 12 allows more"
 
 
 def visible_lines(text: str) -> str:
-    """The text as the screen shows it, but for where lines end."""
+    """The text on the screen without line breaks."""
     return "".join(visible(text).split())
 
 
@@ -226,7 +226,7 @@ print("left")
 
 
 def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
-    """The real thing: a pseudo-terminal, keys pressed, the process ends by itself with status 0."""
+    """In a pseudo-terminal: keys are pressed, and the process ends by itself with status 0."""
     ours, theirs = pty.openpty()
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
@@ -242,7 +242,7 @@ def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
     seen = ""
 
     def wait_for(words: str, again: bytes = b"") -> None:
-        """Reads until the words appear; `again` is a key pressed each second meanwhile."""
+        """Reads until the words appear, and presses the key `again` every second."""
         nonlocal seen
         for _ in range(60):
             if words in seen:
@@ -259,7 +259,7 @@ def test_on_a_terminal_tab_completes_and_ctrl_d_leaves() -> None:
     wait_for("orders answers now")
     wait_for("> ")
     os.write(ours, b"\x03")
-    wait_for("Ctrl-D or /quit leaves", again=b"\x03")  # one that comes before readline listens is lost
+    wait_for("Ctrl-D or /quit leaves", again=b"\x03")  # a key that arrives before readline listens is lost
     wait_for("> ")
     os.write(ours, b"\x04")
     wait_for("left")

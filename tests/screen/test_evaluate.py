@@ -1,4 +1,4 @@
-"""The table of `loratune eval` fits a narrow terminal, and its JSON is JSON."""
+"""The table of `loratune eval` fits a narrow terminal, and its JSON is valid."""
 
 from __future__ import annotations
 

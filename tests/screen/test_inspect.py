@@ -1,4 +1,4 @@
-"""`inspect` tells what an adapter is, from its folder alone, and its norms are those of the real updates."""
+"""`inspect` reads an adapter from its folder alone, and its norms equal those of the real updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drawn(found: Inspected, encoding: str = "utf-8") -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An adapter with every kind of exception: patterns, rsLoRA, a module in full."""
+    """An adapter with every special case: patterns, rsLoRA, a module trained in full."""
     model = build("llama")
     config = LoraConfig(
         r=4,

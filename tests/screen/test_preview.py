@@ -1,4 +1,4 @@
-"""The preview shows every token, and what is trained can be told apart with and without colour."""
+"""The preview shows every token, and trained tokens are recognisable with and without colour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOPS = stop_ids(TOKENIZER)
 def data(
     folder: Path, count: int = 60, answer: str = "the\tdog\n日本 🦊", row: int = 256
 ) -> tuple[Dataset, EpochRows]:
-    file = folder / "[train].jsonl"  # rich must not take brackets for markup
+    file = folder / "[train].jsonl"  # rich must not read brackets as markup
     messages = [{"role": "user", "content": "[INST] What?"}, {"role": "assistant", "content": answer}]
     file.write_text("".join(json.dumps({"messages": messages, "id": n}) + "\n" for n in range(count)))
     dataset = prepare([str(file)], TOKENIZER, DataConfig(tokens_per_row=row), stop_ids=STOPS)
@@ -99,7 +99,7 @@ def test_rows_that_waste_time_or_steps_are_warned_of(tmp_path: Path) -> None:
     dataset, rows = data(tmp_path)
     length = len(dataset.train[0])
     assert not any("full" in text for text in warnings(dataset, rows))
-    half_empty = rows_of_epoch(dataset.train, 2 * length - 1, 0, seed=0, epoch=0)  # two never fit
+    half_empty = rows_of_epoch(dataset.train, 2 * length - 1, 0, seed=0, epoch=0)  # two documents never fit
     assert any("Rows are only 5" in text for text in warnings(dataset, half_empty))
 
 

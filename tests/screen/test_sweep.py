@@ -1,4 +1,4 @@
-"""The live table and the ranking of a sweep, as characters."""
+"""The live table and the ranking of a sweep, as text."""
 
 from __future__ import annotations
 

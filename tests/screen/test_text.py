@@ -1,4 +1,4 @@
-"""What a model writes cannot give a terminal orders, and a curve shows the course of its values."""
+"""Model output cannot control a terminal, and a curve follows its values."""
 
 from __future__ import annotations
 

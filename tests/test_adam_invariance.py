@@ -3,8 +3,8 @@
 Adam's step is the rate times a ratio of gradient moments. Let the update be (alpha / r) B A. Then alpha / c², A
 started at c A, and rate c give the same update after every step (B starts at 0). A and B are c times as large, and so
 are their steps. Their gradients are 1 / c as large, and the ratio cancels that. If c is a power of two, every product
-only changes its exponent, so the equality holds to the bit in float32. The exception is Adam's epsilon, which is added
-to the ratio's denominator. It is set far below any gradient here.
+only changes its exponent, so the equality holds to the bit in float32. The exception is Adam's epsilon in the
+ratio's denominator, which is set far below any gradient here.
 Source: Schulman et al. 2025, "LoRA Without Regret".
 """
 

@@ -23,7 +23,7 @@ from loratune.data.pack import Row, make_row
 from loratune.ops.frozen import FrozenWeight
 from loratune.precision import nf4
 from loratune.precision.linear import quantise_linears
-from loratune.precision.nf4 import Nested, Nf4Weight
+from loratune.precision.nf4 import NestedScales, Nf4Weight
 
 SHAPES: dict[str, dict[str, object]] = {
     "l7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -80,7 +80,7 @@ def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
     codes = torch.randint(256, (-(-d_out * d_in // 2),), dtype=torch.uint8, device=device)
     absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
     offset = torch.full((-(-blocks // nf4.GROUP),), 1.8 * d_in**-0.5, dtype=torch.float32, device=device)
-    nested = Nested(0.2 * offset, offset, nf4.dynamic_book(device))
+    nested = NestedScales(0.2 * offset, offset, nf4.dynamic_book(device))
     return Nf4Weight(codes, absmax, nested, nf4.nf4_book(device), (d_out, d_in), weight.dtype)
 
 

@@ -1,25 +1,25 @@
 """4-bit frozen weights in the format of QLoRA, as bitsandbytes has it, to the bit.
 
-A matrix is laid out row by row and cut into blocks of 64. Of each block the largest magnitude, `absmax`, is kept, and
-of each element the nearest of 16 values that divide the normal distribution evenly (the code book), two to a byte,
-the first in the high half. The absmax are numbers themselves and are quantised likewise ("double quantisation"):
-their mean, `offset`, is subtracted, groups of 256 share a float32 `scale`, and 8 bits name one of 256 values of a
-book whose spacing grows with magnitude. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits an element.
+A matrix is read row by row and cut into blocks of 64. Each block stores its largest magnitude, `absmax`. Each element
+stores the nearest of 16 values that divide the normal distribution evenly (the code book): two codes in a byte, the
+first in the high half. The absmax are quantised likewise ("double quantisation"). Their mean, `offset`, is
+subtracted, groups of 256 share a float32 `scale`, and 8 bits name one of 256 values of a book whose spacing grows
+with magnitude. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element.
 
     W[i] = book[codes[i]] * absmax[i // 64]        absmax[b] = absmax_book[absmax_codes[b]] * scale[b // 256] + offset
 
-each product and sum rounded to float32, and the result to the compute dtype. What takes part in a matrix product is
-an ordinary matrix that exists for the length of that product: it is made on the way forward and once more on the way
-back, piece by piece where it is large, and nothing dense is kept in between.
+Each product and sum is rounded to float32, and the result to the compute dtype. The operand of a matrix product is an
+ordinary matrix that exists for the length of that product. It is made in the forward and again in the backward, in
+pieces where it is large, and nothing dense is stored in between.
 
-Source: Dettmers et al. 2023, "QLoRA", sections 3 and Appendix E, arXiv:2305.14314; the 8-bit book from Dettmers et
-al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; formats as read and written by
-bitsandbytes (tests/precision/test_nf4.py holds both against recorded values of it).
+Source: Dettmers et al. 2023, "QLoRA", section 3 and Appendix E, arXiv:2305.14314; the 8-bit book from Dettmers et al.
+2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; formats as bitsandbytes reads and writes them
+(tests/precision/test_nf4.py compares with its recorded values).
 """
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loratune.ops.dispatch import on_gpu
 from loratune.ops.frozen import DenseWeight
 from loratune.ops.products import mm
 from loratune.precision.pieces import PIECE_STEP, pieces
@@ -48,21 +49,19 @@ NF4_BOOK = (
 """Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, Appendix E)."""
 
 
-@functools.cache
 def nf4_book(device: torch.device) -> Tensor:
     """The 16 values of NF4, float32."""
     return torch.tensor(NF4_BOOK, dtype=torch.float32, device=device)
 
 
-@functools.cache
 def dynamic_book(device: torch.device) -> Tensor:
     """The 256 values of the signed 8-bit dynamic data type, ascending, float32.
 
-    Seven decades, each with twice as many evenly spaced values of either sign as the one below; and 0 and 1.
+    0, 1, and seven decades, each with twice as many evenly spaced values of either sign as the one below.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         values += (10.0 ** (decade - 6) * middles).tolist()
         values += (-(10.0 ** (decade - 6)) * middles).tolist()
@@ -70,15 +69,15 @@ def dynamic_book(device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Nested:
-    """What turns 8-bit absmax into float32: one entry for each group of `GROUP` blocks."""
+class NestedScales:
+    """Scales that turn 8-bit absmax into float32: one entry for each group of `GROUP` blocks."""
 
     scale: Tensor
-    """(groups,) float32."""
+    """(groups,) float32"""
     offset: Tensor
-    """(groups,) float32; equal for all groups of a weight that was quantised as one."""
+    """(groups,) float32; equal for all groups of a weight that was quantised as one"""
     book: Tensor
-    """(256,) float32."""
+    """(256,) float32"""
     group: int = GROUP
 
 
@@ -88,28 +87,28 @@ class Nf4Weight:
 
     precision: ClassVar[str] = "nf4"
     codes: Tensor
-    """(elements / 2,) uint8."""
+    """(elements / 2,) uint8"""
     absmax: Tensor
-    """(blocks,) uint8 with `nested`, float32 without."""
-    nested: Nested | None
+    """(blocks,) uint8 with `nested`, float32 without"""
+    nested: NestedScales | None
     book: Tensor
-    """(16,) float32."""
+    """(16,) float32"""
     shape: tuple[int, int]
     """(d_out, d_in)"""
     dtype: torch.dtype
-    """Of what goes into the products and comes out of them."""
+    """Compute dtype."""
     block: int = BLOCK
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are held."""
+        """Device of the codes."""
         return self.codes.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales and, for each group, scale and offset. The books are shared."""
+        """Bytes of codes and scales. Books are not counted."""
         tensors = [self.codes, self.absmax, *((self.nested.scale, self.nested.offset) if self.nested else ())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
@@ -126,7 +125,7 @@ class Nf4Weight:
                 mm(x, part, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, part, out=y[:, rows])
-            del part  # so that the next piece takes its place
+            del part  # so that the next piece reuses its memory
         return y if onto is None or bias is None else y.add_(bias)
 
     def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -145,22 +144,8 @@ class Nf4Weight:
             del part
         return dx
 
-    def aligned_with(self, ranks: int) -> bool:
-        """True if rows of W stay aligned to 16 bytes with `ranks` adapter columns behind them."""
-        return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
-
-    def row_pieces(self, tokens: int) -> list[slice]:
-        """Rows that are dense at a time in the forward of `tokens` tokens."""
-        d_out, d_in = self.shape
-        return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
-
-    def column_pieces(self, tokens: int) -> list[slice]:
-        """Columns that are dense at a time in the backward of `tokens` tokens."""
-        d_out, d_in = self.shape
-        return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
-
     def dense(self) -> Tensor:
-        """W in `dtype`, made now."""
+        """W in the compute dtype, made now."""
         if self._by_kernel:
             return self.rectangle(slice(0, self.shape[0]), slice(0, self.shape[1]))
         return dequantise(self)
@@ -168,7 +153,7 @@ class Nf4Weight:
     def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Nf4Weight:
         """The same codes on another device or for another compute dtype; not rounded again."""
         device = self.device if device is None else torch.device(device)
-        nested = self.nested and Nested(
+        nested = self.nested and NestedScales(
             self.nested.scale.to(device),
             self.nested.offset.to(device),
             self.nested.book.to(device),
@@ -184,7 +169,7 @@ class Nf4Weight:
         )
 
     def rows(self, rows: slice) -> Nf4Weight:
-        """The rows as a weight of their own that shares the memory; they must begin and end with a group."""
+        """Some of the rows as a weight in the same memory; they must begin and end with a whole group."""
         d_in = self.shape[1]
         at = slice(rows.start * d_in, rows.stop * d_in)
         assert at.start % self._unit == at.stop % self._unit == 0
@@ -201,42 +186,44 @@ class Nf4Weight:
             shape=(rows.stop - rows.start, d_in),
         )
 
-    @property
-    def _unit(self) -> int:
-        """Elements that cannot be parted: a block, and with nested absmax a group of them."""
-        return self.block * (1 if self.nested is None else self.nested.group)
+    def aligned_with(self, ranks: int) -> bool:
+        """True if rows of W stay aligned to 16 bytes with `ranks` adapter columns behind them."""
+        return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
 
-    @property
-    def _by_kernel(self) -> bool:
-        if not self.codes.is_cuda:
-            return False
-        from loratune.precision import nf4_kernels  # imports Triton, which is installed with PyTorch for CUDA only
+    def row_pieces(self, tokens: int) -> list[slice]:
+        """Rows that are dense at a time in the forward of `tokens` tokens."""
+        d_out, d_in = self.shape
+        return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
 
-        return nf4_kernels.usable(self.codes, self.dtype, self.shape[1], self.block)
+    def column_pieces(self, tokens: int) -> list[slice]:
+        """Columns that are dense at a time in the backward of `tokens` tokens."""
+        d_out, d_in = self.shape
+        return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
 
     def rectangle(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """Part of W, dense, in `out` (whose rows may lie apart) or a new tensor."""
+        """Part of W, dense, in `out` (whose rows may be strided) or in a new tensor."""
         if out is None:
             shape = rows.stop - rows.start, columns.stop - columns.start
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         if not self._by_kernel:
             return out.copy_(dequantise(self)[rows, columns])
-        from loratune.precision import nf4_kernels
+        if out.is_meta:
+            return out
+        kernels = importlib.import_module("loratune.precision.nf4_kernels")  # imports Triton
+        made: Tensor = kernels.dequantise(self, rows, columns, out)
+        return made
 
-        nested = self.nested
-        inner = (None, None, None) if nested is None else (nested.scale, nested.offset, nested.book)
-        return nf4_kernels.dequantise(
-            self.codes,
-            self.book,
-            self.absmax,
-            *inner,
-            group=nested.group if nested else 1,
-            block=self.block,
-            d_in=self.shape[1],
-            rows=rows,
-            columns=columns,
-            out=out,
-        )
+    @property
+    def _unit(self) -> int:
+        """Elements that stay together: a block, or a group of blocks with nested absmax."""
+        return self.block * (1 if self.nested is None else self.nested.group)
+
+    @property
+    def _by_kernel(self) -> bool:
+        """True on a GPU, where blocks do not cross rows. The meta device behaves like a GPU (`ops.dispatch`)."""
+        power_of_two = self.block & (self.block - 1) == 0
+        fits = self.shape[1] % self.block == 0 and power_of_two and self.block <= 4096
+        return on_gpu(self.codes) and self.dtype != torch.float64 and fits
 
 
 @dataclass(frozen=True)
@@ -287,35 +274,27 @@ def quantise(weight: Tensor, *, nested: bool = True, block: int = BLOCK) -> Nf4W
     """The 4-bit form of a matrix, as bitsandbytes makes it on a GPU.
 
     Args:
-        weight: (d_out, d_in) on any device, float64 excepted; its dtype becomes that of the products.
+        weight: (d_out, d_in) on any device, any float dtype but float64; its dtype becomes the compute dtype.
         nested: quantise the absmax as well.
         block: elements that share an absmax.
 
-    Memory: some 100 MiB beside the weight and its codes, as it goes through in pieces.
+    Memory: some 100 MiB beside the weight and its codes, since it is quantised in pieces.
     """
     d_out, d_in = weight.shape
-    flat = weight.reshape(-1)
-    step = _QUANTISED_AT_ONCE // block * block
-    parts = [_quantise(part, block) for part in flat.split(step)]
-    codes, absmax = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
     book = nf4_book(weight.device)
-    if not nested:
-        return Nf4Weight(codes, absmax, None, book, (d_out, d_in), weight.dtype, block)
-    offset = absmax.mean()
-    eight, scale = _quantise_absmax(absmax - offset)
-    return Nf4Weight(
-        codes,
-        eight,
-        Nested(scale, offset.expand_as(scale).contiguous(), dynamic_book(weight.device)),
-        book,
-        (d_out, d_in),
-        weight.dtype,
-        block,
-    )
+    step = _QUANTISED_AT_ONCE // block * block
+    parts = [_quantise(part, block, book) for part in weight.reshape(-1).split(step)]
+    codes, absmax = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
+    scales = None
+    if nested:
+        absmax_book, offset = dynamic_book(weight.device), absmax.mean()
+        absmax, scale = _quantise_absmax(absmax - offset, absmax_book)
+        scales = NestedScales(scale, offset.expand_as(scale).contiguous(), absmax_book)
+    return Nf4Weight(codes, absmax, scales, book, (d_out, d_in), weight.dtype, block)
 
 
 def dequantise(weight: Nf4Weight) -> Tensor:
-    """The matrix, (d_out, d_in) in `weight.dtype`: the reference of the kernel, and what a CPU runs."""
+    """The matrix, (d_out, d_in) in `weight.dtype`: the reference of the kernel, and the implementation on a CPU."""
     elements = weight.shape[0] * weight.shape[1]
     codes = torch.stack([weight.codes >> 4, weight.codes & 15], 1).view(-1)[:elements]
     values = weight.book[codes.int()]
@@ -333,10 +312,10 @@ def absmax_of(weight: Nf4Weight) -> Tensor:
     return nested.book[weight.absmax.int()] * scale + offset
 
 
-def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:
-    """All rows of the weights as one weight, so that they are one launch and one product.
+def join(weights: Sequence[Nf4Weight]) -> Nf4Weight:
+    """All rows of the weights as one weight, so that they take one launch and one product.
 
-    Where a weight does not end with a group of absmax, the absmax of all become float32: the same values in 4 bytes.
+    If a weight does not end with a whole group of absmax, the absmax of all become float32: the same values, 4 bytes.
     """
     first = weights[0]
     if any(not _alike(weight, first) or weight.shape[0] * weight.shape[1] % weight._unit for weight in weights):
@@ -359,7 +338,7 @@ def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:
 
 
 def _alike(weight: Nf4Weight, other: Nf4Weight) -> bool:
-    """Whether both have the same books, blocks and dtype."""
+    """True if both have the same books, blocks and dtype."""
     same = (weight.block, weight.dtype, weight.nested is None) == (other.block, other.dtype, other.nested is None)
     if not same or not _equal(weight.book, other.book):
         return False
@@ -369,39 +348,40 @@ def _alike(weight: Nf4Weight, other: Nf4Weight) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or torch.equal(a, b)
+    """Books without data, on the meta device, count as equal."""
+    return a is b or a.is_meta or torch.equal(a, b)
 
 
-def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _quantise(flat: Tensor, block: int, book: Tensor) -> tuple[Tensor, Tensor]:
     """4-bit codes, two to a byte, and absmax in float32."""
     absmax, unit = _normalised(flat, block)
     unit = unit.view(-1)[: flat.numel() + flat.numel() % 2]
-    codes = torch.bucketize(unit, _bounds(nf4_book(flat.device)), out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(unit, _midpoints(book), out_int32=True).to(torch.uint8)
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
+def _quantise_absmax(absmax: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes of numbers around zero, and the scale of each group.
 
-    Halfway between two values of the book the even code is taken: so ends the binary search of bitsandbytes' kernel.
+    Halfway between two values of the book the even code is taken, as the binary search of bitsandbytes' kernel does.
     """
     scale, unit = _normalised(absmax, GROUP)
-    unit, bounds = unit.view(-1)[: absmax.numel()], _bounds(dynamic_book(absmax.device))
+    unit, bounds = unit.view(-1)[: absmax.numel()], _midpoints(book)
     lower, upper = (torch.bucketize(unit, bounds, out_int32=True, right=right) for right in (False, True))
     return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8), scale
 
 
 def _normalised(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """absmax of each block, and the blocks multiplied with its reciprocal; a block of zeros stays zero."""
+    """absmax of each block, and the blocks times its reciprocal; a block of zeros stays zero."""
     blocks = _blocks(flat.float(), block)
     absmax = blocks.abs().amax(1)
     return absmax, blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]
 
 
-def _bounds(book: Tensor) -> Tensor:
+def _midpoints(book: Tensor) -> Tensor:
     return (book[:-1] + book[1:]) / 2
 
 
 def _blocks(flat: Tensor, block: int) -> Tensor:
-    """(n,) -> (blocks, block), the last one filled up with zeros."""
+    """(n,) -> (blocks, block), the last one padded with zeros."""
     return pad(flat, (0, -flat.numel() % block)).view(-1, block)

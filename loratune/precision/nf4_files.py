@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import ModelError
-from loratune.precision.nf4 import Nested, Nf4Weight
+from loratune.precision.nf4 import NestedScales, Nf4Weight
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")  # both are a table of 16 values, which the file brings along
@@ -71,7 +71,7 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Nf4
         if "weight.nested_absmax" in tensors:
             scale = tensors["weight.nested_absmax"]
             offset = torch.full_like(scale, float(state["nested_offset"]))
-            nested = Nested(scale, offset, tensors["weight.nested_quant_map"], int(state["nested_blocksize"]))
+            nested = NestedScales(scale, offset, tensors["weight.nested_quant_map"], int(state["nested_blocksize"]))
         d_out, d_in = shape
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{where}: not a 4-bit weight as bitsandbytes writes it: {error!r}") from error

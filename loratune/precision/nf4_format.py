@@ -42,7 +42,7 @@ class Nf4Format(WeightFormat):
 
     def join(self, weights: Sequence[FrozenWeight], ranks: int) -> FrozenWeight:
         """All codes as one weight."""
-        return nf4.stack(cast("Sequence[Nf4Weight]", weights)) if len(weights) > 1 else weights[0]
+        return nf4.join(cast("Sequence[Nf4Weight]", weights)) if len(weights) > 1 else weights[0]
 
     def rows(self, joined: FrozenWeight, rows: slice) -> FrozenWeight | None:
         """A member in the memory of the stack."""

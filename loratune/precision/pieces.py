@@ -1,19 +1,19 @@
-"""How a quantised weight is cut, so that only a piece of it is dense at a time. No torch is imported."""
+"""Pieces of a quantised weight, so that only one piece of it is dense at a time. No torch is imported."""
 
 from __future__ import annotations
 
 PIECE_ELEMENTS = 1 << 25
-"""So much of a weight may always be dense at a time: 64 MiB in bfloat16."""
+"""Elements of a weight that may always be dense at a time: 64 MiB in bfloat16."""
 
 PIECE_STEP = 256
-"""Rows or columns of a piece are a multiple of this, so that its product fills whole tiles of the GPU's."""
+"""Rows or columns of a piece are a multiple of this, so that its product fills whole tiles of a GPU's product."""
 
 
 def pieces(length: int, other: int, tokens: int, step: int = PIECE_STEP) -> list[slice]:
     """Cuts `length` rows (or columns) of `other` elements each into pieces of nearly equal size.
 
-    A piece may be as large as the larger operand of its product, which is there anyway: fewer, larger products are
-    faster, by a hundredth of a step where whole weights may be dense.
+    A piece may be as large as the larger operand of its product, which exists anyway. Fewer, larger products are
+    faster: by 1 % of a step if whole weights may be dense.
 
     Args:
         tokens: rows of the other operand.
@@ -25,5 +25,5 @@ def pieces(length: int, other: int, tokens: int, step: int = PIECE_STEP) -> list
 
 
 def piece_elements(length: int, other: int, ranks: int, tokens: int) -> int:
-    """Elements of the largest piece, with the adapters' ranks that ride along with it."""
+    """Elements of the largest piece, with the adapter columns of `ranks` beside it."""
     return int(pieces(length, other, tokens)[0].stop) * (other + ranks)

@@ -7,7 +7,6 @@ from the first-level cache. Products and sums are rounded one by one (`enable_fp
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

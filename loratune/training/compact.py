@@ -16,7 +16,6 @@ it is, and a resumed run goes on to the bit.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,7 +32,6 @@ _PART = 1 << 22  # values that are updated at a time
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as PyTorch's AdamW calls them; here the second is held as its root
 
 
-@functools.cache
 def root_book(device: torch.device) -> Tensor:
     """256 values from 0 to 1, ascending: seven decades, each with twice as many values as the one below."""
     values = [0.0, 1.0]
@@ -81,6 +79,7 @@ class CompactAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": rate})
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
+        self._books: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -106,7 +105,7 @@ class CompactAdamW(torch.optim.Optimizer):
         taken = torch.cat([state["step"].expand(count) for state, count in zip(states, counts, strict=True)])
         taken = taken[:, None].to(old.dtype)
         held = [torch.cat([state[name] for state in states]) for name in _MOMENTS]
-        books = [dynamic_book(old.device), root_book(old.device)]
+        books = self._books_on(old.device)
         first, root = (decode(packed, book).to(old.dtype) for packed, book in zip(held, books, strict=True))
         b1, b2 = self._betas
         first = first * b1 + gradient * (1 - b1)
@@ -126,9 +125,15 @@ class CompactAdamW(torch.optim.Optimizer):
         if not state:
             blocks = -(-parameter.numel() // BLOCK)
             state["step"] = torch.zeros((), device=parameter.device)
-            for name, book in zip(_MOMENTS, (dynamic_book, root_book), strict=True):
-                state[name] = encode(torch.zeros(blocks, BLOCK, device=parameter.device), book(parameter.device))
+            for name, book in zip(_MOMENTS, self._books_on(parameter.device), strict=True):
+                state[name] = encode(torch.zeros(blocks, BLOCK, device=parameter.device), book)
         return state
+
+    def _books_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Code books of both moments, copied to a device once: a recorded update cannot copy from the host."""
+        if device not in self._books:
+            self._books[device] = dynamic_book(device), root_book(device)
+        return self._books[device]
 
 
 def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -24,6 +24,10 @@ PRECISIONS: dict[str, str] = {
 }
 """Precisions that quantise the base (`loratune.precision.contract.WeightFormat`)."""
 
+VARIANTS: dict[str, str] = {}
+"""Variants of LoRA (`loratune.lora.layer.LoraVariant`). The name is the configuration field that chooses the variant
+when it is true, for example "use_dora", or a field and its value, for example "init_lora_weights=pissa"."""
+
 
 def load_entry(location: str) -> Any:
     """Imports the object at "module:object"."""

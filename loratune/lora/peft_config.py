@@ -27,7 +27,7 @@ from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.select import ALL_LINEAR, check_settings, find_modules, shortest_names
 from loratune.lora.state import Adapter
-from loratune.lora.variants import settings_of
+from loratune.lora.variants import settings_of, values_of
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -104,9 +104,9 @@ def read(folder: Path) -> AdapterConfig:
         raise AdapterError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: holds a {type(values).__name__}; an adapter's configuration is an object")
-    settings = settings_of(values)
-    _check_fields(path, values, _names(settings))
     try:
+        settings = settings_of(values)
+        _check_fields(path, values, _names(settings))
         lora = from_dict(settings, _values(values, _names(settings)), str(path))
         check_settings(lora)
     except ConfigError as error:
@@ -129,7 +129,7 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
         why = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
         raise AdapterError(f"{path}: {name} = {_short(value)}{why}; without it the adapter would be another one")
     init = given.get("init_lora_weights", True)
-    if init is not None and init not in _HARMLESS_INITS:
+    if init is not None and init not in (*_HARMLESS_INITS, *values_of("init_lora_weights")):
         raise AdapterError(
             f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion) first"
@@ -146,7 +146,7 @@ def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
             values[name] = [values[name]]  # PEFT takes one number or name as well,
         if not values.get(name):  # and empty for "no restriction"
             values.pop(name, None)
-    if values.get("init_lora_weights") not in (True, False, "gaussian"):
+    if values.get("init_lora_weights") not in (True, False, "gaussian", *values_of("init_lora_weights")):
         values.pop("init_lora_weights", None)
     if str(values["target_modules"]).lower() == ALL_LINEAR:
         values["target_modules"] = ALL_LINEAR

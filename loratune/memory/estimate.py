@@ -118,7 +118,8 @@ def survey_of(model: PreTrainedModel, wish: EstimateRequest) -> ModelSurvey:
     ranks = {target.base: target.r for target in selection.targets}
     trainable = sum(target.parameters for target in selection.targets)
     trainable += sum(p.numel() for place in selection.saved for p in place.module.parameters())
-    return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=wish.on_gpu)
+    fuses = wish.on_gpu and all(target.variant.low_rank_sum for target in selection.targets)
+    return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=fuses)
 
 
 def _choice(

@@ -22,7 +22,7 @@ from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
-from loratune.adapters.updates import read_report
+from loratune.adapters.updates import pair_of, read_report
 from loratune.config import LoraConfig, read_toml
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
 from loratune.runs import metrics
@@ -216,12 +216,12 @@ def _read_layers(info: AdapterInfo) -> tuple[tuple[Layer, ...], tuple[str, ...]]
     layers, taken = [], set()
     with safe_open(info.folder / WEIGHTS_FILE, framework="pt") as file:
         for key in info.shapes:
-            end = next((end for end in _PAIR if key.endswith(end)), None)
-            other = key.removesuffix(end) + _PAIR[end] if end else ""
-            if end is None or other not in info.shapes:
+            pair = pair_of(key)
+            other = key.removesuffix(pair[0]) + pair[1] if pair else ""
+            if pair is None or other not in info.shapes:
                 continue
             taken |= {key, other}
-            path = key.removeprefix(_PREFIX).removesuffix(end)
+            path = key.removeprefix(_PREFIX).removesuffix(f".{pair[0]}")
             layers.append(_layer(path, file.get_tensor(key), file.get_tensor(other), info.config))
     rest = [key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in info.shapes if key not in taken]
     return tuple(sorted(layers, key=_depth)), tuple(rest)

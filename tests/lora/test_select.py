@@ -7,11 +7,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError
+from loratune.lora.inject import attach
 from loratune.lora.select import select, shortest_names
 from tests.conftest import SMALL
 from tests.lora.helpers import make, make_mlp
@@ -197,3 +199,40 @@ def test_selecting_changes_nothing() -> None:
     select(model, LoraConfig(r=2))
     assert before == {path: (id(module), dict(vars(module))) for path, module in model.named_modules()}
     assert torch.equal(state, torch.get_rng_state())
+
+
+def _mixture(kind: str) -> nn.Module:
+    settings = {**SMALL, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    settings |= {"num_experts": 4, "num_experts_per_tok": 2}
+    if kind == "qwen2":
+        return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**settings))
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return tf.Qwen3NextForCausalLM(tf.Qwen3NextConfig(**settings, **linear, head_dim=16))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3next"])
+def test_all_linear_skips_layers_narrower_than_the_rank_in_one_line(kind: str) -> None:
+    model = _mixture(kind)
+    attached = attach(model, LoraConfig(r=2))
+    assert not any("shared_expert_gate" in path for path in attached.ranks)
+    assert any("shared_expert.up_proj" in path for path in attached.ranks)
+    narrow = [line for line in str(attached).splitlines() if "narrower than the rank" in line]
+    assert len(narrow) == 1
+    assert "2 layers narrower than the rank (shared_expert_gate)" in narrow[0]
+    assert "64 -> 1" in narrow[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["shared_expert_gate"]}, {"rank_pattern": {"shared_expert_gate": 2}}]
+)
+def test_a_narrow_layer_that_is_named_is_an_error(settings: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError, match=r"rank 2 is larger than .*shared_expert_gate.* 64 -> 1"):
+        select(_mixture("qwen2"), LoraConfig(r=2, **{"rank_pattern": {}, **settings}))
+
+
+def test_a_narrow_layer_with_a_rank_of_its_own_is_adapted() -> None:
+    model = _mixture("qwen2")
+    attached = attach(model, LoraConfig(r=2, rank_pattern={"shared_expert_gate": 1}))
+    assert sum("shared_expert_gate" in path for path in attached.ranks) == 2
+    assert not attached.left_out

@@ -1,21 +1,17 @@
-"""Variants of LoRA, and the fields of PEFT's configuration that choose them.
+"""Variants of LoRA: the one that a configuration chooses, from the table `loratune.tables.VARIANTS`.
 
-A variant is a subclass of `lora.layer.LoraVariant` in a file of its own, and one entry here. If its field is not one
-of `LoraConfig`, its `settings` names a subclass of `LoraConfig` that has it.
+A variant is a subclass of `lora.layer.LoraVariant` in a file of its own, and one line in the table. If the field that
+chooses it is not one of `LoraConfig`, its `settings` names a subclass of `LoraConfig` that has the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Final
 
+from loratune import tables
 from loratune.config import LoraConfig
 from loratune.errors import ConfigError
 from loratune.lora.layer import PLAIN, LoraVariant
-
-VARIANTS: Final[dict[tuple[str, object], LoraVariant]] = {}
-"""(field of the configuration, value) -> variant, for example ("use_dora", True) -> DoRA."""
 
 
 def variant_of(config: LoraConfig) -> LoraVariant:
@@ -23,17 +19,29 @@ def variant_of(config: LoraConfig) -> LoraVariant:
 
     Raises: ConfigError: two variants are chosen at once.
     """
-    chosen = {name: v for (name, value), v in VARIANTS.items() if getattr(config, name, None) == value}
-    if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} choose two variants of LoRA; set one of them")
-    return next(iter(chosen.values()), PLAIN)
+    return _variant(vars(config))
 
 
 def settings_of(values: Mapping[str, object]) -> type[LoraConfig]:
-    """The configuration class for field values from a file: the class that has the fields which are set."""
-    return next((v.settings for v in VARIANTS.values() if any(map(values.get, own_fields(v)))), LoraConfig)
+    """The configuration class for field values from a file, by the variant that they choose. Raises ConfigError."""
+    return _variant(values).settings
 
 
-def own_fields(variant: LoraVariant) -> set[str]:
-    """Fields of a variant's `settings` that `LoraConfig` lacks."""
-    return {f.name for f in fields(variant.settings)} - {f.name for f in fields(LoraConfig)}
+def values_of(field: str) -> set[str]:
+    """Values of `field` that choose a variant."""
+    choices = (choice.partition("=") for choice in tables.VARIANTS)
+    return {value for name, _, value in choices if name == field}
+
+
+def _variant(values: Mapping[str, object]) -> LoraVariant:
+    chosen = [choice for choice in tables.VARIANTS if _chooses(values, choice)]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} choose two variants of LoRA; set one of them")
+    variant = tables.load_entry(tables.VARIANTS[chosen[0]]) if chosen else PLAIN
+    assert isinstance(variant, LoraVariant)
+    return variant
+
+
+def _chooses(values: Mapping[str, object], choice: str) -> bool:
+    field, _, value = choice.partition("=")
+    return values.get(field) == value if value else bool(values.get(field))

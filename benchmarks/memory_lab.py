@@ -21,7 +21,7 @@ from loratune.memory.budget import CONTEXT, RowSetting
 from loratune.memory.survey import ModelSurvey, ranks_of, survey
 from loratune.ops.host import is_mapped
 from loratune.training.graph import GraphStep
-from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
+from loratune.training.optim import FusedAdamW, adamw, masters_on_host, set_rate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 1 << 30
@@ -92,7 +92,7 @@ def attempt(case: Callable[[], Found]) -> Found:
         return {"error": str(error).strip().splitlines()[0]}
 
 
-def optimizer_for(forward: PackedForward) -> torch.optim.Optimizer:
+def optimizer_for(forward: PackedForward) -> FusedAdamW:
     """AdamW over the trained parameters, on the host if the plan puts it there."""
     parameters = [p for p in forward.model.parameters() if p.requires_grad]
     on_host = forward.plan is not None and forward.plan.optimizer_on_host
@@ -100,7 +100,7 @@ def optimizer_for(forward: PackedForward) -> torch.optim.Optimizer:
         masters_on_host(parameters)
     optimizer = adamw(parameters, TrainConfig())
     if on_host:
-        moments_on_host(optimizer)
+        optimizer.move_moments_to_host()
     return optimizer
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class Row:
     """(T,) float32: loss weight of predicting targets[t] at position t"""
     cu_seqlens: Tensor
     """(documents + 1,) int32: start of each document, then T"""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (T,) float32: extra numbers for each token, as an objective needs them."""
 
 
 def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:

@@ -1,12 +1,13 @@
-"""Rows of many jobs as one CUDA graph, whatever the mixture: forward, backward, losses, clipping and updates.
+"""Rows of many jobs as one CUDA graph for every mixture: forward, backward, losses, clipping and updates.
 
-What differs from row to row is written to fixed addresses before the replay: the row itself, whose each token is
-(`many.bank`), the owner of each trained position, which slots update now, and each slot's rate, betas, decay,
-clipping norm and bias corrections. So jobs may join, leave, end a step or be swapped for others between two replays
-of the same recording.
+The numbers that differ between rows are written to fixed addresses before the replay: the row itself, the slot of
+each token (`many.bank`) and of each document, the slots that update now, and each slot's rate, betas, decay, clipping
+norm, bias corrections and normaliser. So jobs may join, leave, end a step or be replaced between two replays of the
+same recording.
 
-A loss is summed for each slot apart by selecting, not by multiplying with zero, and one slot's update looks at its
-own loss and norm alone. What is not finite in one slot stays there.
+A slot's loss is summed by selection, not by multiplication with zero, and a slot's update reads only its own loss and
+norm. So a non-finite value stays inside its slot. `ops.bank.adamw` ends the steps of all slots in two passes; it does
+for each slot the work of `training.step.finish_step`.
 """
 
 from __future__ import annotations
@@ -24,76 +25,83 @@ from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.many.bank import Bank
-from loratune.many.step import BankStep, MicroStep, join_parts
+from loratune.many.step import BankStep, MicroStep, extend, join_micro_steps, segment_of_documents
 from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
 from loratune.ops.bank.projection import Segment
 from loratune.ops.products import choosing
 from loratune.training.checkpoint import MOMENTS
-from loratune.training.graph import RowBuffers, RowLayout, layout_for, logprobs_in
+from loratune.training.graph import RowBuffers, RowLayout, layout_for
+from loratune.training.objectives.objective import Objective, Terms
+from loratune.training.objectives.sft import sft
 from loratune.training.recordings import Recordings
-from loratune.training.step import StepResult
+from loratune.training.step import ObjectiveSums, StepResult, accumulate, trained_tokens
+
+_COLUMNS = len(IDLE) + 2
+"""Columns of the table of slots: AdamW's settings, the normaliser, and 1 if the slot's step starts with this row."""
 
 
-def step_of(forward: PackedForward, bank: Bank, tokens: int) -> BankStep | BankGraph:
-    """The step of rows of at most `tokens` tokens: one recording where there are CUDA graphs, else the plain step.
+def step_of(forward: PackedForward, bank: Bank, tokens: int, objective: Objective = sft) -> BankStep | BankGraph:
+    """The step for rows of at most `tokens` tokens: one recording on a GPU, else the eager step.
 
     Raises: ModelError: the model cannot run documents together.
     """
     if bank.pool.device.type != "cuda":
-        return BankStep(forward, bank)
-    return BankGraph(forward, bank, tokens)
+        return BankStep(forward, bank, objective)
+    return BankGraph(forward, bank, tokens, objective)
 
 
-class _Joined(NamedTuple):
+class _RecordedJob(NamedTuple):
     """A job in a slot."""
 
     config: TrainConfig
     steps: int
-    """Updates that its optimizer has made."""
+    """Updates of its optimizer."""
     trained: int
-    """Trained tokens of the step that is under way."""
+    """Trained tokens of the current step so far."""
 
 
 class _QueuedRow(NamedTuple):
-    """A row, laid out on the host."""
+    """A row in host buffers."""
 
-    parts: tuple[MicroStep, ...]
+    micro_steps: tuple[MicroStep, ...]
     segments: Sequence[Segment]
     layout: RowLayout
     buffer: int
-    """Of the two, which take turns."""
+    """Which of the two host buffers; rows alternate between them."""
     tables: Tensor | None
-    """`Bank.prepare_row`"""
+    """From `Bank.prepare_row`."""
 
 
 class BankGraph:
-    """Steps of the jobs in a bank, recorded and replayed; called as `BankStep` is, inside `forward.installed()`."""
+    """Steps of the jobs in a bank, recorded and replayed; used like `BankStep`, inside `forward.installed()`."""
 
-    def __init__(self, forward: PackedForward, bank: Bank, tokens: int, *, record: bool = True) -> None:
+    def __init__(
+        self, forward: PackedForward, bank: Bank, tokens: int, objective: Objective = sft, *, record: bool = True
+    ) -> None:
         """Args:
-        tokens: of every row; shorter ones are filled up.
+        tokens: in every row; shorter rows are padded.
         record: False runs the same work launch by launch.
         """
-        self._plain = BankStep(forward, bank)
-        self._forward, self._bank = forward, bank
+        self._eager = BankStep(forward, bank, objective)
+        self._forward, self._bank, self._objective = forward, bank, objective
         self._tokens = -(-tokens // bank.block) * bank.block
         self._recordings = Recordings(record)
         self._layouts: dict[bool, RowLayout] = {}
-        self._jobs: dict[int, _Joined] = {}
+        self._jobs: dict[int, _RecordedJob] = {}
         pool, slots = bank.pool, bank.slots
         self._moments = torch.zeros_like(pool.master), torch.zeros_like(pool.master)
         self._starts = torch.tensor(pool.starts, device=pool.device)
-        self._room = int(self._starts.diff().max())
-        self._inputs = RowBuffers(self._tokens, pool.device)
+        self._capacity = int(self._starts.diff().max())
+        self._buffers = RowBuffers(self._tokens, pool.device, objective.columns)
         self._ahead: _QueuedRow | None = None
-        self._turn = 0
+        self._odd = 0
         pinned = pool.device.type == "cuda"
-        self._host_owners = torch.zeros(2, self._tokens, dtype=torch.int32, pin_memory=pinned)
-        self._host_settings = torch.zeros(2, slots, len(IDLE) + 1, pin_memory=pinned)
-        self._owners = torch.zeros(self._tokens, dtype=torch.int32, device=pool.device)
+        self._host_owners = torch.zeros(2, self._tokens + 1, dtype=torch.int32, pin_memory=pinned)
+        self._host_table = torch.zeros(2, slots, _COLUMNS, pin_memory=pinned)
+        self._owners = torch.zeros(self._tokens + 1, dtype=torch.int32, device=pool.device)
+        """Document -> slot; -1 for padding and for unused places."""
         self._slots = torch.arange(slots, dtype=torch.int32, device=pool.device)[:, None]
-        self._settings = torch.zeros(slots, len(IDLE) + 1, device=pool.device)
-        """One row of `Settings` for each slot, and whether its loss starts anew."""
+        self._table = torch.zeros(slots, _COLUMNS, device=pool.device)
         self._losses = torch.zeros(slots, device=pool.device)
         self._outcome = torch.zeros(2, slots, device=pool.device)  # losses, norms
 
@@ -103,35 +111,34 @@ class BankGraph:
         return self._recordings.why_not
 
     def join(self, slot: int, config: TrainConfig) -> None:
-        """Prepares the optimizer of the job that has been placed in `slot`."""
-        self._jobs[slot] = _Joined(config, 0, 0)
+        """Prepares the optimizer of the job in `slot`."""
+        self._jobs[slot] = _RecordedJob(config, 0, 0)
         for flat in self._moments:
             self._bank.pool.slot(flat, slot).zero_()
 
     def leave(self, slot: int) -> None:
-        """Forgets the job in `slot` and frees its place."""
+        """Removes the job in `slot` and frees the slot."""
         self._jobs.pop(slot, None)
         self._bank.clear(slot)
 
     @choosing()
     def run(
-        self,
-        parts: Sequence[MicroStep],
-        rates: Mapping[int, float],
+        self, micro_steps: Sequence[MicroStep], rates: Mapping[int, float],
         upcoming: Callable[[], Sequence[MicroStep]] = tuple,
-    ) -> dict[int, StepResult]:
-        """As `BankStep.run`; the row of `upcoming`, asked for and laid out while the device works, costs no time."""
+    ) -> dict[int, StepResult]:  # fmt: skip
+        """See `BankStep.run`. The row of `upcoming` is requested and prepared while the device works."""
         ahead, self._ahead = self._ahead, None
-        laid = ahead if ahead is not None and _same(ahead.parts, parts) else self._lay(parts)
-        self._send(laid, rates)
-        self._recordings.run("row", laid.layout, lambda: self._work(laid.layout))
+        same = ahead is not None and _same(ahead.micro_steps, micro_steps)
+        queued = ahead if ahead is not None and same else self._prepare(micro_steps)
+        self._send(queued, rates)
+        self._recordings.run("row", queued.layout, lambda: self._work(queued.layout))
         self._bank.pool.segments = ()
         if following := upcoming():
-            self._ahead = self._lay(following)
+            self._ahead = self._prepare(following)
         losses, norms = self._outcome.tolist()
-        for part in parts:
-            job, trained = self._jobs[part.slot], int((part.row.weights != 0).sum())
-            self._jobs[part.slot] = job._replace(trained=job.trained + trained)
+        for one in micro_steps:
+            job = self._jobs[one.slot]
+            self._jobs[one.slot] = job._replace(trained=job.trained + trained_tokens(one.row))
         results = {}
         for slot in rates:
             job = self._jobs[slot]
@@ -140,12 +147,12 @@ class BankGraph:
             self._jobs[slot] = job._replace(steps=job.steps + (not skipped), trained=0)
         return results
 
-    def evaluate(self, parts: Sequence[MicroStep]) -> float:
-        """The objective of `parts`, of one row, summed."""
-        return self._plain.evaluate(parts)
+    def evaluate(self, micro_steps: Sequence[MicroStep]) -> ObjectiveSums:
+        """Loss and metrics of the micro-steps of one row, summed and not divided."""
+        return self._eager.evaluate(micro_steps)
 
     def moments(self, slot: int) -> dict[str, Tensor]:
-        """AdamW's moments of the job in `slot`, as `checkpoint` keeps them; empty before the first update."""
+        """AdamW's moments of the job in `slot`, named as in a checkpoint; empty before the first update."""
         if not self._jobs[slot].steps:
             return {}
         flats = [self._bank.pool.slot(flat, slot) for flat in self._moments]
@@ -153,44 +160,39 @@ class BankGraph:
         return {f"{path}.{moment}": view for moment, views in named.items() for path, view in views.items()}
 
     def restore(self, slot: int, moments: Mapping[str, Tensor], optimizer_steps: int) -> None:
-        """Puts moments back, after `join`."""
+        """Restores moments; call it after `join`."""
         self._jobs[slot] = self._jobs[slot]._replace(steps=optimizer_steps if moments else 0)
         for moment, flat in zip(MOMENTS, self._moments, strict=True):
             for path, view in self._bank.named(slot, self._bank.pool.slot(flat, slot)).items():
                 if (key := f"{path}.{moment}") in moments:
                     view.copy_(moments[key])
 
-    def _lay(self, parts: Sequence[MicroStep]) -> _QueuedRow:
-        """Lays a row out on the host, in the buffers of the row before last, which have left by now."""
-        self._turn = 1 - self._turn
-        row, segments = join_parts(parts, self._bank.block)
-        row = _filled_up(row, self._tokens)
-        weights, owners = row.weights.clone(), torch.full((self._tokens,), -1, dtype=torch.int32)
-        for part, segment in zip(parts, segments, strict=True):
-            tokens = slice(segment.start, segment.stop)
-            weights[tokens] /= part.normaliser
-            owners[tokens] = part.slot
-        row = replace(row, weights=weights)
+    def _prepare(self, micro_steps: Sequence[MicroStep]) -> _QueuedRow:
+        """Writes a row to host buffers. Rows alternate between two sets, because the last copy may still run."""
+        self._odd = 1 - self._odd
+        row, segments = join_micro_steps(micro_steps, self._bank.block)
+        row = _padded(row, self._tokens)
         layout = layout_for(row, self._layouts)
-        self._inputs.lay(row, layout, 1.0, self._turn)
-        host = self._host_owners[self._turn]
-        if layout.trained == self._tokens:
-            host.copy_(owners)
-        else:
-            own = owners[weights.nonzero().squeeze(1)]
-            host.fill_(-1)
-            host[: len(own)] = own
-        return _QueuedRow(tuple(parts), segments, layout, self._turn, self._bank.prepare_row(segments))
+        self._buffers.prepare(row, layout, 1.0, self._odd)
+        slots = torch.tensor([*(one.slot for one in micro_steps), -1], dtype=torch.int32)
+        owners = slots[segment_of_documents(row, segments)]
+        host = self._host_owners[self._odd].fill_(-1)
+        host[: len(owners)] = owners
+        return _QueuedRow(tuple(micro_steps), segments, layout, self._odd, self._bank.prepare_row(segments))
 
-    def _send(self, laid: _QueuedRow, rates: Mapping[int, float]) -> None:
-        """Brings what is special about this row to where the recording looks."""
-        self._bank.set_row(laid.segments, laid.tables)
-        self._inputs.send(laid.buffer)
-        fresh = {part.slot for part in laid.parts if not self._jobs[part.slot].trained}
-        table = [(*self._settings_of(slot, rates), float(slot in fresh)) for slot in range(self._bank.slots)]
-        self._host_settings[laid.buffer] = torch.tensor(table)
-        self._settings.copy_(self._host_settings[laid.buffer], non_blocking=True)
-        self._owners.copy_(self._host_owners[laid.buffer], non_blocking=True)
+    def _send(self, queued: _QueuedRow, rates: Mapping[int, float]) -> None:
+        """Copies a row and its tables to the addresses that the recording reads."""
+        self._bank.set_row(queued.segments, queued.tables)
+        self._buffers.send(queued.buffer)
+        normalisers = {one.slot: one.normaliser for one in queued.micro_steps}
+        starting = {slot for slot in normalisers if not self._jobs[slot].trained}
+        table = [
+            (*self._settings_of(slot, rates), normalisers.get(slot, 1.0), float(slot in starting))
+            for slot in range(self._bank.slots)
+        ]
+        self._host_table[queued.buffer] = torch.tensor(table)
+        self._table.copy_(self._host_table[queued.buffer], non_blocking=True)
+        self._owners.copy_(self._host_owners[queued.buffer], non_blocking=True)
 
     def _settings_of(self, slot: int, rates: Mapping[int, float]) -> Settings:
         if slot not in rates:
@@ -208,38 +210,36 @@ class BankGraph:
             correction2=math.sqrt(1 - config.adam_beta2**step),
         )
 
+    def _losses_of(self, terms: Terms) -> Tensor:
+        """(slots,): each slot's terms, summed and divided by its normaliser."""
+        owned = self._owners[terms.documents] == self._slots
+        return torch.where(owned, terms.values, 0.0).sum(1) / self._table[:, -2]
+
     def _work(self, layout: RowLayout) -> None:
-        """Everything on the device: what is recorded."""
-        values, pool = self._inputs.device, self._bank.pool
-        logprobs = logprobs_in(self._forward, values, layout)
-        weighted = -(values["weights"][: layout.trained] * logprobs)
-        weighted.sum().backward()  # the gradient of each summand is 1, whatever the others are
+        """All work on the device, as it is recorded."""
+        pool = self._bank.pool
+        losses = accumulate(self._forward, self._buffers.row(layout), self._objective, self._losses_of)
         with torch.no_grad():
-            own = torch.where(self._owners[: layout.trained] == self._slots, weighted.detach(), 0.0).sum(1)
-            started = torch.where(self._settings[:, -1] > 0, 0.0, self._losses)
-            self._losses.copy_(started + own)
+            before = torch.where(self._table[:, -1] > 0, 0.0, self._losses)
+            self._losses.copy_(before + losses)
             norms = bank_adamw(
-                pool.master, pool.gradient, self._moments, self._starts, self._room,
-                self._settings[:, :-1].contiguous(), self._losses,
+                pool.master, pool.gradient, self._moments, self._starts, self._capacity,
+                self._table[:, : len(IDLE)].contiguous(), self._losses,
             )  # fmt: skip
             self._outcome[0].copy_(self._losses)
             self._outcome[1].copy_(norms)
 
 
-def _same(parts: Sequence[MicroStep], others: Sequence[MicroStep]) -> bool:
-    return len(parts) == len(others) and all(map(operator.is_, parts, others))
+def _same(some: Sequence[MicroStep], others: Sequence[MicroStep]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _filled_up(row: Row, tokens: int) -> Row:
-    """The row with padding up to `tokens`, in documents no longer than the longest that is there."""
+def _padded(row: Row, tokens: int) -> Row:
+    """The row with padding up to `tokens`, in documents no longer than its longest one."""
     gap = tokens - len(row.tokens)
-    assert gap >= 0, "the parts of a row are longer than it"
+    assert gap >= 0, "micro-steps are longer than a row"
     if gap == 0:
         return row
     step = max(1, int(row.cu_seqlens.diff().max()))
     ends = torch.arange(len(row.tokens) + step, tokens + step, step, dtype=torch.int32).clamp(max=tokens)
-    fields = {
-        name: torch.cat([getattr(row, name), getattr(row, name).new_zeros(gap)])
-        for name in ("tokens", "position_ids", "targets", "weights")
-    }
-    return Row(cu_seqlens=torch.cat([row.cu_seqlens, ends]), **fields)
+    return replace(extend(row, gap), cu_seqlens=torch.cat([row.cu_seqlens, ends]))

@@ -1,16 +1,15 @@
-"""Many training runs at once over one base: each job its own adapter, data, batch, rate and end; one row for all.
+"""Many training runs at once over one base: each job has its own adapter, data, batch, rate and end; rows are shared.
 
-A job is a run in every respect but one: the frozen base computes for all of them together (`many.bank`,
-`bank_step`). Its rows, their order, its rate, its evaluations, checkpoints and its end come from the same `Course`
-that `loop` follows, so its result is that of the run alone up to the rounding of float32 sums, whoever else is there.
+A job differs from a run in one respect: the frozen base computes for all jobs together (`many.bank`, `many.step`).
+Its rows, rates, evaluations, checkpoints and end come from the same `Course` that `training.loop` follows. So its
+result equals the result of the run alone, up to the rounding of float32 sums, independent of the other jobs.
 
-    queue      jobs wait in the order they came; one that ends leaves its slot to the next, without a reload
-    fairness   a row is filled with the next micro-step of whichever job is furthest behind, counted in its own
-               optimizer steps since it joined: all advance at the same pace, each at its own batch size, and none
-               gets a whole step ahead to fill a gap
+    queue      jobs wait in order of arrival; a job that ends leaves its slot to the next one, without a reload
+    fairness   a row is filled with micro-steps of the job that is furthest behind, counted in its own optimizer steps
+               since it joined; all jobs advance at the same pace, and none gets a whole step ahead to fill a gap
     failure    a job that diverges, cannot write its checkpoint or does not fit the model ends alone
 
-Like the loop, this is a generator of events; jobs may be added between them.
+Like the loop, this is a generator of events. Jobs may be added between events.
 """
 
 from __future__ import annotations
@@ -33,23 +32,25 @@ from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.loop import CheckpointSaved, Ended, peak_memory_bytes
-from loratune.training.step import StepResult
+from loratune.training.objectives.objective import Objective
+from loratune.training.objectives.sft import sft
+from loratune.training.step import HeldOutSums, StepResult
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be trained among others."""
+    """One run to be trained beside others."""
 
     name: str
     lora: LoraConfig
     training: TrainConfig
     rows: Rows
     checkpoints: Path | None = None
-    """Folder for checkpoints, or None to keep none."""
+    """Folder for checkpoints; None writes none."""
     resume_from: Path | None = None
-    """The checkpoint to go on from."""
+    """Checkpoint to continue from."""
     pause_at: int | None = None
-    """Leave after this step, with a checkpoint, to be added again later."""
+    """Save and leave after this step, to be added again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Started:
 
     slot: int
     step: int
-    """Steps done in an earlier life."""
+    """Steps done before it was resumed."""
     total_steps: int
 
 
@@ -71,7 +72,7 @@ class Paused:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A job has ended by an error that is its own."""
+    """A job has ended with an error that does not affect the others."""
 
     why: str
 
@@ -80,81 +81,87 @@ JobEvent = Started | StepDone | Evaluated | CheckpointSaved | Paused | Failed | 
 
 
 @dataclass
-class _Running:
+class _RunningJob:
     """A job in a slot."""
 
     job: Job
     slot: int
     course: Course
     joined_at: float
-    """Pace of the slowest when it joined, in steps."""
+    """Pace of the slowest job when this one joined, in steps."""
     first_step: int
-    parts: deque[MicroStep] = field(default_factory=deque)
-    """What is left of the step."""
+    remaining: deque[MicroStep] = field(default_factory=deque)
+    """Micro-steps of the current step that are not in a row yet."""
     following: list[MicroStep] = field(default_factory=list)
-    """All parts of the next step, once somebody has looked ahead."""
-    parts_of_step: int = 1
-    taken: int = 0
-    """Parts of the step that have been laid into rows."""
+    """All micro-steps of the next step, once they have been looked up."""
+    of_step: int = 1
+    """Micro-steps of the current step."""
+    placed: int = 0
+    """Micro-steps of the current step that are in rows."""
     tokens: int = 0
     seconds: float = 0.0
     saved_step: int | None = None
 
     @property
     def pace(self) -> float:
-        """Steps since it joined, with the fraction of the one it is at, counted from where the others were then."""
-        return _JobPosition.of_now(self).pace
+        """See `_JobPosition.pace`."""
+        return _JobPosition.current(self).pace
 
 
 @dataclass
 class _JobPosition:
-    """A job while a row is being filled, the one at hand or one that is only foreseen."""
+    """How far a job is while a row is filled: the current row, or a predicted one."""
 
-    one: _Running
+    job: _RunningJob
     steps: float
-    """Done since it joined, counted from where the others were then."""
-    taken: int
-    """Parts of its step that are in rows, of so many."""
-    of: int
-    parts: deque[MicroStep]
-    """Those that are left."""
+    """Steps done since it joined, plus the pace of the others at that time."""
+    placed: int
+    of_step: int
+    remaining: deque[MicroStep]
 
     @classmethod
-    def of_now(cls, one: _Running) -> _JobPosition:
-        """Where a job is."""
-        steps = one.joined_at + one.course.progress.step - one.first_step
-        return cls(one, steps, one.taken, one.parts_of_step, one.parts)
+    def current(cls, job: _RunningJob) -> _JobPosition:
+        """The position of a job now."""
+        steps = job.joined_at + job.course.progress.step - job.first_step
+        return cls(job, steps, job.placed, job.of_step, job.remaining)
 
     @property
     def pace(self) -> float:
-        """Steps done, with the fraction of the one that is under way."""
-        return self.steps + self.taken / self.of
+        """Steps done, including the fraction of the current one."""
+        return self.steps + self.placed / self.of_step
 
 
 class Jobs:
     """The jobs of one bank."""
 
     def __init__(
-        self, forward: PackedForward, bank: Bank, tokens: int, stop: Callable[[], bool] = lambda: False
+        self,
+        forward: PackedForward,
+        bank: Bank,
+        tokens: int,
+        stop: Callable[[], bool] = lambda: False,
+        objective: Objective = sft,
     ) -> None:
-        """Takes a bank and a forward prepared after it was attached.
+        """Prepares the step of a bank.
 
         Args:
-            tokens: in one row of all jobs; at least as many as in a row of any job.
-            stop: asked after every row; True saves every job and ends.
+            forward: prepared after the bank was attached.
+            tokens: in one shared row; at least as many as in a row of any job.
+            stop: called after every row; True saves every job and ends.
+            objective: of all jobs.
 
         Raises: ModelError: the model cannot run documents together.
         """
-        self._forward, self._bank, self._stop = forward, bank, stop
+        self._forward, self._bank, self._stop, self._objective = forward, bank, stop, objective
         self._tokens = -(-tokens // bank.block) * bank.block
-        self._step = step_of(forward, bank, tokens)
+        self._step = step_of(forward, bank, tokens, objective)
         self._queue: deque[Job] = deque()
-        self._running: list[_Running] = []
-        self._unwanted: set[str] = set()
+        self._running: list[_RunningJob] = []
+        self._removed: set[str] = set()
 
     @property
     def why_not(self) -> str | None:
-        """One line for the user if rows cannot be recorded as a CUDA graph and run slower for it."""
+        """One line for the user if rows cannot be recorded as a CUDA graph, which makes them slower."""
         return self._step.why_not
 
     @property
@@ -163,24 +170,24 @@ class Jobs:
         return [one.job.name for one in self._running]
 
     def add(self, job: Job) -> None:
-        """Puts a job at the end of the queue; it starts as soon as a slot is free. May be called while others run."""
+        """Appends a job to the queue; it starts once a slot is free. May be called while others run."""
         self._queue.append(job)
 
     def remove(self, name: str) -> None:
-        """Takes a running job out before the next row, without a word. May be called while others run."""
-        self._unwanted.add(name)
+        """Removes a running job before the next row, without an event. May be called while others run."""
+        self._removed.add(name)
 
     def run(self) -> Iterator[tuple[str, JobEvent]]:
-        """Trains until no job is left, yielding each one's name with what happened to it.
+        """Trains until no job is left; yields (name of the job, event).
 
-        The model's attention is that of packed rows until then, so do not generate with it between events.
+        The model's attention is set up for packed rows until then, so do not generate with it between events.
         """
         with self._forward.installed():
             while self._running or self._queue:
                 yield from self._fill_slots()
-                for one in [one for one in self._running if one.job.name in self._unwanted]:
+                for one in [one for one in self._running if one.job.name in self._removed]:
                     self._leave(one)
-                self._unwanted.clear()
+                self._removed.clear()
                 if not self._running:
                     continue
                 for one, event in self._train_row():
@@ -208,7 +215,7 @@ class Jobs:
                 for event in self._end(one, reason):
                     yield job.name, event
 
-    def _start(self, job: Job, slot: int) -> _Running:
+    def _start(self, job: Job, slot: int) -> _RunningJob:
         course = Course(job.rows, job.training)
         self._bank.place(slot, job.lora, job.training.seed)
         self._step.join(slot, job.training)
@@ -221,21 +228,21 @@ class Jobs:
             self._step.restore(slot, moments, course.progress.optimizer_steps)
         pace = min((other.pace for other in self._running), default=0.0)
         step = course.progress.step
-        one = _Running(job, slot, course, pace, step, saved_step=step if job.resume_from else None)
+        one = _RunningJob(job, slot, course, pace, step, saved_step=step if job.resume_from else None)
         self._running.append(one)
         return one
 
-    def _train_row(self) -> Iterator[tuple[_Running, JobEvent]]:
-        """One row of all jobs, and what follows for those whose step ends with it."""
+    def _train_row(self) -> Iterator[tuple[_RunningJob, JobEvent]]:
+        """Trains one shared row, then handles the jobs whose step ends with it."""
         started = time.perf_counter()
-        taken = self._fill_row()
-        complete = [one for one in self._running if one.taken and not one.parts]
+        chosen = self._fill_row()
+        complete = [one for one in self._running if one.placed and not one.remaining]
         rates = {one.slot: one.course.rate for one in complete}
-        results = self._step.run([part for _, part in taken], rates, self._upcoming)
-        seconds = (time.perf_counter() - started) / sum(len(part.row.tokens) for _, part in taken)
-        for one, part in taken:
-            one.tokens += len(part.row.tokens)
-            one.seconds += seconds * len(part.row.tokens)  # a job's time is its share of the row's
+        results = self._step.run([micro_step for _, micro_step in chosen], rates, self._upcoming)
+        seconds = (time.perf_counter() - started) / sum(len(micro_step.row.tokens) for _, micro_step in chosen)
+        for one, micro_step in chosen:
+            one.tokens += len(micro_step.row.tokens)
+            one.seconds += seconds * len(micro_step.row.tokens)  # a job's time is its share of the row's
         for one in complete:
             try:
                 for event in self._after_step(one, results[one.slot]):
@@ -244,56 +251,68 @@ class Jobs:
                 self._leave(one)
                 yield one, Failed(str(error))
 
-    def _fill_row(self) -> list[tuple[_Running, MicroStep]]:
+    def _fill_row(self) -> list[tuple[_RunningJob, MicroStep]]:
         """The next micro-steps of the jobs that are furthest behind, as many as fit."""
         for one in self._running:
-            if not one.parts:
-                _begin_step(one)
-        taken = self._chosen([_JobPosition.of_now(one) for one in self._running])
-        for one, _ in taken:
-            one.taken += 1
-        return taken
+            if not one.remaining:
+                one.remaining = deque(one.following or self._micro_steps_of(one))
+                one.following, one.of_step = [], len(one.remaining)
+        chosen = self._choose([_JobPosition.current(one) for one in self._running])
+        for one, _ in chosen:
+            one.placed += 1
+        return chosen
 
     def _upcoming(self) -> list[MicroStep]:
-        """The parts of the next row, if every job goes on and none joins; empty if one has no next step."""
-        turns = []
+        """The next row, if every job continues and none joins; empty if a job has no next step."""
+        positions = []
         for one in self._running:
-            turn = _JobPosition.of_now(one)
-            if one.parts:
-                turn.parts = one.parts.copy()
+            position = _JobPosition.current(one)
+            if one.remaining:
+                position.remaining = one.remaining.copy()
             else:
-                one.following = one.following or _parts_of(one, ahead=1)
-                turn.steps, turn.taken, turn.of = turn.steps + 1, 0, len(one.following)
-                turn.parts = deque(one.following)
-            if not turn.parts:
+                one.following = one.following or self._micro_steps_of(one, ahead=1)
+                position.steps, position.placed, position.of_step = position.steps + 1, 0, len(one.following)
+                position.remaining = deque(one.following)
+            if not position.remaining:
                 return []
-            turns.append(turn)
-        return [part for _, part in self._chosen(turns)]
+            positions.append(position)
+        return [micro_step for _, micro_step in self._choose(positions)]
 
-    def _chosen(self, turns: Sequence[_JobPosition]) -> list[tuple[_Running, MicroStep]]:
-        """Takes the parts of one row from `turns`, the furthest behind first."""
-        room, taken = self._tokens, list[tuple[_Running, MicroStep]]()
+    def _choose(self, positions: Sequence[_JobPosition]) -> list[tuple[_RunningJob, MicroStep]]:
+        """Takes the micro-steps of one row from `positions`, furthest behind first."""
+        free, chosen = self._tokens, list[tuple[_RunningJob, MicroStep]]()
         while True:
-            ahead = min(turn.pace for turn in turns) + 1
-            fitting = [turn for turn in turns if turn.parts and self._room_of(turn.parts[0]) <= room]
-            if not fitting or min(turn.pace for turn in fitting) >= ahead:  # rather a gap than one that runs away
-                return taken
-            turn = min(fitting, key=lambda turn: turn.pace)  # the first of equals
-            part = turn.parts.popleft()
-            turn.taken += 1
-            room -= self._room_of(part)
-            taken.append((turn.one, part))
+            limit = min(position.pace for position in positions) + 1
+            fitting = [p for p in positions if p.remaining and self._tokens_of(p.remaining[0]) <= free]
+            if not fitting or min(position.pace for position in fitting) >= limit:
+                return chosen  # a gap is better than a job that runs ahead
+            position = min(fitting, key=lambda position: position.pace)  # the first of equals
+            micro_step = position.remaining.popleft()
+            position.placed += 1
+            free -= self._tokens_of(micro_step)
+            chosen.append((position.job, micro_step))
 
-    def _room_of(self, part: MicroStep) -> int:
+    def _tokens_of(self, micro_step: MicroStep) -> int:
+        """Tokens of a shared row that a micro-step occupies."""
         block = self._bank.block
-        return -(-len(part.row.tokens) // block) * block
+        return -(-len(micro_step.row.tokens) // block) * block
 
-    def _after_step(self, one: _Running, result: StepResult) -> Iterator[JobEvent]:
-        """What `loop` does after a step."""
+    def _micro_steps_of(self, one: _RunningJob, ahead: int = 0) -> list[MicroStep]:
+        """The micro-steps of the next optimizer step, or of the step `ahead` steps later; empty after the last."""
+        rows: Sequence[Row] = one.course.next_rows(ahead)
+        normaliser = sum(map(self._objective.normaliser, rows))
+        training, dropout = one.job.training, one.job.lora.lora_dropout
+        key = dropout_key(training.seed, one.course.progress.step + ahead) if dropout else None
+        starts = [sum(len(row.tokens) for row in rows[:n]) for n in range(len(rows))]
+        parts = zip(rows, starts, strict=True)
+        return [MicroStep(one.slot, trim(row), normaliser, key, start) for row, start in parts]
+
+    def _after_step(self, one: _RunningJob, result: StepResult) -> Iterator[JobEvent]:
+        """Reports, evaluates, saves and ends like `training.loop` after a step."""
         course = one.course
         memory = peak_memory_bytes(self._forward.model.device)
         yield course.stepped(result, one.tokens, one.seconds, memory)
-        one.taken, one.tokens, one.seconds = 0, 0, 0.0
+        one.placed, one.tokens, one.seconds = 0, 0, 0.0
         reason: Reason | None = "diverged" if course.diverged else None
         if reason is None and course.evaluation_due:
             evaluated = self._evaluate(one)
@@ -311,31 +330,30 @@ class Jobs:
         elif course.save_due:
             yield from self._save(one)
 
-    def _evaluate(self, one: _Running) -> Evaluated:
+    def _evaluate(self, one: _RunningJob) -> Evaluated:
+        """Measures a job's held-out rows, several in one shared row."""
         started = time.perf_counter()
-        held_out = [trim(row) for row in one.course.rows.held_out]
-        total, weight = 0.0, sum(float(row.weights.sum()) for row in held_out)
-        room, parts = 0, list[MicroStep]()
-        for row in held_out:
-            part = MicroStep(one.slot, row, 1.0, None, 0)
-            if parts and room < self._room_of(part):
-                total += self._step.evaluate(parts)
-                parts = []
-            room = (room if parts else self._tokens) - self._room_of(part)
-            parts.append(part)
-        total += self._step.evaluate(parts)
-        return one.course.evaluated(total / weight if weight else float("nan"), time.perf_counter() - started)
+        sums, free, batch = HeldOutSums(self._objective), 0, list[MicroStep]()
+        for row in map(trim, one.course.rows.held_out):
+            micro_step = MicroStep(one.slot, row, 1.0, None, 0)
+            if batch and free < self._tokens_of(micro_step):
+                sums.add([other.row for other in batch], self._step.evaluate(batch))
+                batch = []
+            free = (free if batch else self._tokens) - self._tokens_of(micro_step)
+            batch.append(micro_step)
+        sums.add([other.row for other in batch], self._step.evaluate(batch))
+        return one.course.evaluated(sums.mean(), time.perf_counter() - started)
 
-    def _end(self, one: _Running, reason: Reason) -> Iterator[JobEvent]:
+    def _end(self, one: _RunningJob, reason: Reason) -> Iterator[JobEvent]:
         yield from self._save(one)
         self._leave(one)
         yield Ended(reason, one.course.progress)
 
-    def _leave(self, one: _Running) -> None:
+    def _leave(self, one: _RunningJob) -> None:
         self._running.remove(one)
         self._step.leave(one.slot)
 
-    def _save(self, one: _Running) -> Iterator[CheckpointSaved]:
+    def _save(self, one: _RunningJob) -> Iterator[CheckpointSaved]:
         folder, progress = one.job.checkpoints, one.course.progress
         if folder is None or one.saved_step == progress.step:
             return
@@ -345,24 +363,3 @@ class Jobs:
         )
         one.saved_step = progress.step
         yield CheckpointSaved(progress.step, path)
-
-
-def _begin_step(one: _Running) -> None:
-    """Hands out the micro-steps of a job's next optimizer step."""
-    one.parts = deque(one.following or _parts_of(one))
-    one.following, one.parts_of_step = [], len(one.parts)
-
-
-def _parts_of(one: _Running, ahead: int = 0) -> list[MicroStep]:
-    """The micro-steps of the next optimizer step, or of one `ahead` of it; none after the last."""
-    rows: Sequence[Row] = one.course.next_rows(ahead)
-    normaliser = sum(float(row.weights.sum()) for row in rows)
-    training, dropout = one.job.training, one.job.lora.lora_dropout
-    key = dropout_key(training.seed, one.course.progress.step + ahead) if dropout else None
-    starts = [sum(len(row.tokens) for row in rows[:n]) for n in range(len(rows))]
-    return [MicroStep(one.slot, trim(row), normaliser, key, start) for row, start in zip(rows, starts, strict=True)]
-
-
-def row_tokens(jobs: Sequence[Job]) -> int:
-    """Tokens in the longest row of any job."""
-    return max(len(job.rows.of_epoch(0)[0].tokens) for job in jobs)

@@ -93,7 +93,7 @@ def choose_rate(
     try:
         forward = prepare(model)
         with forward.installed():  # no row is set: the base alone
-            base_loss, _ = evaluate_loss(forward, measured)
+            base_loss = evaluate_loss(forward, measured).loss
         jobs = Jobs(forward, bank, tokens)
         for rate in RATES:
             jobs.add(Job(f"{rate:g}", lora, replace(short, learning_rate=rate), Rows(rows.of_epoch, measured)))

@@ -1,17 +1,17 @@
-"""One packed row of several jobs: a forward and a backward for all, and for each its own loss, clipping and update.
+"""One packed row of several jobs: one forward and backward for all, and a loss, clipping and update for each.
 
-A job's micro-step is one packed row of its own, as in `training.step`. Here it becomes a part of a longer row: its
-documents without their padding, laid beside those of other jobs, every token meeting its own job's adapter alone
-(`many.bank`). Each part's loss is divided by the normaliser of its own job and step, and the parts are only ever
-added, so that the gradient of each is what it would be alone, and what is not finite in one stays there.
+A job's micro-step is one packed row, as in `training.step`. Here it becomes a segment of a longer row: its documents
+without padding, beside the segments of other jobs. Each token meets only its own job's adapter (`many.bank`). The
+objective runs over the whole row. Each of its terms belongs to a document, each document to a segment, so every
+segment gets its own loss, divided by the normaliser of its own job and step. Losses are only added, so the gradient
+of each is the gradient of the job alone, and a non-finite value stays inside its job.
 
-An update is due when the last part of a job's step has run; jobs with several parts collect their gradients over
-several rows, whatever the others do meanwhile.
+An update is due when the last micro-step of a job's step has run. Jobs with several micro-steps accumulate gradients
+over several rows, independent of the other jobs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,23 +25,34 @@ from loratune.errors import ConfigError, ModelError
 from loratune.many.bank import Bank
 from loratune.ops.bank.projection import Segment
 from loratune.training.checkpoint import MOMENTS
+from loratune.training.objectives.objective import Objective, Terms
+from loratune.training.objectives.sft import sft
 from loratune.training.optim import adamw, set_rate
-from loratune.training.step import StepResult
+from loratune.training.step import (
+    DeviceRow,
+    ObjectiveSums,
+    StepResult,
+    accumulate,
+    finish_step,
+    new_outcome,
+    objective_sums,
+    trained_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroStep:
-    """One micro-step of one job, to be laid into a row."""
+    """One row of one job, to become a segment of a shared row."""
 
     slot: int
     row: Row
     """Without padding, see `trim`."""
     normaliser: float
-    """Summed weight of all trained tokens of the job's step."""
+    """Summed over all rows of the job's step, see `Objective.normaliser`."""
     key: int | None
-    """Of the step's dropout, see `ops.dropout`; None for no dropout."""
+    """Dropout key of the step, see `ops.dropout`; None for no dropout."""
     position: int
-    """Number of the first token within the job's step, counting padding, which is what dropout goes by."""
+    """Number of the row's first token within the job's step, counting padding; dropout depends on it."""
 
 
 class BankStep:
@@ -49,119 +60,104 @@ class BankStep:
 
     why_not: str | None = None
 
-    def __init__(self, forward: PackedForward, bank: Bank) -> None:
+    def __init__(self, forward: PackedForward, bank: Bank, objective: Objective = sft) -> None:
         if forward.road == "one by one" or forward.head is None:
             raise ModelError(
                 f"{type(forward.model).__name__} cannot train several adapters in one row: "
                 f"{forward.notes[0] if forward.notes else 'its documents do not run together'}"
             )
-        self._forward, self._bank = forward, bank
-        self._updates: dict[int, _SlotOptimizer] = {}
-        self._losses: dict[int, float] = {}
-        self._trained: dict[int, int] = {}
+        self._forward, self._bank, self._objective = forward, bank, objective
+        self._jobs: dict[int, _SlotStep] = {}
 
     def join(self, slot: int, config: TrainConfig) -> None:
-        """Prepares the optimizer of the job that has been placed in `slot`."""
-        self._updates[slot] = _SlotOptimizer(self._bank, slot, config)
-        self._losses[slot], self._trained[slot] = 0.0, 0
+        """Prepares the optimizer of the job in `slot`."""
+        self._jobs[slot] = _SlotStep(self._bank, slot, config)
 
     def leave(self, slot: int) -> None:
-        """Forgets the job in `slot` and frees its place."""
-        self._updates.pop(slot, None)
+        """Removes the job in `slot` and frees the slot."""
+        self._jobs.pop(slot, None)
         self._bank.clear(slot)
 
     def run(
-        self,
-        parts: Sequence[MicroStep],
-        rates: Mapping[int, float],
+        self, micro_steps: Sequence[MicroStep], rates: Mapping[int, float],
         upcoming: Callable[[], Sequence[MicroStep]] = tuple,
-    ) -> dict[int, StepResult]:
+    ) -> dict[int, StepResult]:  # fmt: skip
         """Trains on one row, and updates the jobs whose step ends with it.
 
         Args:
-            parts: together at most one row of tokens.
-            rates: slot -> learning rate, for those whose last part of a step is among `parts`.
-            upcoming: what the next row will likely be; of use to `BankGraph` only.
+            micro_steps: at most one row of tokens in total.
+            rates: slot -> learning rate, for jobs whose last micro-step of a step is in this row.
+            upcoming: the likely content of the next row; only `BankGraph` uses it.
 
-        Returns: slot -> what its step did, for the slots in `rates`. A loss or gradient that is not finite leaves
-        the slot's adapter and optimizer as they were.
+        Returns: slot -> result of its step, for the slots in `rates`. A non-finite loss or gradient leaves the slot's
+        adapter and optimizer unchanged.
         """
-        row, segments = join_parts(parts, self._bank.block)
+        row, segments = join_micro_steps(micro_steps, self._bank.block)
+        device = self._forward.model.device
+        owners = segment_of_documents(row, segments).to(device)
         with self._bank.row(segments):
-            losses = self._objectives(parts, row)
-            losses.sum().backward()  # the gradient of each part is 1, whatever the others are
-        for part, loss in zip(parts, losses.tolist(), strict=True):
-            self._losses[part.slot] += loss
-            self._trained[part.slot] += int((part.row.weights != 0).sum())
-        results = {}
-        for slot, rate in rates.items():
-            loss, trained = self._losses[slot], self._trained[slot]
-            self._losses[slot], self._trained[slot] = 0.0, 0
-            norm = self._updates[slot](rate, finite=math.isfinite(loss))
-            results[slot] = StepResult(loss, norm, trained, not (math.isfinite(loss) and math.isfinite(norm)))
-        return results
+            on_device = DeviceRow.send(row, device, self._objective.columns)
+            losses = accumulate(
+                self._forward, on_device, self._objective, lambda terms: _losses(terms, owners, micro_steps)
+            )
+        for one, loss in zip(micro_steps, losses, strict=True):
+            self._jobs[one.slot].add(loss, trained_tokens(one.row))
+        return {slot: self._jobs[slot].finish(rate) for slot, rate in rates.items()}
 
-    @torch.no_grad()
-    def evaluate(self, parts: Sequence[MicroStep]) -> float:
-        """The objective of `parts`, of one row, summed."""
-        row, segments = join_parts(parts, self._bank.block)
+    def evaluate(self, micro_steps: Sequence[MicroStep]) -> ObjectiveSums:
+        """Loss and metrics of the micro-steps of one row, summed and not divided."""
+        row, segments = join_micro_steps(micro_steps, self._bank.block)
+        owners = segment_of_documents(row, segments).to(self._forward.model.device)
         with self._bank.row(segments):
-            return float(self._objectives(parts, row).sum())
+            return objective_sums(
+                self._forward, row, self._objective, lambda terms: _losses(terms, owners, micro_steps).sum()
+            )
 
     def moments(self, slot: int) -> dict[str, Tensor]:
-        """AdamW's moments of the job in `slot`, as `checkpoint` keeps them; empty before the first update."""
-        return self._updates[slot].moments()
+        """AdamW's moments of the job in `slot`, named as in a checkpoint; empty before the first update."""
+        return self._jobs[slot].moments()
 
     def restore(self, slot: int, moments: Mapping[str, Tensor], optimizer_steps: int) -> None:
-        """Puts moments back, after `join`."""
-        self._updates[slot].restore(moments, optimizer_steps)
-
-    def _objectives(self, parts: Sequence[MicroStep], row: Row) -> Tensor:
-        """(parts,): each part's negative log-likelihood over its normaliser; `row` is all of them joined."""
-        device = self._forward.model.device
-        predicting = row.weights.nonzero().squeeze(1)
-        logprobs = self._forward.logprobs(
-            row.tokens.to(device),
-            row.position_ids.to(device),
-            row.cu_seqlens,
-            predicting.to(device),
-            row.targets[predicting].to(device),
-        )
-        weighted = -(row.weights[predicting].to(device) * logprobs)
-        counts = [int((part.row.weights != 0).sum()) for part in parts]
-        sums = [own.sum() / part.normaliser for own, part in zip(weighted.split(counts), parts, strict=True)]
-        return torch.stack(sums)
+        """Restores moments; call it after `join`."""
+        self._jobs[slot].restore(moments, optimizer_steps)
 
 
-class _SlotOptimizer:
-    """AdamW over the flat master of one slot, with the job's own clipping."""
+class _SlotStep:
+    """The step of one slot: AdamW over its flat master, with the job's own loss and clipping."""
 
     def __init__(self, bank: Bank, slot: int, config: TrainConfig) -> None:
         if config.optim != "adamw":
-            raise ConfigError(f"optim {config.optim}: a bank of adapters keeps float32 moments; train it by itself")
+            raise ConfigError(f"optim {config.optim}: a bank of adapters has float32 moments; train this job alone")
         self._bank, self._slot = bank, slot
         self._master = nn.Parameter(bank.master(slot))  # shares the memory
         self._master.grad = bank.gradient(slot)
         self._optimizer = adamw([self._master], config)
-        self._max_grad_norm = config.max_grad_norm or math.inf
+        self._max_grad_norm = config.max_grad_norm
+        self._outcome, self._trained = new_outcome(self._master.device), 0
 
-    def __call__(self, rate: float, *, finite: bool) -> float:
-        """Clips, updates unless something is not finite, and zeroes the gradient. Returns its norm from before."""
-        norm = float(nn.utils.clip_grad_norm_([self._master], self._max_grad_norm))
-        if finite and math.isfinite(norm):
-            set_rate(self._optimizer, rate)
-            self._optimizer.step()
+    def add(self, loss: Tensor, trained: int) -> None:
+        """Adds the loss and trained tokens of one micro-step."""
+        self._outcome[0] += loss
+        self._trained += trained
+
+    def finish(self, rate: float) -> StepResult:
+        """Ends the job's step and zeroes its gradient."""
+        set_rate(self._optimizer, rate)
+        finish_step(self._optimizer, self._max_grad_norm, self._outcome)
         self._bank.gradient(self._slot).zero_()
-        return norm
+        result = StepResult.read(self._outcome, self._trained)
+        self._outcome.zero_()
+        self._trained = 0
+        return result
 
     def moments(self) -> dict[str, Tensor]:
-        """Named as the job's parameters are."""
+        """Views named like the job's parameters."""
         state = self._optimizer.state[self._master]
         views = {moment: self._bank.named(self._slot, state[moment]) for moment in MOMENTS if moment in state}
         return {f"{path}.{moment}": view for moment, named in views.items() for path, view in named.items()}
 
     def restore(self, moments: Mapping[str, Tensor], optimizer_steps: int) -> None:
-        """The inverse of `moments`; a parameter without any had never been reached."""
+        """The inverse of `moments`. A parameter without moments was never updated and gets zeros."""
         device = self._master.device
         state: dict[str, Tensor] = {"step": torch.tensor(float(optimizer_steps), device=device)}
         for moment in MOMENTS:
@@ -173,31 +169,64 @@ class _SlotOptimizer:
             self._optimizer.state[self._master] = state
 
 
+def _losses(terms: Terms, owners: Tensor, micro_steps: Sequence[MicroStep]) -> Tensor:
+    """Sums the terms of each micro-step and divides by its normaliser: (micro-steps,).
+
+    Args:
+        owners: from `segment_of_documents`.
+    """
+    owner = owners[terms.documents]
+    return torch.stack([terms.values[owner == nth].sum() / one.normaliser for nth, one in enumerate(micro_steps)])
+
+
 def trim(row: Row) -> Row:
     """A row without its padding tail."""
     start, end = (int(bound) for bound in row.cu_seqlens[-2:])
     if row.weights[start:].any() or row.position_ids[start:].any() or start == 0:
-        return row  # the last document is a real one: only padding stays at position 0
+        return row  # the last document is real: only padding stays at position 0
     assert end == len(row.tokens)
     return Row(
-        row.tokens[:start], row.position_ids[:start], row.targets[:start], row.weights[:start], row.cu_seqlens[:-1]
-    )
+        row.tokens[:start], row.position_ids[:start], row.targets[:start], row.weights[:start], row.cu_seqlens[:-1],
+        {name: column[:start] for name, column in row.columns.items()},
+    )  # fmt: skip
 
 
-def join_parts(parts: Sequence[MicroStep], block: int) -> tuple[Row, list[Segment]]:
-    """Lays parts end to end, each beginning at a multiple of `block`; the gaps are padding that belongs to nobody."""
-    fields: dict[str, list[Tensor]] = {"tokens": [], "position_ids": [], "targets": [], "weights": []}
+def join_micro_steps(micro_steps: Sequence[MicroStep], block: int) -> tuple[Row, list[Segment]]:
+    """Joins micro-steps into one row; each starts at a multiple of `block`. Gaps are padding without an owner."""
     bounds, segments, at = [torch.zeros(1, dtype=torch.int32)], list[Segment](), 0
-    for part in parts:
-        length = len(part.row.tokens)
-        gap = -length % block
-        for name, pieces in fields.items():
-            piece: Tensor = getattr(part.row, name)
-            pieces += [piece, piece.new_zeros(gap)] if gap else [piece]
-        bounds.append(part.row.cu_seqlens[1:] + at)
+    gaps = [-len(one.row.tokens) % block for one in micro_steps]
+    for one, gap in zip(micro_steps, gaps, strict=True):
+        length = len(one.row.tokens)
+        bounds.append(one.row.cu_seqlens[1:] + at)
         if gap:
             bounds.append(torch.tensor([at + length + gap], dtype=torch.int32))
-        segments.append(Segment(part.slot, at, at + length, part.key, part.position))
+        segments.append(Segment(one.slot, at, at + length, one.key, one.position))
         at += length + gap
-    joined = {name: torch.cat(pieces) for name, pieces in fields.items()}
-    return Row(cu_seqlens=torch.cat(bounds), **joined), segments
+    rows = [extend(one.row, gap) for one, gap in zip(micro_steps, gaps, strict=True)]
+    fields = {name: torch.cat([getattr(row, name) for row in rows]) for name in _FIELDS}
+    columns = {name: torch.cat([row.columns[name] for row in rows]) for name in rows[0].columns}
+    return Row(cu_seqlens=torch.cat(bounds), columns=columns, **fields), segments
+
+
+_FIELDS = ("tokens", "position_ids", "targets", "weights")
+
+
+def extend(row: Row, gap: int) -> Row:
+    """The row with `gap` zeros behind each of its fields; the document boundaries stay."""
+    if not gap:
+        return row
+
+    def longer(values: Tensor) -> Tensor:
+        return torch.cat([values, values.new_zeros(gap)])
+
+    fields = {name: longer(getattr(row, name)) for name in _FIELDS}
+    return Row(cu_seqlens=row.cu_seqlens, columns={n: longer(c) for n, c in row.columns.items()}, **fields)
+
+
+def segment_of_documents(row: Row, segments: Sequence[Segment]) -> Tensor:
+    """(documents + 1,) int64: each document's index in `segments`, -1 for padding and for unused places."""
+    starts = row.cu_seqlens
+    owners = torch.full((len(starts),), -1)
+    for nth, segment in enumerate(segments):
+        owners[(starts >= segment.start) & (starts < segment.stop)] = nth
+    return owners

@@ -35,7 +35,7 @@ from loratune.memory.survey import ModelSurvey, ranks_of, survey
 from loratune.precision.contract import smallest_format
 from loratune.training.graph import GraphStep
 from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
-from loratune.training.step import row_loss
+from loratune.training.step import HostClipped, row_loss
 from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
@@ -185,7 +185,7 @@ def _dry_step(
         with torch.random.fork_rng(devices=[device]), _dropping(forward.model), forward.installed():
             ballast.append(torch.empty(ballast_bytes, dtype=torch.uint8, device=device))
             recorded = True
-            step = GraphStep.for_device(forward, values, torch.optim.SGD(values, lr=0.0), 0.0)  # which never updates
+            step = GraphStep.for_device(forward, values, HostClipped(torch.optim.SGD(values)), 0.0)
             if step is None:
                 row_loss(forward, row).backward()
             else:

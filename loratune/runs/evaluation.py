@@ -55,7 +55,8 @@ def loss(
     rows = rows_of_epoch(examples, settings.tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
     forward = prepare(model)
     with forward.installed():
-        return Loss(*evaluate_loss(forward, rows))
+        measured = evaluate_loss(forward, rows)
+        return Loss(measured.loss, measured.trained_tokens)
 
 
 def answers(

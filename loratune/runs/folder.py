@@ -82,8 +82,8 @@ class Recorder:
                 self._tokens += event.tokens
                 self._seconds += event.tokens / event.tokens_per_second
                 self._write(asdict(event), event.step)
-            case Evaluated(step=step, eval_loss=eval_loss):
-                self._write({"step": step, "eval_loss": eval_loss}, step)
+            case Evaluated(step=step, eval_loss=eval_loss, metrics=measured):
+                self._write({"step": step, "eval_loss": eval_loss, **measured}, step)
             case Ended():
                 self.ended = event
                 for reporter in self._reporters:

@@ -1,9 +1,9 @@
-"""Checkpoints: everything that makes a resumed run equal the uninterrupted one, to the bit, and no pickle.
+"""Checkpoints: the complete state of a run, so that a resumed run equals the uninterrupted one to the bit. No pickle.
 
-A checkpoint is a folder `checkpoints/step-000120/` with the adapter in PEFT format (so any checkpoint can be used as
-it is), AdamW's moments in `optimizer.safetensors`, and `progress.json`. The data need no state of their own: the
-rows of an epoch follow from the seed, dropout from seed and step. Folders appear whole or not at all; the newest and
-the best on held-out data are kept.
+A checkpoint is a folder `checkpoints/step-000120/`. It holds the adapter in PEFT format, so it can be used directly,
+AdamW's moments in `optimizer.safetensors`, and `progress.json`. The data need no state: an epoch's rows follow from
+the seed, dropout from seed and step. Folders appear whole or not at all. The newest checkpoint and the best one on
+held-out data are kept.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from loratune.errors import TrainingError
 from loratune.lora.files import save
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments in an optimizer's state and in files."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; `step` counts finished optimizer steps, skipped ones included."""
+    """Counters of a run; `step` counts finished optimizer steps, including skipped ones."""
 
     step: int = 0
     trained_tokens: int = 0
@@ -50,9 +51,9 @@ def write(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> Path:
-    """Saves one checkpoint under `folder/step-NNNNNN` and removes those that are neither newest nor best.
+    """Saves a checkpoint as `folder/step-NNNNNN` and removes all others but the best.
 
-    Raises: OutputError: the disk is full or read-only; earlier checkpoints are then untouched.
+    Raises: OutputError: the disk is full or read-only; earlier checkpoints are then unchanged.
     """
     moments = {
         f"{key}.{moment}": optimizer.state[parameter][moment]
@@ -66,11 +67,11 @@ def write(
 def write_parts(
     folder: Path, save_adapter: Callable[[Path], None], moments: Mapping[str, torch.Tensor], progress: Progress
 ) -> Path:
-    """`write` for an adapter that has a home of its own.
+    """`write` for an adapter that is not attached to the model, such as one in a bank.
 
     Args:
-        save_adapter: writes the adapter into the folder that it is given.
-        moments: AdamW's, by "PARAMETER.exp_avg" and "PARAMETER.exp_avg_sq".
+        save_adapter: writes the adapter into the given folder.
+        moments: AdamW's moments as "PARAMETER.exp_avg" and "PARAMETER.exp_avg_sq".
     """
     path = at_step(folder, progress.step)
     with atomic.new_directory(path, overwrite=True) as temporary:
@@ -97,7 +98,7 @@ def at_step(folder: Path, step: int) -> Path:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Raises: TrainingError: the file is missing or not ours."""
+    """Reads `progress.json`. Raises: TrainingError: the file is missing or damaged."""
     try:
         return Progress(**json.loads((checkpoint / "progress.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -110,7 +111,7 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
-    """Puts AdamW's moments back. Raises: TrainingError: they do not belong to these parameters."""
+    """Restores AdamW's moments. Raises: TrainingError: they belong to other parameters."""
     moments = read_moments(checkpoint, parameters, progress)
     for key, parameter in parameters.items():
         if f"{key}.{MOMENTS[0]}" not in moments:  # the model never called this layer, so it has no moments
@@ -123,18 +124,18 @@ def restore_optimizer(
 
 
 def read_moments(checkpoint: Path, parameters: Iterable[str], progress: Progress) -> dict[str, torch.Tensor]:
-    """AdamW's moments as they were written. Raises: TrainingError: they belong to other parameters."""
+    """Reads AdamW's moments. Raises: TrainingError: they belong to other parameters."""
     try:
         moments = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{checkpoint}: the optimizer's state cannot be read: {error}") from error
+        raise TrainingError(f"{checkpoint}: cannot read the optimizer's state: {error}") from error
     odd = sorted(set(moments) - {f"{key}.{moment}" for key in parameters for moment in MOMENTS})
     if odd or (progress.optimizer_steps and not moments):
-        example = odd[0] if odd else "none of those of the adapter"
-        raise TrainingError(f"{checkpoint}: the optimizer's state belongs to other parameters, for example {example}")
+        fault = f'belongs to other parameters, for example "{odd[0]}"' if odd else "is empty"
+        raise TrainingError(f"{checkpoint}: the optimizer's state {fault}")
     return moments
 
 
 def _all(folder: Path) -> dict[int, Path]:
-    """Complete checkpoints by step; a folder under a temporary name starts with a dot and is not one."""
+    """Complete checkpoints by step. A folder with a temporary name starts with a dot and does not count."""
     return {int(p.name.removeprefix("step-")): p for p in folder.glob("step-*") if (p / "progress.json").exists()}

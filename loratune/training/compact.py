@@ -1,17 +1,18 @@
-"""AdamW whose moments take a quarter of the memory: 8 bits each, in blocks that share a scale.
+"""AdamW with 8-bit moments, in blocks that share a scale: a quarter of the memory of float32 moments.
 
-Float32 moments are eight bytes a trained parameter, as much as its value and gradient together. Block-wise dynamic
-quantisation (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861) makes that two:
-256 values share a float32 scale, and each is the nearest of 256 values whose spacing grows with magnitude. For the
-second moment it is the root that is kept: its range is half as many decades, so that no small but real second moment
-becomes zero, which would make its update enormous. A root that is not zero is never stored as zero.
+Float32 moments take eight bytes per trained parameter, as much as its value and gradient together. Block-wise dynamic
+quantisation (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861) takes two: 256
+values share a float32 scale, and each value becomes one of 256 codes whose spacing grows with magnitude.
 
-Parameters are taken in parts of a few million values, so that the float32 moments of a part are all that an update
-needs beside them. Nothing waits for the device, so that the update can be recorded in a CUDA graph; as PyTorch's
-fused AdamW does there, it divides gradients by `grad_scale` and changes nothing where `found_inf` says so.
+The second moment is stored as its root, whose range has half as many decades. A small second moment therefore does
+not become zero, which would make its update enormous; a root above zero is never stored as zero.
 
-A block of 256 codes and its scale lie together as 260 bytes, so that a moment is one tensor: a checkpoint saves it as
-it is, and a resumed run goes on to the bit.
+Parameters are updated in groups of a few million values, so only one group needs float32 moments at a time. Nothing
+waits for the device, so a CUDA graph can record the update. Like PyTorch's fused AdamW, `step` divides the gradients
+by `grad_scale` and changes nothing if `found_inf` is 1.
+
+A block is 260 bytes: 256 codes and the scale. So a moment is one tensor, a checkpoint saves it unchanged, and a
+resumed run continues to the bit.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from loratune.precision.nf4 import dynamic_book
+from loratune.training.checkpoint import MOMENTS
+from loratune.training.step import ClippedOptimizer
 
 BLOCK = 256
 _SCALE_BYTES = 4
-_PART = 1 << 22  # values that are updated at a time
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # as PyTorch's AdamW calls them; here the second is held as its root
+_GROUP = 1 << 22
+"""Largest number of values to update at a time, unless one parameter has more."""
 
 
 def root_book(device: torch.device) -> Tensor:
-    """256 values from 0 to 1, ascending: seven decades, each with twice as many values as the one below."""
+    """256 ascending codes from 0 to 1: seven decades, each with twice as many codes as the decade below."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade + 1) + 1, dtype=torch.float32)
@@ -42,10 +44,10 @@ def root_book(device: torch.device) -> Tensor:
 
 
 def encode(values: Tensor, book: Tensor, least: int = 0) -> Tensor:
-    """(blocks, 256) float to (blocks, 260) uint8: codes, and the bytes of each block's scale.
+    """Quantises (blocks, 256) float to (blocks, 260) uint8: codes, then the bytes of each block's scale.
 
     Args:
-        least: the lowest code of a value above zero.
+        least: lowest code of a value above zero.
     """
     scale = values.abs().amax(1, keepdim=True).float()
     unit = values / scale.clamp(min=1e-38)
@@ -55,17 +57,19 @@ def encode(values: Tensor, book: Tensor, least: int = 0) -> Tensor:
 
 
 def decode(packed: Tensor, book: Tensor) -> Tensor:
-    """(blocks, 260) uint8 to (blocks, 256) float32."""
+    """Reverses `encode`: (blocks, 260) uint8 to (blocks, 256) float32."""
     scale = packed[:, BLOCK:].contiguous().view(torch.float32)
     return book[packed[:, :BLOCK].int()] * scale
 
 
-class CompactAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with moments in 8 bits.
+class CompactAdamW(ClippedOptimizer):
+    """AdamW (arXiv:1711.05101) with 8-bit moments, which always stay on the device.
+
+    The second entry of `MOMENTS` holds the root of the second moment.
 
     Args:
-        parameters: on one device; those that never get a gradient never get a state.
-        rate: a number, or a tensor on the device that an update recorded in a graph reads.
+        parameters: on one device. A parameter without a gradient gets no state.
+        rate: a number, or a tensor on the device, which a recorded update reads.
     """
 
     def __init__(
@@ -83,49 +87,49 @@ class CompactAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of everything that has a gradient."""
+        """Updates every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            for part in _parts([parameter for parameter in group["params"] if parameter.grad is not None]):
-                self._update(part, group["lr"])
+            for some in _groups([parameter for parameter in group["params"] if parameter.grad is not None]):
+                self._update(some, group["lr"])
 
-    def _update(self, part: list[nn.Parameter], rate: float | Tensor) -> None:
-        states = [self._state(parameter) for parameter in part]
-        gradient = _blocks([parameter.grad for parameter in part if parameter.grad is not None])
-        old = _blocks(part)
+    def _update(self, some: list[nn.Parameter], rate: float | Tensor) -> None:
+        states = [self._state(parameter) for parameter in some]
+        gradient = _blocks([parameter.grad for parameter in some if parameter.grad is not None])
+        old = _blocks(some)
         skip = getattr(self, "found_inf", None)
         divisor = getattr(self, "grad_scale", None)
         if divisor is not None:
             gradient = gradient / divisor
         if skip is not None:
-            gradient = torch.where(skip > 0, 0.0, gradient)  # not a number times zero is not zero
-        counts = [-(-parameter.numel() // BLOCK) for parameter in part]
+            gradient = torch.where(skip > 0, 0.0, gradient)  # NaN times zero is not zero
+        counts = [-(-parameter.numel() // BLOCK) for parameter in some]
         for state in states:
             state["step"] += 1 if skip is None else 1 - skip.squeeze()
-        taken = torch.cat([state["step"].expand(count) for state, count in zip(states, counts, strict=True)])
-        taken = taken[:, None].to(old.dtype)
-        held = [torch.cat([state[name] for state in states]) for name in _MOMENTS]
+        updates = torch.cat([state["step"].expand(count) for state, count in zip(states, counts, strict=True)])
+        updates = updates[:, None].to(old.dtype)
+        before = [torch.cat([state[name] for state in states]) for name in MOMENTS]
         books = self._books_on(old.device)
-        first, root = (decode(packed, book).to(old.dtype) for packed, book in zip(held, books, strict=True))
+        first, root = (decode(packed, book).to(old.dtype) for packed, book in zip(before, books, strict=True))
         b1, b2 = self._betas
         first = first * b1 + gradient * (1 - b1)
         root = (root.square() * b2 + gradient.square() * (1 - b2)).sqrt()
-        denominator = root / (1 - b2**taken).sqrt() + self._eps
-        new = old * (1 - rate * self._weight_decay) - rate / (1 - b1**taken) * first / denominator
-        kept = [encode(first, books[0]), encode(root, books[1], least=1)]
+        denominator = root / (1 - b2**updates).sqrt() + self._eps
+        new = old * (1 - rate * self._weight_decay) - rate / (1 - b1**updates) * first / denominator
+        after = [encode(first, books[0]), encode(root, books[1], least=1)]
         if skip is not None:
             new = torch.where(skip > 0, old, new)
-            kept = [torch.where(skip > 0, before, after) for before, after in zip(held, kept, strict=True)]
-        for name, tensor in zip(_MOMENTS, kept, strict=True):
+            after = [torch.where(skip > 0, *both) for both in zip(before, after, strict=True)]
+        for name, tensor in zip(MOMENTS, after, strict=True):
             _copy_back([state[name] for state in states], tensor, counts)
-        _copy_back([parameter.data for parameter in part], new, counts)
+        _copy_back([parameter.data for parameter in some], new, counts)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
             blocks = -(-parameter.numel() // BLOCK)
             state["step"] = torch.zeros((), device=parameter.device)
-            for name, book in zip(_MOMENTS, self._books_on(parameter.device), strict=True):
+            for name, book in zip(MOMENTS, self._books_on(parameter.device), strict=True):
                 state[name] = encode(torch.zeros(blocks, BLOCK, device=parameter.device), book)
         return state
 
@@ -136,26 +140,26 @@ class CompactAdamW(torch.optim.Optimizer):
         return self._books[device]
 
 
-def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in order, in lists of at most `_PART` values where one alone does not have more."""
-    part: list[nn.Parameter] = []
+def _groups(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in order, in lists of at most `_GROUP` values, or of one larger parameter."""
+    group: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        if part and size + parameter.numel() > _PART:
-            yield part
-            part, size = [], 0
-        part.append(parameter)
+        if group and size + parameter.numel() > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
         size += parameter.numel()
-    if part:
-        yield part
+    if group:
+        yield group
 
 
 def _blocks(tensors: Iterable[Tensor]) -> Tensor:
-    """All tensors as (blocks, 256), each beginning a block of its own and filled up with zeros."""
+    """All tensors as (blocks, 256). Each starts a new block and is padded with zeros."""
     return torch.cat([pad(t.reshape(-1), (0, -t.numel() % BLOCK)).view(-1, BLOCK) for t in tensors])
 
 
 def _copy_back(targets: list[Tensor], blocks: Tensor, counts: list[int]) -> None:
-    """Blocks back into the tensors that they were made of."""
+    """Copies blocks into the tensors that `_blocks` joined."""
     for target, piece in zip(targets, blocks.split(counts), strict=True):
         target.copy_(piece.reshape(-1)[: target.numel()].view(target.shape))

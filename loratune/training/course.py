@@ -1,14 +1,14 @@
-"""The course of one run: the rows of each step, its rate, when to measure and to save, and when and why it ends.
+"""The course of one run: the rows and rate of each step, when to evaluate and to save, when and why the run ends.
 
-Nothing here computes. `loop` follows one course with one adapter, `jobs` follows many at once over one base; both
-ask the same object, so a job in company takes the very steps that it would take alone. All that a course decides
-follows from the settings, the seed and the number of steps done, and `Progress` is all of it that a checkpoint keeps.
+Nothing here computes with tensors. `training.loop` follows one course with one adapter; `many.jobs` follows many
+courses at once over one base. So a job takes the same steps in a sweep as alone. All decisions follow from the
+settings, the seed and `Progress`, and `Progress` is the only state that a checkpoint needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,13 +16,13 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.training.checkpoint import Progress
 from loratune.training.optim import learning_rate
-from loratune.training.step import StepResult
+from loratune.training.step import HeldOut, StepResult
 
 MAX_SKIPPED_IN_A_ROW = 3
-"""Steps with a non-finite loss or gradient, one after the other, before a run gives up."""
+"""Consecutive steps with a non-finite loss or gradient after which a run ends."""
 
 Reason = Literal["done", "early stop", "interrupted", "diverged", "dropped"]
-"""Why a run ended; "dropped" is a job of a sweep that others left behind."""
+"""Why a run ended; "dropped" is a job of a sweep that successive halving ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class StepDone:
     tokens: int
     """Tokens of this step's rows, trained or not."""
     tokens_per_second: float
-    """Tokens of the rows, trained or not, over the seconds of this step."""
+    """`tokens` over the seconds of this step."""
     memory_bytes: int
     """Peak so far: allocated on the GPU, or resident in the process on a CPU."""
     skipped: bool
@@ -48,25 +48,28 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The held-out loss was measured after `step` steps."""
+    """The held-out rows were evaluated after `step` steps."""
 
     step: int
     eval_loss: float
     best: bool
+    """True for the lowest finite loss so far."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The objective's metrics; empty for SFT."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rows come from: training rows by epoch, and the held-out ones."""
+    """Sources of rows: training rows by epoch, and held-out rows."""
 
     of_epoch: Callable[[int], Sequence[Row]]
-    """Epoch, from 0, to its rows in order; every epoch has the same number."""
+    """Epoch, from 0 -> its rows in order; every epoch has the same number of rows."""
     held_out: Sequence[Row]
 
 
 @dataclass
 class Course:
-    """One run's way through its rows."""
+    """Schedule and progress of one run."""
 
     rows: Rows
     config: TrainConfig
@@ -75,7 +78,7 @@ class Course:
 
     def __post_init__(self) -> None:
         self._epoch, self._epoch_rows = 0, self.rows.of_epoch(0)
-        self._looked_at: tuple[int, list[Row]] = -1, []
+        self._last_rows: tuple[int, list[Row]] = -1, []
         self.rows_per_epoch = len(self._epoch_rows)
         accumulation = self.config.gradient_accumulation_steps
         by_epochs = math.ceil(self.rows_per_epoch * self.config.epochs / accumulation)
@@ -93,28 +96,28 @@ class Course:
 
     @property
     def out_of_patience(self) -> bool:
-        """The held-out loss has not fallen for as many evaluations as the settings allow."""
+        """As many evaluations as the settings allow have passed without a lower held-out loss."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
     @property
     def diverged(self) -> bool:
-        """Too many steps one after the other were not finite."""
+        """Too many consecutive steps were not finite."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     @property
     def finished(self) -> bool:
-        """No step is left."""
+        """No step remains."""
         return self.last or self.out_of_patience
 
     @property
     def evaluation_due(self) -> bool:
-        """The held-out rows are to be measured after the step just done."""
+        """An evaluation follows the last finished step."""
         return bool(self.rows.held_out) and (self.last or self.progress.step % self.eval_every == 0)
 
     @property
     def save_due(self) -> bool:
-        """A checkpoint is to be written after the step just done, whatever the evaluation says."""
+        """A checkpoint follows the last finished step, independent of the evaluation."""
         return not self.last and self.progress.step % self.save_every == 0
 
     @property
@@ -123,21 +126,26 @@ class Course:
         return learning_rate(self.progress.step, self.total_steps, self.config)
 
     def next_rows(self, ahead: int = 0) -> list[Row]:
-        """The rows of the next step, or of one `ahead` of it; together they are its batch. None after the last."""
+        """The micro-steps of the next step, or of the step `ahead` steps later; empty after the last step."""
         accumulation, step = self.config.gradient_accumulation_steps, self.progress.step + ahead
-        if self._looked_at[0] == step:
-            return self._looked_at[1]
+        if self._last_rows[0] == step:
+            return self._last_rows[1]
         rows: list[Row] = []
         for n in range(step * accumulation, min((step + 1) * accumulation, self.total_rows)):
             epoch, index = divmod(n, self.rows_per_epoch)
             if epoch != self._epoch:
                 self._epoch, self._epoch_rows = epoch, self.rows.of_epoch(epoch)
             rows.append(self._epoch_rows[index])
-        self._looked_at = step, rows
+        self._last_rows = step, rows
         return rows
 
     def stepped(self, result: StepResult, tokens: int, seconds: float, memory_bytes: int) -> StepDone:
-        """Takes note of one step: `tokens` of its rows, and the seconds it took."""
+        """Counts a finished step.
+
+        Args:
+            tokens: in the rows of the step.
+            seconds: duration of the step.
+        """
         rate, progress = self.rate, self.progress
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         progress.step += 1
@@ -159,12 +167,13 @@ class Course:
             skipped=result.skipped,
         )
 
-    def evaluated(self, eval_loss: float, seconds: float) -> Evaluated:
-        """Takes note of the held-out loss after the step just done."""
-        progress = self.progress
-        best = progress.best_eval_loss is None or eval_loss < progress.best_eval_loss
+    def evaluated(self, held_out: HeldOut, seconds: float) -> Evaluated:
+        """Counts an evaluation after the last finished step. A loss that is not finite is never the best."""
+        progress, loss = self.progress, held_out.loss
+        before = progress.best_eval_loss
+        best = math.isfinite(loss) and (before is None or not math.isfinite(before) or loss < before)
         if best:
-            progress.best_step, progress.best_eval_loss = progress.step, eval_loss
+            progress.best_step, progress.best_eval_loss = progress.step, loss
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         progress.seconds += seconds
-        return Evaluated(progress.step, eval_loss, best)
+        return Evaluated(progress.step, loss, best, held_out.metrics)

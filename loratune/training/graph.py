@@ -1,29 +1,27 @@
-"""One optimizer step as a CUDA graph: the host hands over a row and launches once, instead of thousands of times.
+"""One optimizer step as a CUDA graph: the host sends a row and launches once, instead of thousands of times.
 
-A step of a small model is bound by launches, not by arithmetic: a Llama of 1B parameters takes 80 ms a step of 512
-tokens launched one by one and a tenth of that replayed. Since every row has the same number of tokens, one recording
-fits all rows. What still differs between rows are numbers, and these are read from buffers at fixed addresses:
-tokens, positions, borders, which positions are trained, their targets and weights, the normaliser, the rate, and the
-key of dropout, so that each replay drops anew and a run that is recorded drops what one that is not would have.
+A step of a small model is bound by kernel launches. Replaying a recording removes them. Every row has the same number
+of tokens, so one recording fits all rows. The numbers that differ between rows are read from buffers at fixed
+addresses: tokens, positions, document boundaries, trained positions with their targets, weights and columns, the
+normaliser, the rate, and the dropout key. With that key each replay draws the dropout of the eager step.
 
-    layout   documents, longest, trained: upper bounds that are part of the recording. They grow in coarse steps and
-             never shrink, so a run records two or three times at its start and then replays.
-    whole    a step of one row: forward, loss, backward, clipping and update are one graph.
-    parts    a step of several rows: one graph per row that adds to the gradients, and one for the update.
-    ahead    the host lays out the rows of the next step while the device works on this one.
-    skip     a loss or gradient that is not finite must change nothing. The host does not know before the update
-             is launched, so the update itself asks (`ops.adamw`; PyTorch's fused kernel takes `found_inf`).
+    layout   number of documents, longest document, scored positions. A recording fixes these upper bounds. They grow
+             in coarse steps and never shrink, so a run records two or three times and then replays.
+    whole    a step of one row is one graph: forward, loss, backward, clipping and update.
+    several  a step of several rows replays one graph per row, which adds to the gradients, and one for the update.
+    ahead    the host prepares the rows of the next step while the device runs this one.
+    skip     a non-finite loss or gradient must change nothing. The host launches the update before it knows, so the
+             update checks on the device (`training.step.ClippedOptimizer`).
 
-The first row of a layout runs without recording (which also warms up whatever compiles or allocates), the second is
-recorded. If recording fails, because a model waits for the device somewhere or memory runs out, `why_not` says so and
-the caller goes on with `training.step.train_step`, which computes the same.
+The first row of a layout runs without a recording, which warms up everything that compiles or allocates. The second
+row is recorded. If recording fails, because the model waits for the device or memory runs out, `why_not` gives the
+reason and the caller continues with `training.step.train_step`, which runs the same definitions.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -33,58 +31,76 @@ from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.ops.dropout import row_key
 from loratune.ops.products import choosing
-from loratune.training.objectives.sft import Objective, sft
-from loratune.training.optim import JointAdamW
+from loratune.training.objectives.objective import Objective, TokenBatch
+from loratune.training.objectives.sft import sft
 from loratune.training.recordings import Recordings
-from loratune.training.step import StepResult
+from loratune.training.step import (
+    DeviceRow,
+    StepOptimizer,
+    StepResult,
+    accumulate,
+    documents_of,
+    finish_step,
+    new_outcome,
+    total_of,
+    trained_tokens,
+)
 
 _SHARES = 8
-"""Trained positions are rounded up to a multiple of 1/8 of the row."""
+"""Scored positions are rounded up to a multiple of 1/8 of the row."""
 
 
 class RowLayout(NamedTuple):
-    """What a recording is bound to."""
+    """Upper bounds that a recording fixes."""
 
     documents: int
     longest: int
-    """Tokens; documents * longest = T says that all documents are of that length."""
-    trained: int
-    """Positions that reach the head; those of a row that are fewer are filled up with blanks."""
+    """Tokens of the longest document. If documents * longest = T, all documents have this length."""
+    scored: int
+    """Positions passed to the head. Rows with fewer trained positions are padded."""
 
 
 def layout_for(row: Row, layouts: dict[bool, RowLayout]) -> RowLayout:
-    """The layout that a row runs under, grown from the one that the last of its kind (even or not) had."""
+    """The layout for a row, grown from the last layout of its kind.
+
+    Args:
+        layouts: whether all documents are equally long -> the last layout of that kind; updated.
+    """
     tokens = len(row.tokens)
     documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())
     share = -(-tokens // _SHARES)
-    trained = min(tokens, -(-int((row.weights != 0).sum()) // share) * share)
+    scored = min(tokens, -(-trained_tokens(row) // share) * share)
     even = documents * longest == tokens
     last = layouts.get(even)
     if even:
-        layout = RowLayout(documents, longest, max(trained, last.trained if last else 0))
+        layout = RowLayout(documents, longest, max(scored, last.scored if last else 0))
     else:
-        needed = RowLayout(_power_of_two(documents), min(tokens, _power_of_two(longest)), trained)
+        documents, longest = min(tokens, _power_of_two(documents)), min(tokens, _power_of_two(longest))
+        needed = RowLayout(documents, longest, scored)
         layout = RowLayout(*map(max, needed, last)) if last else needed
     layouts[even] = layout
     return layout
 
 
 class RowBuffers:
-    """The numbers of one row in one buffer on the device, filled by one copy from pinned memory."""
+    """The numbers of one row in one buffer on the device, filled by one copy from pinned host memory."""
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, device: torch.device, columns: Sequence[str] = ()) -> None:
         fields = {
             "tokens": (torch.int64, tokens),
             "position_ids": (torch.int64, tokens),
             "predicting": (torch.int64, tokens),
             "targets": (torch.int64, tokens),
             "weights": (torch.float32, tokens),
-            "borders": (torch.int32, tokens + 1),
+            "document": (torch.int32, tokens),
+            "cu_seqlens": (torch.int32, tokens + 1),
             "normaliser": (torch.float32, 1),
             "dropout": (torch.int32, 3),  # `ops.dropout.row_key`
+            **{f"column {name}": (torch.float32, tokens) for name in columns},
         }
         size = sum(dtype.itemsize * count for dtype, count in fields.values())
-        self._fields, self._size = fields, size
+        self.tokens, self._fields, self._size = tokens, fields, size
+        self._columns = tuple(columns)
         self._hosts: list[Tensor] = []
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.device = self._views(self._device, fields)
@@ -98,117 +114,124 @@ class RowBuffers:
             at = end
         return views
 
-    def fill(self, row: Row, layout: RowLayout, normaliser: float, nth: int) -> None:
-        """Lays a row out as `layout` wants it and sends it to the device; returns before it has arrived.
+    def row(self, layout: RowLayout) -> DeviceRow:
+        """The row in the device's buffer, as views that a recording may read."""
+        values, scored = self.device, layout.scored
+        columns: Mapping[str, Tensor] = {name: values[f"column {name}"][:scored] for name in self._columns}
+        return DeviceRow(
+            values["tokens"],
+            values["position_ids"],
+            values["cu_seqlens"][: layout.documents + 1],
+            None if scored == self.tokens else values["predicting"][:scored],
+            values["targets"][:scored],
+            TokenBatch(values["weights"][:scored], values["document"][:scored], layout.documents, columns),
+            layout.longest,
+        )
 
-        The nth row of a step has a host buffer of its own: an earlier one may not have left yet.
-        """
-        self.lay(row, layout, normaliser, nth)
-        self.send(nth)
+    def prepare(self, row: Row, layout: RowLayout, normaliser: float, buffer: int) -> None:
+        """Writes a row into host buffer number `buffer`, padded to `layout`."""
+        while buffer >= len(self._hosts):
+            self._hosts.append(torch.zeros(self._size, dtype=torch.uint8, pin_memory=self._device.is_cuda))
+        host, tokens = self._views(self._hosts[buffer], self._fields), self.tokens
+        host["tokens"].copy_(row.tokens)
+        host["position_ids"].copy_(row.position_ids)
+        host["cu_seqlens"].fill_(tokens)
+        host["cu_seqlens"][: len(row.cu_seqlens)] = row.cu_seqlens
+        host["normaliser"].fill_(normaliser)
+        scored = {"targets": row.targets, "weights": row.weights, "document": documents_of(row)}
+        scored |= {f"column {name}": row.columns[name] for name in self._columns}
+        if layout.scored == tokens:  # all positions in order, without a gather
+            for name, values in scored.items():
+                host[name].copy_(values)
+            return
+        trained = row.weights.nonzero().squeeze(1)
+        unused = {"predicting": tokens, "document": layout.documents}
+        for name, values in {"predicting": torch.arange(tokens), **scored}.items():
+            host[name].fill_(unused.get(name, 0))
+            host[name][: len(trained)] = values[trained]
 
     def send(self, buffer: int, dropout: Tensor | None = None) -> None:
-        """What lies in that host buffer goes to the device; returns before it has arrived.
+        """Copies host buffer number `buffer` to the device; returns before the copy is done.
 
         Args:
-            dropout: the `row_key` that goes with it.
+            dropout: `ops.dropout.row_key` of the row.
         """
         if dropout is not None:
             self._views(self._hosts[buffer], self._fields)["dropout"].copy_(dropout)
         self._device.copy_(self._hosts[buffer], non_blocking=True)
 
-    def lay(self, row: Row, layout: RowLayout, normaliser: float, buffer: int) -> None:
-        """Lays a row out as `layout` wants it in a host buffer, the first, second, ..."""
-        while buffer >= len(self._hosts):
-            pinned = self._device.is_cuda
-            self._hosts.append(torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned))
-        host, tokens = self._views(self._hosts[buffer], self._fields), len(row.tokens)
-        host["tokens"].copy_(row.tokens)
-        host["position_ids"].copy_(row.position_ids)
-        host["borders"].fill_(tokens)
-        host["borders"][: len(row.cu_seqlens)] = row.cu_seqlens
-        trained = row.weights.nonzero().squeeze(1)
-        if layout.trained == tokens:  # all positions in their order, no gathering
-            host["targets"].copy_(row.targets)
-            host["weights"].copy_(row.weights)
-        else:
-            host["predicting"].fill_(tokens)
-            host["predicting"][: len(trained)] = trained
-            for name, values in (("targets", row.targets), ("weights", row.weights)):
-                host[name].zero_()
-                host[name][: len(trained)] = values[trained]
-        host["normaliser"].fill_(normaliser)
-
 
 class PreparedStep(NamedTuple):
-    """The rows of a step, laid out on the host."""
+    """The rows of a step, written to host buffers."""
 
     rows: Sequence[Row]
     layouts: Sequence[RowLayout]
     buffers: Sequence[int]
     trained: int
-    """Tokens of all rows."""
+    """Trained tokens of all rows."""
 
 
 class GraphStep:
-    """Optimizer steps on one device, recorded and replayed; called as `train_step` is."""
+    """Optimizer steps on one device, recorded and replayed, with the arguments of `train_step`."""
 
     def __init__(
         self,
         forward: PackedForward,
         parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: StepOptimizer,
         max_grad_norm: float,
         objective: Objective = sft,
         *,
         record: bool = True,
     ) -> None:
         self._forward, self._parameters, self._optimizer = forward, parameters, optimizer
-        self._max_grad_norm, self._objective = max_grad_norm or math.inf, objective
+        self._max_grad_norm, self._objective = max_grad_norm, objective
         self._recordings = Recordings(record)
-        self._inputs: RowBuffers | None = None
-        self._outcome = torch.zeros(3, device=forward.model.device)  # loss, gradient norm, skipped
+        self._buffers: RowBuffers | None = None
+        self._outcome = new_outcome(forward.model.device)
         self._layouts: dict[bool, RowLayout] = {}
         self._ahead: PreparedStep | None = None
-        self._turn = 0
+        self._odd = 0
+        self._gradients: list[Tensor | None] | None = None
 
     @property
     def why_not(self) -> str | None:
-        """One line for the user once recording has failed; the instance must then not be called again."""
+        """One line for the user once recording has failed. The instance must then not be called again."""
         return self._recordings.why_not
 
     @property
     def _graphs(self) -> dict[tuple[str, Hashable], torch.cuda.CUDAGraph]:
         return self._recordings.graphs
 
-    def give_back(self) -> None:
-        """Lets go of the memory that recordings hold, for work of another kind; they are made again."""
-        self._recordings.forget()
+    def free_memory(self) -> None:
+        """Frees the memory of the recordings for other work. They are recorded again when needed."""
+        self._recordings.free()
 
     def rehearse(self, row: Row, accumulate: bool) -> bool:
-        """Runs a row forward and backward and makes the recording that a step will make of it; updates nothing.
+        """Runs a row forward and backward and records it as a step would; updates nothing.
 
         Args:
-            accumulate: gradients are added to those of other rows, as in a step of several.
-        Returns: False if there is no room for the recording. One that fails for another reason is none of memory's.
-        Raises: torch.OutOfMemoryError: there is no room for the row as it is.
+            accumulate: gradients are added to the gradients of other rows, as in a step of several rows.
+        Returns: False if memory does not suffice for the recording. Other failures of a recording return True.
+        Raises: torch.OutOfMemoryError: memory does not suffice for the row even without a recording.
         """
-        laid = self._lay([row])
-        layout = laid.layouts[0]
-        assert self._inputs is not None
-        self._inputs.send(laid.buffers[0])
+        prepared = self._prepare([row])
+        layout = prepared.layouts[0]
+        assert self._buffers is not None
+        self._buffers.send(prepared.buffers[0])
 
         def work() -> None:
             if not accumulate:
-                self._forget_gradients()
+                self._free_gradients()
             self._add_row(layout)
 
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulate else None
         self._recordings.run("row", layout, work)
         if not accumulate:
-            self._forget_gradients()
+            self._free_gradients()
         self._recordings.record("row", layout, work)
-        self._forget_gradients()
+        self._free_gradients()
         self._recordings.restart()
         return not self._recordings.out_of_memory
 
@@ -217,61 +240,59 @@ class GraphStep:
         cls,
         forward: PackedForward,
         parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: StepOptimizer,
         max_grad_norm: float,
+        objective: Objective = sft,
     ) -> Self | None:
-        """None where there are no CUDA graphs or no room for them, or a model is walked document by document."""
+        """None without a GPU or memory for graphs, and for a model that runs one document at a time."""
         on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
         if not on_gpu or not forward.record or forward.road == "one by one" or forward.head is None:
             return None
-        return cls(forward, parameters, optimizer, max_grad_norm)
+        return cls(forward, parameters, optimizer, max_grad_norm, objective)
 
     @choosing()
     def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = (), *, key: int | None = None) -> StepResult:
         """One update from `rows`; must run inside `forward.installed()`.
 
         Args:
-            upcoming: the rows of the next step, if they are known; they are laid out while the device works.
-            key: of the step's dropout, `ops.dropout.dropout_key`; None takes one from torch's generator.
+            upcoming: the rows of the next step, if known; they are prepared while the device works.
+            key: dropout key of the step, from `ops.dropout.dropout_key`; None draws one from torch's generator.
         """
         key = int(torch.randint(1 << 62, ())) if key is None else key
         ahead, self._ahead = self._ahead, None
         same = ahead is not None and len(rows) == len(ahead.rows) and all(map(operator.is_, rows, ahead.rows))
-        laid = ahead if ahead is not None and same else self._lay(rows)
-        assert self._inputs is not None
+        prepared = ahead if ahead is not None and same else self._prepare(rows)
+        assert self._buffers is not None
         if len(rows) == 1:
-            self._inputs.send(laid.buffers[0], row_key(key))
-            layout = laid.layouts[0]
+            self._buffers.send(prepared.buffers[0], row_key(key))
+            layout = prepared.layouts[0]
             self._recordings.run("whole", layout, lambda: self._whole(layout))
-            self._forget_gradients()
+            self._free_gradients()
         else:
-            self._several(laid, self._inputs, key)
+            self._several(prepared, self._buffers, key)
         if upcoming and len(upcoming[0].tokens) == len(rows[0].tokens):
-            self._ahead = self._lay(upcoming)
-        loss, grad_norm, skipped = self._outcome.tolist()
-        return StepResult(loss, grad_norm, laid.trained, bool(skipped))
+            self._ahead = self._prepare(upcoming)
+        return StepResult.read(self._outcome, prepared.trained)
 
     def _whole(self, layout: RowLayout) -> None:
         self._outcome.zero_()
-        self._forget_gradients()
+        self._free_gradients()
         self._add_row(layout)
-        self._update()
+        self._finish()
 
-    def _forget_gradients(self) -> None:
+    def _free_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
-    _gradients: list[Tensor | None] | None = None
-
-    def _several(self, laid: PreparedStep, inputs: RowBuffers, key: int) -> None:
-        """Gradients live at fixed addresses, where the graphs of the rows add and that of the update reads."""
+    def _several(self, prepared: PreparedStep, buffers: RowBuffers, key: int) -> None:
+        """Gradients stay at fixed addresses: the rows' graphs add to them, and the update's graph reads them."""
         self._outcome.zero_()
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None if self._gradients is None else self._gradients[index]
         if self._gradients is not None:
             torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
-        for nth, (layout, buffer) in enumerate(zip(laid.layouts, laid.buffers, strict=True)):
-            inputs.send(buffer, row_key(key, nth * len(laid.rows[0].tokens)))
+        for nth, (layout, buffer) in enumerate(zip(prepared.layouts, prepared.buffers, strict=True)):
+            buffers.send(buffer, row_key(key, nth * buffers.tokens))
             if self._gradients is None:
                 self._add_row(layout)
                 self._gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
@@ -279,63 +300,36 @@ class GraphStep:
                     parameter.grad = gradient
             else:
                 self._recordings.run("row", layout, lambda layout=layout: self._add_row(layout))  # type: ignore[misc]
-        self._recordings.run("update", RowLayout(0, 0, 0), self._update)
-        self._forget_gradients()
+        self._recordings.run("update", RowLayout(0, 0, 0), self._finish)
+        self._free_gradients()
 
-    def _lay(self, rows: Sequence[Row]) -> PreparedStep:
-        """Lays rows out in host buffers, those of the step before last, which have left by now."""
-        if self._inputs is None or len(self._inputs.device["tokens"]) != len(rows[0].tokens):
-            self._inputs = RowBuffers(len(rows[0].tokens), self._outcome.device)
+    def _prepare(self, rows: Sequence[Row]) -> PreparedStep:
+        """Writes rows to host buffers. Steps alternate between two sets, because the last copy may still run."""
+        if self._buffers is None or self._buffers.tokens != len(rows[0].tokens):
+            self._buffers = RowBuffers(len(rows[0].tokens), self._outcome.device, self._objective.columns)
             self._recordings.restart()
             self._layouts.clear()
-        self._turn = 1 - self._turn
-        normaliser = sum(float(row.weights.sum()) for row in rows)
+        self._odd = 1 - self._odd
+        normaliser = sum(map(self._objective.normaliser, rows))
         layouts = [layout_for(row, self._layouts) for row in rows]
-        buffers = [2 * nth + self._turn for nth in range(len(rows))]
+        buffers = [2 * nth + self._odd for nth in range(len(rows))]
         for row, layout, buffer in zip(rows, layouts, buffers, strict=True):
-            self._inputs.lay(row, layout, normaliser, buffer)
-        return PreparedStep(rows, layouts, buffers, sum(int((row.weights != 0).sum()) for row in rows))
+            self._buffers.prepare(row, layout, normaliser, buffer)
+        return PreparedStep(rows, layouts, buffers, sum(map(trained_tokens, rows)))
 
     def _add_row(self, layout: RowLayout) -> None:
-        """Forward and backward of the row in the buffers; adds its loss to the outcome."""
-        assert self._inputs is not None
-        values = self._inputs.device
+        """Accumulates the row in the device's buffers."""
+        assert self._buffers is not None
+        values = self._buffers.device
+        normaliser = values["normaliser"][0]
         with self._forward.state.dropout(values["dropout"]):
-            logprobs = logprobs_in(self._forward, values, layout)
-            loss = self._objective(logprobs, values["weights"][: layout.trained]) / values["normaliser"][0]
-            loss.backward()
-        self._outcome[0] += loss.detach()
+            row = self._buffers.row(layout)
+            self._outcome[0] += accumulate(
+                self._forward, row, self._objective, lambda terms: total_of(terms) / normaliser
+            )
 
-    def _update(self) -> None:
-        """Clips by global norm and updates, unless loss or norm is not finite."""
-        if isinstance(self._optimizer, JointAdamW):
-            self._optimizer.clipped_step(self._max_grad_norm, self._outcome)
-            return
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        finite = norm.isfinite() & self._outcome[0].isfinite()
-        skipped = (~finite).float()
-        # The fused kernel divides the gradients by `grad_scale`, so clipping costs no pass of its own.
-        self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
-        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        try:
-            self._optimizer.step()
-        finally:
-            del self._optimizer.grad_scale, self._optimizer.found_inf  # type: ignore[attr-defined]
-        self._outcome[1], self._outcome[2] = norm, skipped
-
-
-def logprobs_in(forward: PackedForward, values: dict[str, Tensor], layout: RowLayout) -> Tensor:
-    """(layout.trained,) log-probabilities of the row that lies in the buffers of an `RowBuffers`."""
-    everywhere = layout.trained == len(values["tokens"])
-    return forward.logprobs(
-        values["tokens"],
-        values["position_ids"],
-        values["borders"][: layout.documents + 1],
-        None if everywhere else values["predicting"][: layout.trained],
-        values["targets"][: layout.trained],
-        longest=layout.longest,
-    )
+    def _finish(self) -> None:
+        finish_step(self._optimizer, self._max_grad_norm, self._outcome)
 
 
 def _power_of_two(n: int) -> int:

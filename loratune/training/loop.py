@@ -1,8 +1,7 @@
-"""The training loop, as a generator of events: it trains, measures and saves; who iterates may draw.
+"""The training loop, as a generator of events: it trains, evaluates and saves, and the caller displays.
 
-One turn of the loop is one optimizer step. Everything that decides what a step computes follows from (seed, step):
-the rows, the rate, dropout. So a run that was killed and resumed from a checkpoint goes the same way, to the bit,
-as one that was never interrupted.
+One iteration is one optimizer step. Everything that decides a step follows from (seed, step): rows, rate, dropout. A
+run that was killed and resumed from a checkpoint therefore equals the uninterrupted run to the bit.
 """
 
 from __future__ import annotations
@@ -26,20 +25,22 @@ from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.graph import GraphStep
-from loratune.training.optim import moments_on_host, never_updated, optimizer_of, set_rate
-from loratune.training.step import StepResult, evaluate_loss, train_step
+from loratune.training.objectives.objective import Objective
+from loratune.training.objectives.sft import sft
+from loratune.training.optim import never_updated, optimizer_of, set_rate
+from loratune.training.step import HeldOut, StepResult, evaluate_loss, train_step
 
 
 @dataclass(frozen=True, slots=True)
 class Unreached:
-    """Adapters that the first step gave no gradient: the model computes without calling their layers."""
+    """Adapters without a gradient after the first step, because the model computes without calling their layers."""
 
     paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RunsSlower:
-    """A fast road was tried and cannot be taken; said once."""
+    """A faster execution path failed; reported once."""
 
     why: str
 
@@ -73,32 +74,33 @@ class Loop:
     rows: Rows
     config: TrainConfig
     checkpoints: Path | None
-    """Folder for checkpoints, or None to keep none."""
+    """Folder for checkpoints; None writes none."""
     stop: Callable[[], bool] = lambda: False
-    """Asked after every step; True saves and ends the run."""
+    """Called after every step; True saves and ends the run."""
+    objective: Objective = sft
 
     def __post_init__(self) -> None:
         self._course = Course(self.rows, self.config)
         self._optimizer = optimizer_of(self.parameters.values(), self.config)
         self._graph = GraphStep.for_device(
-            self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm
+            self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm, self.objective
         )
         self._saved_step: int | None = None
-        self._tight = False
+        self._evaluate_alone = False
         self._unreached: tuple[str, ...] = ()
         self._trained_modules = [
             m for m in self.forward.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
         ]
 
     def resume(self, path: Path) -> None:
-        """Takes up the optimizer's state and the progress of a checkpoint; the adapter is already loaded."""
+        """Restores optimizer state and progress from a checkpoint. The caller has loaded the adapter."""
         self._course.progress = checkpoint.read_progress(path)
         self._saved_step = self.progress.step
         checkpoint.restore_optimizer(path, self.parameters, self._optimizer, self.progress)
 
     @property
     def progress(self) -> Progress:
-        """How far the run is."""
+        """Counters of the run so far."""
         return self._course.progress
 
     @property
@@ -113,13 +115,13 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """No step is left: the last is done, or the held-out loss has not fallen for too long."""
+        """True after the last step, or when early stopping has run out of patience."""
         return self._course.finished
 
     def run(self) -> Iterator[Event]:
-        """Trains to the end, yielding what happens; the last event says why it ended.
+        """Trains to the end and yields events; the last one gives the reason for the end.
 
-        The model's attention is that of packed rows until then, so do not generate with it between events.
+        The model's attention is set up for packed rows until then, so do not generate with it between events.
 
         Raises: OutputError: a checkpoint cannot be written.
         """
@@ -127,7 +129,7 @@ class Loop:
         reason: Reason = "early stop" if course.out_of_patience else "done"
         planned = self.forward.plan is not None and self.forward.plan.optimizer_on_host
         if planned or self.config.optim == "adamw_offload":
-            moments_on_host(self._optimizer)
+            self._optimizer.move_moments_to_host()
         with self.forward.installed():
             while not course.finished:
                 yield self._step()
@@ -163,7 +165,7 @@ class Loop:
         rows = self._course.next_rows()
         with torch.random.fork_rng(devices=_cuda_devices(self.forward)), _training_mode(self._trained_modules):
             torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout follows from (seed, step) alone
-            result = self._take_step(rows)
+            result = self._run_step(rows)
             if step == 0 and not result.skipped:
                 optimizer = self._optimizer
                 self._unreached = tuple(path for path, p in self.parameters.items() if never_updated(optimizer, p))
@@ -171,7 +173,7 @@ class Loop:
         tokens = sum(len(row.tokens) for row in rows)
         return self._course.stepped(result, tokens, seconds, peak_memory_bytes(self.forward.model.device))
 
-    def _take_step(self, rows: Sequence[Row]) -> StepResult:
+    def _run_step(self, rows: Sequence[Row]) -> StepResult:
         key = dropout_key(self.config.seed, self.progress.step)
         if self._graph is not None and self._graph.why_not is None:
             return self._graph(rows, self._course.next_rows(ahead=1), key=key)
@@ -181,25 +183,26 @@ class Loop:
             list(self.parameters.values()),
             self._optimizer,
             max_grad_norm=self.config.max_grad_norm,
-            # A document by itself does not know where in the row it is: there dropout is left to torch's generator.
+            objective=self.objective,
+            # A document that runs alone does not know its position in the row, so torch's generator draws dropout.
             key=None if self.forward.road == "one by one" else key,
         )
 
     def _evaluate(self) -> Evaluated:
         started = time.perf_counter()
-        return self._course.evaluated(self._held_out_loss(), time.perf_counter() - started)
+        return self._course.evaluated(self._held_out(), time.perf_counter() - started)
 
-    def _held_out_loss(self) -> float:
-        """Beside the memory that recordings hold; where there is no room for that, in their place."""
-        if self._graph is not None and self._tight:
-            self._graph.give_back()
+    def _held_out(self) -> HeldOut:
+        """Evaluates beside the recordings, or after freeing them if memory does not suffice for both."""
+        if self._graph is not None and self._evaluate_alone:
+            self._graph.free_memory()
         try:
-            return evaluate_loss(self.forward, self.rows.held_out)[0]
+            return evaluate_loss(self.forward, self.rows.held_out, self.objective)
         except torch.OutOfMemoryError:
-            if self._graph is None or self._tight:
+            if self._graph is None or self._evaluate_alone:
                 raise
-        self._tight = True
-        return self._held_out_loss()
+        self._evaluate_alone = True
+        return self._held_out()
 
     def _save(self) -> Iterator[CheckpointSaved]:
         if self.checkpoints is not None and self._saved_step != self.progress.step:
@@ -212,7 +215,7 @@ class Loop:
 
 @contextmanager
 def _training_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Turns dropout on in what trains. The frozen base stays in evaluation mode: its dropout would only add noise."""
+    """Turns dropout on in trained modules. The base stays in evaluation mode: its dropout would only add noise."""
     for module in modules:
         module.training = True
     try:
@@ -223,7 +226,7 @@ def _training_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on a GPU, resident in this process on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

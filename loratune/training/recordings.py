@@ -1,17 +1,18 @@
-"""CUDA graphs of pieces of work: made, replayed, let go of, and what is to be mended where making one fails.
+"""CUDA graphs of pieces of work: recorded, replayed and freed, with repairs after a recording that failed.
 
-A recording keeps the memory that it ran in for as long as it lives, apart from that of other work. So rows that run
-without one would need the activations of a row once more beside it, and before a new layout's first row recordings
-are let go of and made again when their turn comes. A layout that has run before goes straight to its recording.
+A recording keeps its memory for as long as it lives, and no other work can use that memory. Work that runs without a
+recording would need a row's activations a second time. So all recordings are freed before the first row of a new
+layout, and each is recorded again when its layout comes back.
 
-Recording fails where work waits for the device, or where memory runs out, which happens sooner than elsewhere: while
-one is made, the allocator cannot give back what it holds and does not use. `torch.cuda.graph` then leaves its stream,
-its pool of memory and the device's random generator as they were in the middle (PyTorch 2.11); later work would fail
-or find the memory gone. `Recordings` puts these right.
+Recording fails if the work waits for the device, or if memory runs out. Memory runs out sooner than elsewhere,
+because the allocator cannot return unused memory during a recording. `torch.cuda.graph` then leaves its stream, its
+memory pool and the device's random generator in mid-recording (PyTorch 2.11), so later work would fail or lack that
+memory. `Recordings` repairs all three.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -19,17 +20,15 @@ from typing import Any
 import torch
 
 _MAX_RECORDINGS = 4
-_BROKEN: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose recording could not be ended: PyTorch's pool of pinned memory goes on asking them about streams."""
 
 
 class Recordings:
-    """Pieces of work on the device, by what they are bound to: run as they are, then recorded, then replayed."""
+    """Pieces of work on the device by layout: run the first time, recorded the second, then replayed."""
 
     why_not: str | None = None
     """One line for the user once recording has failed."""
     out_of_memory = False
-    """Recording has failed for want of memory."""
+    """Recording failed because memory ran out."""
 
     def __init__(self, record: bool = True) -> None:
         self.graphs: dict[tuple[str, Hashable], torch.cuda.CUDAGraph] = {}
@@ -38,12 +37,12 @@ class Recordings:
         self._pool: Any = None
 
     def run(self, part: str, layout: Hashable, work: Callable[[], object]) -> None:
-        """Runs `work`: as it is the first time, recording it the second, replaying from then on."""
+        """Runs `work`, directly or as its recording."""
         key = part, layout
         if not self._record or self.why_not is not None:
             work()
         elif key not in self._seen:
-            self.forget()
+            self.free()
             work()
             self._seen.add(key)
         elif key in self.graphs or self.record(part, layout, work):
@@ -52,44 +51,44 @@ class Recordings:
             work()
 
     def record(self, part: str, layout: Hashable, work: Callable[[], object]) -> bool:
-        """Records `work`, which has run before, and runs nothing; False if that fails, and `why_not` says why."""
+        """Records `work`, which must have run before, without running it. False if that fails; see `why_not`."""
         while len(self.graphs) >= _MAX_RECORDINGS:
             del self.graphs[next(iter(self.graphs))]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, failure = torch.cuda.CUDAGraph(), ""
         before = torch.cuda.current_stream()
-        # Workspaces of cuBLAS belong to a stream for good. Those of other work would be of no use meanwhile, and one
-        # made in a recording would outlive it and hold its memory.
+        # cuBLAS keeps one workspace per stream for good. A workspace made by other work is useless in a recording,
+        # and a workspace made in a recording would outlive it and hold its memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 work()
         except RuntimeError as error:
-            failure, self.out_of_memory = _why(error)
+            failure, self.out_of_memory = _cause(error)
         if not failure:
             torch._C._cuda_clearCublasWorkspaces()
             self.graphs[part, layout] = graph
             return True
         self.why_not = f"steps run kernel by kernel, not as one CUDA graph: {failure}"
-        torch.cuda.set_stream(before)  # `torch.cuda.graph` leaves its own where the recording could not be ended
-        self._clear_up(graph)
+        torch.cuda.set_stream(before)  # `torch.cuda.graph` leaves its own if the recording could not be ended
+        self._repair(graph)
         return False
 
-    def forget(self) -> None:
-        """Gives the memory of all recordings back; work that has run before is recorded again when it comes."""
+    def free(self) -> None:
+        """Frees the memory of all recordings. Known work is recorded again when it comes back."""
         if self.graphs:
             torch.cuda.synchronize()  # they may be running
             self.graphs.clear()
-            self._pool = None  # one that nobody uses any more must not be taken up again
+            self._pool = None  # a pool without users must not be used again
             torch.cuda.empty_cache()
 
     def restart(self) -> None:
-        """The same, and all work is new."""
-        self.forget()
+        """Frees all recordings and treats all work as new."""
+        self.free()
         self._seen.clear()
 
-    def _clear_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a recording that failed: its memory is given back, and later work finds the device as it was."""
+    def _repair(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Frees the memory of a failed recording and restores the device's state."""
         torch._C._cuda_clearCublasWorkspaces()
         self.graphs.clear()
         pool, self._pool = self._pool, None
@@ -98,26 +97,36 @@ class Recordings:
         try:
             torch._C._cuda_endAllocateToPool(device, pool)
         except RuntimeError:
-            pass  # the recording was ended in good order, and the graph has given its share of the pool back itself
+            pass  # the recording was ended properly, and the graph has released its share of the pool itself
         else:
             torch._C._cuda_releasePool(device, pool)
-            _BROKEN.append(graph)
+            _never_free(graph)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        # The device's generator still takes itself to be recorded, until a recording ends well.
+        # The device's generator stays in its recording state until a recording ends well.
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device="cuda")
         torch.cuda.empty_cache()
 
 
-def _why(error: RuntimeError) -> tuple[str, bool]:
-    """One line on what a recording failed of, and whether it was memory.
+def _never_free(graph: torch.cuda.CUDAGraph) -> None:
+    """Takes a reference that is never released.
 
-    What ends a recording fails as well if the work has failed, and stands before the cause.
+    PyTorch's allocator of pinned memory keeps a pointer to a graph whose recording could not be ended, and calls it
+    on every later allocation (`CachingHostAllocator`, PyTorch 2.11). The graph must therefore live as long as the
+    process, longer than any object of ours. It holds no device memory after `reset`.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+
+def _cause(error: RuntimeError) -> tuple[str, bool]:
+    """The reason why a recording failed, in one line, and whether it is memory.
+
+    Ending the recording fails too if the work has failed, and PyTorch raises that error on top of the cause.
     """
     causes: list[BaseException] = [error]
-    while (cause := causes[-1].__context__) is not None:
-        causes.append(cause)
+    while (context := causes[-1].__context__) is not None:
+        causes.append(context)
     cause = next((cause for cause in causes if isinstance(cause, torch.OutOfMemoryError)), causes[-1])
     return str(cause).strip().splitlines()[0], isinstance(cause, torch.OutOfMemoryError)

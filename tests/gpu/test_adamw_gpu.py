@@ -15,7 +15,7 @@ from loratune.lora.inject import detach
 from loratune.training import checkpoint
 from loratune.training.course import Rows, StepDone
 from loratune.training.loop import Loop
-from loratune.training.optim import JointAdamW, adamw, masters_on_host, moments_on_host, set_rate
+from loratune.training.optim import JointAdamW, adamw, masters_on_host, set_rate
 from tests.gpu.test_step_gpu import a_row, small
 from tests.training.helpers import config, trainable
 
@@ -71,7 +71,7 @@ def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_update_by_h
             masters_on_host(values)
         optimizer = adamw(values, TrainConfig(weight_decay=0.1))
         if on_host:
-            moments_on_host(optimizer)
+            optimizer.move_moments_to_host()
         outcome = torch.zeros(3, device="cuda")
 
         def update(place):

@@ -12,7 +12,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach, detach, trainable_parameters
 from loratune.many.bank import Bank
 from loratune.many.graph import BankGraph
-from loratune.many.step import BankStep, MicroStep, join_parts, trim
+from loratune.many.step import BankStep, MicroStep, join_micro_steps, trim
 from loratune.ops.dropout import dropout_key, keep_mask, row_key
 from tests.gpu.test_step_gpu import a_row, assert_as_good, small
 
@@ -49,7 +49,7 @@ def filled(model) -> Bank:
 
 def losses_and_gradients(bank, forward, order):
     chosen = parts(order)
-    row, segments = join_parts(chosen, bank.block)
+    row, segments = join_micro_steps(chosen, bank.block)
     bank.pool.gradient.zero_()
     device = bank.pool.device
     with forward.installed(), bank.row(segments):

@@ -18,7 +18,7 @@ from loratune.training import loop as loop_module
 from loratune.training.course import Evaluated, Rows
 from loratune.training.graph import GraphStep
 from loratune.training.loop import Loop, RunsSlower
-from loratune.training.optim import adamw, masters_on_host, moments_on_host, set_rate
+from loratune.training.optim import adamw, masters_on_host, set_rate
 from loratune.training.recordings import Recordings
 from tests.gpu.test_step_gpu import ROWS, a_row, small, training
 from tests.training.helpers import config, trainable
@@ -46,7 +46,7 @@ def trained(name, plan, record, steps=12, fused=True, dropout=0.0):
         masters_on_host(parameters)
     optimizer = adamw(parameters, config())
     if on_host:
-        moments_on_host(optimizer)
+        optimizer.move_moments_to_host()
     forward = prepare(model)
     forward.plan = plan
     forward.fused = forward.fused if fused else None
@@ -281,7 +281,7 @@ def test_what_fit_has_chosen_is_recorded_and_keeps_to_the_limit():
     values = list(parameters.values())
     optimizer = adamw(values, config())
     if found.plan.optimizer_on_host:
-        moments_on_host(optimizer)
+        optimizer.move_moments_to_host()
     step = GraphStep(forward, values, optimizer, 1.0)
     with forward.installed():
         for lengths in [(20000, 12000)] * 3 + [(500,) * 60] * 3 + [(20000, 12000)] * 2:

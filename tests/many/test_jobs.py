@@ -248,9 +248,9 @@ def test_the_step_that_a_gpu_records_trains_the_same_jobs(monkeypatch):
     laid, ran = [], []
 
     class Counting(BankGraph):
-        def _lay(self, parts):
+        def _prepare(self, parts):
             laid.append(len(parts))
-            return super()._lay(parts)
+            return super()._prepare(parts)
 
         def run(self, parts, rates, upcoming=tuple):
             ran.append(len(parts))

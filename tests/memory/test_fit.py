@@ -99,7 +99,7 @@ def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
     if tokens >= 64:
         assert layout.documents == RowSetting(tokens).documents
         assert layout.documents * layout.longest != tokens or layout.documents == 1
-        assert 0.75 * tokens <= layout.trained < tokens
+        assert 0.75 * tokens <= layout.scored < tokens
 
 
 @pytest.mark.parametrize(("tokens", "daring"), [(8192, True), (131_072, False)])

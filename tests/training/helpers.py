@@ -10,6 +10,8 @@ from loratune.data.examples import Example
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
 from loratune.training.course import Rows
+from loratune.training.objectives.objective import Terms
+from loratune.training.objectives.sft import SupervisedFineTuning
 from loratune.training.step import row_loss
 from tests.conftest import build
 
@@ -61,6 +63,13 @@ def loss_and_gradients(model, forward, row) -> tuple[torch.Tensor, dict[str, tor
     for p in model.parameters():
         p.grad = None
     return loss.detach(), found
+
+
+class NaN(SupervisedFineTuning):
+    """An objective whose loss and gradient are NaN."""
+
+    def terms(self, logprobs, batch):
+        return Terms(logprobs * float("nan"), batch.document)
 
 
 def config(**settings) -> TrainConfig:

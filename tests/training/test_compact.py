@@ -151,6 +151,6 @@ def test_clipping_by_grad_scale_is_dividing_the_gradients():
 def test_large_parameters_are_taken_one_by_one(monkeypatch):
     """The result does not depend on how parameters are grouped for an update."""
     whole = trained("adamw_8bit", 3)
-    monkeypatch.setattr("loratune.training.compact._PART", 1000)
+    monkeypatch.setattr("loratune.training.compact._GROUP", 1000)
     assert all(torch.equal(a, b) for a, b in zip(trained("adamw_8bit", 3), whole, strict=True))
     assert isinstance(optimizer_of(parameters(), TrainConfig(optim="adamw_8bit")), CompactAdamW)

@@ -10,8 +10,8 @@ from loratune.data.pack import make_row
 from loratune.ops.dropout import dropout_key
 from loratune.training.graph import GraphStep
 from loratune.training.optim import JointAdamW, adamw
-from loratune.training.step import train_step
-from tests.training.helpers import config, examples, model_with_adapter, trainable
+from loratune.training.step import HostClipped, train_step
+from tests.training.helpers import NaN, config, examples, model_with_adapter, trainable
 
 
 def run(rows_of_steps, graph, name="llama", joint=False, fused=False, **lora):
@@ -73,7 +73,7 @@ def test_the_same_row_is_dropped_anew_in_each_step_and_micro_step():
     assert fuse(forward)
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
-    resting = torch.optim.SGD(parameters, lr=0.0)
+    resting = HostClipped(torch.optim.SGD(parameters, lr=0.0))
 
     def losses(rows, keys):
         with forward.installed():
@@ -101,9 +101,7 @@ def test_a_non_finite_gradient_changes_nothing():
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters, config())
     forward = prepare(model)
-    bad = GraphStep(
-        forward, parameters, optimizer, 1.0, lambda logprobs, weights: (logprobs * float("nan")).sum(), record=False
-    )
+    bad = GraphStep(forward, parameters, optimizer, 1.0, NaN(), record=False)
     good = GraphStep(forward, parameters, optimizer, 1.0, record=False)
     rows = [make_row(examples(4), 200, 0)]
     with forward.installed():

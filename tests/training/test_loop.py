@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from loratune.lora.files import load_adapter
 from loratune.training import checkpoint
 from loratune.training.course import Evaluated, StepDone
 from loratune.training.loop import CheckpointSaved, Ended, Loop
+from loratune.training.step import evaluate_loss
 from tests.conftest import build
 from tests.training.helpers import config, examples, model_with_adapter, rows, trainable
 
@@ -143,6 +147,27 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path):
             weight[5, 0] = float("inf") if event.step == 3 else finite
     assert [e.skipped for e in events if isinstance(e, StepDone)] == [False] * 3 + [True] + [False] * 4
     assert events[-1].reason == "done"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_held_out_loss_that_is_not_a_number_is_never_the_best(monkeypatch, at):
+    """Neither as the first of a run, where it once stayed the best to the end, nor later."""
+    settings = config(max_steps=12, eval_every_steps=3)
+    loop, count = make_loop(settings), itertools.count()
+
+    def measured(forward, rows, objective):
+        result = evaluate_loss(forward, rows, objective)
+        return result._replace(loss=math.nan) if next(count) == at else result
+
+    monkeypatch.setattr("loratune.training.loop.evaluate_loss", measured)
+    found = [event for event in loop.run() if isinstance(event, Evaluated)]
+    finite = [event for event in found if math.isfinite(event.eval_loss)]
+    assert len(found) == 4
+    assert len(finite) == 3
+    assert not found[at].best
+    assert finite[0].best
+    assert loop.progress.best_eval_loss == min(event.eval_loss for event in finite)
+    assert loop.progress.best_step == next(e.step for e in finite if e.eval_loss == loop.progress.best_eval_loss)
 
 
 def test_epochs_count_rows_and_the_last_step_may_be_short():

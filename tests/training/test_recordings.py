@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from loratune.training.recordings import Recordings, _why
+from loratune.training import recordings as recordings_module
+from loratune.training.recordings import Recordings, _cause
 
 
 class Replayed:
@@ -64,7 +65,7 @@ def test_a_new_layout_finds_no_recording_beside_it_and_an_old_one_is_recorded_ag
 
 def test_what_was_given_back_is_recorded_again_and_after_a_restart_all_work_is_new(recordings):
     ran(recordings, 1, 1)
-    recordings.forget()
+    recordings.free()
     assert ran(recordings, 1) == [("recorded", 1), ("replayed", 1)]
     recordings.restart()
     assert ran(recordings, 1) == [("ran", 1)]
@@ -72,6 +73,12 @@ def test_what_was_given_back_is_recorded_again_and_after_a_restart_all_work_is_n
 
 def test_after_a_recording_has_failed_all_work_runs_as_it_is(recordings):
     assert ran(recordings, -1, -1, -1, 3) == [("ran", -1), ("recorded", -1), ("ran", -1), ("ran", -1), ("ran", 3)]
+
+
+def test_no_graph_is_held_by_the_module():
+    """The state of recordings belongs to their object: two models in two threads share none."""
+    shared = [name for name, value in vars(recordings_module).items() if isinstance(value, list | dict | set)]
+    assert [name for name in shared if not name.startswith("__")] == []
 
 
 def failed(*errors):
@@ -83,7 +90,7 @@ def failed(*errors):
 
 def test_the_reason_is_what_failed_first_and_memory_before_all():
     text = "the recording could not be ended"
-    assert _why(failed(RuntimeError("it waits"), RuntimeError(text))) == ("it waits", False)
-    assert _why(failed(torch.OutOfMemoryError("no room"), RuntimeError(text))) == ("no room", True)
-    assert _why(failed(RuntimeError("first"), torch.OutOfMemoryError("no room"))) == ("no room", True)
-    assert _why(failed(RuntimeError(text + "\nmore"))) == (text, False)
+    assert _cause(failed(RuntimeError("it waits"), RuntimeError(text))) == ("it waits", False)
+    assert _cause(failed(torch.OutOfMemoryError("no room"), RuntimeError(text))) == ("no room", True)
+    assert _cause(failed(RuntimeError("first"), torch.OutOfMemoryError("no room"))) == ("no room", True)
+    assert _cause(failed(RuntimeError(text + "\nmore"))) == (text, False)

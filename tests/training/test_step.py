@@ -8,9 +8,9 @@ import torch
 from loratune.base.forward import prepare
 from loratune.data.pack import make_row
 from loratune.training.optim import adamw
-from loratune.training.step import evaluate_loss, train_step
+from loratune.training.step import HostClipped, evaluate_loss, train_step
 from tests.conftest import CAUSAL
-from tests.training.helpers import config, examples, model_with_adapter, trainable
+from tests.training.helpers import NaN, config, examples, model_with_adapter, trainable
 
 
 def gradients(model, rows):
@@ -20,12 +20,8 @@ def gradients(model, rows):
     seen = {}
 
     class Recorder:
-        def step(self):
+        def clipped_step(self, max_norm, outcome):
             seen.update({path: p.grad.clone() for path, p in parameters.items() if p.grad is not None})
-
-        def zero_grad(self, set_to_none):
-            for p in parameters.values():
-                p.grad = None
 
     with forward.installed():
         result = train_step(forward, rows, list(parameters.values()), Recorder(), max_grad_norm=0)
@@ -98,7 +94,7 @@ def test_clipping_is_by_global_norm():
     parameters = trainable(model)
     forward = prepare(model)
     settings = config()
-    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    optimizer = HostClipped(torch.optim.SGD(parameters.values(), lr=1.0))
     before = {path: p.detach().clone() for path, p in parameters.items()}
     with forward.installed():
         result = train_step(forward, [row], list(parameters.values()), optimizer, max_grad_norm=1e-3)
@@ -124,7 +120,7 @@ def test_a_non_finite_gradient_changes_nothing():
             list(parameters.values()),
             optimizer,
             max_grad_norm=1.0,
-            objective=lambda logprobs, weights: (logprobs * float("nan")).sum(),
+            objective=NaN(),
         )
     assert result.skipped
     for path, p in parameters.items():
@@ -148,10 +144,11 @@ def test_evaluate_loss_is_the_mean_over_trained_tokens():
     forward = prepare(model)
     documents = examples(7)
     with forward.installed():
-        packed, tokens = evaluate_loss(forward, [make_row(documents, 400, 0)])
+        packed, tokens, metrics = evaluate_loss(forward, [make_row(documents, 400, 0)])
         alone = [evaluate_loss(forward, [make_row([d], 64, 0)]) for d in documents]
-    assert tokens == sum(n for _, n in alone)
-    assert packed == pytest.approx(sum(loss * n for loss, n in alone if n) / tokens, rel=1e-5)
+    assert tokens == sum(n for _, n, _ in alone)
+    assert packed == pytest.approx(sum(loss * n for loss, n, _ in alone if n) / tokens, rel=1e-5)
+    assert metrics == {}
 
 
 @pytest.mark.parametrize("name", sorted(CAUSAL))

@@ -1,19 +1,33 @@
-"""Objectives: small pure functions of the log-probabilities that a model gives to tokens."""
+"""Supervised fine-tuning: the weighted negative log-likelihood of the trained tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(log-probabilities (N,), weights (N,)) -> the sum, over tokens, of what is to be minimised."""
+from loratune.data.pack import Row
+from loratune.training.objectives.objective import Terms, TokenBatch
 
 
-def sft(logprobs: Tensor, weights: Tensor) -> Tensor:
-    """Supervised fine-tuning: the weighted negative log-likelihood, summed (not averaged) over tokens.
+@dataclass(frozen=True, slots=True)
+class SupervisedFineTuning:
+    """Loss = -sum of weight x log p(target), over the summed weight of the optimizer step."""
 
-    The step divides by the trained tokens of the whole optimizer step, so that neither the number of micro-steps
-    nor the way documents fell into rows changes the gradient.
-    """
-    return -(weights * logprobs).sum()
+    columns: tuple[str, ...] = ()
+
+    def normaliser(self, row: Row) -> float:
+        """Summed weight of the row's trained tokens."""
+        return float(row.weights.sum())
+
+    def terms(self, logprobs: Tensor, batch: TokenBatch) -> Terms:
+        """One term per token."""
+        return Terms(-(batch.weights * logprobs), batch.document)
+
+    def metrics(self, logprobs: Tensor, batch: TokenBatch) -> Mapping[str, Terms]:
+        """None: the loss is the only measure."""
+        return {}
+
+
+sft = SupervisedFineTuning()

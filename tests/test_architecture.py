@@ -45,7 +45,6 @@ KNOWN: set[str] = {
     "loratune.ops.products._is_choosing is changed",
     "loratune.ops.products._library is cached",
     "loratune.precision.fp8 -> loratune.precision.fp8_kernels -> loratune.precision.fp8",
-    "loratune.training.recordings._BROKEN is changed",
 }
 
 

@@ -56,7 +56,7 @@ class Copies:
 
     def _cast(self) -> None:
         if self._cast_all is None and self.copies[0].is_cuda and self.copies[0].dtype != self.masters[0].dtype:
-            from loratune.ops.layer_kernels import CastAll  # imports Triton
+            from loratune.ops.cast_kernels import CastAll  # imports Triton
 
             self._cast_all = CastAll(self.masters, self.copies, self.scales)
         if self._cast_all is not None:

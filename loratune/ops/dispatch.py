@@ -27,9 +27,7 @@ MAX_ROW = 1 << 16
 """Longest row, in elements, that one program of a twin loads."""
 
 
-def with_kernel(
-    usable: Callable[..., bool], module: str = "ops.layer_kernels"
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def with_kernel(usable: Callable[..., bool], module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a reference that has a Triton twin of the same name in `loratune.<module>`.
 
     The twin must allocate its outputs and nothing else of their size, and overwrite an argument where the reference
@@ -73,10 +71,14 @@ def _outputs_of(reference: Callable[..., R], args: Sequence[object], kwargs: Map
         found = reference(*args, **kwargs)
     given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
 
+    made: dict[int, Tensor] = {}  # a function may return one tensor twice
+
     def allocated(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage() in given:
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return made[id(tensor)]
 
     outputs: R = tree_map_only(Tensor, allocated, found)
     return outputs
@@ -95,3 +97,8 @@ def half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
 def wide(x: Tensor) -> Tensor:
     """x in the precision of sums: float64 stays, other dtypes become float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy if its elements are not adjacent within a row."""
+    return x if x.stride(-1) == 1 else x.contiguous()

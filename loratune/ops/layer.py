@@ -2,9 +2,9 @@
 
 Between its matrix products a decoder layer reads and writes whole activations many times for little arithmetic. Each
 function here is one pass over them, forward or backward, in plain PyTorch. It is the reference, and it runs on a CPU.
-On a GPU in half precision its Triton twin in `ops.layer_kernels` or `ops.rotary_kernels` runs instead. Sums are in
-float32 (float64 for float64). Outputs have the dtype of the inputs and are rounded where the modules of transformers
-round. Rotation is the exception: it rounds once, and the modules round three times.
+On a GPU in half precision its Triton twin runs instead (`ops.norm_kernels`, `ops.activation_kernels`,
+`ops.rotary_kernels`). Sums are in float32 (float64 for float64). Outputs have the dtype of the inputs and are rounded
+where the modules of transformers round. Rotation is the exception: it rounds once, and the modules round three times.
 
 Shapes: N tokens of width d. Two arguments prepare an output for the projection that reads it:
 
@@ -57,6 +57,8 @@ class NormSpec:
 
 
 IDENTITY = NormSpec(None, 0.0, "none")
+MAX_HEADS = 1 << 15
+"""Elements of a row of heads that one program of a twin normalises over its whole width."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ class HeadSpec:
         return torch.cat(parts, 2).flatten(1, 2)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def norm(x: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """The norm of x, (N, d) -> (N, d + pad). An identity that adds nothing to the rows returns x itself."""
     return x if spec.is_identity(pad, measure) else _padded(_normalised(x, spec), pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def add_norm(
     x: Tensor, y: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -123,13 +125,13 @@ def add_norm(
     return total, norm(total, spec, pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def post_norm_add(x: Tensor, y: Tensor, post: NormSpec, scale: float = 1.0) -> Tensor:
     """x + scale * norm(y), (N, d): a branch whose output is normalised before it joins the residual stream."""
     return _sum(x, _normalised(y, post), scale)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def post_norm_add_norm(
     x: Tensor,
     y: Tensor,
@@ -144,7 +146,7 @@ def post_norm_add_norm(
     return total, norm(total, spec, pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def norm_backward(
     d_out: Tensor, d_residual: Tensor, x: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +163,7 @@ def norm_backward(
     return _padded(d_x.to(x.dtype), pad, measure), norm(x, spec)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def post_norm_backward(
     d_h: Tensor, y: Tensor, post: NormSpec, scale: float = 1.0, pad: int = 0, measure: Measure | None = None
 ) -> Tensor:
@@ -175,14 +177,14 @@ def post_norm_backward(
     return _padded(_through_norm(d_normed, y, post).to(d_h.dtype), pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated(gate_up: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """activation(gate) * up, (N, m + pad), for `gate_up` (N, 2 m) with the gate first."""
     gate, up = gate_up.chunk(2, -1)
     return _padded(gated_product(gate, up, kind), pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_backward(
     gate_up: Tensor, d_out: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -192,13 +194,13 @@ def gated_backward(
     return _padded(d_gate_up, pad, measure), gated_product(gate, up, kind)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_product(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
     """activation(gate) * up, (N, m), for gate and up in tensors of their own; rows may be strided."""
     return _active(wide(gate), kind).to(gate.dtype) * up
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_product_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (N, m) each."""
     x, d = wide(gate), wide(d_out)
@@ -206,13 +208,13 @@ def gated_product_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: Activa
     return (d * wide(up) * _slope(x, active, kind)).to(gate.dtype), (d * active).to(up.dtype)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def activation(x: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """activation(x), (N, m) -> (N, m + pad), for MLPs without a gate."""
     return _padded(_active(wide(x), kind).to(x.dtype), pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.activation_kernels")
 def activation_backward(
     x: Tensor, d_out: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -225,7 +227,7 @@ def activation_backward(
 
 def rotatable(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec) -> bool:
     """Whether `rotate_heads` has a twin for these heads."""
-    return half_on_gpu(x) and heads.dim % 2 == 0
+    return half_on_gpu(x) and heads.dim % 2 == 0 and not (heads.whole_width and heads.total * heads.dim > MAX_HEADS)
 
 
 @with_kernel(rotatable, "ops.rotary_kernels")
@@ -392,7 +394,7 @@ def _whole_heads(x: Tensor, *_: object, **__: object) -> bool:
     return half_on_gpu(x) and half & (half - 1) == 0
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.layer_kernels")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; (N, d) -> (N, d + pad)."""
     x32 = wide(x)
@@ -400,7 +402,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measu
     return _padded(weight * unit, pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.layer_kernels")
 def add_rms_norm(
     x: Tensor, y: Tensor, weight: Tensor, eps: float, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -411,7 +413,7 @@ def add_rms_norm(
     return total, _padded(weight * unit, pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.layer_kernels")
 def rms_norm_backward(
     d_out: Tensor,
     d_residual: Tensor,
@@ -436,14 +438,14 @@ def rms_norm_backward(
     return _padded((d_x + wide(d_residual)).to(x.dtype), pad, measure), weight * unit.to(x.dtype)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.layer_kernels")
 def swiglu(gate_up: Tensor, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """silu(gate) * up; (N, 2 m) with the gate first -> (N, m + pad)."""
     gate, up = gate_up.chunk(2, -1)
     return _padded(torch.nn.functional.silu(wide(gate)).to(gate.dtype) * up, pad, measure)
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.layer_kernels")
 def swiglu_backward(
     gate_up: Tensor, d_out: Tensor, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -457,7 +459,7 @@ def swiglu_backward(
     return _padded(d_gate_up, pad, measure), silu.to(gate.dtype) * up
 
 
-@with_kernel(_whole_heads)
+@with_kernel(_whole_heads, "ops.layer_kernels")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | None, eps: float) -> Tensor:
     """Turns the first `rotated` heads by their positions; the others, the values, stay as they are.
 
@@ -476,7 +478,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, weight: Tensor | N
     return x.copy_(out) if weight is None else out
 
 
-@with_kernel(_whole_heads)
+@with_kernel(_whole_heads, "ops.layer_kernels")
 def rotate_backward(
     d_query: Tensor,
     d_key: Tensor,

@@ -10,9 +10,6 @@ This module is imported only where there is a GPU, since Triton is not installed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -319,91 +316,3 @@ def rotate_backward(
         scale, queries, keys, *strides, pad, eps, NORM=weight is not None, MEASURE=kind, HEADS=block, HALF=dim // 2,
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _logprobs_of(
-    logits_ptr,
-    targets_ptr,
-    logprobs_ptr,
-    scale,
-    softcap,
-    vocabulary: tl.constexpr,
-    CAP: tl.constexpr,
-    LANES: tl.constexpr,
-    EACH: tl.constexpr,
-):
-    """One program, one row. Each of its lanes has `EACH` neighbours at once, so that what it has summed is brought to
-    a new maximum once for all of them: exponentials take as long here as memory does."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * vocabulary
-    target = tl.load(targets_ptr + row)
-    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale  # before the gradient takes its place
-    if CAP:
-        chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
-    column = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None]
-    most, total = tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.float32)
-    for start in range(0, vocabulary, LANES * EACH):
-        z = tl.load(logits_ptr + start + column, mask=start + column < vocabulary, other=float("-inf")).to(tl.float32)
-        z = z * scale
-        if CAP:
-            z = tl.where(start + column < vocabulary, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), float("-inf"))
-        higher = tl.maximum(most, tl.max(z, 1))
-        reference = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(most - reference) + tl.sum(tl.exp(z - reference[:, None]), 1)
-        most = higher
-    top = tl.max(most)
-    normaliser = top + tl.log(tl.sum(total * tl.exp(most - top)))
-    tl.store(logprobs_ptr + row, chosen - normaliser)
-    for start in range(0, vocabulary, LANES * EACH):
-        inside = start + column < vocabulary
-        z = tl.load(logits_ptr + start + column, mask=inside, other=0.0).to(tl.float32) * scale
-        slope = scale
-        if CAP:
-            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
-            slope = scale * (1 - (z / softcap) * (z / softcap))
-        gradient = (tl.where(start + column == target, 1.0, 0.0) - tl.exp(z - normaliser)) * slope
-        tl.store(logits_ptr + start + column, gradient, mask=inside)
-
-
-def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """As `ops.logprobs.logprobs_of`; the gradient takes the place of the logits."""
-    logprobs = torch.empty(logits.shape[0], device=logits.device)
-    lanes = min(4096, max(32, triton.next_power_of_2(logits.shape[1]) // 8))
-    _logprobs_of[(logits.shape[0],)](
-        logits, targets, logprobs, scale, softcap or 1.0, logits.shape[1], CAP=softcap is not None,
-        LANES=lanes, EACH=8, num_warps=max(1, lanes // 128),
-    )  # fmt: skip
-    return logprobs, logits
-
-
-@triton.jit
-def _cast(table_ptr, scale_ptr, like_ptr, BLOCK: tl.constexpr):
-    entry = tl.program_id(0)
-    count, width = tl.load(table_ptr + entry * 5 + 2), tl.load(table_ptr + entry * 5 + 3)
-    stride = tl.load(table_ptr + entry * 5 + 4)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) * BLOCK < count:
-        source = tl.load(table_ptr + entry * 5).to(tl.pointer_type(tl.float32))
-        target = tl.load(table_ptr + entry * 5 + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
-        value = tl.load(source + at, mask=at < count, other=0.0) * tl.load(scale_ptr + entry)
-        tl.store(target + (at // width) * stride + at % width, value, mask=at < count)
-
-
-class CastAll:
-    """Casts many float32 matrices, each times a factor, into (strided) matrices of half precision: one launch."""
-
-    def __init__(self, sources: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float]) -> None:
-        rows: list[list[int]] = []
-        for source, target in zip(sources, targets, strict=True):
-            assert source.dtype == torch.float32
-            assert source.is_contiguous()
-            rows.append([source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0)])
-        self._alive: Any = (sources, targets)
-        self._table = torch.tensor(rows, dtype=torch.int64).to(sources[0].device)
-        self._scales = torch.tensor(scales, dtype=torch.float32).to(sources[0].device)
-        self._grid = (len(rows), triton.cdiv(max(row[2] for row in rows), 4096))
-
-    def __call__(self) -> None:
-        """Casts the values that the sources have now."""
-        _cast[self._grid](self._table, self._scales, self._alive[1][0], BLOCK=4096)

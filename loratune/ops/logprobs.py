@@ -72,7 +72,7 @@ def _half_on_gpu(logits: Tensor, *_: object) -> bool:
     return on_gpu(logits) and logits.dtype in (torch.bfloat16, torch.float16)
 
 
-@with_kernel(_half_on_gpu)
+@with_kernel(_half_on_gpu, "ops.logprobs_kernels")
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, whose place it may take."""
     tail = _tail(wide(logits), scale, softcap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from loratune.ops import measure
 
@@ -12,6 +13,18 @@ PIECES = tl.constexpr(measure.PIECES)
 MOST = tl.constexpr(measure.MOST)
 PER_MOST = tl.constexpr(measure.PER_MOST)
 LEAST = tl.constexpr(measure.LEAST)
+
+
+def measure_arguments(asked: measure.Measure | None, unused: Tensor) -> tuple[Tensor, int]:
+    """Column scales, or any tensor if there are none, and MEASURE: 0 for none, 1 without scales, 2 with scales."""
+    if asked is None or asked.scale is None:
+        return unused, 0 if asked is None else 1
+    return asked.scale, 2
+
+
+def warps(block: int) -> int:
+    """Warps of a program that takes `block` elements."""
+    return 4 if block <= 2048 else 8 if block <= 4096 else 16
 
 
 @triton.jit

@@ -212,6 +212,34 @@ def _gradient_at(
 
 
 @triton.jit
+def _through_norm(
+    a, b, c, x_ptr, weight_ptr, first, second, rest, inside, behind, head, queries, keys, eps, offset,
+    DIM: tl.constexpr, REST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of heads before their norm, from the gradients behind it; pointers are those of the heads."""
+    normed = inside & (head < queries + keys)
+    x_a = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
+    x_b = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    a *= load_weight(weight_ptr, first, normed, offset, FORM)
+    b *= load_weight(weight_ptr, second, normed, offset, FORM)
+    squares = tl.sum(x_a * x_a, 1) + tl.sum(x_b * x_b, 1)
+    if REST > 0:
+        x_c = tl.load(x_ptr + rest, mask=behind, other=0.0).to(tl.float32)
+        c *= load_weight(weight_ptr, rest, behind & (head < queries + keys), offset, FORM)
+        squares += tl.sum(x_c * x_c, 1)
+    inverse = tl.rsqrt(_head_mean(squares, head, queries, keys, DIM, NORM) + eps)
+    x_a, x_b = x_a * inverse, x_b * inverse
+    products = tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)
+    if REST > 0:
+        x_c *= inverse
+        products += tl.sum(c * x_c, 1)
+    mean = _head_mean(products, head, queries, keys, DIM, NORM)
+    if REST > 0:
+        c = inverse * (c - x_c * mean)
+    return inverse * (a - x_a * mean), inverse * (b - x_b * mean), c
+
+
+@triton.jit
 def _rotate_backward(
     d_query_ptr, d_key_ptr, d_value_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, out_ptr, scale_ptr,
     queries, keys, query_token, query_head, key_token, key_head, value_token, value_head, pad, eps, offset,
@@ -242,37 +270,22 @@ def _rotate_backward(
     if ROTATE:
         cos_a, cos_b, sin_a, sin_b = _angles(cos_ptr, sin_ptr, token, j, j < PAIRS, PAIRS, HALF, INTERLEAVED)
         a, b = a0 * cos_a + b0 * sin_b, b0 * cos_b - a0 * sin_a
+    rest, behind, c0 = first, inside, a0  # not used without a rest
     if REST > 0:
-        k = tl.arange(0, REST)[None, :]
-        behind = (slot < heads) & (k < DIM - 2 * PAIRS)
+        rest = 2 * PAIRS + tl.arange(0, REST)[None, :]
+        behind = (slot < heads) & (rest < DIM)
         rest_at = _gradient_at(
-            d_query_ptr, d_key_ptr, d_value_ptr, token, head, 2 * PAIRS + k, queries, keys,
+            d_query_ptr, d_key_ptr, d_value_ptr, token, head, rest, queries, keys,
             query_token, query_head, key_token, key_head, value_token, value_head,
         )  # fmt: skip
         c0 = tl.load(rest_at, mask=behind, other=0.0).to(tl.float32)
-        c = c0
+    c = c0
     at = (token * heads + slot) * DIM
     if NORM > 0:
-        normed = inside & (head < rotated)
-        x_a = tl.load(x_ptr + at + first, mask=inside, other=0.0).to(tl.float32)
-        x_b = tl.load(x_ptr + at + second, mask=inside, other=0.0).to(tl.float32)
-        a *= load_weight(weight_ptr, head * DIM + first, normed, offset, FORM)
-        b *= load_weight(weight_ptr, head * DIM + second, normed, offset, FORM)
-        squares = tl.sum(x_a * x_a, 1) + tl.sum(x_b * x_b, 1)
-        if REST > 0:
-            x_c = tl.load(x_ptr + at + 2 * PAIRS + k, mask=behind, other=0.0).to(tl.float32)
-            c *= load_weight(weight_ptr, head * DIM + 2 * PAIRS + k, behind & (head < rotated), offset, FORM)
-            squares += tl.sum(x_c * x_c, 1)
-        inverse = tl.rsqrt(_head_mean(squares, head, queries, keys, DIM, NORM) + eps)
-        x_a, x_b = x_a * inverse, x_b * inverse
-        products = tl.sum(a * x_a, 1) + tl.sum(b * x_b, 1)
-        if REST > 0:
-            x_c *= inverse
-            products += tl.sum(c * x_c, 1)
-        mean = _head_mean(products, head, queries, keys, DIM, NORM)
-        a, b = inverse * (a - x_a * mean), inverse * (b - x_b * mean)
-        if REST > 0:
-            c = inverse * (c - x_c * mean)
+        a, b, c = _through_norm(
+            a, b, c, x_ptr + at, weight_ptr + head * DIM, first, second, rest, inside, behind, head, queries, keys,
+            eps, offset, DIM, REST, NORM, FORM,
+        )  # fmt: skip
     out_ptr += token * (heads * DIM + pad)
     column = slot.to(tl.int64) * DIM
     kind = out_ptr.dtype.element_ty
@@ -281,14 +294,14 @@ def _rotate_backward(
     tl.store(out_ptr + column + second, b, mask=inside)
     if REST > 0:
         c = tl.where(head < rotated, c, c0).to(kind)
-        tl.store(out_ptr + column + 2 * PAIRS + k, c, mask=behind)
+        tl.store(out_ptr + column + rest, c, mask=behind)
     if MEASURE > 0:
         there = inside & (j < PAIRS)
         a = scaled(a, scale_ptr, column + first, there, MEASURE == 2)
         b = scaled(b, scale_ptr, column + second, there, MEASURE == 2)
         largest, squares = tl.max(tl.maximum(tl.abs(a), tl.abs(b))), tl.sum(a * a + b * b)
         if REST > 0:
-            c = scaled(c, scale_ptr, column + 2 * PAIRS + k, behind, MEASURE == 2)
+            c = scaled(c, scale_ptr, column + rest, behind, MEASURE == 2)
             largest, squares = tl.maximum(largest, tl.max(tl.abs(c))), squares + tl.sum(c * c)
         leave(out_ptr + heads * DIM, largest, squares, tl.program_id(1), tl.num_programs(1))
 

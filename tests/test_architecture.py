@@ -24,8 +24,6 @@ ALLOWED = {
 KNOWN: set[str] = {
     "class Adapter",
     "class Settings",
-    "loratune.fused.block is too long",
-    "loratune.fused.layer -> loratune.base.one_pass",
     "loratune.memory.budget._layer is cached",
     "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction",
     "loratune.ops.attention.capped_kernels._roomy is cached",

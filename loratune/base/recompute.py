@@ -1,15 +1,18 @@
-"""Activation policies for decoder layers of any architecture: each layer under `torch.utils.checkpoint`.
+"""Recomputes decoder layers of any architecture in the backward, under `torch.utils.checkpoint`.
 
-Where layers are not fused (`fused.layer`), autograd keeps what every module asks for. A stand-in around each layer
-keeps less (`fused.policy`): the layer's input, from which the backward runs the layer again; with `selective` also
-the
-outputs of the attention kernel, so that this is not run twice (FlashAttention 4 is no operator of PyTorch's and runs
-twice all the same); with `offload` the input waits on the host. Dropout is
-the same in both runs: it follows from the step's key (`ops.dropout`); where no key is open the state of the random
-generators is kept beside the input.
+Without it autograd saves every activation that a module asks for. A `RecomputedLayer` around each decoder layer saves
+less, by level (`fused.policy`):
 
-While rows run, each layer is stood in for by a `Recomputed` that shares its children, so parameter paths stay what
-they are. Source: Chen et al. 2016, arXiv:1604.06174.
+    selective    the layer's input and the outputs of attention kernels; the layer runs again in the backward
+    full         the input alone
+    offload      the input, on the host
+
+FlashAttention 4 is not an operator of PyTorch, so with it `selective` runs attention twice as well. Dropout is the
+same in both runs: it follows from the step's key (`ops.dropout`). Without a key the state of the random generators is
+saved beside the input.
+
+Replacements share the children of the originals, so parameter paths stay as they are. Source: Chen et al. 2016,
+arXiv:1604.06174. Layers that run fused have levels of their own (`fused.block`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from loratune.fused.policy import ActivationPlan, Level
+from loratune.fused.recipes import decoder_layers
 from loratune.ops.attention import capped
 from loratune.ops.host import HostOffload
 from loratune.ops.state import ForwardState
@@ -41,8 +45,8 @@ _ATTENTION = {
 } | {capped.OPERATOR}
 
 
-class Recomputed(nn.Module):
-    """Stands in for a decoder layer, with the same children; runs it again in the backward."""
+class RecomputedLayer(nn.Module):
+    """Replaces a decoder layer, with the same children; runs it again in the backward."""
 
     _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
     _level: Level
@@ -53,8 +57,8 @@ class Recomputed(nn.Module):
     @classmethod
     def from_base(
         cls, base: nn.Module, level: Level, index: int, host: HostOffload | None, state: ForwardState
-    ) -> Recomputed:
-        """The stand-in for `base`, the layer of number `index`, under a level from `SELECTIVE` on."""
+    ) -> RecomputedLayer:
+        """The replacement of `base`, layer number `index`; `level` is at least `SELECTIVE`."""
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
         layer._base, layer._level, layer._index = (base,), level, index
@@ -62,13 +66,13 @@ class Recomputed(nn.Module):
         return layer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the layer returns."""
+        """The layer's own result."""
         base = self._base[0]
         if not torch.is_grad_enabled():
             return base(hidden_states, *args, **kwargs)
         settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self._random()}
         if self._level is Level.SELECTIVE:
-            settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+            settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _save_attention)
         host, state, row = self._host, self._state, self._state.dropout_row
 
         def run_base(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +92,7 @@ class Recomputed(nn.Module):
         return out
 
     def _random(self) -> bool:
-        """The frozen base has no dropout while it trains; an adapter may, by a key or by the generators."""
+        """True if an adapter draws its dropout from the random generators. The frozen base has none in training."""
         if self._state.dropout_row is not None:
             return False
         return any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
@@ -98,15 +102,17 @@ class Recomputed(nn.Module):
 def installed(
     model: PreTrainedModel, plan: ActivationPlan, host: HostOffload | None, state: ForwardState
 ) -> Iterator[None]:
-    """Puts `Recomputed` in the place of the decoder layers that are to keep less, and the layers back on exit.
+    """Replaces decoder layers whose level saves less than everything, and puts them back on exit.
 
-    Without a host, `Level.OFFLOAD` is `Level.FULL`.
+    Args:
+        host: buffers for `Level.OFFLOAD`; without them it is `Level.FULL`.
+        state: of the forward that runs the layers.
     """
     layers = decoder_layers(model)
     before = list(layers)
     for index, (base, level) in enumerate(zip(before, plan.levels, strict=True)):
         if level > Level.WIDE:
-            layers[index] = Recomputed.from_base(base, level, index, host, state)
+            layers[index] = RecomputedLayer.from_base(base, level, index, host, state)
     try:
         yield
     finally:
@@ -114,12 +120,5 @@ def installed(
             layers[index] = base
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's decoder layers: the longest list of modules that its backbone has."""
-    backbone = model.get_decoder() if model.get_decoder() is not model else model.base_model
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
-
-
-def _keep_attention(_: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_attention(_: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

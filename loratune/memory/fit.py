@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from loratune.base.forward import PackedForward
-from loratune.base.recompute import decoder_layers
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import TrainingError
 from loratune.fused.policy import TILE, ActivationPlan, Level
+from loratune.fused.recipes import decoder_layers
 from loratune.many.capacity import free_bytes
 from loratune.memory import budget, devices
 from loratune.memory.budget import PeakMemory, RowSetting

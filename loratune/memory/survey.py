@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune.base.recompute import decoder_layers
-from loratune.fused import layer as fused
+from loratune.fused.fit import RecipeFit, recipe_fits
 from loratune.fused.ledger import LayerShape, rounded
+from loratune.fused.recipes import decoder_layers
 from loratune.lora.contract import adapter_tensors_of, rank_of
 from loratune.precision.contract import weight_format
-from loratune.precision.linear import QuantisedLinear, formats_in
+from loratune.precision.linear import QuantisedLinear, formats_in, frozen_of
 from loratune.tables import PRECISIONS
-
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,10 @@ def survey(
     """
     layers = decoder_layers(model)
     quantised = precision if precision in PRECISIONS else _quantised(layers)
-    fusible = on_gpu and dtype in (torch.bfloat16, torch.float16) and fused.fusible(model)
+    on_half_gpu = on_gpu and dtype in (torch.bfloat16, torch.float16)
+    fit = next((fit for fit in recipe_fits(model) if fit.why_not(model) is None), None) if on_half_gpu else None
     per_layer = [_trained_in(layer, ranks) for layer in layers]
-    shapes = [_shape(layer, ranks, quantised, dtype) for layer in layers] if fusible else []
+    shapes = [] if fit is None else [_shape(layer, fit, ranks, quantised, dtype) for layer in layers]
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight = cast(Tensor, head.weight if isinstance(head, nn.Module) else model.get_input_embeddings().weight)
     return ModelSurvey(
@@ -145,18 +144,20 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
     return total
 
 
-def _shape(layer: nn.Module, ranks: Mapping[nn.Module, int], quantised: str, dtype: torch.dtype) -> LayerShape:
-    attn, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
-    at = {name: getattr(attn if hasattr(attn, name) else mlp, name) for names in _PROJECTIONS for name in names}
-    of_each = [sum(ranks.get(at[name], 0) for name in names) for names in _PROJECTIONS]
-    dim, width = int(attn.head_dim), int(at["q_proj"].in_features)  # type: ignore[arg-type]
+def _shape(
+    layer: nn.Module, fit: RecipeFit, ranks: Mapping[nn.Module, int], quantised: str, dtype: torch.dtype
+) -> LayerShape:
+    recipe, heads = fit.recipe, fit.head_spec(layer)
+    projections = (recipe.query_key_value, (recipe.output,), recipe.up, (recipe.down,))
+    of_each = [sum(ranks.get(layer.get_submodule(path), 0) for path in paths) for paths in projections]
+    width, mlp = frozen_of(layer.get_submodule(recipe.down)).shape
     return LayerShape(
         width=width,
-        query_heads=int(at["q_proj"].out_features) // dim,
-        key_value_heads=int(at["k_proj"].out_features) // dim,
-        head_dim=dim,
-        mlp=int(at["gate_proj"].out_features),
-        head_norm=hasattr(attn, "q_norm"),
+        query_heads=heads.query,
+        key_value_heads=heads.key_value,
+        head_dim=heads.dim,
+        mlp=mlp,
+        head_norm=heads.norm is not None,
         ranks=(of_each[0], of_each[1], of_each[2], of_each[3]),
         element_bytes=dtype.itemsize,
         bordered=not quantised,

@@ -246,7 +246,7 @@ class GraphStep:
     ) -> Self | None:
         """None without a GPU or memory for graphs, and for a model that runs one document at a time."""
         on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
-        if not on_gpu or not forward.record or forward.road == "one by one" or forward.head is None:
+        if not on_gpu or not forward.record or forward.path == "per document" or forward.head is None:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm, objective)
 

@@ -185,7 +185,7 @@ class Loop:
             max_grad_norm=self.config.max_grad_norm,
             objective=self.objective,
             # A document that runs alone does not know its position in the row, so torch's generator draws dropout.
-            key=None if self.forward.road == "one by one" else key,
+            key=None if self.forward.path == "per document" else key,
         )
 
     def _evaluate(self) -> Evaluated:

@@ -1,4 +1,4 @@
-"""Packed equals unpacked, for every architecture, on whatever road the model allows."""
+"""Packed equals unpacked, for every architecture, on each execution path."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_packed_logprobs_equal_each_document_alone(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "road"),
-    [("llama", "documents"), ("gemma2", "documents"), ("gptoss", "documents"), ("mamba", "one by one")],
+    ("name", "path"),
+    [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "per document")],
 )
-def test_takes_the_fastest_road_that_is_right(name, road):
+def test_takes_the_fastest_path_that_is_right(name, path):
     forward = prepare(build(name))
-    assert forward.road == road
-    assert bool(forward.notes) == (road == "one by one")
+    assert forward.path == path
+    assert bool(forward.notes) == (path == "per document")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_capped_scores_are_never_left_to_an_attention_without_caps():
     forward = prepare(model)
     assert other.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "eager"
-    assert forward.road == "documents"
+    assert forward.path == "packed"
 
 
 def test_two_models_in_one_process_do_not_see_each_other(llama):

@@ -10,8 +10,9 @@ from transformers.activations import ACT2FN
 
 from loratune.base import one_pass
 from loratune.base.forward import prepare, take_one_pass
-from loratune.base.one_pass import Form, gated_kind, norm_form
+from loratune.base.one_pass import gated_kind
 from loratune.data.pack import make_row
+from loratune.fused.formulas import NormForm, norm_form
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.lora.peft_config import LoraConfig
@@ -65,9 +66,9 @@ def test_norms_round_where_the_modules_do(name):
     with one_pass.installed(model):
         assert plain
         for path, out in plain.items():
-            stand_in = model.get_submodule(path)
-            assert isinstance(stand_in, one_pass.Norm)
-            assert torch.equal(stand_in(x), out)
+            norm = model.get_submodule(path)
+            assert isinstance(norm, one_pass.OnePassNorm)
+            assert torch.equal(norm(x), out)
 
 
 def held(model, forward, row):
@@ -152,9 +153,11 @@ class Mlp(nn.Module):
 
 def test_what_does_more_or_else_stays():
     weight = torch.randn(12)
-    assert norm_form(Deaf(weight)) == Form(1e-6, plus_one=False, rounded=True)
+    assert norm_form(Deaf(weight)) == NormForm(1e-6)
     assert norm_form(Biased(weight)) is None
-    assert norm_form(nn.LayerNorm(12)) is None
+    assert norm_form(nn.LayerNorm(12)) is None  # it trains
+    assert norm_form(nn.LayerNorm(12).requires_grad_(False)) == NormForm(1e-5, "layer")
+    assert one_pass.replacement(nn.LayerNorm(12).requires_grad_(False)) is None
     trained = Deaf(weight).requires_grad_(True)
     assert norm_form(trained) is None
     assert norm_form(Clumsy(weight)) is None
@@ -229,6 +232,6 @@ def test_hooks_are_heard():
 def test_a_form_that_does_not_give_the_model_s_own_states_is_not_taken(monkeypatch):
     model = build("gemma2")
     forward = prepare(model)
-    monkeypatch.setattr(one_pass, "norm_form", lambda module: norm_form(module) and Form(1e-6, False, rounded=True))
+    monkeypatch.setattr(one_pass, "norm_form", lambda module: norm_form(module) and NormForm(1e-6))
     assert not take_one_pass(forward)
     assert not forward.one_pass

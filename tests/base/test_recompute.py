@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loratune.base.forward import prepare
-from loratune.base.recompute import decoder_layers
 from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
+from loratune.fused.recipes import decoder_layers
 from loratune.training.step import row_loss
 from tests.conftest import CAUSAL
 from tests.training.helpers import examples, model_with_adapter, trainable

@@ -1,4 +1,4 @@
-"""What a fused layer keeps changes its memory and nothing else: loss and gradients are the same to the bit."""
+"""Saved activations change the memory of a fused layer and nothing else: loss and gradients have the same bits."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def loss_and_gradients(model, forward, plan):
     row = make_row(examples(7), TOKENS, 0)
     with forward.installed():
         loss = row_loss(forward, row)
-        kept = held_bytes(loss)
+        held = held_bytes(loss)
         loss.backward()
     found = {path: p.grad for path, p in trainable(model).items()}
     for p in model.parameters():
         p.grad = None
-    return loss.detach(), found, kept
+    return loss.detach(), found, held
 
 
 def held_bytes(loss):
-    """Bytes of the storages that the layers of the graph under `loss` hold, each counted once."""
+    """Bytes of the storages that the fused layers of the graph hold, each counted once."""
     seen, storages, nodes = set(), {}, [loss.grad_fn]
 
     def count(value):
@@ -53,14 +53,14 @@ def held_bytes(loss):
             continue
         seen.add(node)
         nodes += [above for above, _ in node.next_functions]
-        if kept := getattr(node, "kept", None):
-            count(kept)
+        if activations := getattr(node, "activations", None):
+            count(activations)
     return sum(storages.values())
 
 
 @pytest.fixture(params=[("llama", 0.0), ("llama", 0.3), ("qwen3", 0.0), ("mistral", 0.3)], ids=str)
 def fused(request) -> Iterator[tuple[torch.nn.Module, PackedForward]]:
-    """With dropout under a key, so that what is computed again has to find the same masks."""
+    """With dropout under a key, so that recomputed activations need the same masks."""
     name, dropout = request.param
     model = model_with_adapter(name, lora_dropout=dropout)
     forward = prepare(model)
@@ -76,11 +76,11 @@ def test_every_policy_gives_the_same_bits_and_holds_less(fused):
     everything = loss_and_gradients(model, forward, None)
     last = everything[2]
     for level in (Level.WIDE, Level.SELECTIVE, Level.FULL):
-        loss, gradients, kept = loss_and_gradients(model, forward, ActivationPlan.uniform(level, 2))
+        loss, gradients, held = loss_and_gradients(model, forward, ActivationPlan.uniform(level, 2))
         assert torch.equal(loss, everything[0])
         assert all(torch.equal(gradients[path], everything[1][path]) for path in everything[1]), level
-        assert kept < last, level
-        last = kept
+        assert held < last, level
+        last = held
 
 
 MIXED = [
@@ -162,7 +162,7 @@ def test_attention_that_is_dropped_is_gone():
 
     token = Token()
     gone = weakref.ref(token)
-    attended = RecordedAttention(_keeping(token), torch.randn(5, 6, 4), (2, 2, 2))
+    attended = RecordedAttention(_keeping(token), torch.randn(5, 6, 4), lambda heads: heads.split(2, 1))
     assert attended.out.shape == (5, 8)
     attended.free_heads()
     del token, attended

@@ -1,4 +1,4 @@
-"""Fused decoder layers against the modules that they stand in for, in float64: the same numbers, the same paths."""
+"""Fused decoder layers in the place of modules: the same numbers, the same paths, the same adapters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from loratune.base import one_pass
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.config import LoraConfig
 from loratune.data.pack import make_row
+from loratune.fused import attention_half
 from loratune.fused import layer as fused
-from loratune.fused.block import Passage
+from loratune.fused.fit import fusible
+from loratune.fused.link import LayerLink
+from loratune.fused.mlp_half import evaluated
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import activate, attach
+from loratune.lora.linear import LoraLinear
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.step import row_loss
 from tests.conftest import CAUSAL, build
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
 
 FUSIBLE = ["llama", "qwen3", "mistral"]
+WITH_RECIPE = [*FUSIBLE, "gemma2", "gemma3", "gpt2", "gptneox", "phi3", "granite"]
 
 
 def training(model):
@@ -39,7 +44,7 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, 
     assert fuse(forward)
     training(model)
     with forward.state.dropout(row_key(dropout_key(0, 3), 512)):
-        unfused = PackedForward(model, "documents", forward.head, state=forward.state)
+        unfused = PackedForward(model, "packed", forward.head, state=forward.state)
         plain = loss_and_gradients(model, unfused, row)
         got = loss_and_gradients(model, forward, row)
     torch.testing.assert_close(got[0], plain[0], rtol=1e-7, atol=0)  # the modules' norms are in float32
@@ -70,21 +75,92 @@ def test_the_last_norm_runs_in_one_pass_unless_it_trains(trained):
     assert fuse(forward)
     norm.requires_grad_(trained)
     with forward.installed():
-        assert isinstance(model.model.norm, one_pass.Norm) != trained
+        assert isinstance(model.model.norm, one_pass.OnePassNorm) != trained
     assert model.model.norm is norm
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_which_models_qualify(name):
-    assert fuse(prepare(build(name))) == (name in [*FUSIBLE, "granite"])
+    assert fuse(prepare(build(name))) == (name in WITH_RECIPE)
 
 
-def test_the_right_parts_used_otherwise_do_not_qualify():
-    """Granite has a Llama's parts and, with its own settings, scales what it adds to the residual stream."""
-    model = build("granite")
-    for layer in model.model.layers:
-        layer.residual_multiplier = 0.22
+def test_the_right_parts_used_otherwise_do_not_qualify(monkeypatch):
+    """A layer with a Llama's children that adds its output twice."""
+    model = build("llama")
+    forward = type(model.model.layers[0]).forward
+
+    def doubled(self, hidden_states, **kwargs):
+        return forward(self, hidden_states, **kwargs) + hidden_states
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", doubled)
+    assert fusible(model)
     assert not fuse(prepare(model))
+
+
+class Gated(LoraLinear):
+    """Declares a low-rank sum and computes another one, which shows only where B is not zero."""
+
+    def forward(self, input):
+        out = super().forward(input)
+        return out if self.lora_B is None else out + 0.5 * (input @ self.lora_A.T) @ self.lora_B.T
+
+    def fusion(self):
+        return super().fusion()
+
+
+class Silent(LoraLinear):
+    """Overrides `forward` and declares nothing."""
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+def with_kind(kind):
+    """A Llama whose adapter has B = 0, as after `attach`, and one layer of another class."""
+    model = build("llama")
+    attach(model, LoraConfig(r=4), name="default", seed=0)
+    model.model.layers[1].mlp.up_proj.__class__ = kind
+    return model
+
+
+def test_an_adapter_that_computes_another_sum_is_found_at_its_initial_values():
+    model = with_kind(Gated)
+    assert fusible(model)
+    assert not fuse(prepare(model))
+    assert fuse(prepare(with_kind(LoraLinear)))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_fused():
+    model = with_kind(Silent)
+    assert not fusible(model)
+    assert not fuse(prepare(model))
+
+
+def test_wrong_gradients_are_found(monkeypatch):
+    """A backward that is wrong for one half of the layer, with the right hidden states."""
+    model, real = model_with_adapter("llama"), attention_half.heads_backward
+
+    def wrong(*args):
+        below, gradients = real(*args)
+        return below, [2 * gradient for gradient in evaluated([gradients])]
+
+    monkeypatch.setattr(attention_half, "heads_backward", wrong)
+    assert not fuse(prepare(model))
+
+
+def test_trying_leaves_no_trace():
+    """Adapters, gradients and random generators are as before, whether layers are fused or not."""
+    for model in (model_with_adapter("qwen3", lora_dropout=0.3), with_kind(Gated)):
+        forward = prepare(model)
+        training(model)
+        for parameter in trainable(model).values():
+            parameter.grad = torch.ones_like(parameter)
+        before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+        state = torch.random.get_rng_state()
+        fuse(forward)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+        assert all(bool((p.grad == 1).all()) for p in trainable(model).values())
 
 
 def test_paths_layers_and_values_are_as_before():
@@ -106,7 +182,7 @@ def test_the_bare_base_and_changed_adapters_are_seen():
     row = make_row(examples(5), 128, 0)
     forward = prepare(model)
     assert fuse(forward)
-    plain = PackedForward(model, "documents", forward.head)
+    plain = PackedForward(model, "packed", forward.head)
 
     def hidden(of):
         return of.hidden_states(row.tokens, row.position_ids, row.cu_seqlens)
@@ -174,25 +250,25 @@ def test_without_a_key_dropout_is_from_the_generator_and_the_backward_sees_the_f
 
 def test_adapters_that_differ_in_dropout_do_not_qualify():
     model = model_with_adapter("llama", lora_dropout=0.1)
-    assert fused.fusible(model)
+    assert fusible(model)
     model.model.layers[1].self_attn.q_proj.lora_dropout = 0.2
-    assert not fused.fusible(model)
+    assert not fusible(model)
 
 
 def ahead_and_not(monkeypatch, model, forward, row):
     """Loss and gradients with what a layer norms for the one above it, and how often that was taken; then without."""
     taken = []
 
-    def counting(self, stream, real=Passage.normed):
+    def counting(self, stream, real=LayerLink.take_operand):
         normed = real(self, stream)
         taken.append(normed is not None)
         return normed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Passage, "normed", counting)
+        patch.setattr(LayerLink, "take_operand", counting)
         got = loss_and_gradients(model, forward, row)
     with monkeypatch.context() as patch:
-        patch.setattr(Passage, "sum", lambda self, h, y: y.add_(h))
+        patch.setattr(LayerLink, "join", lambda self, stream, y, branch: branch.join(stream, y))
         plain = loss_and_gradients(model, forward, row)
     return got, plain, taken
 

@@ -75,7 +75,7 @@ def test_as_exact_as_the_modules_of_each_adapter_alone(fused):
             attach(module, CONFIGS[slot], seed=slot)
             (part,) = parts([slot])
             row = part.row
-            forward = PackedForward(module, "one by one", head)
+            forward = PackedForward(module, "per document", head)
             everywhere = torch.arange(len(row.tokens), device="cuda")
             with forward.installed():
                 logprobs = forward.logprobs(

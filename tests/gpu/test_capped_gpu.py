@@ -73,14 +73,14 @@ def test_attention(heads, softcap, with_sinks, lengths):
 def test_a_packed_row_is_its_documents_alone(name, lengths):
     model = small(name, dim=DIMS[name])
     forward, row = prepare(model), a_row(lengths)
-    assert forward.road == "documents"
+    assert forward.path == "packed"
     assert not forward.notes
     wide = copy.deepcopy(model).double()
     if name == "gptoss":
         wide.set_experts_implementation("eager")  # the other kind has no float64
     fast = gradients(model, forward, row)
-    plain = gradients(model, PackedForward(model, "one by one", forward.head), row)
-    exact = gradients(wide, PackedForward(wide, "one by one", forward.head), row)
+    plain = gradients(model, PackedForward(model, "per document", forward.head), row)
+    exact = gradients(wide, PackedForward(wide, "per document", forward.head), row)
     ratios = [off(fast[1][path], gradient) / off(plain[1][path], gradient) for path, gradient in exact[1].items()]
     print(f"{off(fast[0], exact[0]) / off(plain[0], exact[0]):.2f}, gradients {min(ratios):.2f} to {max(ratios):.2f}")
     assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")

@@ -179,12 +179,12 @@ def test_fused_layers_are_as_near_to_the_dense_model_as_modules_in_8_bits():
     forward = prepare(model)
     assert forward.fused is not None
     fast = gradients(model, forward, row)
-    plain = gradients(model, PackedForward(model, "one by one", forward.head), row)
+    plain = gradients(model, PackedForward(model, "per document", forward.head), row)
     wide = small()
     for module in wide.modules():
         if hasattr(module, "frozen"):
             module.frozen = fp8.DenseWeight(module.frozen.dense())
-    exact = gradients(wide, PackedForward(wide, "one by one", forward.head), row)
+    exact = gradients(wide, PackedForward(wide, "per document", forward.head), row)
     assert off(fast[0], exact[0]) <= 1.5 * off(plain[0], exact[0]) + 1e-3
     for path, gradient in exact[1].items():
         assert off(fast[1][path], gradient) <= 1.5 * off(plain[1][path], gradient) + 1e-3, path

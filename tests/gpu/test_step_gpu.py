@@ -131,9 +131,9 @@ def test_fused_layers_are_as_exact_as_the_modules(name, lengths):
     forward = prepare(model)
     assert forward.fused is not None
     fast = gradients(model, forward, row)
-    plain = gradients(model, PackedForward(model, "one by one", forward.head), row)
+    plain = gradients(model, PackedForward(model, "per document", forward.head), row)
     wide = copy.deepcopy(model).double()
-    exact = gradients(wide, PackedForward(wide, "one by one", forward.head), row)
+    exact = gradients(wide, PackedForward(wide, "per document", forward.head), row)
     assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")
     for path, gradient in exact[1].items():
         assert_as_good(fast[1][path], plain[1][path], gradient, path)
@@ -155,8 +155,8 @@ def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
     training(wide)
     with forward.state.dropout(row_key(dropout_key(0, 3), 4096, "cuda")):
         fast = gradients(model, forward, row)
-        plain = gradients(model, PackedForward(model, "documents", forward.head, state=forward.state), row)
-        exact = gradients(wide, PackedForward(wide, "documents", forward.head, state=forward.state), row)
+        plain = gradients(model, PackedForward(model, "packed", forward.head, state=forward.state), row)
+        exact = gradients(wide, PackedForward(wide, "packed", forward.head, state=forward.state), row)
     assert_as_good(fast[0], plain[0], exact[0], "log-probabilities")
     for path, gradient in exact[1].items():
         assert_as_good(fast[1][path], plain[1][path], gradient, path)

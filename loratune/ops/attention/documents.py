@@ -18,6 +18,8 @@ documents are of one length (its batch is then a view of the row), and PyTorch's
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,24 @@ from loratune.ops.attention import flash, simulated
 from loratune.ops.attention.capped import DocumentSpans, attend
 
 IMPLEMENTATION = "loratune_documents"
+
+
+class AttentionOptions(TypedDict):
+    """Arguments of `document_attention` that belong to an attention layer, and not to a row."""
+
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
+
+
+class RowBoundaries(TypedDict, total=False):
+    """Arguments of `document_attention` that belong to a row."""
+
+    cu_seq_lens_q: Tensor
+    max_length_q: int
+    spans: DocumentSpans
+    contained: bool
 
 
 def register() -> None:
@@ -62,6 +82,7 @@ def document_attention(
     max_length_q: int | None = None,
     spans: DocumentSpans | None = None,
     contained: bool = False,
+    heard: dict[nn.Module, AttentionOptions] | None = None,
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -81,6 +102,7 @@ def document_attention(
         spans: of the same borders, made once for all layers; without, each layer makes its own where it needs them.
         contained: that a document which is not finite leaves the others as they are, to the bit. FlashAttention 4
             reads on behind a document's end, and adds zero times what it finds there.
+        heard: receives the options that `module` passes, by module.
         position_bias: not supported.
 
     Returns: (1, T, heads, head_dim), and None in place of the attention weights.
@@ -90,6 +112,8 @@ def document_attention(
         return _on_meta(query, key, value, softcap, s_aux, cu_seq_lens_q, max_length_q), None
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
+    if heard is not None:
+        heard[module] = AttentionOptions(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
         if softcap is None and s_aux is None:

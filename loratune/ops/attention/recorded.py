@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+Split = Callable[[Tensor], Sequence[Tensor]]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query, key and value, (T, heads of each, head_dim), to attention's output (T, query heads * head_dim)."""
 
@@ -25,19 +26,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RecordedAttention:
     """Attention over stacked heads (T, query + 2 * key_value heads, head_dim)."""
 
-    def __init__(self, attend: Attend, heads: Tensor, split: Sequence[int]) -> None:
+    def __init__(self, attend: Attend, heads: Tensor, split: Split) -> None:
         """Runs it.
 
         Args:
             attend: the attention, differentiable.
             heads: (T, heads, head_dim): queries, keys, values.
-            split: how many heads each of the three has.
+            split: divides the heads into query, key and value, as views.
         """
         self._held = _Held(heads)
         self._gradients: list[Tensor] = []
         entry = torch.empty(0, device=heads.device, requires_grad=True)
         with torch.enable_grad(), saved_tensors_hooks(self._held.pack, self._held.unpack):
-            inputs: Any = _Enter.apply(entry, self._gradients, *heads.split(list(split), 1))  # type: ignore[no-untyped-call]
+            inputs: Any = _Enter.apply(entry, self._gradients, *split(heads))  # type: ignore[no-untyped-call]
             out = attend(*inputs)
         self._end = get_gradient_edge(out)
         self._held.out = out.detach()

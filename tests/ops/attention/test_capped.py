@@ -115,12 +115,12 @@ for name, model in models.items():
         return before, len(runs) - before, [logprobs.detach(), *gradients]
 
     forward = prepare(model)
-    assert forward.road == "documents", forward
+    assert forward.path == "packed", forward
     runs.clear()
     _, again, packed = results(forward)
     assert (len(runs), again) == (2, 0), name  # one in each layer
     runs.clear()
-    alone = results(PackedForward(model, "one by one", forward.head))[2]
+    alone = results(PackedForward(model, "per document", forward.head))[2]
     assert not runs
     for a, b in zip(packed, alone):
         assert float((a - b).norm() / b.norm()) < 1e-4, name  # roundings of float32 through a deep, steep function

@@ -1,0 +1,121 @@
+"""Short rows that show whether two ways to run a model compute the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune.lora.contract import LowRankSum, fusion_of
+from loratune.precision.linear import formats_in, frozen_of
+
+_LENGTHS = (7, 12, 4)
+_UPDATE_SHARE = 0.25
+"""Norm of a random update scaling · B A, relative to the norm of its weight."""
+_MOST_GRADIENT_ERROR = 0.5
+
+
+class ProbeRow(NamedTuple):
+    """A row of three short documents, as arguments of `base.forward.PackedForward.hidden_states`."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+
+
+class ProbeResult(NamedTuple):
+    """Hidden states of a row, (T, d), and gradients of the adapters as one vector; empty if nothing trains."""
+
+    states: Tensor
+    gradients: Tensor
+
+    def agrees_with(self, expected: ProbeResult, model: PreTrainedModel) -> bool:
+        """True if both results differ by no more than rounding explains."""
+        most = tolerance(expected.states.dtype, model)
+        if relative_error(self.states, expected.states) > most:
+            return False
+        # Each gradient sums over tokens and layers that were rounded on their own.
+        most = min(3 * most, _MOST_GRADIENT_ERROR)
+        return not len(expected.gradients) or relative_error(self.gradients, expected.gradients) <= most
+
+
+def probe_row(model: PreTrainedModel) -> ProbeRow:
+    """Arbitrary tokens, the same in every call."""
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    vocabulary, device = table.shape[0], table.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (sum(_LENGTHS),), generator=generator).to(device)
+    position_ids = torch.cat([torch.arange(n) for n in _LENGTHS]).to(device)
+    cu_seqlens = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
+    return ProbeRow(tokens, position_ids, cu_seqlens)
+
+
+def documents_alone(backbone: nn.Module, row: ProbeRow) -> Tensor:
+    """Hidden states of the row's documents, each run by itself, (T, d)."""
+    bounds = row.cu_seqlens.tolist()
+    parts = [
+        backbone(input_ids=row.tokens[None, a:b], use_cache=False).last_hidden_state[0]
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts)
+
+
+def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> ProbeResult:
+    """Hidden states, and gradients of a fixed weighted sum of them; `.grad` of the Parameters is left alone."""
+    with torch.set_grad_enabled(bool(trained)):
+        states = run()
+    if not trained or not states.requires_grad:
+        return ProbeResult(states.detach(), states.new_empty(0))
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
+    found = torch.autograd.grad(states, trained, weights, allow_unused=True, materialize_grads=True)
+    return ProbeResult(states.detach(), torch.cat([gradient.flatten() for gradient in found]))
+
+
+@contextmanager
+def random_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Inside, every B of an adapter in use is random, so that the adapter shows in the hidden states.
+
+    Yields the trained A and B. On exit B has its values back, to the bit; no global random generator is used.
+    """
+    fusions = {module: fusion_of(module) for module in model.modules()}
+    adapters = {module: fusion for module, fusion in fusions.items() if isinstance(fusion, LowRankSum)}
+    values = {id(adapter.lora_B): adapter.lora_B.detach().clone() for adapter in adapters.values()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for module, adapter in adapters.items():
+                random = torch.randn(adapter.lora_B.shape, generator=generator).to(adapter.lora_B)
+                size = adapter.scaling * _product_norm(random, adapter.lora_A)
+                wanted = _UPDATE_SHARE * float(frozen_of(module).dense().float().norm())
+                adapter.lora_B.copy_(random * (wanted / size if size > 0.0 else 1.0))
+        tensors = [tensor for adapter in adapters.values() for tensor in (adapter.lora_A, adapter.lora_B)]
+        yield [tensor for tensor in tensors if tensor.requires_grad]
+    finally:
+        with torch.no_grad():
+            for adapter in adapters.values():
+                adapter.lora_B.copy_(values[id(adapter.lora_B)])
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|, in float64."""
+    got, expected = got.double(), expected.double()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
+    """Relative error of hidden states up to which two ways to compute them count as one.
+
+    Far above the rounding of a deep model, far below the effect of one foreign document (about 1).
+    """
+    rounding = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return max([rounding, *(form.forward_tolerance or 0.0 for form in formats_in(model))])
+
+
+def _product_norm(B: Tensor, A: Tensor) -> float:
+    """|B A|, by the Gram matrices of both factors, which are (r, r)."""
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt())

@@ -1,0 +1,145 @@
+"""Recipes: how a kind of decoder layer is built, as a table of the roles of its children.
+
+A recipe fits a layer that has the named children and no others, except dropout. Heads, ranks, formulas of norms and
+activations are read from the modules, so one recipe serves every model of its kind. Names prove little about use:
+`base.forward.fuse` compares fused layers with the model's own hidden states and gradients, and takes the first recipe
+that fits and agrees.
+
+A new kind of layer is one entry of `RECIPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """Paths of a layer's children, by role. None: the layer has no such child."""
+
+    query_key_value: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Three projections, or one whose columns are all queries, all keys, all values."""
+    output: str = "self_attn.o_proj"
+    head_norms: tuple[str, str] | None = None
+    """Norms of query and key: of each head, or of all columns. Their weights show which."""
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Gate and up, or one projection. It holds both if it has twice the columns that `down` reads."""
+    down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
+    head_dim: str = "self_attn.head_dim"
+    """Path of an attribute, an int."""
+    residual_multiplier: str | None = "residual_multiplier"
+    """Path of an attribute, a float; 1 where a layer has none."""
+    parallel: str | None = None
+    """Path of an attribute: whether both halves read the layer's input."""
+    interleaved: bool = False
+    """Rotation turns neighbouring elements of a head, not its halves."""
+    grouped: bool = False
+    """The one projection of query, key and value goes head by head."""
+
+    @property
+    def attention(self) -> str:
+        """Path of the module that calls the attention function: the parent of the output projection."""
+        return self.output.rpartition(".")[0]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All projections."""
+        return (*self.query_key_value, self.output, *self.up, self.down)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """All norms."""
+        of_stream = self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm
+        return (*(name for name in of_stream if name is not None), *(self.head_norms or ()))
+
+    def fits(self, layer: nn.Module) -> bool:
+        """True if the layer has exactly these children, beside dropout."""
+        named = {*self.linears, *self.norms, self.activation}
+        found = {path for path, module in _leaves(layer) if not isinstance(module, nn.Dropout)}
+        return named == found
+
+
+LLAMA = LayerRecipe()
+_FOUR_NORMS = LayerRecipe(
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+_PACKED = LayerRecipe(
+    query_key_value=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",), activation="mlp.activation_fn"
+)
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+RECIPES: dict[str, LayerRecipe] = {
+    "llama": LLAMA,  # also Mistral, Qwen 2, Granite
+    "qwen3": replace(LLAMA, head_norms=_HEAD_NORMS),
+    "gemma2": _FOUR_NORMS,
+    "gemma3": replace(_FOUR_NORMS, head_norms=_HEAD_NORMS),
+    "olmo2": replace(
+        LLAMA,
+        head_norms=_HEAD_NORMS,
+        attention_norm=None,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm=None,
+        mlp_post_norm="post_feedforward_layernorm",
+    ),
+    "phi3": _PACKED,
+    "glm4": replace(
+        LLAMA,
+        up=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        interleaved=True,
+    ),
+    "gpt_neox": LayerRecipe(
+        query_key_value=("attention.query_key_value",),
+        output="attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        activation="mlp.act",
+        head_dim="attention.head_size",
+        parallel="use_parallel_residual",
+        grouped=True,
+    ),
+    "gpt2": LayerRecipe(
+        query_key_value=("attn.c_attn",),
+        output="attn.c_proj",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        activation="mlp.act",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        head_dim="attn.head_dim",
+    ),
+}
+"""Kind of layer -> recipe, in the order in which they are tried."""
+
+
+def recipes_for(model: PreTrainedModel) -> Iterator[LayerRecipe]:
+    """Recipes that fit every decoder layer of the model."""
+    layers = decoder_layers(model)
+    for recipe in RECIPES.values():
+        if len(layers) and all(recipe.fits(layer) for layer in layers):
+            yield recipe
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's decoder layers: the longest list of modules in its backbone."""
+    decoder = model.get_decoder()
+    backbone = decoder if decoder is not model else model.base_model
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _leaves(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in layer.named_modules() if path and not list(module.children()))

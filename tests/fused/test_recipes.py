@@ -1,0 +1,130 @@
+"""Every recipe against the modules of its models, in float64: hidden states, loss and gradients, at every level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.data.pack import make_row
+from loratune.fused.fit import fusible, recipe_fits
+from loratune.fused.policy import ActivationPlan, Level
+from loratune.fused.recipes import LLAMA, RECIPES, recipes_for
+from loratune.ops.dropout import dropout_key, row_key
+from tests.base.float64 import float64_throughout
+from tests.fused.models import MODELS, recipe_model
+from tests.training.helpers import examples, loss_and_gradients
+
+LAYERS = 2
+
+
+def fused_forward(model) -> PackedForward:
+    forward = prepare(model)
+    assert fuse(forward)
+    return forward
+
+
+def unfused(forward: PackedForward) -> PackedForward:
+    return PackedForward(forward.model, "packed", forward.head, state=forward.state)
+
+
+def assert_close(got, expected, most=1e-9):
+    """Relative to the norm of each tensor: sums in another order round by 1e-15 of their largest term."""
+    torch.testing.assert_close(got[0], expected[0], rtol=most, atol=0)
+    assert got[1].keys() == expected[1].keys()
+    for path, gradient in expected[1].items():
+        assert float(gradient.norm()) > 0, path
+        assert float((got[1][path] - gradient).norm() / gradient.norm()) < most, path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_modules_at_every_level(name, monkeypatch):
+    model = recipe_model(name)
+    row, forward = make_row(examples(7), 256, 0), fused_forward(model)
+    float64_throughout(monkeypatch)
+    expected = loss_and_gradients(model, unfused(forward), row)
+    for level in Level:
+        forward.plan = ActivationPlan.uniform(level, LAYERS)
+        assert_close(loss_and_gradients(model, forward, row), expected)
+    forward.plan = ActivationPlan.uniform(Level.FULL, LAYERS, tile=64)
+    assert_close(loss_and_gradients(model, forward, row), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_of_adapters_is_that_of_the_modules(name, monkeypatch):
+    model = recipe_model(name, lora_dropout=0.3)
+    row, forward = make_row(examples(7), 256, 0), fused_forward(model)
+    float64_throughout(monkeypatch)
+    for module in model.modules():
+        module.training = hasattr(module, "lora_dropout")
+    with forward.state.dropout(row_key(dropout_key(0, 3), 512)):
+        assert_close(loss_and_gradients(model, forward, row), loss_and_gradients(model, unfused(forward), row))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("llama", "mistral")])
+@pytest.mark.parametrize("level", [Level.WIDE, Level.FULL])
+def test_levels_give_the_same_bits(name, level):
+    """Recomputed activations come from the same calls as saved ones."""
+    model = recipe_model(name, torch.bfloat16)
+    row, forward = make_row(examples(7), 256, 0), prepare(model)
+    assert fuse(forward)
+    expected = loss_and_gradients(model, forward, row)
+    forward.plan = ActivationPlan.uniform(level, LAYERS)
+    got = loss_and_gradients(model, forward, row)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][path], gradient) for path, gradient in expected[1].items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_is_chosen_by_the_modules(name):
+    fits = list(recipe_fits(recipe_model(name)))
+    assert len(fits) == 1
+    assert fits[0].recipe in RECIPES.values()
+
+
+def test_models_without_a_recipe_run_as_modules():
+    model = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=300, state_size=8))
+    assert not fusible(model)
+
+
+def test_of_two_recipes_that_fit_the_one_that_agrees_is_taken(monkeypatch):
+    """Which elements a rotation pairs cannot be seen in the children's names."""
+    monkeypatch.setattr(
+        "loratune.fused.recipes.RECIPES", {"pairs": replace(LLAMA, interleaved=True), "halves": LLAMA}
+    )
+    model = recipe_model("llama")
+    assert len(list(recipes_for(model))) == 2
+    forward = fused_forward(model)
+    assert forward.fused is not None
+    assert forward.fused.recipe == LLAMA
+
+
+def test_a_layer_with_one_more_child_does_not_fit():
+    model = recipe_model("llama")
+    model.model.layers[1].mlp.extra = nn.Linear(4, 4)
+    assert not fusible(model)
+
+
+@pytest.mark.parametrize("path", ["input_layernorm", "self_attn.q_proj", "mlp.act_fn", "mlp"])
+def test_hooks_are_not_passed_over(path):
+    """Fused layers call no child, so a hook on one would never run."""
+    model = recipe_model("llama")
+    forward = fused_forward(model)
+    handle = model.model.layers[1].get_submodule(path).register_forward_hook(lambda *_: None)
+    assert forward.fused is not None
+    assert "hook" in (forward.fused.why_not(model) or "")
+    handle.remove()
+    assert forward.fused.why_not(model) is None
+
+
+def test_dropout_of_the_base_model_is_not_left_out():
+    model = recipe_model("gpt2" if fusible(recipe_model("gpt2")) else "gpt_neox")
+    dropout = next(module for module in model.modules() if isinstance(module, nn.Dropout))
+    dropout.p = 0.1
+    assert fusible(model)
+    model.train()
+    assert not fusible(model)

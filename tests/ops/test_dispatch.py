@@ -9,7 +9,7 @@ from loratune.memory.meter import StorageMeter, rounded
 from loratune.ops.dispatch import half_on_gpu, with_kernel
 
 
-@with_kernel(half_on_gpu)
+@with_kernel(half_on_gpu, "ops.norm_kernels")
 def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two outputs, one of them the argument overwritten, and float32 temporaries."""
     unit = x.float() / x.float().norm()

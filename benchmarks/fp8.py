@@ -31,7 +31,7 @@ from loratune.ops import layer
 from loratune.ops.low_rank import down_project
 from loratune.ops.measure import PAD_COLUMNS, Measure, behind, measured
 from loratune.ops.projection import StackedAdapters
-from loratune.precision import fp8, fp8_kernels
+from loratune.precision import fp8, fp8_kernels, fp8_rows
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 
 BF16 = torch.bfloat16
@@ -72,7 +72,7 @@ def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8
     """Random weights with adapters of `members` layers."""
     ranks = RANK * members
     weight = torch.randn(d_out, d_in, device="cuda", dtype=BF16) * 0.02
-    held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(weight)], ranks)
+    held = fp8.Fp8Weight.joined([fp8.Fp8Weight.quantised(weight)], ranks)
     adapter = torch.randn(ranks, d_in, device="cuda", dtype=BF16) / d_in**0.5
     other = torch.randn(d_out, ranks, device="cuda", dtype=BF16) * 1e-3
     member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
@@ -84,27 +84,29 @@ def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) ->
     d_out, d_in = p.frozen.shape
     width = d_out if backward else d_in
     thin, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
-    numbers = p.numbers[2:] if backward else p.numbers[:2]
+    numbers = p.factors[2:] if backward else p.factors[:2]
     x = torch.randn(tokens, width, device="cuda", dtype=BF16)
     with_measure = padded(x, Measure(columns))
     found: dict[str, object] = {"projection": name, "direction": "backward" if backward else "forward"}
-    found["separate_us"] = timed(lambda: (down_project(x, thin), fp8.quantise_rows(x, columns)))
+    found["separate_us"] = timed(lambda: (down_project(x, thin), fp8_rows.quantise_rows(x, columns)))
     found["thin_us"] = timed(lambda: down_project(x, thin))
     by_warps = {}
     before = fp8_kernels.WARPS
     for fp8_kernels.WARPS in (4, 8):
-        by_warps[str(fp8_kernels.WARPS)] = timed(lambda: fp8.lay(with_measure, thin, columns, numbers))
+        by_warps[str(fp8_kernels.WARPS)] = timed(
+            lambda: fp8_rows.quantise_augmented(with_measure, thin, columns, numbers)
+        )
     fp8_kernels.WARPS = before
     found["laid_us"] = by_warps
-    found["unmeasured_us"] = timed(lambda: fp8.lay(x, thin, columns, numbers))
-    rows, _ = fp8.lay(with_measure, thin, columns, numbers)
+    found["unmeasured_us"] = timed(lambda: fp8_rows.quantise_augmented(x, thin, columns, numbers))
+    rows, _ = fp8_rows.quantise_augmented(with_measure, thin, columns, numbers)
     if backward:
-        turned = fp8.transposed(p.frozen.values, p.lora_A, numbers[:1])
-        found["turned_us"] = timed(lambda: fp8.transposed(p.frozen.values, p.lora_A, numbers[:1]))
-        found["turned_alone_us"] = timed(lambda: fp8.transposed(p.frozen.values))
-        found["product_us"] = timed(lambda: fp8.product(rows, turned, p.frozen.column_scale, BF16))
+        turned = fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1])
+        found["turned_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1]))
+        found["turned_alone_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values))
+        found["product_us"] = timed(lambda: fp8_rows.product(rows, turned, p.frozen.column_scale, BF16))
     else:
-        found["product_us"] = timed(lambda: fp8.product(rows, p.augmented, p.frozen.scale[:, 0], BF16))
+        found["product_us"] = timed(lambda: fp8_rows.product(rows, p.augmented, p.frozen.scale[:, 0], BF16))
     return found
 
 

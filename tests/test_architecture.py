@@ -22,7 +22,6 @@ ALLOWED = {
 }
 
 KNOWN: set[str] = {
-    "class Adapter",
     "class Settings",
     "loratune.memory.budget._layer is cached",
     "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction",
@@ -42,7 +41,6 @@ KNOWN: set[str] = {
     "loratune.ops.products._chosen is changed",
     "loratune.ops.products._is_choosing is changed",
     "loratune.ops.products._library is cached",
-    "loratune.precision.fp8 -> loratune.precision.fp8_kernels -> loratune.precision.fp8",
 }
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from loratune.errors import ModelError
 from loratune.ops.measure import LEAST
-from loratune.precision.fp8 import E4M3, Fp8Weight, fits
+from loratune.precision.fp8 import Fp8Weight, fits
+from loratune.precision.fp8_rows import E4M3
 from loratune.precision.tensors import StoredTensor, set_frozen_form
 
 _PART = 1024  # rows that are made dense at once: their float32 copies are small

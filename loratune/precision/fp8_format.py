@@ -46,7 +46,7 @@ class Fp8Format(WeightFormat):
 
     def join(self, weights: Sequence[FrozenWeight], ranks: int) -> FrozenWeight:
         """One matrix of bytes, with adapter columns if they pay for that many ranks."""
-        return Fp8Weight.stacked(cast("Sequence[Fp8Weight]", weights), ranks)
+        return Fp8Weight.joined(cast("Sequence[Fp8Weight]", weights), ranks)
 
     def rows(self, joined: FrozenWeight, rows: slice) -> FrozenWeight | None:
         """A member in the memory of the stack."""

@@ -1,11 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""Triton twins of `precision.fp8`: rows to 8 bits, with a thin product behind them, transposed weights, small
-borders.
+"""Triton twins of `precision.fp8_rows`: quantised rows, adapter columns, transposed weights.
 
-`lay` is the low-rank product of `ops.low_rank_kernels`, which has each tile of x in registers anyhow and writes
-it in 8 bits on the way: the row's scale is known before. Where nothing rides along, one program holds a whole row, so
-that x is read from memory once; to go through wide rows twice, the second time out of the cache, was slower
-(benchmarks/NOTES.md).
+`augment_rows` is the low-rank product of `ops.low_rank_kernels`, which has each tile of x in registers. It writes the
+tile in 8 bits at once, since the row's scale is known beforehand. Without adapter columns, one program holds a whole
+row, so that x is read from memory once. Reading wide rows twice, the second time from the cache, was slower.
 """
 
 from __future__ import annotations
@@ -21,16 +19,15 @@ from torch import Tensor
 from loratune.ops import measure, measure_kernels
 from loratune.ops.low_rank_kernels import _counters, _pieces, _summed, height, through_registers
 from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
-from loratune.precision.fp8 import MARGIN, border_of
+from loratune.precision.fp8_rows import E4M3, MARGIN, QuantisedRows, adapter_columns
 
 WARPS = 4
-"""Of `lay`."""
+"""Of `augment_rows`."""
 TILES = {False: (128, 3), True: (256, 2)}
-"""Of `lay`, by whether columns have factors: terms, and how many tiles are on their way or in use (measured)."""
+"""Of `augment_rows`, by whether columns have factors: terms of a tile, and pipeline stages (measured)."""
 _TILE = 128
 _GROUP = 16
-"""Ranks whose norms one program finds: of B they are a sector of memory in each row."""
-_E4M3 = torch.float8_e4m3fn
+"""Ranks whose norms one program computes. Of B they are one memory sector in each row."""
 _MEASURED = tl.constexpr(measure.PIECES)
 _MARGIN = tl.constexpr(MARGIN)
 
@@ -50,18 +47,18 @@ def _quantise(
     tl.store(scale_ptr + row, scale)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `precision.fp8.quantise_rows`: values and scales."""
+def quantise_rows(x: Tensor, columns: Tensor | None = None) -> QuantisedRows:
+    """As `precision.fp8_rows.quantise_rows`; one program per row, bound by reading x once."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
-    out = torch.empty(rows, width, dtype=_E4M3, device=x.device)
+    out = torch.empty(rows, width, dtype=E4M3, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     _quantise[(rows,)](
         x, x if columns is None else columns, out, scale, width, x.stride(0), SCALED=columns is not None, BLOCK=block,
         num_warps=max(4, min(32, block // 1024)),
     )  # fmt: skip
-    return out, scale
+    return QuantisedRows(out, scale)
 
 
 @triton.jit
@@ -75,8 +72,9 @@ def _measure(x_ptr, columns_ptr, found_ptr, width, stride, SCALED: tl.constexpr,
     measure_kernels.leave(behind_ptr, tl.max(tl.abs(x)), tl.sum(x * x), piece, tl.num_programs(1))
 
 
-def measured(x: Tensor, columns: Tensor | None) -> Tensor:
-    """As `ops.measure.measured`, for what no pass of ours wrote."""
+def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
+    """As `precision.fp8_rows.measured_rows`; bound by reading x once."""
+    x = x if x.stride(1) == 1 else x.contiguous()
     (rows, width), found = x.shape, torch.empty(x.shape[0], 2 * measure.PIECES, device=x.device)
     block = max(4096, triton.next_power_of_2(triton.cdiv(width, measure.PIECES)))
     _measure[(rows, triton.cdiv(width, block))](
@@ -87,9 +85,10 @@ def measured(x: Tensor, columns: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _lay(
-    wide_ptr, thin_ptr, columns_ptr, found_ptr, numbers_ptr, out_ptr, scale_ptr, kept_ptr, partial_ptr, counter_ptr,
-    rows, terms, ranks, border, wide_row, found_row, thin_term, thin_rank,
+def _augment(
+    wide_ptr, thin_ptr, columns_ptr, found_ptr, factors_ptr, out_ptr, scale_ptr, low_rank_ptr, partial_ptr,
+    counter_ptr,
+    rows, terms, ranks, adapter, wide_row, found_row, thin_term, thin_rank,
     TERMS_EACH: tl.constexpr, PIECES: tl.constexpr, SCALED: tl.constexpr, SPARE: tl.constexpr, ROWS: tl.constexpr,
     TERMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -100,10 +99,10 @@ def _lay(
     found_at = found_ptr + row[:, None] * found_row + tl.arange(0, _MEASURED)[None, :]
     largest = tl.max(tl.load(found_at, mask=there, other=0.0), 1)
     squares = tl.sum(tl.load(found_at + _MEASURED, mask=there, other=0.0), 1)
-    factor, bound = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    factor, bound = tl.load(factors_ptr), tl.load(factors_ptr + 1)
     scale = scales(largest, squares, bound)
     inverse = one_over(scale)
-    out_at = out_ptr + row[:, None] * (terms + border)
+    out_at = out_ptr + row[:, None] * (terms + adapter)
     total = tl.zeros((ROWS, RANKS), tl.float32)
     for first in range(0, TERMS_EACH, TERMS):
         term = piece * TERMS_EACH + first + tl.arange(0, TERMS)
@@ -122,9 +121,9 @@ def _lay(
         total, done = _summed(total, partial_ptr, counter_ptr, counted, piece, PIECES, ROWS, RANKS)
     if done:
         inside = there & (rank < ranks)[None, :]
-        inner = total.to(kept_ptr.dtype.element_ty)
-        tl.store(kept_ptr + row[:, None] * ranks + rank[None, :], inner, mask=inside)
-        v = inner.to(tl.float32) * (inverse * factor)[:, None]
+        low_rank = total.to(low_rank_ptr.dtype.element_ty)
+        tl.store(low_rank_ptr + row[:, None] * ranks + rank[None, :], low_rank, mask=inside)
+        v = low_rank.to(tl.float32) * (inverse * factor)[:, None]
         hi = v.to(kind)
         behind_at = out_at + terms + rank[None, :]
         tl.store(behind_at, hi, mask=inside)
@@ -135,39 +134,39 @@ def _lay(
             if SPARE > 0:
                 spare = 3 * ranks + tl.arange(0, SPARE)[None, :]
                 nothing = tl.zeros((ROWS, SPARE), tl.float32).to(kind)
-                tl.store(out_at + terms + spare, nothing, mask=there & (spare < border))
+                tl.store(out_at + terms + spare, nothing, mask=there & (spare < adapter))
 
 
-def lay(
-    x: Tensor, found: Tensor | None, thin: Tensor, columns: Tensor | None, numbers: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `precision.fp8.lay`, of what was left behind the rows, if anything was: values, scales and the product."""
+def augment_rows(
+    x: Tensor, found: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor
+) -> tuple[QuantisedRows, Tensor]:
+    """As `precision.fp8_rows.augment_rows`; bound by reading x once and writing it in 8 bits."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    found = measured(x, columns) if found is None else found
     (rows, terms), ranks = x.shape, thin.shape[1]
-    border = border_of(ranks)
-    spare = border - 3 * ranks
+    adapter = adapter_columns(ranks)
+    spare = adapter - 3 * ranks
     step, stages = TILES[columns is not None]
     tall, width = height(rows), min(64, max(16, triton.next_power_of_2(ranks)))
     blocks, parts = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
     pieces = _pieces(blocks * parts, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
     partial = torch.empty(blocks * parts * pieces * tall * width if pieces > 1 else 0, device=x.device)
-    out = torch.empty(rows, terms + border, dtype=_E4M3, device=x.device)
-    scale, kept = torch.empty(rows, 1, device=x.device), x.new_empty(rows, ranks)
-    _lay[(blocks, pieces, parts)](
-        x, thin, x if columns is None else columns, found, numbers, out, scale, kept, partial, _counters(x.device),
-        rows, terms, ranks, border, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
+    out = torch.empty(rows, terms + adapter, dtype=E4M3, device=x.device)
+    scale, low_rank = torch.empty(rows, 1, device=x.device), x.new_empty(rows, ranks)
+    _augment[(blocks, pieces, parts)](
+        x, thin, x if columns is None else columns, found, factors, out, scale, low_rank, partial,
+        _counters(x.device),
+        rows, terms, ranks, adapter, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
         num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
-    return out, scale, kept
+    return QuantisedRows(out, scale), low_rank
 
 
 @triton.jit
 def _split_low(v, place, ranks, kind: tl.constexpr):
-    """[hi, hi, lo] of v; `place` is the column of each element in the border."""
+    """[hi, hi, lo] of v; `place` is the adapter column of each element."""
     hi = v.to(kind)
     lo = (v - hi.to(tl.float32)).to(kind)
     return tl.where(place // ranks == 2, lo.to(tl.float32), hi.to(tl.float32)).to(kind)
@@ -176,8 +175,8 @@ def _split_low(v, place, ranks, kind: tl.constexpr):
 @triton.jit
 def _transpose(
     x_ptr, out_ptr, low_ptr, factor_ptr, like_ptr,
-    rows, width, x_step, out_step, ranks, border, low_step_n, low_step_r,
-    TILE: tl.constexpr, BORDER: tl.constexpr, FEW: tl.constexpr,
+    rows, width, x_step, out_step, ranks, adapter, low_step_n, low_step_r,
+    TILE: tl.constexpr, ADAPTER: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1).to(tl.int64) * TILE
     tiles = tl.cdiv(rows, TILE)
@@ -187,52 +186,55 @@ def _transpose(
         inside = (row < rows)[:, None] & (column < width)[None, :]
         tile = tl.load(x_ptr + row[:, None] * x_step + column[None, :], mask=inside)
         tl.store(out_ptr + column[:, None] * out_step + row[None, :], tl.trans(tile), mask=tl.trans(inside))
-    elif BORDER > 0:
+    elif ADAPTER > 0:
         kind = like_ptr.dtype.element_ty
-        place = tl.arange(0, BORDER)[None, :]
+        place = tl.arange(0, ADAPTER)[None, :]
         # A few columns for each program, or this would cost the transpose its registers, and end long after it.
         beside = (first + (tl.program_id(0) - tiles) * FEW + tl.arange(0, FEW))[:, None]
         at = beside * low_step_n + place % ranks * low_step_r
         v = tl.load(low_ptr + at, mask=(beside < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
         low = _split_low(v * one_over(tl.load(factor_ptr)), place, ranks, kind).to(tl.uint8, bitcast=True)
-        tl.store(out_ptr + beside * out_step + rows + place, low, mask=(beside < width) & (place < border))
+        tl.store(out_ptr + beside * out_step + rows + place, low, mask=(beside < width) & (place < adapter))
 
 
-def transposed(values: Tensor, lora_A: Tensor | None, factor: Tensor | None) -> Tensor:
-    """As `precision.fp8.transposed`."""
+def transposed(values: Tensor, lora_A: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """As `precision.fp8_rows.transposed`; bound by reading and writing a byte per element."""
     rows, width = values.shape
     ranks = 1 if lora_A is None else lora_A.shape[0]
-    border = 0 if lora_A is None else border_of(ranks)
-    out = torch.empty(width, rows + border, dtype=values.dtype, device=values.device)
+    adapter = 0 if lora_A is None else adapter_columns(ranks)
+    out = torch.empty(width, rows + adapter, dtype=values.dtype, device=values.device)
     low = values.view(torch.uint8) if lora_A is None else lora_A.T
-    wide = triton.next_power_of_2(border) if border else 0
-    few = max(1, min(_TILE, 2048 // wide)) if border else _TILE
-    _transpose[(triton.cdiv(rows, _TILE) + (_TILE // few if border else 0), triton.cdiv(width, _TILE))](
+    wide = triton.next_power_of_2(adapter) if adapter else 0
+    few = max(1, min(_TILE, 2048 // wide)) if adapter else _TILE
+    _transpose[(triton.cdiv(rows, _TILE) + (_TILE // few if adapter else 0), triton.cdiv(width, _TILE))](
         values.view(torch.uint8), out.view(torch.uint8), low, low if factor is None else factor, values, rows, width,
-        values.stride(0), out.stride(0), ranks, border, *low.stride(), TILE=_TILE, BORDER=wide,
+        values.stride(0), out.stride(0), ranks, adapter, *low.stride(), TILE=_TILE, ADAPTER=wide,
         FEW=few, num_warps=4,
     )  # fmt: skip
     return out
 
 
-class Adapter(NamedTuple):
-    """Of one projection, as `precision.fp8_projection.Fp8Projection` has it."""
+class AdapterTensors(NamedTuple):
+    """Tensors of one `precision.fp8_projection.Fp8Projection` that a refresh reads and writes."""
 
     lora_A: Tensor
     lora_B: Tensor
     scale: Tensor
-    """(d_out, 1) float32 of the weight."""
-    border: Tensor
-    """(d_out, border) behind the weight."""
-    turned_border: Tensor | None
-    """(d_in, border) behind its transpose, where that is kept."""
-    numbers: Tensor
+    """(d_out, 1) float32 of the weight"""
+    columns: Tensor
+    """(d_out, adapter columns) behind the weight"""
+    transposed_columns: Tensor | None
+    """(d_in, adapter columns) behind its transposed copy, if one is held"""
+    factors: Tensor
     """(4,) float32"""
 
 
 @triton.jit
 def _norms(table_ptr, found_ptr, like_ptr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a group of ranks: the largest and the norm of each row of A, and of each column of B over the scale."""
+    """Largest magnitude and norm of each row of A, and of each column of B over the scale.
+
+    One program per group of `GROUP` ranks.
+    """
     entry = table_ptr + tl.program_id(0) * 9
     a_ptr = tl.load(entry).to(tl.pointer_type(like_ptr.dtype.element_ty))
     b_ptr = tl.load(entry + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
@@ -263,23 +265,23 @@ def _norms(table_ptr, found_ptr, like_ptr, GROUP: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _numbers(table_ptr, found_ptr, BLOCK: tl.constexpr):
-    """Of all ranks of a projection, what `precision.fp8.numbers_of` says."""
+def _factors(table_ptr, found_ptr, BLOCK: tl.constexpr):
+    """`precision.fp8_rows.adapter_factors` from the norms of all ranks. One program per projection."""
     entry = table_ptr + tl.program_id(0) * 3
-    numbers_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
+    factors_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
     first, ranks = tl.load(entry + 1), tl.load(entry + 2)
     rank = tl.arange(0, BLOCK)
     at, inside = found_ptr + (first + rank) * 4, rank < ranks
     of_a = tl.maximum(upward(tl.max(tl.load(at, mask=inside, other=0.0)) * PER_MOST), LEAST)
     of_b = tl.maximum(upward(tl.max(tl.load(at + 2, mask=inside, other=0.0)) * PER_MOST), 1.0)
-    tl.store(numbers_ptr, of_b)
-    tl.store(numbers_ptr + 1, _MARGIN * of_b * tl.max(tl.load(at + 1, mask=inside, other=0.0)))
-    tl.store(numbers_ptr + 2, of_a)
-    tl.store(numbers_ptr + 3, _MARGIN * of_a * tl.max(tl.load(at + 3, mask=inside, other=0.0)))
+    tl.store(factors_ptr, of_b)
+    tl.store(factors_ptr + 1, _MARGIN * of_b * tl.max(tl.load(at + 1, mask=inside, other=0.0)))
+    tl.store(factors_ptr + 2, of_a)
+    tl.store(factors_ptr + 3, _MARGIN * of_a * tl.max(tl.load(at + 3, mask=inside, other=0.0)))
 
 
 @triton.jit
-def _borders(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+def _adapter_columns(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     entry = table_ptr + tl.program_id(0) * 9
     n, ranks = tl.load(entry + 4), tl.load(entry + 5).to(tl.int32)
     if tl.program_id(1) * BLOCK < n:
@@ -307,44 +309,44 @@ def _borders(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS: tl.con
 
 
 class RefreshAll:
-    """Numbers and borders of many adapters, from the values that A and B have now: three launches.
+    """Factors and adapter columns of many adapters, from the present values of A and B: three launches.
 
-    What lies behind a border's 3 R columns is zero and stays so.
+    Adapter columns behind the first 3 R are zero and stay so.
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[AdapterTensors]) -> None:
         groups: list[list[int]] = []
-        numbers, borders, total = [], [], 0
+        factors, columns, total = [], [], 0
         for a in adapters:
             (ranks, d_in), d_out = a.lora_A.shape, a.lora_B.shape[0]
             assert a.lora_A.stride(1) == a.lora_B.stride(1) == 1
-            numbers.append([a.numbers.data_ptr(), total, ranks])
+            factors.append([a.factors.data_ptr(), total, ranks])
             for first in range(0, ranks, _GROUP):
                 pointers = [a.lora_A[first:].data_ptr(), a.lora_B[:, first:].data_ptr(), a.scale.data_ptr()]
                 sizes = [d_in, d_out, min(_GROUP, ranks - first)]
                 groups.append([*pointers, *sizes, a.lora_A.stride(0), a.lora_B.stride(0), total + first])
             total += ranks
             for matrix, which, divisor, out in (
-                (a.lora_B, 0, a.scale.data_ptr(), a.border),
-                (a.lora_A.T, 2, 0, a.turned_border),
+                (a.lora_B, 0, a.scale.data_ptr(), a.columns),
+                (a.lora_A.T, 2, 0, a.transposed_columns),
             ):
                 if out is not None:
-                    pointers = [matrix.data_ptr(), a.numbers[which:].data_ptr(), divisor, out.data_ptr()]
-                    borders.append([*pointers, matrix.shape[0], ranks, *matrix.stride(), out.stride(0)])
+                    pointers = [matrix.data_ptr(), a.factors[which:].data_ptr(), divisor, out.data_ptr()]
+                    columns.append([*pointers, matrix.shape[0], ranks, *matrix.stride(), out.stride(0)])
         device = adapters[0].lora_A.device
         self._alive: Any = list(adapters)
-        self._tables = [torch.tensor(t, dtype=torch.int64).to(device) for t in (groups, numbers, borders)]
+        self._tables = [torch.tensor(t, dtype=torch.int64).to(device) for t in (groups, factors, columns)]
         self._found = torch.empty(total, 4, device=device)
-        self._ranks = triton.next_power_of_2(max(row[2] for row in numbers))
-        self._aligned = all(row[place] % 16 == 0 for row in borders for place in (3, 5, 8))
-        self._grid = len(borders), triton.cdiv(max(row[4] for row in borders), 64)
+        self._ranks = triton.next_power_of_2(max(row[2] for row in factors))
+        self._aligned = all(row[place] % 16 == 0 for row in columns for place in (3, 5, 8))
+        self._grid = len(columns), triton.cdiv(max(row[4] for row in columns), 64)
 
     def __call__(self) -> None:
-        """Brings numbers and borders up to A and B."""
-        groups, numbers, borders = self._tables
+        """Updates factors and adapter columns."""
+        groups, factors, columns = self._tables
         like = self._alive[0]
         _norms[(groups.shape[0],)](groups, self._found, like.lora_A, GROUP=_GROUP, BLOCK=512, num_warps=8)
-        _numbers[(numbers.shape[0],)](numbers, self._found, BLOCK=self._ranks, num_warps=1)
-        _borders[self._grid](
-            borders, like.lora_A, like.border, ALIGNED=self._aligned, RANKS=max(16, self._ranks), BLOCK=64
+        _factors[(factors.shape[0],)](factors, self._found, BLOCK=self._ranks, num_warps=1)
+        _adapter_columns[self._grid](
+            columns, like.lora_A, like.columns, ALIGNED=self._aligned, RANKS=max(16, self._ranks), BLOCK=64
         )

@@ -2,8 +2,8 @@
 
 The counterpart of `precision.projection.LowRankProjection`. There, the passes that write x and dy reserve padding
 columns for the low-rank activation. Here they leave a measure of each row in those columns (`ops.measure`).
-`precision.fp8.lay` derives the row's scale from the measure. It then computes x Aᵀ and the row in 8 bits, with x Aᵀ
-behind it, in one reading. An x or dy without a measure, such as attention's output, is read once more.
+`fp8_rows.quantise_augmented` derives the row's scale from the measure. It then computes x Aᵀ and the row in 8 bits,
+with x Aᵀ behind it, in one reading. An x or dy without a measure, such as attention's output, is read once more.
 
 A and B change between steps only. Everything derived from them alone is computed then, for all projections
 (`refresh`): factors and bounds, B's adapter columns beside W, and A's beside W transposed where that copy is held.
@@ -22,7 +22,16 @@ from torch import Tensor
 from loratune.ops.low_rank import GradientOperands
 from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.ops.projection import StackedAdapters
-from loratune.precision.fp8 import Fp8Weight, Scaled, border_of, lay, lay_border, numbers_of, product, transposed
+from loratune.precision.fp8 import Fp8Weight
+from loratune.precision.fp8_rows import (
+    QuantisedRows,
+    adapter_columns,
+    adapter_factors,
+    product,
+    quantise_augmented,
+    transposed,
+    write_adapter_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,8 @@ class Fp8Projection:
     lora_B: Tensor
     """(D, R), compute dtype, the scaling multiplied in"""
     adapters: StackedAdapters
-    numbers: Tensor
-    """(4,) float32, see `precision.fp8.numbers_of`"""
+    factors: Tensor
+    """(4,) float32, see `precision.fp8_rows.adapter_factors`"""
     transposed: Tensor | None = None
     """(d_in, D + adapter columns) e4m3, a held copy of W transposed with A; None to make it for each backward."""
     pad_columns: int = PAD_COLUMNS
@@ -56,11 +65,11 @@ class Fp8Projection:
     ) -> Fp8Projection:
         """Over a weight with adapter columns. `refresh` must run before its first use."""
         lora_A, lora_B = copies
-        numbers = torch.zeros(4, device=frozen.device)
+        factors = torch.zeros(4, device=frozen.device)
         assert frozen.augmented is not None
         frozen.augmented[:, frozen.shape[1] :].view(torch.uint8).zero_()  # an earlier adapter may have filled them
-        held = transposed(frozen.values, lora_A, numbers.new_ones(1)) if hold_transposed else None
-        return cls(frozen, bias, lora_A, lora_B, adapters, numbers, held)
+        held = transposed(frozen.values, lora_A, factors.new_ones(1)) if hold_transposed else None
+        return cls(frozen, bias, lora_A, lora_B, adapters, factors, held)
 
     def with_dropout(self, row: Tensor) -> Fp8Projection:
         """Unchanged: adapters with dropout get a `precision.projection.LowRankProjection`."""
@@ -84,11 +93,11 @@ class Fp8Projection:
     def augmented(self) -> Tensor:
         """(D, d_in + adapter columns) e4m3, W and as many adapter columns as R ranks take."""
         assert self.frozen.augmented is not None
-        return self.frozen.augmented[:, : self.frozen.shape[1] + border_of(self.lora_A.shape[0])]
+        return self.frozen.augmented[:, : self.frozen.shape[1] + adapter_columns(self.lora_A.shape[0])]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, d_in), or padded and measured -> output (N, D), and x Aᵀ, (N, R)."""
-        rows, low_rank = lay(x, self.lora_A.T, None, self.numbers[:2])
+        rows, low_rank = quantise_augmented(x, self.lora_A.T, None, self.factors[:2])
         return product(rows, self.augmented, self.frozen.scale[:, 0], x.dtype, self.bias), low_rank
 
     def backward(self, dy: Tensor) -> Fp8Backward:
@@ -98,10 +107,10 @@ class Fp8Projection:
     def refresh(self) -> None:
         """Brings factors and adapter columns up to A and B; on a GPU `refresher` does it for many at once."""
         d_out, d_in = self.frozen.shape
-        self.numbers.copy_(numbers_of(self.lora_A, self.lora_B, self.frozen.scale))
-        lay_border(self.lora_B, self.frozen.scale[:, 0], self.numbers[0], self.augmented[:, d_in:])
+        self.factors.copy_(adapter_factors(self.lora_A, self.lora_B, self.frozen.scale))
+        write_adapter_columns(self.lora_B, self.frozen.scale[:, 0], self.factors[0], self.augmented[:, d_in:])
         if self.transposed is not None:
-            lay_border(self.lora_A.T, None, self.numbers[2], self.transposed[:, d_out:])
+            write_adapter_columns(self.lora_A.T, None, self.factors[2], self.transposed[:, d_out:])
 
 
 class Fp8Backward:
@@ -113,14 +122,14 @@ class Fp8Backward:
     def __init__(self, projection: Fp8Projection, dy: Tensor) -> None:
         self.projection, self.dy = projection, dy
         self._d_low_rank: Tensor | None = None
-        self._rows: Scaled | None = None
+        self._rows: QuantisedRows | None = None
 
     @property
     def d_low_rank(self) -> Tensor:
         """(N, R)"""
         if self._d_low_rank is None:
             p = self.projection
-            self._rows, self._d_low_rank = lay(self.dy, p.lora_B, p.frozen.row_scale, p.numbers[2:])
+            self._rows, self._d_low_rank = quantise_augmented(self.dy, p.lora_B, p.frozen.row_scale, p.factors[2:])
         return self._d_low_rank
 
     def d_input(self) -> Tensor:
@@ -130,7 +139,7 @@ class Fp8Backward:
         assert rows is not None, "d_input is called once"
         weight = p.transposed
         if weight is None:
-            weight = transposed(p.frozen.values, p.lora_A, p.numbers[2:3])
+            weight = transposed(p.frozen.values, p.lora_A, p.factors[2:3])
         return product(rows, weight, p.frozen.column_scale, self.dy.dtype)
 
     def d_adapters(self, x: Tensor, low_rank: Tensor | None) -> GradientOperands:
@@ -143,17 +152,17 @@ class Fp8Backward:
 def refresher(projections: Sequence[Fp8Projection]) -> Callable[[], None]:
     """A function to call whenever the working copies have changed."""
     if projections[0].lora_A.is_cuda:
-        from loratune.precision.fp8_kernels import Adapter, RefreshAll  # imports Triton
+        from loratune.precision.fp8_kernels import AdapterTensors, RefreshAll  # imports Triton
 
         return RefreshAll(
             [
-                Adapter(
+                AdapterTensors(
                     p.lora_A,
                     p.lora_B,
                     p.frozen.scale,
                     p.augmented[:, p.frozen.shape[1] :],
                     None if p.transposed is None else p.transposed[:, p.frozen.shape[0] :],
-                    p.numbers,
+                    p.factors,
                 )
                 for p in projections
             ]

@@ -17,7 +17,7 @@ from loratune.memory.fit import fit
 from loratune.ops import layer, low_rank, measure
 from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.ops.projection import StackedAdapters
-from loratune.precision import fp8, fp8_kernels
+from loratune.precision import fp8, fp8_kernels, fp8_rows
 from loratune.precision.fp8_projection import Fp8Projection, refresher
 from loratune.precision.linear import quantise_linears
 from loratune.training.graph import GraphStep
@@ -59,29 +59,29 @@ def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
     for scale in (None, columns):
         over = thin_matrix.float() if scale is None else thin_matrix.float() / scale.float()[:, None]
         bound = over.norm(dim=0).max()
-        numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8.MARGIN * bound])
+        numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8_rows.MARGIN * bound])
         asked = Measure(scale)
         found = measure.measured(x, asked)
         padded = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
         measure.behind(padded, width).copy_(found)
-        rows, inner = fp8.lay(padded, thin_matrix, scale, numbers)
+        rows, inner = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
         for _ in range(RUNS):
-            again, same = fp8.lay(padded, thin_matrix, scale, numbers)
+            again, same = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
             assert differing(rows.values, again.values) == 0.0
             assert torch.equal(inner, same)
         t = measure.scales(found, numbers[1])
         assert torch.equal(rows.scale, t)
         inverse = t.reciprocal()
         wide = x.float() if scale is None else x.float() * scale.float()
-        assert differing(rows.values[:, :width], (wide * inverse).to(fp8.E4M3)) == 0.0
-        hi, lo = fp8._split(inner.float() * (inverse * numbers[0]))
-        border, expected = rows.values[:, width:], fp8._joined(hi[:, :0], hi, lo, hi)
+        assert differing(rows.values[:, :width], (wide * inverse).to(fp8_rows.E4M3)) == 0.0
+        hi, lo = fp8_rows.split(inner.float() * (inverse * numbers[0]))
+        border, expected = rows.values[:, width:], fp8_rows.side_by_side(hi[:, :0], hi, lo, hi)
         assert float((border.float() != expected.float()).float().mean()) < 1e-3
         for exact in (slice(0, ranks), slice(2 * ranks, None)):
             assert differing(border[:, exact], expected[:, exact]) == 0.0
         exact = x.double() @ thin_matrix.double()
         assert off(inner, exact) <= 2 * off(x @ thin_matrix, exact)
-        unmeasured, _ = fp8.lay(x, thin_matrix, scale, numbers)
+        unmeasured, _ = fp8_rows.quantise_augmented(x, thin_matrix, scale, numbers)
         torch.testing.assert_close(unmeasured.scale, t, rtol=1e-6, atol=0)
         assert differing(unmeasured.values[:, :width], rows.values[:, :width]) < 1e-3
 
@@ -121,19 +121,19 @@ def test_passes_leave_what_is_measured_in_what_they_wrote_and_write_what_they_di
 def test_a_projection_in_8_bits(d_out, d_in, ranks):
     """Numbers and borders as the reference makes them; products as far from exact as 8 bits are, both ways too."""
     torch.manual_seed(2)
-    held = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(random(d_out, d_in, size=0.02))], ranks)
+    held = fp8.Fp8Weight.joined([fp8.Fp8Weight.quantised(random(d_out, d_in, size=0.02))], ranks)
     adapter = random(ranks, d_in, size=d_in**-0.5), random(d_out, ranks, size=0.02)
     member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
     one, two = (Fp8Projection.of(held, None, adapter, member, hold_transposed=both) for both in (False, True))
     one.refresh()
-    border, numbers = one.augmented[:, d_in:].clone(), one.numbers.clone()
+    border, numbers = one.augmented[:, d_in:].clone(), one.factors.clone()
     one.augmented[:, d_in:].view(torch.uint8).zero_()
     refresher([one, two])()
     for p in (one, two):
-        torch.testing.assert_close(p.numbers, numbers, rtol=1e-5, atol=0)
+        torch.testing.assert_close(p.factors, numbers, rtol=1e-5, atol=0)
     assert differing(one.augmented[:, d_in:], border) == 0.0
     assert two.transposed is not None
-    turned = fp8.transposed(held.values, adapter[0], one.numbers[2:3])
+    turned = fp8_rows.transposed(held.values, adapter[0], one.factors[2:3])
     assert differing(turned, two.transposed) == 0.0
     assert differing(turned[:, :d_out], held.values.T.contiguous()) == 0.0
 
@@ -249,7 +249,7 @@ def test_unmeasured_rows_of_any_width_are_measured_by_the_kernel():
         x = random(33, width)
         scale = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
         for columns in (None, scale):
-            found = fp8_kernels.measured(x, columns)
+            found = fp8_kernels.measured_rows(x, columns)
             expected = measure.measured(x, Measure(columns))
             assert torch.equal(found[:, : measure.PIECES].amax(1), expected[:, 0])
             torch.testing.assert_close(

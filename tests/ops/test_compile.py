@@ -74,15 +74,15 @@ def thin(name, drop, arch=90, **constants):
     return compiled(getattr(low_rank_kernels, name), constants, kinds, num_stages=stages, arch=arch)
 
 
-def laid(ranks, rows, scaled, arch=90):
-    """`lay` of `precision.fp8_kernels`, as it is launched."""
+def augmented(ranks, rows, scaled, arch=90):
+    """`augment_rows` of `precision.fp8_kernels`, as it is launched."""
     from loratune.ops import low_rank_kernels
     from loratune.precision import fp8_kernels
 
     terms, stages = fp8_kernels.TILES[scaled]
     constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
     constants |= {"ROWS": low_rank_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
-    return compiled(fp8_kernels._lay, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
+    return compiled(fp8_kernels._augment, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
 
 
 def overtaken(kernel, stages=STAGES):
@@ -148,7 +148,7 @@ def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
     kernels += [
         thin("_narrow", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.height(4096)) for copy in (0, 1)
     ]
-    kernels += [laid(ranks, 4096, scaled, arch) for scaled in (False, True)]
+    kernels += [augmented(ranks, 4096, scaled, arch) for scaled in (False, True)]
     assert max(kernel.metadata.shared for kernel in kernels) <= limit << 10
 
 
@@ -223,26 +223,26 @@ def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side)
 
 
 OF_FP8 = {
-    "found_ptr": "*fp32", "numbers_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
+    "found_ptr": "*fp32", "factors_ptr": "*fp32", "out_ptr": "*fp8e4nv", "kind_ptr": "*fp8e4nv", "table_ptr": "*i64",
 } | KINDS  # fmt: skip
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("rows", [512, 4096])
-def test_nothing_overtakes_a_thin_product_whose_rows_are_laid_in_8_bits(rows, ranks, scaled):
+def test_nothing_overtakes_a_low_rank_product_whose_rows_are_quantised(rows, ranks, scaled):
     from loratune.precision import fp8_kernels
 
-    kernel = laid(ranks, rows, scaled)
+    kernel = augmented(ranks, rows, scaled)
     assert not overtaken(kernel, fp8_kernels.TILES[scaled][1])
     assert "cp.async.cg" in kernel.asm["ptx"]
     assert "st.global.v4.b32" in kernel.asm["ptx"], "rows in 8 bits are not written 16 at a time"
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_borders_in_8_bits_are_written_sixteen_at_a_time(aligned):
+def test_adapter_columns_in_8_bits_are_written_sixteen_at_a_time(aligned):
     from loratune.precision import fp8_kernels
 
     constants = {"ALIGNED": aligned, "RANKS": 64, "BLOCK": 64}
-    kernel = compiled(fp8_kernels._borders, constants, OF_FP8)
+    kernel = compiled(fp8_kernels._adapter_columns, constants, OF_FP8)
     assert ("st.global.v4.b32" in kernel.asm["ptx"]) == aligned

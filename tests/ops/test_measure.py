@@ -7,7 +7,8 @@ import torch
 
 from loratune.ops import layer
 from loratune.ops.measure import LEAST, MOST, PAD_COLUMNS, PIECES, Measure, behind, measured, scales, upward
-from loratune.precision.fp8 import E4M3, Fp8Weight, lay, numbers_of
+from loratune.precision.fp8 import Fp8Weight
+from loratune.precision.fp8_rows import E4M3, adapter_factors, quantise_augmented
 
 
 def off(got, exact):
@@ -36,13 +37,13 @@ def test_nothing_saturates_even_where_x_points_along_a_row_of_A(grown):
     torch.manual_seed(0)
     lora_A, lora_B = torch.randn(4, 1024) * grown / 32, torch.randn(1024, 4) * grown
     weight = Fp8Weight.quantised(torch.randn(1024, 1024) * 0.02)
-    numbers = numbers_of(lora_A, lora_B, weight.scale)
+    numbers = adapter_factors(lora_A, lora_B, weight.scale)
     ratio = lora_B / weight.scale
     for x, thin, columns, two in (
         (lora_A * 3, lora_A.T, None, numbers[:2]),
         ((ratio / weight.scale).T.contiguous(), lora_B, weight.scale[:, 0], numbers[2:]),
     ):
-        rows, inner = lay(x, thin, columns, two)
+        rows, inner = quantise_augmented(x, thin, columns, two)
         hi, lo = rows.values.float()[:, 1024:1028], rows.values.float()[:, 1028:1032]
         assert bool((rows.values.float().abs() < MOST * 1.001).all())
         held = (hi + lo) * rows.scale / two[0]
@@ -59,8 +60,8 @@ def test_the_bound_costs_the_products_nothing(outlier, size):
     x = torch.randn(64, 4096)
     x[:, :4] *= outlier
     lora_A, lora_B = (torch.rand(16, 4096) * 2 - 1) / 64, torch.randn(1024, 16) * size
-    numbers = numbers_of(lora_A, lora_B, weight.scale)
-    rows, inner = lay(x, lora_A.T, None, numbers[:2])
+    numbers = adapter_factors(lora_A, lora_B, weight.scale)
+    rows, inner = quantise_augmented(x, lora_A.T, None, numbers[:2])
     largest = torch.maximum(x.abs().amax(1), (inner * numbers[0]).abs().amax(1))[:, None] / MOST
     exact = x.double() @ weight.dense().double().T
     ours = (rows.values[:, :4096].float() * rows.scale) @ weight.dense().T

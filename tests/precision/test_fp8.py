@@ -53,7 +53,7 @@ def test_one_stored_copy_serves_forward_and_backward():
 
 def test_stacked_weights_give_each_members_products():
     parts = [Fp8Weight.quantised(a_weight(n, 64, seed=n)) for n in (32, 16, 48)]
-    together = Fp8Weight.stacked(parts, 0)
+    together = Fp8Weight.joined(parts, 0)
     x = torch.randn(5, 64)
     assert torch.equal(together.forward(x), torch.cat([part.forward(x) for part in parts], 1))
     again = together.rows(slice(32, 48))
@@ -63,7 +63,7 @@ def test_stacked_weights_give_each_members_products():
 
 def a_projection(d_out, d_in, lora_A, lora_B, both_ways=False):
     r = lora_A.shape[0]
-    held = Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
+    held = Fp8Weight.joined([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
     assert held.augmented is not None
     member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
     projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=both_ways)
@@ -114,7 +114,7 @@ def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
     weight = torch.randn(1024, 1024) * 0.02
     weight[3], weight[5] = 0.0, 1e-30
     lora_A, lora_B = torch.randn(4, 1024) / 32, torch.randn(1024, 4) * 0.01
-    held = Fp8Weight.stacked([Fp8Weight.quantised(weight)], 4)
+    held = Fp8Weight.joined([Fp8Weight.quantised(weight)], 4)
     member = StackedAdapters([slice(0, 1024)], [slice(0, 4)], [1.0])
     projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=False)
     projection.refresh()
@@ -132,20 +132,20 @@ def test_the_ledger_knows_the_borders(ranks, width, mlp):
     for nth, rank in enumerate(ranks):
         d_in, d_out = shape.sides(nth)
         weight = Fp8Weight(torch.empty(d_out, d_in, dtype=torch.uint8), torch.ones(d_out, 1), torch.float32)
-        held = Fp8Weight.stacked([weight], rank)
+        held = Fp8Weight.joined([weight], rank)
         assert shape.border(nth) == (0 if held.augmented is None else held.augmented.shape[1] - d_in)
         assert shape.room(nth) == (PAD_COLUMNS if held.augmented is not None else 0)
 
 
 def test_an_adapter_of_high_rank_is_added_afterwards():
-    assert not Fp8Weight.stacked([Fp8Weight.quantised(torch.randn(64, 64))], 16).augmented
+    assert not Fp8Weight.joined([Fp8Weight.quantised(torch.randn(64, 64))], 16).augmented
 
 
 COMPARE = """
 import torch
-from loratune.precision import fp8, fp8_kernels
+from loratune.precision import fp8, fp8_kernels, fp8_rows
 from loratune.ops import layer_kernels as kernels, layer, measure
-from loratune.precision.fp8_kernels import Adapter, RefreshAll
+from loratune.precision.fp8_kernels import AdapterTensors, RefreshAll
 from loratune.precision.fp8_projection import Fp8Projection
 from loratune.ops.projection import StackedAdapters
 
@@ -154,7 +154,7 @@ torch.manual_seed(0)
 # (or a pair of them) holds exactly: then a twin must agree to the bit.
 
 def grid(rows, width, least, most):
-    return torch.randint(least, most, (rows, width), dtype=torch.uint8).view(fp8.E4M3).float()
+    return torch.randint(least, most, (rows, width), dtype=torch.uint8).view(fp8_rows.E4M3).float()
 
 def same(a, b):
     assert a.shape == b.shape
@@ -165,7 +165,7 @@ x = grid(5, 96, 0, 120)
 x[:, 0] = 448.0
 for rows, scales in ((x, None), (x / columns, columns)):
     values, scale = fp8_kernels.quantise_rows(rows, scales)
-    expected = fp8.quantise_rows(rows, scales)
+    expected = fp8_rows.quantise_rows(rows, scales)
     assert torch.equal(scale, expected.scale)
     same(values, expected.values)
 
@@ -186,24 +186,24 @@ for tall in (5, 1030):  # 1030: tiles of 64 rows
         measure.leave(padded, 96, measure.Measure(scales))
         for bound in (0.0, 3.0):
             numbers = torch.tensor([2.0, bound])
-            for found in (None, measure.behind(padded, 96)):
-                expected, inner = fp8.lay(rows if found is None else padded, across, scales, numbers)
-                values, scale, got = fp8_kernels.lay(padded[:, :96], found, across, scales, numbers)
+            for found in (fp8_kernels.measured_rows(rows, scales), measure.behind(padded, 96)):
+                expected, inner = fp8_rows.augment_rows(rows, found, across, scales, numbers)
+                (values, scale), got = fp8_kernels.augment_rows(padded[:, :96], found, across, scales, numbers)
                 assert torch.equal(scale, expected.scale)
                 assert torch.equal(got, inner)
                 assert inner[:, 5].unique().numel() > 2
                 same(values, expected.values)
 
-bytes_ = torch.randint(0, 120, (150, 330), dtype=torch.uint8).view(fp8.E4M3)[:, :300]
-same(fp8_kernels.transposed(bytes_, None, None), fp8.transposed(bytes_))
+bytes_ = torch.randint(0, 120, (150, 330), dtype=torch.uint8).view(fp8_rows.E4M3)[:, :300]
+same(fp8_kernels.transposed(bytes_, None, None), fp8_rows.transposed(bytes_))
 lora_A = (torch.randint(-8, 8, (6, 300)) * 2.0**-4).half()
 for factor in (torch.tensor([1.0]), torch.tensor([2.0**-6])):
-    same(fp8_kernels.transposed(bytes_, lora_A, factor), fp8.transposed(bytes_, lora_A, factor))
+    same(fp8_kernels.transposed(bytes_, lora_A, factor), fp8_rows.transposed(bytes_, lora_A, factor))
 
 def projections(both_ways):
     torch.manual_seed(1)
     for d_out, d_in, r in ((1024, 1040, 6), (2064, 1024, 16)):
-        weight = fp8.Fp8Weight.stacked([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
+        weight = fp8.Fp8Weight.joined([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
         adapter = (torch.randint(-8, 8, (r, d_in)) / 64).half(), (torch.randint(-8, 8, (d_out, r)) / 2).half()
         member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
         yield Fp8Projection.of(weight, None, adapter, member, hold_transposed=both_ways)
@@ -213,13 +213,13 @@ for both_ways in (False, True):
     for p in expected:
         p.refresh()
     RefreshAll([
-        Adapter(p.lora_A, p.lora_B, p.frozen.scale, p.augmented[:, p.frozen.shape[1]:],
-                p.transposed[:, p.frozen.shape[0]:] if both_ways else None, p.numbers)
+        AdapterTensors(p.lora_A, p.lora_B, p.frozen.scale, p.augmented[:, p.frozen.shape[1]:],
+                p.transposed[:, p.frozen.shape[0]:] if both_ways else None, p.factors)
         for p in got
     ])()
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.numbers, b.numbers, rtol=1e-6, atol=0)
-        assert bool((b.numbers > 0).all())
+        torch.testing.assert_close(a.factors, b.factors, rtol=1e-6, atol=0)
+        assert bool((b.factors > 0).all())
         same(a.augmented, b.augmented)
         if both_ways:
             same(a.transposed, b.transposed)

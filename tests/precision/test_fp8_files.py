@@ -253,7 +253,7 @@ def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
     values, scale, dense = (tensor.to(device) for tensor in quantise(torch.randn(1536, 1024)))
     each = scale.float().reshape(-1, 1).expand(1536, 1).contiguous()
-    frozen = Fp8Weight.stacked([Fp8Weight(values, each, dtype)], 16)
+    frozen = Fp8Weight.joined([Fp8Weight(values, each, dtype)], 16)
     assert frozen.augmented is not None
     lora_A, lora_B = torch.randn(16, 1024, device=device) / 32, torch.randn(1536, 16, device=device)
     x, dy = torch.randn(64, 1024, device=device), torch.randn(64, 1536, device=device)

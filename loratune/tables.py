@@ -24,6 +24,20 @@ PRECISIONS: dict[str, str] = {
 }
 """Precisions that quantise the base (`loratune.precision.contract.WeightFormat`)."""
 
+RECIPES: dict[str, str] = {
+    "llama": "loratune.fused.recipes:LLAMA",
+    "qwen3": "loratune.fused.recipes:QWEN3",
+    "gemma2": "loratune.fused.recipes:GEMMA2",
+    "gemma3": "loratune.fused.recipes:GEMMA3",
+    "olmo2": "loratune.fused.recipes:OLMO2",
+    "phi3": "loratune.fused.recipes:PHI3",
+    "glm4": "loratune.fused.recipes:GLM4",
+    "gpt_neox": "loratune.fused.recipes:GPT_NEOX",
+    "gpt2": "loratune.fused.recipes:GPT2",
+}
+"""Kinds of decoder layers that run fused (`loratune.fused.recipes.LayerRecipe`), in the order they are tried. The
+name is for readers: a recipe is chosen by the modules of a layer."""
+
 VARIANTS: dict[str, str] = {}
 """Variants of LoRA (`loratune.lora.layer.LoraVariant`). The name is the configuration field that chooses the variant
 when it is true, for example "use_dora", or a field and its value, for example "init_lora_weights=pissa"."""

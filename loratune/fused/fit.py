@@ -29,6 +29,7 @@ from loratune.fused.stacking import (
     projection_of,
 )
 from loratune.fused.structure import AttentionHalf, LayerStructure, MlpActivation, MlpHalf
+from loratune.lora.contract import fusion_of
 from loratune.ops.attention.documents import AttentionOptions
 from loratune.ops.layer import IDENTITY, ActivationKind, HeadSpec, NormSpec
 from loratune.precision.linear import frozen_of
@@ -117,8 +118,12 @@ class RecipeFit:
         if not recipe.fits(layer):
             return "its children have changed"
         linears = [layer.get_submodule(path) for path in recipe.linears]
-        if not all(can_stack(module) for module in linears):
-            return "a projection or its adapter must run as a module"
+        for path, module in zip(recipe.linears, linears, strict=True):
+            fusion = fusion_of(module)
+            if isinstance(fusion, str):
+                return f"{path}: {fusion}"
+            if not can_stack(module):
+                return f"{path}: the weight cannot be stacked"
         if len({dropout_of(module) for module in linears if adapter_of(module) is not None}) > 1:
             return "its adapters differ in dropout"
         if not of_one_form(linears):

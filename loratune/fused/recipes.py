@@ -5,7 +5,7 @@ activations are read from the modules, so one recipe serves every model of its k
 `base.forward.fuse` compares fused layers with the model's own hidden states and gradients, and takes the first recipe
 that fits and agrees.
 
-A new kind of layer is one entry of `RECIPES`.
+A new kind of layer is one recipe, in any file, and one line in `tables.RECIPES`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from loratune import tables
 
 
 @dataclass(frozen=True)
@@ -69,66 +71,50 @@ class LayerRecipe:
 
 
 LLAMA = LayerRecipe()
-_FOUR_NORMS = LayerRecipe(
+"""Also Mistral, Qwen 2 and Granite."""
+QWEN3 = replace(LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+GEMMA2 = LayerRecipe(
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
-_PACKED = LayerRecipe(
-    query_key_value=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",), activation="mlp.activation_fn"
+GEMMA3 = replace(GEMMA2, head_norms=QWEN3.head_norms)
+OLMO2 = replace(GEMMA3, attention_norm=None, mlp_norm=None)
+PHI3 = LayerRecipe(query_key_value=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",), activation="mlp.activation_fn")
+GLM4 = LayerRecipe(
+    up=("mlp.gate_up_proj",),
+    activation="mlp.activation_fn",
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+    interleaved=True,
 )
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-
-RECIPES: dict[str, LayerRecipe] = {
-    "llama": LLAMA,  # also Mistral, Qwen 2, Granite
-    "qwen3": replace(LLAMA, head_norms=_HEAD_NORMS),
-    "gemma2": _FOUR_NORMS,
-    "gemma3": replace(_FOUR_NORMS, head_norms=_HEAD_NORMS),
-    "olmo2": replace(
-        LLAMA,
-        head_norms=_HEAD_NORMS,
-        attention_norm=None,
-        attention_post_norm="post_attention_layernorm",
-        mlp_norm=None,
-        mlp_post_norm="post_feedforward_layernorm",
-    ),
-    "phi3": _PACKED,
-    "glm4": replace(
-        LLAMA,
-        up=("mlp.gate_up_proj",),
-        activation="mlp.activation_fn",
-        attention_post_norm="post_self_attn_layernorm",
-        mlp_post_norm="post_mlp_layernorm",
-        interleaved=True,
-    ),
-    "gpt_neox": LayerRecipe(
-        query_key_value=("attention.query_key_value",),
-        output="attention.dense",
-        up=("mlp.dense_h_to_4h",),
-        down="mlp.dense_4h_to_h",
-        activation="mlp.act",
-        head_dim="attention.head_size",
-        parallel="use_parallel_residual",
-        grouped=True,
-    ),
-    "gpt2": LayerRecipe(
-        query_key_value=("attn.c_attn",),
-        output="attn.c_proj",
-        up=("mlp.c_fc",),
-        down="mlp.c_proj",
-        activation="mlp.act",
-        attention_norm="ln_1",
-        mlp_norm="ln_2",
-        head_dim="attn.head_dim",
-    ),
-}
-"""Kind of layer -> recipe, in the order in which they are tried."""
+GPT_NEOX = LayerRecipe(
+    query_key_value=("attention.query_key_value",),
+    output="attention.dense",
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    activation="mlp.act",
+    head_dim="attention.head_size",
+    parallel="use_parallel_residual",
+    grouped=True,
+)
+GPT2 = LayerRecipe(
+    query_key_value=("attn.c_attn",),
+    output="attn.c_proj",
+    up=("mlp.c_fc",),
+    down="mlp.c_proj",
+    activation="mlp.act",
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
+    head_dim="attn.head_dim",
+)
 
 
 def recipes_for(model: PreTrainedModel) -> Iterator[LayerRecipe]:
-    """Recipes that fit every decoder layer of the model."""
+    """Recipes of the table that fit every decoder layer of the model."""
     layers = decoder_layers(model)
-    for recipe in RECIPES.values():
+    for entry in tables.RECIPES.values():
+        recipe: LayerRecipe = tables.load_entry(entry)
         if len(layers) and all(recipe.fits(layer) for layer in layers):
             yield recipe
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from loratune import tables
 from loratune.adapters.combine import combine
 from loratune.base.forward import fuse, prepare
-from loratune.config import LoraConfig
+from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import Row, make_row
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.contract import LowRankSum, fusion_of
@@ -29,6 +29,7 @@ from loratune.memory.budget import RowSetting
 from loratune.memory.estimate import EstimateRequest, survey_of
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.precision.linear import quantise_linears
+from loratune.training.optim import adamw, set_rate
 from loratune.training.step import row_loss, train_step
 from tests.conftest import build
 from tests.extending.toy_variant import GATED, ORTHOGONAL, GatedConfig, GatedLora, OrthogonalConfig
@@ -68,7 +69,8 @@ def _row() -> Row:
 
 def _step(model: PreTrainedModel, **settings: object) -> list[float]:
     forward, parameters = prepare(model), list(trainable_parameters(model).values())
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    optimizer = adamw(parameters, TrainConfig())
+    set_rate(optimizer, 1e-2)
     model.train()
     with forward.installed():
         steps = [train_step(forward, [_row()], parameters, optimizer, max_grad_norm=1.0, key=k) for k in range(8)]

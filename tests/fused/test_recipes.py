@@ -9,17 +9,19 @@ import torch
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
+from loratune import tables
 from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.data.pack import make_row
 from loratune.fused.fit import fusible, recipe_fits
 from loratune.fused.policy import ActivationPlan, Level
-from loratune.fused.recipes import LLAMA, RECIPES, recipes_for
+from loratune.fused.recipes import LLAMA, recipes_for
 from loratune.ops.dropout import dropout_key, row_key
 from tests.base.float64 import float64_throughout
 from tests.fused.models import MODELS, recipe_model
 from tests.training.helpers import examples, loss_and_gradients
 
 LAYERS = 2
+KIND = {"mistral": "llama", "qwen2": "llama", "granite": "llama", "gpt_neox sequential": "gpt_neox"}
 
 
 def fused_forward(model) -> PackedForward:
@@ -83,7 +85,7 @@ def test_levels_give_the_same_bits(name, level):
 def test_a_recipe_is_chosen_by_the_modules(name):
     fits = list(recipe_fits(recipe_model(name)))
     assert len(fits) == 1
-    assert fits[0].recipe in RECIPES.values()
+    assert fits[0].recipe == tables.load_entry(tables.RECIPES[name if name in tables.RECIPES else KIND[name]])
 
 
 def test_models_without_a_recipe_run_as_modules():
@@ -91,11 +93,13 @@ def test_models_without_a_recipe_run_as_modules():
     assert not fusible(model)
 
 
+PAIRS = replace(LLAMA, interleaved=True)
+
+
 def test_of_two_recipes_that_fit_the_one_that_agrees_is_taken(monkeypatch):
     """Which elements a rotation pairs cannot be seen in the children's names."""
-    monkeypatch.setattr(
-        "loratune.fused.recipes.RECIPES", {"pairs": replace(LLAMA, interleaved=True), "halves": LLAMA}
-    )
+    halves = tables.RECIPES["llama"]
+    monkeypatch.setattr(tables, "RECIPES", {"pairs": f"{__name__}:PAIRS", "halves": halves})
     model = recipe_model("llama")
     assert len(list(recipes_for(model))) == 2
     forward = fused_forward(model)

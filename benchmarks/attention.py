@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loratune.ops.attention import flash
+from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.attention.documents import document_attention
 from loratune.ops.attention.recorded import RecordedAttention
 
@@ -81,7 +83,7 @@ def measure(name: str, even: bool) -> list[dict[str, object]]:
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
     bound = lengths[0] if even else 1 << (max(lengths) - 1).bit_length()  # as `training.graph` rounds it
 
-    def forward(stacked: Tensor, **kernel: int) -> RecordedAttention:
+    def forward(stacked: Tensor, **kernel: Any) -> RecordedAttention:
         def attend(*heads: Tensor) -> Tensor:
             qkv = (tensor.transpose(0, 1)[None] for tensor in heads)
             out, _ = document_attention(torch.nn.Identity(), *qkv, None, cu_seq_lens_q=ends, **kernel)
@@ -89,18 +91,18 @@ def measure(name: str, even: bool) -> list[dict[str, object]]:
 
         return RecordedAttention(attend, stacked, [heads, kv_heads, kv_heads])
 
-    def both(stacked: Tensor, **kernel: int) -> list[Tensor]:
+    def both(stacked: Tensor, **kernel: Any) -> list[Tensor]:
         attended = forward(stacked, **kernel)
         return [attended.out, *attended.backward(incoming.to(stacked.dtype))]
 
     exact = both(stacked.double())
-    usable, rows = flash.usable, []
+    rows, trials = [], flash.FlashTrials()
     for kernel in ("pytorch", *(["flash4"] if flash.fits(stacked.device, dim) else [])):
-        flash.usable = usable if kernel == "flash4" else lambda *_: False
-        got = both(stacked, max_length_q=bound)
+        asked = {"max_length_q": bound, "spans": DocumentSpans(ends, trials if kernel == "flash4" else None)}
+        got = both(stacked, **asked)
         error = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
-        taken = microseconds(lambda: forward(stacked, max_length_q=bound))
-        altogether = microseconds(lambda: both(stacked, max_length_q=bound))
+        taken = microseconds(lambda asked=asked: forward(stacked, **asked))
+        altogether = microseconds(lambda asked=asked: both(stacked, **asked))
         rows.append(
             {
                 "shape": name, "documents": len(lengths), "even": even, "kernel": kernel, "forward_us": taken,
@@ -109,7 +111,6 @@ def measure(name: str, even: bool) -> list[dict[str, object]]:
                 "flash_attn_4": importlib.metadata.version("flash-attn-4") if kernel == "flash4" else None,
             }
         )  # fmt: skip
-    flash.usable = usable
     return rows
 
 

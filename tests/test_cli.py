@@ -119,6 +119,26 @@ for name in NOT_FOR_TEXT:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("configured", [False, True])
+def test_kernels_of_flash_attention_are_cached_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, configured: bool
+) -> None:
+    names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if configured:
+            monkeypatch.setenv(name, "mine")
+    check = """
+import os
+from loratune.cli.process import library_imports
+with library_imports():
+    print(os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"], os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == (["mine"] * 2 if configured else ["1", "/somewhere/loratune/flash_attention"])
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str) -> None:
     said = loratune(verb, "--help")

@@ -45,7 +45,6 @@ from loratune.fused.policy import ActivationPlan
 from loratune.fused.stacking import Copies, holds_bank
 from loratune.lora.layer import running_with
 from loratune.ops.attention import documents as attention
-from loratune.ops.attention import flash
 from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.attention.documents import AttentionOptions
 from loratune.ops.dropout import row_key
@@ -163,7 +162,8 @@ class PackedForward:
         if predicting is not None:
             hidden = hidden[predicting] if longest is None else take_rows(hidden, predicting)
         head = self.model.get_output_embeddings()
-        return token_logprobs(hidden, head, targets, scale=self.head.scale, softcap=self.head.softcap)
+        mm = self.state.products.mm
+        return token_logprobs(hidden, head, targets, scale=self.head.scale, softcap=self.head.softcap, mm=mm)
 
     def hidden_states(
         self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int | None = None
@@ -199,7 +199,7 @@ class PackedForward:
                 cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
             row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             row |= {"max_length_q": longest, "max_length_k": longest}
-            row |= {"spans": DocumentSpans(cu_seqlens), "contained": self._contained}
+            row |= {"spans": DocumentSpans(cu_seqlens, self.state.flash), "contained": self._contained}
             if self._heard is not None:
                 row["heard"] = self._heard
         return call(**row).squeeze(0)
@@ -224,7 +224,7 @@ def prepare(model: PreTrainedModel) -> PackedForward:
     if row.tokens.is_cuda:
         if not fuse(forward) and expected.dtype.itemsize == 2:
             take_one_pass(forward)
-        forward.notes += flash.why_not(row.tokens.device)
+        forward.notes += forward.state.flash.why_not(row.tokens.device)
     if forward.head is None:
         forward.notes.append(
             f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held"

@@ -111,6 +111,7 @@ def library_imports() -> Iterator[None]:
     try:
         with _hidden(() if "transformers" in sys.modules else NOT_FOR_TEXT):
             _silence_libraries()
+            _cache_flash_kernels()
             yield
     finally:
         gc.freeze()
@@ -138,6 +139,12 @@ def _silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+def _cache_flash_kernels() -> None:
+    """Lets flash-attn-4 keep compiled kernels on disk, unless the user has configured it. Read at its import."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(_user_cache() / "flash_attention"))
 
 
 def _user_cache() -> Path:

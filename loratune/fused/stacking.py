@@ -21,6 +21,7 @@ from loratune.lora.contract import BankSum, LowRankSum, fusion_of
 from loratune.ops.bank.projection import BankProjection, Pool, linked
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Activation, LinkedActivation, PaddedActivation, Projection, StackedAdapters
+from loratune.ops.state import ForwardState
 from loratune.precision import linear
 from loratune.precision.contract import format_of
 
@@ -35,6 +36,8 @@ class Copies:
     """Factor of each copy: 1 for A, the scaling for B."""
     pool: Pool | None = None
     """The bank's, if the layers hold one; it has working copies of its own, made when a row is set."""
+    state: ForwardState = field(default_factory=ForwardState)
+    """Of the forward that runs the layers."""
     both_ways: bool = False
     """Hold transposed copies of the weights, for precisions that can."""
     stacked: list[nn.Module] = field(default_factory=list)
@@ -110,7 +113,9 @@ def projection_of(members: Sequence[nn.Module], copies: Copies) -> Projection:
     adapters = [adapter_of(member) for member in members]
     weight = _stack(members, copies, sum(adapter.r for adapter in adapters if adapter is not None))
     layout = _layout(members, adapters)
-    made = format_of(weight).project(weight, _bias(members, weight), layout, hold_transposed=copies.both_ways)
+    made = format_of(weight).project(
+        weight, _bias(members, weight), layout, state=copies.state, hold_transposed=copies.both_ways
+    )
     if made.refreshed:
         copies.refreshed.append(made.projection)
     if made.lora_A is None or made.lora_B is None:
@@ -202,4 +207,4 @@ def _bank_projection(members: Sequence[nn.Module], copies: Copies) -> BankProjec
             copies.pool = found.pool
         row = end
     assert copies.pool is not None
-    return BankProjection(weight, _bias(members, weight), copies.pool, lanes, rows)
+    return BankProjection(weight, _bias(members, weight), copies.pool, lanes, rows, state=copies.state)

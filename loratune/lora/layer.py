@@ -120,8 +120,8 @@ class LoraLayer(AdaptedLayer):
     """Probability of zeroing an element of the adapter's input while training."""
     salt: int = 0
     """Separates this layer's dropout from that of other layers; see `ops.dropout`."""
-    state: ForwardState | None = None
-    """State of the packed forward that runs this layer; None outside of one."""
+    state: ForwardState
+    """State of the packed forward that runs this layer; outside of one, state of the layer's own."""
     _unmerged: Tensor | None
     """The weight before `merge`, on the CPU."""
 
@@ -132,6 +132,7 @@ class LoraLayer(AdaptedLayer):
         layer.register_parameter("lora_A", None)
         layer.register_parameter("lora_B", None)
         layer._unmerged = None
+        layer.state = ForwardState()
         layer.release()
         return layer
 
@@ -188,7 +189,7 @@ class LoraLayer(AdaptedLayer):
         assert self.lora_B is not None
         rows = x.reshape(-1, x.shape[-1])
         if self.training and self.lora_dropout > 0.0:
-            row = None if self.state is None else self.state.dropout_row
+            row = self.state.dropout_row
             rows, _ = drop(rows, self.lora_dropout, self.salt, row)
         out = (rows @ self.lora_A.to(x.dtype).T) @ self.lora_B.to(x.dtype).T * self.scaling
         return out.view(*x.shape[:-1], -1)

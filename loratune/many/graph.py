@@ -28,7 +28,6 @@ from loratune.many.bank import Bank
 from loratune.many.step import BankStep, MicroStep, extend, join_micro_steps, segment_of_documents
 from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
 from loratune.ops.bank.projection import Segment
-from loratune.ops.products import choosing
 from loratune.training.checkpoint import MOMENTS
 from loratune.training.graph import RowBuffers, RowLayout, layout_for
 from loratune.training.objectives.objective import Objective, Terms
@@ -121,7 +120,6 @@ class BankGraph:
         self._jobs.pop(slot, None)
         self._bank.clear(slot)
 
-    @choosing()
     def run(
         self, micro_steps: Sequence[MicroStep], rates: Mapping[int, float],
         upcoming: Callable[[], Sequence[MicroStep]] = tuple,
@@ -131,7 +129,8 @@ class BankGraph:
         same = ahead is not None and _same(ahead.micro_steps, micro_steps)
         queued = ahead if ahead is not None and same else self._prepare(micro_steps)
         self._send(queued, rates)
-        self._recordings.run("row", queued.layout, lambda: self._work(queued.layout))
+        with self._forward.state.products.choosing():
+            self._recordings.run("row", queued.layout, lambda: self._work(queued.layout))
         self._bank.pool.segments = ()
         if following := upcoming():
             self._ahead = self._prepare(following)

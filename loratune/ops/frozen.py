@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from loratune.ops.products import mm
+from loratune.ops.products import MatrixProduct, mm
 
 
 class FrozenWeight(Protocol):
@@ -49,10 +49,15 @@ class FrozenWeight(Protocol):
     def nbytes(self) -> int:
         """Bytes held, tensors shared with other weights excepted."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b, (N, d_in) -> (N, d_out), added to `onto` if given."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm
+    ) -> Tensor:
+        """x Wᵀ + b, (N, d_in) -> (N, d_out), added to `onto` if given.
 
-    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+        `mm` multiplies dense matrices; a forward passes its chosen kernels (`ops.products`).
+        """
+
+    def d_input(self, dy: Tensor, onto: Tensor | None = None, mm: MatrixProduct = mm) -> Tensor:
         """dy W, the gradient of x, (N, d_out) -> (N, d_in), added to `onto` if given."""
 
     def dense(self) -> Tensor:
@@ -90,14 +95,16 @@ class DenseWeight:
         """Bytes of the matrix."""
         return self.weight.nbytes
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm
+    ) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         if onto is None:
             return mm(x, self.weight.T) if bias is None else linear(x, self.weight, bias)
         onto.addmm_(x, self.weight.T)
         return onto if bias is None else onto.add_(bias)
 
-    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None, mm: MatrixProduct = mm) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
         return mm(dy, self.weight) if onto is None else onto.addmm_(dy, self.weight)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loratune.ops.dispatch import on_gpu, wide, with_kernel
-from loratune.ops.products import mm
+from loratune.ops.products import MatrixProduct, mm
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
 MAX_CHUNK_ELEMENTS_GPU = 1 << 26  # 128 MiB in bfloat16, or `MIN_CHUNK_ROWS` where a vocabulary is very large
@@ -35,11 +35,12 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,  # (N,)
         scale: float,
         softcap: float | None,
+        mm: MatrixProduct,
     ) -> Tensor:
         logprobs = torch.empty(hidden.shape[0], dtype=_accurate(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         if hidden.is_cuda or (hidden.is_meta and hidden.dtype.itemsize == 2):
-            _on_gpu(hidden, weight, bias, targets, scale, softcap, logprobs, gradient)
+            _on_gpu(hidden, weight, bias, targets, scale, softcap, mm, logprobs, gradient)
             ctx.save_for_backward(gradient)
             return logprobs
         step = max(1, MAX_CHUNK_ELEMENTS // weight.shape[0])
@@ -65,7 +66,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, d_logprobs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         d_hidden = None if gradient is None else gradient * d_logprobs[:, None].to(gradient.dtype)
-        return d_hidden, None, None, None, None, None
+        return d_hidden, None, None, None, None, None, None
 
 
 def _half_on_gpu(logits: Tensor, *_: object) -> bool:
@@ -92,6 +93,7 @@ def _on_gpu(
     targets: Tensor,
     scale: float,
     softcap: float | None,
+    mm: MatrixProduct,
     logprobs: Tensor,
     gradient: Tensor | None,
 ) -> None:
@@ -145,6 +147,7 @@ def token_logprobs(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    mm: MatrixProduct = mm,
 ) -> Tensor:
     """log p(target | hidden state) for each token: log_softmax(tail(head(h)))[target].
 
@@ -157,13 +160,14 @@ def token_logprobs(
         targets: (N,) int64, 0 <= target < V.
         scale: dimensionless factor on the logits.
         softcap: bound of the logits, or None.
+        mm: the product of matrices; a forward passes its chosen kernels (`ops.products`).
 
     Returns: (N,) float32 (float64 for float64 input), natural logarithms.
     Memory: one chunk of logits, `MAX_CHUNK_ELEMENTS`, and the gradient (N, d) until the backward.
     """
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         result: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, targets, scale, softcap
+            hidden, head.weight, head.bias, targets, scale, softcap, mm
         )
         return result
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratune.ops.frozen import FrozenWeight
+from loratune.ops.products import MatrixProduct, mm
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Concatenated:
         """Bytes held by all members."""
         return sum(weight.nbytes for weight in self.weights)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm
+    ) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         sizes = [weight.shape[0] for weight in self.weights]
         biases = [None] * len(sizes) if bias is None else list(bias.split(sizes))
         bases = [None] * len(sizes) if onto is None else [part.contiguous() for part in onto.split(sizes, 1)]
         members = zip(self.weights, biases, bases, strict=True)
-        return torch.cat([weight.forward(x, b, base) for weight, b, base in members], 1)
+        return torch.cat([weight.forward(x, b, base, mm) for weight, b, base in members], 1)
 
-    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None, mm: MatrixProduct = mm) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in). Partial sums of the members are rounded to the compute dtype."""
         for weight, part in zip(self.weights, dy.split([w.shape[0] for w in self.weights], 1), strict=True):
-            onto = weight.d_input(part, onto)
+            onto = weight.d_input(part, onto, mm)
         assert onto is not None
         return onto
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Projection, StackedAdapters
+from loratune.ops.state import ForwardState
 from loratune.precision.concatenated import Concatenated
 from loratune.precision.projection import AugmentedWeight, LowRankProjection
 from loratune.precision.tensors import StoredTensor
@@ -138,19 +139,28 @@ class WeightFormat:
         return A, torch.zeros(d_out, ranks, dtype=dtype, device=device)
 
     def project(
-        self, weight: FrozenWeight, bias: Tensor | None, adapters: StackedAdapters, *, hold_transposed: bool = False
+        self,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        adapters: StackedAdapters,
+        *,
+        state: ForwardState | None = None,
+        hold_transposed: bool = False,
     ) -> StackedProjection:
         """The projection of a joined weight with its adapters.
 
         Args:
             bias: (D,) or None.
+            state: of the forward that runs the projection; None makes one.
             hold_transposed: spend memory on a transposed copy, where `holds_transposed`.
         """
+        state = state or ForwardState()
         if not adapters.total:
-            return StackedProjection(LowRankProjection(weight, bias))
+            return StackedProjection(LowRankProjection(weight, bias, state=state))
         lora_A, lora_B = self.working_copies(weight, adapters.total)
         augmented = self.augment(weight, lora_A, lora_B)
-        return StackedProjection(LowRankProjection(weight, bias, lora_A, lora_B, adapters, augmented), lora_A, lora_B)
+        made = LowRankProjection(weight, bias, lora_A, lora_B, adapters, augmented, state=state)
+        return StackedProjection(made, lora_A, lora_B)
 
     def refresher(self, projections: Sequence[Projection]) -> Callable[[], None]:
         """A function that updates everything the projections derive from the working copies."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loratune.ops.frozen import DenseWeight, FrozenWeight
-from loratune.ops.products import mm
+from loratune.ops.products import MatrixProduct, mm
 from loratune.precision.contract import WeightFormat
 from loratune.precision.projection import AugmentedWeight
 
@@ -49,12 +49,12 @@ class AugmentedMatrix:
         """Columns beside W."""
         return self.matrix.shape[1] - self.shape[1]
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, mm: MatrixProduct = mm) -> Tensor:
         """(N, d_in + pad) -> (N, D)."""
         weight = self.matrix[: self.shape[0]]
         return mm(x, weight.T) if bias is None else linear(x, weight, bias)
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, mm: MatrixProduct = mm) -> Tensor:
         """(N, D + pad) -> (N, d_in)."""
         return mm(dy, self.matrix[:, : self.shape[1]])
 

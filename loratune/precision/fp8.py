@@ -30,6 +30,7 @@ from torch import Tensor
 
 from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.measure import LEAST, PER_MOST, upward
+from loratune.ops.products import MatrixProduct, mm
 from loratune.precision.fp8_rows import E4M3, QuantisedRows, adapter_columns, product, quantise_rows, transposed
 
 _MULTIPLE = 16  # of both dimensions of a product, required by the hardware
@@ -126,12 +127,14 @@ class Fp8Weight:
         width = 0 if self.augmented is None else self.augmented.shape[1] - self.shape[1]
         return width >= _columns_that_pay(ranks, self.shape)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm
+    ) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out). A product in 8 bits cannot add to a tensor: `onto` is added after it."""
         y = product(quantise_rows(x), self.values, self.scale[:, 0], x.dtype, bias)
         return y if onto is None else y.add_(onto)
 
-    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None, mm: MatrixProduct = mm) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in)."""
         dx = product(quantise_rows(dy, self.row_scale), transposed(self.values), self.column_scale, dy.dtype)
         return dx if onto is None else dx.add_(onto)

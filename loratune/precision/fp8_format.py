@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Projection, StackedAdapters
+from loratune.ops.state import ForwardState
 from loratune.precision import fp8, fp8_files, fp8_projection
 from loratune.precision.contract import CheckpointReader, ProductCost, StackedProjection, UnreadWeight, WeightFormat
 from loratune.precision.fp8 import Fp8Weight
@@ -57,15 +58,23 @@ class Fp8Format(WeightFormat):
         return cast(Fp8Weight, joined).has_adapter_columns(ranks)
 
     def project(
-        self, weight: FrozenWeight, bias: Tensor | None, adapters: StackedAdapters, *, hold_transposed: bool = False
+        self,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        adapters: StackedAdapters,
+        *,
+        state: ForwardState | None = None,
+        hold_transposed: bool = False,
     ) -> StackedProjection:
         """A projection in 8 bits if the weight has adapter columns and no adapter has dropout."""
         found = cast(Fp8Weight, weight)
         products = found.dtype.itemsize == 2 or found.device.type != "cuda"
         if not adapters.total or found.augmented is None or adapters.dropout or not products:
-            return super().project(weight, bias, adapters)
+            return super().project(weight, bias, adapters, state=state)
         copies = self.working_copies(weight, adapters.total)
-        projection = Fp8Projection.of(found, bias, copies, adapters, hold_transposed=hold_transposed)
+        projection = Fp8Projection.of(
+            found, bias, copies, adapters, state=state or ForwardState(), hold_transposed=hold_transposed
+        )
         return StackedProjection(projection, *copies, refreshed=True)
 
     def refresher(self, projections: Sequence[Projection]) -> Callable[[], None]:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loratune.ops import measure, measure_kernels
-from loratune.ops.low_rank_kernels import _counters, _pieces, _summed, height, through_registers
+from loratune.ops.buffers import KernelBuffers
+from loratune.ops.low_rank_kernels import add_parts, split_count, through_registers, tile_rows
 from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
 from loratune.precision.fp8_rows import E4M3, MARGIN, QuantisedRows, adapter_columns
 
@@ -118,7 +119,7 @@ def _augment(
     done = True
     if PIECES > 1:
         counted = block * tl.num_programs(2) + part
-        total, done = _summed(total, partial_ptr, counter_ptr, counted, piece, PIECES, ROWS, RANKS)
+        total, done = add_parts(total, partial_ptr, counter_ptr, counted, piece, PIECES, ROWS, RANKS)
     if done:
         inside = there & (rank < ranks)[None, :]
         low_rank = total.to(low_rank_ptr.dtype.element_ty)
@@ -138,24 +139,30 @@ def _augment(
 
 
 def augment_rows(
-    x: Tensor, found: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor
+    x: Tensor,
+    found: Tensor,
+    thin: Tensor,
+    columns: Tensor | None,
+    factors: Tensor,
+    buffers: KernelBuffers | None = None,
 ) -> tuple[QuantisedRows, Tensor]:
     """As `precision.fp8_rows.augment_rows`; bound by reading x once and writing it in 8 bits."""
+    buffers = buffers or KernelBuffers()
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, terms), ranks = x.shape, thin.shape[1]
     adapter = adapter_columns(ranks)
     spare = adapter - 3 * ranks
     step, stages = TILES[columns is not None]
-    tall, width = height(rows), min(64, max(16, triton.next_power_of_2(ranks)))
+    tall, width = tile_rows(rows), min(64, max(16, triton.next_power_of_2(ranks)))
     blocks, parts = triton.cdiv(rows, tall), triton.cdiv(ranks, width)
-    pieces = _pieces(blocks * parts, triton.cdiv(terms, step))
+    pieces = split_count(blocks * parts, triton.cdiv(terms, step))
     terms_each = triton.cdiv(triton.cdiv(terms, pieces), step) * step
     partial = torch.empty(blocks * parts * pieces * tall * width if pieces > 1 else 0, device=x.device)
     out = torch.empty(rows, terms + adapter, dtype=E4M3, device=x.device)
     scale, low_rank = torch.empty(rows, 1, device=x.device), x.new_empty(rows, ranks)
     _augment[(blocks, pieces, parts)](
         x, thin, x if columns is None else columns, found, factors, out, scale, low_rank, partial,
-        _counters(x.device),
+        buffers.counters(x.device),
         rows, terms, ranks, adapter, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,

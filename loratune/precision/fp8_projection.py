@@ -14,7 +14,7 @@ instead of as much memory as W.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from loratune.ops.low_rank import GradientOperands
 from loratune.ops.measure import PAD_COLUMNS, Measure
 from loratune.ops.projection import StackedAdapters
+from loratune.ops.state import ForwardState
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.fp8_rows import (
     QuantisedRows,
@@ -52,6 +53,8 @@ class Fp8Projection:
     transposed: Tensor | None = None
     """(d_in, D + adapter columns) e4m3, a held copy of W transposed with A; None to make it for each backward."""
     pad_columns: int = PAD_COLUMNS
+    state: ForwardState = field(default_factory=ForwardState)
+    """Of the forward that this projection is part of."""
 
     @classmethod
     def of(
@@ -62,6 +65,7 @@ class Fp8Projection:
         adapters: StackedAdapters,
         *,
         hold_transposed: bool,
+        state: ForwardState | None = None,
     ) -> Fp8Projection:
         """Over a weight with adapter columns. `refresh` must run before its first use."""
         lora_A, lora_B = copies
@@ -69,7 +73,7 @@ class Fp8Projection:
         assert frozen.augmented is not None
         frozen.augmented[:, frozen.shape[1] :].view(torch.uint8).zero_()  # an earlier adapter may have filled them
         held = transposed(frozen.values, lora_A, factors.new_ones(1)) if hold_transposed else None
-        return cls(frozen, bias, lora_A, lora_B, adapters, factors, held)
+        return cls(frozen, bias, lora_A, lora_B, adapters, factors, held, state=state or ForwardState())
 
     def with_dropout(self, row: Tensor) -> Fp8Projection:
         """Unchanged: adapters with dropout get a `precision.projection.LowRankProjection`."""
@@ -97,7 +101,7 @@ class Fp8Projection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, d_in), or padded and measured -> output (N, D), and x Aᵀ, (N, R)."""
-        rows, low_rank = quantise_augmented(x, self.lora_A.T, None, self.factors[:2])
+        rows, low_rank = quantise_augmented(x, self.lora_A.T, None, self.factors[:2], self.state.buffers)
         return product(rows, self.augmented, self.frozen.scale[:, 0], x.dtype, self.bias), low_rank
 
     def backward(self, dy: Tensor) -> Fp8Backward:
@@ -129,7 +133,9 @@ class Fp8Backward:
         """(N, R)"""
         if self._d_low_rank is None:
             p = self.projection
-            self._rows, self._d_low_rank = quantise_augmented(self.dy, p.lora_B, p.frozen.row_scale, p.factors[2:])
+            self._rows, self._d_low_rank = quantise_augmented(
+                self.dy, p.lora_B, p.frozen.row_scale, p.factors[2:], p.state.buffers
+            )
         return self._d_low_rank
 
     def d_input(self) -> Tensor:
@@ -146,7 +152,9 @@ class Fp8Backward:
         """See `ops.projection.ProjectionBackward`."""
         assert low_rank is not None
         p = self.projection
-        return GradientOperands(x[:, : p.frozen.shape[1]], self.d_low_rank, self.dy, low_rank, p.adapters.members)
+        return GradientOperands(
+            x[:, : p.frozen.shape[1]], self.d_low_rank, self.dy, low_rank, p.adapters.members, buffers=p.state.buffers
+        )
 
 
 def refresher(projections: Sequence[Fp8Projection]) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from loratune.ops import measure
+from loratune.ops.buffers import KernelBuffers
 from loratune.ops.dispatch import on_gpu, with_kernel
 from loratune.ops.measure import LEAST, PER_MOST, Measure, behind, scales, upward
 
@@ -66,7 +67,7 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None) -> QuantisedRows:
 
 
 def quantise_augmented(
-    x: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor
+    x: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor, buffers: KernelBuffers | None = None
 ) -> tuple[QuantisedRows, Tensor]:
     """Rows in 8 bits with adapter columns behind them, and the low-rank product that these columns hold.
 
@@ -75,11 +76,12 @@ def quantise_augmented(
         thin: (K, R), Aᵀ or B.
         columns: (K,), a factor for each column of the quantised row, but not of the product; None for ones.
         factors: (2,) float32, the factor of the adapter columns and a bound as in `ops.measure`.
+        buffers: of the forward that calls, as for `ops.low_rank.down_project`.
     Returns: (N, K + adapter columns), the latter [hi, lo, hi] and zeros up to `adapter_columns(R)`; x thin, (N, R).
     """
     width = thin.shape[0]
     found = behind(x, width) if x.shape[1] > width else measured_rows(x, columns)
-    return augment_rows(x[:, :width], found, thin, columns, factors)
+    return augment_rows(x[:, :width], found, thin, columns, factors, buffers)
 
 
 @with_kernel(_is_on_gpu, _KERNELS)
@@ -90,7 +92,12 @@ def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
 
 @with_kernel(_is_on_gpu, _KERNELS)
 def augment_rows(
-    x: Tensor, found: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor
+    x: Tensor,
+    found: Tensor,
+    thin: Tensor,
+    columns: Tensor | None,
+    factors: Tensor,
+    buffers: KernelBuffers | None = None,
 ) -> tuple[QuantisedRows, Tensor]:
     """`quantise_augmented` of x, (N, K), with the measure `found` of its rows."""
     low_rank = x @ thin

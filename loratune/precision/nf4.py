@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from loratune.ops.dispatch import on_gpu
 from loratune.ops.frozen import DenseWeight
-from loratune.ops.products import mm
+from loratune.ops.products import MatrixProduct, mm
 from loratune.precision.pieces import PIECE_STEP, pieces
 
 BLOCK = 64
@@ -110,12 +110,14 @@ class Nf4Weight:
         tensors = [self.codes, self.absmax, *((self.nested.scale, self.nested.offset) if self.nested else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm
+    ) -> Tensor:
         """x Wᵀ + b; (N, d_in) -> (N, d_out)."""
         d_out, d_in = self.shape
         parts = self.row_pieces(x.shape[0])
         if len(parts) == 1:
-            return DenseWeight(self.dense()).forward(x, bias, onto)
+            return DenseWeight(self.dense()).forward(x, bias, onto, mm)
         y = x.new_empty(x.shape[0], d_out) if onto is None else onto
         for rows in parts:
             part = self.rectangle(rows, slice(0, d_in)).T
@@ -128,12 +130,12 @@ class Nf4Weight:
             del part  # so that the next piece reuses its memory
         return y if onto is None or bias is None else y.add_(bias)
 
-    def d_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+    def d_input(self, dy: Tensor, onto: Tensor | None = None, mm: MatrixProduct = mm) -> Tensor:
         """dy W; (N, d_out) -> (N, d_in). Pieces are columns, so that no partial sum is rounded."""
         d_out, d_in = self.shape
         parts = self.column_pieces(dy.shape[0])
         if len(parts) == 1:
-            return DenseWeight(self.dense()).d_input(dy, onto)
+            return DenseWeight(self.dense()).d_input(dy, onto, mm)
         dx = dy.new_empty(dy.shape[0], d_in) if onto is None else onto
         for columns in parts:
             part = self.rectangle(slice(0, d_out), columns)
@@ -241,7 +243,7 @@ class AugmentedNf4:
         """R."""
         return self.lora_B.shape[1]
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, mm: MatrixProduct = mm) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b; (N, d_in + R) -> (N, d_out)."""
         d_out, d_in = self.weight.shape
         y = x.new_empty(x.shape[0], d_out)
@@ -256,7 +258,7 @@ class AugmentedNf4:
             del part  # so that the next piece reuses its memory
         return y
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, mm: MatrixProduct = mm) -> Tensor:
         """[dy, dy B] [W; A]; (N, d_out + R) -> (N, d_in)."""
         d_out, d_in = self.weight.shape
         dx = dy.new_empty(dy.shape[0], d_in)

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.low_rank import AdapterDropout, GradientOperands, down_project, up_project
+from loratune.ops.products import MatrixProduct
 from loratune.ops.projection import StackedAdapters
+from loratune.ops.state import ForwardState
 
 
 class AugmentedWeight(Protocol):
@@ -38,10 +40,10 @@ class AugmentedWeight(Protocol):
     def pad_columns(self) -> int:
         """Adapter columns: the sum of the ranks, rounded up as the product needs."""
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, mm: MatrixProduct) -> Tensor:
         """[x, x Aᵀ] [W B]ᵀ + b; (N, d_in + pad_columns) -> (N, D)."""
 
-    def d_input(self, dy: Tensor) -> Tensor:
+    def d_input(self, dy: Tensor, mm: MatrixProduct) -> Tensor:
         """[dy, dy B] [W; A]; (N, D + pad_columns) -> (N, d_in)."""
 
 
@@ -64,6 +66,8 @@ class LowRankProjection:
     """Dropout of one forward and its backward; None for none."""
     measure_x: None = None
     measure_dy: None = None
+    state: ForwardState = field(default_factory=ForwardState)
+    """Of the forward that this projection is part of."""
 
     @property
     def pad_columns(self) -> int:
@@ -83,25 +87,28 @@ class LowRankProjection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) or (N, d_in + pad_columns) -> output (N, D), and x Aᵀ (N, R)."""
+        mm, buffers = self.state.products.mm, self.state.buffers
         if self.lora_A is None or self.lora_B is None:
-            return self.frozen.forward(x, self.bias), None
+            return self.frozen.forward(x, self.bias, mm=mm), None
         if self.augmented is None:
-            low_rank = down_project(x, self.lora_A.T, drops=self.drops)
-            return self.frozen.forward(x, self.bias, low_rank @ self.lora_B.T), low_rank
+            low_rank = down_project(x, self.lora_A.T, drops=self.drops, buffers=buffers)
+            return self.frozen.forward(x, self.bias, low_rank @ self.lora_B.T, mm), low_rank
         d_in = self.frozen.shape[1]
         padded = x if x.shape[1] > d_in else x.new_empty(x.shape[0], d_in + self.pad_columns)
         copy = None if padded is x else padded[:, :d_in]
-        low_rank = down_project(x[:, :d_in], self.lora_A.T, padded[:, d_in:], copy=copy, drops=self.drops)
-        return self.augmented.forward(padded, self.bias), low_rank
+        low_rank = down_project(
+            x[:, :d_in], self.lora_A.T, padded[:, d_in:], copy=copy, drops=self.drops, buffers=buffers
+        )
+        return self.augmented.forward(padded, self.bias, mm), low_rank
 
     def backward(self, dy: Tensor) -> LowRankBackward:
         """Starts the backward for dy, (N, D) or (N, D + pad_columns)."""
         d_out = self.frozen.shape[0]
         if self.lora_B is None:
             return LowRankBackward(self, dy, None)
-        if dy.shape[1] > d_out:
-            return LowRankBackward(self, dy, down_project(dy[:, :d_out], self.lora_B, dy[:, d_out:], keep=False))
-        return LowRankBackward(self, dy, down_project(dy, self.lora_B))
+        tail = dy[:, d_out:] if dy.shape[1] > d_out else None
+        d_low_rank = down_project(dy[:, :d_out], self.lora_B, tail, keep=tail is None, buffers=self.state.buffers)
+        return LowRankBackward(self, dy, d_low_rank)
 
 
 @dataclass(frozen=True)
@@ -117,13 +124,15 @@ class LowRankBackward:
     def d_input(self) -> Tensor:
         """(N, d_in)"""
         p, dy, d_out = self.projection, self.dy, self.projection.frozen.shape[0]
+        mm = p.state.products.mm
         if self.d_low_rank is None or p.lora_A is None:
-            return p.frozen.d_input(dy)
+            return p.frozen.d_input(dy, mm=mm)
         if p.drops is not None:
-            return p.frozen.d_input(dy[:, :d_out], up_project(self.d_low_rank, p.lora_A, p.drops))
+            onto = up_project(self.d_low_rank, p.lora_A, p.drops, p.state.buffers)
+            return p.frozen.d_input(dy[:, :d_out], onto, mm)
         if p.augmented is not None and dy.shape[1] > d_out:
-            return p.augmented.d_input(dy)
-        return p.frozen.d_input(dy, self.d_low_rank @ p.lora_A)
+            return p.augmented.d_input(dy, mm)
+        return p.frozen.d_input(dy, self.d_low_rank @ p.lora_A, mm)
 
     def d_adapters(self, x: Tensor, low_rank: Tensor | None) -> GradientOperands | list[Tensor]:
         """See `ops.projection.ProjectionBackward`."""
@@ -131,5 +140,11 @@ class LowRankBackward:
         if self.d_low_rank is None or low_rank is None:
             return []
         return GradientOperands(
-            x[:, : p.frozen.shape[1]], self.d_low_rank, self.dy, low_rank, p.adapters.members, p.drops
+            x[:, : p.frozen.shape[1]],
+            self.d_low_rank,
+            self.dy,
+            low_rank,
+            p.adapters.members,
+            p.drops,
+            p.state.buffers,
         )

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.data.pack import Row
 from loratune.ops.dropout import row_key
-from loratune.ops.products import choosing
 from loratune.training.objectives.objective import Objective, TokenBatch
 from loratune.training.objectives.sft import sft
 from loratune.training.recordings import Recordings
@@ -250,7 +249,6 @@ class GraphStep:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm, objective)
 
-    @choosing()
     def __call__(self, rows: Sequence[Row], upcoming: Sequence[Row] = (), *, key: int | None = None) -> StepResult:
         """One update from `rows`; must run inside `forward.installed()`.
 
@@ -263,13 +261,14 @@ class GraphStep:
         same = ahead is not None and len(rows) == len(ahead.rows) and all(map(operator.is_, rows, ahead.rows))
         prepared = ahead if ahead is not None and same else self._prepare(rows)
         assert self._buffers is not None
-        if len(rows) == 1:
-            self._buffers.send(prepared.buffers[0], row_key(key))
-            layout = prepared.layouts[0]
-            self._recordings.run("whole", layout, lambda: self._whole(layout))
-            self._free_gradients()
-        else:
-            self._several(prepared, self._buffers, key)
+        with self._forward.state.products.choosing():
+            if len(rows) == 1:
+                self._buffers.send(prepared.buffers[0], row_key(key))
+                layout = prepared.layouts[0]
+                self._recordings.run("whole", layout, lambda: self._whole(layout))
+                self._free_gradients()
+            else:
+                self._several(prepared, self._buffers, key)
         if upcoming and len(upcoming[0].tokens) == len(rows[0].tokens):
             self._ahead = self._prepare(upcoming)
         return StepResult.read(self._outcome, prepared.trained)

@@ -7,6 +7,7 @@ import torch
 
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention import flash
+from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.attention.documents import document_attention
 from loratune.ops.attention.recorded import RecordedAttention
 
@@ -30,26 +31,24 @@ def heads_of(heads, kv_heads, dim, dtype=BF16):
     return [tensor.transpose(0, 1)[None].detach().requires_grad_() for tensor in split]
 
 
-def run(q, k, v, lengths, window, incoming, empty=0):
-    """Output and the three gradients."""
+def run(q, k, v, lengths, window, incoming, empty=0, trials=None):
+    """Output and the three gradients; with FlashAttention 4 if `trials` of a forward are given."""
     ends = torch.tensor(lengths).cumsum(0).tolist()
     cu_seqlens = torch.tensor([0, *ends, *[ends[-1]] * empty], dtype=torch.int32, device="cuda")
     kernel = {} if q.dtype == torch.float64 else {"max_length_q": max(lengths)}
-    out, _ = document_attention(None, q, k, v, None, sliding_window=window, cu_seq_lens_q=cu_seqlens, **kernel)
+    kernel |= {"cu_seq_lens_q": cu_seqlens, "spans": DocumentSpans(cu_seqlens, trials)}
+    out, _ = document_attention(None, q, k, v, None, sliding_window=window, **kernel)
     return [out, *torch.autograd.grad(out, (q, k, v), incoming.to(out.dtype))]
 
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 2, 64), (4, 2, 256), (6, 3, 96), (3, 1, 40)])
 @pytest.mark.parametrize(("lengths", "empty"), [(EVEN, 0), (UNEVEN, 0), (UNEVEN, 3), ([1024], 0)])
-def test_no_farther_from_float64_than_the_kernels_it_stands_in_for(
-    monkeypatch, heads, kv_heads, dim, lengths, empty, window
-):
+def test_no_farther_from_float64_than_the_kernels_it_stands_in_for(heads, kv_heads, dim, lengths, empty, window):
     qkv = heads_of(heads, kv_heads, dim)
     incoming = torch.randn(1, 1024, heads, dim, device="cuda", dtype=BF16)
     exact = run(*(tensor.detach().double().requires_grad_() for tensor in qkv), lengths, window, incoming)
-    got = run(*qkv, lengths, window, incoming, empty)
-    monkeypatch.setattr(flash, "usable", lambda *_: False)
+    got = run(*qkv, lengths, window, incoming, empty, flash.FlashTrials())
     plain = run(*qkv, lengths, window, incoming, empty)
     for fast, slow, right in zip(got, plain, exact, strict=True):
         error, allowed = ((tensor.double() - right).norm() / right.norm() for tensor in (fast, slow))
@@ -58,13 +57,13 @@ def test_no_farther_from_float64_than_the_kernels_it_stands_in_for(
 
 def test_deterministic_algorithms_give_the_same_bits():
     qkv = heads_of(8, 2, 128)
-    incoming = torch.randn(1, 1024, 8, 128, device="cuda", dtype=BF16)
+    incoming, trials = torch.randn(1, 1024, 8, 128, device="cuda", dtype=BF16), flash.FlashTrials()
     torch.use_deterministic_algorithms(True)
     try:
         for lengths in (EVEN, UNEVEN):
-            first = run(*qkv, lengths, None, incoming)
+            first = run(*qkv, lengths, None, incoming, trials=trials)
             for _ in range(5):
-                again = run(*qkv, lengths, None, incoming)
+                again = run(*qkv, lengths, None, incoming, trials=trials)
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -113,20 +112,22 @@ def test_a_recording_is_replayed_over_other_borders(documents):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 8, 64), (8, 4, 256)])
 def test_it_is_found_to_agree_and_a_size_where_it_is_wrong_is_not(monkeypatch, heads, kv_heads, dim):
-    monkeypatch.setattr(flash, "_REFUSED", [])
-    device = torch.device("cuda", 0)
-    assert flash._agrees.__wrapped__(attention._pytorch, device, BF16, heads, kv_heads, dim)
-    assert not flash.why_not(device)
-    assert not flash._agrees.__wrapped__(attention._pytorch, device, BF16, 3, 1, 40)
-    assert len(flash.why_not(device)) == 1
+    trials, (query, key, _) = flash.FlashTrials(), heads_of(heads, kv_heads, dim)
+    assert trials.usable(query, key, attention._pytorch)
+    assert not trials.why_not(query.device)
+    monkeypatch.setattr(flash, "fits", lambda *_: True)
+    query, key, _ = heads_of(3, 1, 40)
+    assert not trials.usable(query, key, attention._pytorch)
+    assert len(trials.why_not(query.device)) == 1
 
 
 def test_attention_takes_it(monkeypatch):
     qkv = heads_of(4, 2, 64)
     incoming = torch.randn(1, 1024, 4, 64, device="cuda", dtype=BF16)
-    first, asked = run(*qkv, UNEVEN, None, incoming), []  # tried with such heads, too
+    trials, asked = flash.FlashTrials(), []
+    first = run(*qkv, UNEVEN, None, incoming, trials=trials)  # the trial has run now
     monkeypatch.setattr(flash, "attend", lambda *given, real=flash.attend: asked.append(given[4]) or real(*given))
-    run(*qkv, EVEN, 100, incoming)
-    again = run(*qkv, UNEVEN, None, incoming)
+    run(*qkv, EVEN, 100, incoming, trials=trials)
+    again = run(*qkv, UNEVEN, None, incoming, trials=trials)
     assert asked == [100, None]
     assert torch.equal(first[0], again[0])

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from loratune.ops import products
-from loratune.ops.products import choosing, mm
+from loratune.ops.products import ProductKernels
 
 pytestmark = pytest.mark.gpu
 
 N, K, M, ROOM = 768, 512, 1024, 64
 
 
-@pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch):
-    monkeypatch.setattr(products, "_chosen", {})
+@pytest.fixture
+def kernels():
+    """Kernels of a forward that has tried nothing yet."""
+    return ProductKernels()
 
 
 @pytest.fixture
@@ -44,21 +45,21 @@ KINDS = ["forward with a border", "forward", "backward", "into columns", "of col
 @pytest.mark.usefixtures("_whatever_it_takes")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_taken_is_as_near_as_the_usual_product(kind, dtype):
+def test_what_is_taken_is_as_near_as_the_usual_product(kernels, kind, dtype):
     a, b, out = operands(kind, dtype)
     wide = None if out is None else out._base.fill_(7)
-    with choosing():
-        mm(a, b, out)
-    assert [kernel is not None for kernel in products._chosen.values()] == [True]
+    with kernels.choosing():
+        kernels.mm(a, b, out)
+    assert [kernel is not None for kernel in kernels._chosen.values()] == [True]
     for _ in range(2):
         if out is not None:
             out.fill_(torch.nan)
         exact = a.double() @ b.double()
         usual = (a @ b - exact).norm()
-        assert (mm(a, b, out) - exact).norm() <= 1.01 * usual
+        assert (kernels.mm(a, b, out) - exact).norm() <= 1.01 * usual
         a.normal_()  # and on what it was not tried on
         b.normal_()
-    assert len(products._chosen) == 1
+    assert len(kernels._chosen) == 1
     assert wide is None or (wide[:, :M] == 7).all()
 
 
@@ -77,49 +78,49 @@ def test_every_candidate_without_a_workspace_gives_the_same_bits():
 
 
 @pytest.mark.usefixtures("_whatever_it_takes")
-def test_it_can_be_recorded():
+def test_it_can_be_recorded(kernels):
     a, b, _ = operands("backward", torch.bfloat16)
-    with choosing():
-        expected = mm(a, b).clone()
+    with kernels.choosing():
+        expected = kernels.mm(a, b).clone()
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        out = mm(a, b)
+        out = kernels.mm(a, b)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
 
 
 @pytest.mark.usefixtures("_whatever_it_takes")
-def test_trying_takes_no_memory_beyond_a_few_rows():
+def test_trying_takes_no_memory_beyond_a_few_rows(kernels):
     a, b, _ = operands("forward", torch.bfloat16)
     out = torch.empty(N, M, device="cuda", dtype=torch.bfloat16)
     torch.mm(a, b, out=out)  # PyTorch's own workspace
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with choosing():
-        mm(a, b, out)
+    with kernels.choosing():
+        kernels.mm(a, b, out)
     assert torch.cuda.max_memory_allocated() - before <= 1 << 16
     assert torch.cuda.memory_allocated() == before
 
 
-def test_what_is_not_tried_is_the_usual_product(monkeypatch):
+def test_what_is_not_tried_is_the_usual_product(kernels, monkeypatch):
     """Where nobody asks for it, where a run is to be the same each time, and where memory is not aligned."""
     a, b, _ = operands("forward", torch.bfloat16)
     monkeypatch.setattr(products, "_fastest", lambda *_: pytest.fail("tried"))
-    assert torch.equal(mm(a, b), a @ b)
-    with choosing():
+    assert torch.equal(kernels.mm(a, b), a @ b)
+    with kernels.choosing():
         odd = torch.randn(N, K + 3, device="cuda", dtype=torch.bfloat16)[:, 3:]
-        assert torch.equal(mm(odd, b), odd @ b)
+        assert torch.equal(kernels.mm(odd, b), odd @ b)
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         try:
-            assert torch.equal(mm(a, b), a @ b)
+            assert torch.equal(kernels.mm(a, b), a @ b)
         finally:
             torch.use_deterministic_algorithms(False)
 
 
-def test_a_product_too_small_stays_with_pytorch():
+def test_a_product_too_small_stays_with_pytorch(kernels):
     small = torch.randn(8, 8, device="cuda", dtype=torch.bfloat16)
-    with choosing():
-        assert torch.equal(mm(small, small), small @ small)
-    assert list(products._chosen.values()) == [None]
+    with kernels.choosing():
+        assert torch.equal(kernels.mm(small, small), small @ small)
+    assert list(kernels._chosen.values()) == [None]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CONSTANTS = {
-    "_narrow": {
+    "_down_project": {
         "TERMS_EACH": 256,
         "PIECES": 2,
         "TAIL": 1,
@@ -23,7 +23,7 @@ CONSTANTS = {
         "TERMS": 128,
     },
     "_gradients": {"ROWS_EACH": 256, "PIECES": 2, "ALIGNED": 1, "PAIRS": 6},
-    "_widen": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
+    "_up_project": {"MEMBERS": 3, "MOST": 64, "ROWS": 32, "COLUMNS": 128},
 }
 STAGES = 3
 LIMITS = [(90, 227), (89, 99)]
@@ -60,18 +60,24 @@ def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES, arch=90):
 
 
 def thin(name, drop, arch=90, **constants):
-    """A kernel of `ops.low_rank_kernels`."""
-    from loratune.ops import low_rank_kernels
+    """A kernel of `ops.low_rank_kernels` or `ops.low_rank_gradient_kernels`."""
+    from loratune.ops import low_rank_gradient_kernels, low_rank_kernels
     from loratune.ops.dropout import GOLDEN, LEVELS
 
     constants = CONSTANTS[name] | {"RANKS": 16, "DROP": drop, "GOLDEN": GOLDEN, "LEVELS": LEVELS} | constants
-    constants["thin_term" if drop else "thin_rank"] = 1  # Aᵀ, or B
+    constants["factor_term" if drop else "factor_rank"] = 1  # Aᵀ, or B
     kinds = KINDS | ({"out_ptr": "*fp32"} if name == "_gradients" else {})
     stages = STAGES
     if name == "_gradients":
         constants["PAIRS"] = 2 if drop else constants["PAIRS"]
-        constants["COLUMNS"], constants["ROWS"], stages = low_rank_kernels.TILES[constants["RANKS"]]
-    return compiled(getattr(low_rank_kernels, name), constants, kinds, num_stages=stages, arch=arch)
+        constants["COLUMNS"], constants["ROWS"], stages = low_rank_gradient_kernels.TILES[constants["RANKS"]]
+    return compiled(
+        getattr(low_rank_gradient_kernels if name == "_gradients" else low_rank_kernels, name),
+        constants,
+        kinds,
+        num_stages=stages,
+        arch=arch,
+    )
 
 
 def augmented(ranks, rows, scaled, arch=90):
@@ -80,8 +86,8 @@ def augmented(ranks, rows, scaled, arch=90):
     from loratune.precision import fp8_kernels
 
     terms, stages = fp8_kernels.TILES[scaled]
-    constants = CONSTANTS["_narrow"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
-    constants |= {"ROWS": low_rank_kernels.height(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
+    constants = CONSTANTS["_down_project"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
+    constants |= {"ROWS": low_rank_kernels.tile_rows(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
     return compiled(fp8_kernels._augment, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
 
 
@@ -106,7 +112,8 @@ def _multiplied(buffer, code):
 
 
 @pytest.mark.parametrize(
-    ("name", "drop"), [("_narrow", 0), ("_narrow", 1), ("_gradients", 0), ("_gradients", 1), ("_widen", 1)]
+    ("name", "drop"),
+    [("_down_project", 0), ("_down_project", 1), ("_gradients", 0), ("_gradients", 1), ("_up_project", 1)],
 )
 def test_a_kernel_reads_whole_vectors_ahead(name, drop):
     assert "cp.async.cg" in thin(name, drop).asm["ptx"], "the loads of the loop are not 16 bytes each, in advance"
@@ -119,7 +126,7 @@ def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
     """The height that a launch takes for so many rows."""
     from loratune.ops import low_rank_kernels
 
-    kernel = thin("_narrow", 0, COPY=int(copied), RANKS=ranks, ROWS=low_rank_kernels.height(rows))
+    kernel = thin("_down_project", 0, COPY=int(copied), RANKS=ranks, ROWS=low_rank_kernels.tile_rows(rows))
     assert not overtaken(kernel)
     assert ("wgmma" in kernel.asm["ptx"]) == (rows > 1024)
 
@@ -127,16 +134,17 @@ def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
 @pytest.mark.parametrize("ranks", [16, 32, 64])
 @pytest.mark.parametrize("drop", [0, 1])
 def test_nothing_overtakes_the_product_that_makes_gradients(drop, ranks):
-    from loratune.ops import low_rank_kernels
+    from loratune.ops import low_rank_gradient_kernels
 
-    assert not overtaken(thin("_gradients", drop, RANKS=ranks), low_rank_kernels.TILES[ranks][2])
+    assert not overtaken(thin("_gradients", drop, RANKS=ranks), low_rank_gradient_kernels.TILES[ranks][2])
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_nothing_overtakes_a_thin_product_with_dropout(ranks):
     from loratune.ops import low_rank_kernels
 
-    assert not overtaken(thin("_narrow", 1, COPY=1, RANKS=ranks, ROWS=low_rank_kernels.height(4096, hashed=True)))
+    rows = low_rank_kernels.tile_rows(4096, hashed=True)
+    assert not overtaken(thin("_down_project", 1, COPY=1, RANKS=ranks, ROWS=rows))
 
 
 @pytest.mark.parametrize(("arch", "limit"), LIMITS)
@@ -146,7 +154,8 @@ def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
 
     kernels = [thin("_gradients", drop, arch, RANKS=ranks) for drop in (0, 1)]
     kernels += [
-        thin("_narrow", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.height(4096)) for copy in (0, 1)
+        thin("_down_project", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.tile_rows(4096))
+        for copy in (0, 1)
     ]
     kernels += [augmented(ranks, 4096, scaled, arch) for scaled in (False, True)]
     assert max(kernel.metadata.shared for kernel in kernels) <= limit << 10
@@ -162,7 +171,7 @@ def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arc
     from loratune.ops.attention import capped_kernels
 
     names = ("_forward", "_queries_part", "_keys_part")
-    for name, tile in zip(names, capped_kernels._tiles(dim, roomy=arch == 90), strict=True):
+    for name, tile in zip(names, capped_kernels._tiles(dim, large=arch == 90), strict=True):
         kernel = getattr(capped_kernels, name)
         constants = {"CAP": True, "SINKS": True, "DIM": dim, "WIDTH": dim, "ROWS": tile.queries, "COLUMNS": tile.keys}
         signature, hints = {}, {}

@@ -11,12 +11,14 @@ MEMBERS = AdapterSlices([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 
 
 COMPARE = """
 import torch
-from loratune.ops import low_rank, low_rank_kernels
+from loratune.ops import low_rank, low_rank_gradient_kernels, low_rank_kernels
+from loratune.ops.buffers import KernelBuffers
 from loratune.ops.low_rank import GradientOperands
 from loratune.ops.dropout import dropout_key, row_key
 from tests.ops.test_low_rank import MEMBERS
 
 torch.manual_seed(0)
+buffers = KernelBuffers()
 
 def half(*shape):
     return torch.randn(*shape).to(torch.float16)
@@ -33,41 +35,41 @@ for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
         exact = wide.double() @ factor.double()
         for keep in (True, False):
             copy = torch.zeros(rows, terms + 3, dtype=torch.float16)
-            kept = low_rank_kernels.down_project(wide, factor, tail, keep, copy[:, :terms])
+            kept = low_rank_kernels.down_project(wide, factor, tail, keep, copy[:, :terms], buffers=buffers)
             assert torch.equal(copy[:, :terms], wide) and not copy[:, terms:].any()
             close(tail[:, :ranks], exact, "tail")
             close(kept, exact, "kept")
             assert (kept.data_ptr() == tail.data_ptr()) != keep
         assert not tail[:, ranks:].any() and torch.equal(whole[:, ranks + 5 :], behind)
-        close(low_rank_kernels.down_project(wide, factor), exact, "alone")
-assert not low_rank_kernels._counters(torch.device("cpu")).any()
+        close(low_rank_kernels.down_project(wide, factor, buffers=buffers), exact, "alone")
+assert not buffers.counters(torch.device("cpu")).any()
 
 for rows in (1, 130, 1100):
     x, dy = half(rows, 170 + 3)[:, :170], half(rows, 170)
     d_inner, inner = half(rows, 64), half(rows, 64)
     exact = low_rank.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), MEMBERS)
-    got = low_rank_kernels.gradients(x, d_inner, dy, inner, MEMBERS)
+    got = low_rank_gradient_kernels.gradients(x, d_inner, dy, inner, MEMBERS, buffers=buffers)
     for a, b in zip(got, exact, strict=True):
         assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
         close(a, b, "gradient")
-assert not low_rank_kernels._counters(torch.device("cpu")).any()
+assert not buffers.counters(torch.device("cpu")).any()
 
-narrow_one = low_rank.AdapterSlices([slice(0, 48)], [slice(0, 16)], [1.0])
+of_one = low_rank.AdapterSlices([slice(0, 48)], [slice(0, 16)], [1.0])
 for count in (2, 3, 4):  # in one launch, and one more than fit into it
     works = []
     for nth in range(count):
-        of = MEMBERS if nth == 1 else narrow_one
+        of = MEMBERS if nth == 1 else of_one
         d_in, d_out, total = 33 + 16 * nth, of.rows[-1].stop, of.ranks[-1].stop
         x = half(130, d_in + 3)[:, :d_in]
-        works.append(GradientOperands(x, half(130, total), half(130, d_out), half(130, 64), of))
-    together = low_rank_kernels.gradients_of(works)
+        works.append(GradientOperands(x, half(130, total), half(130, d_out), half(130, 64), of, None, buffers))
+    together = low_rank_gradient_kernels.gradients_of(works)
     assert len({gradients[0].untyped_storage().data_ptr() for gradients in together}) == (2 if count > 3 else 1)
     for got, work in zip(together, works, strict=True):
         exact = low_rank.gradients.__wrapped__(*(t.double() for t in work[:4]), work.members)
         for a, b in zip(got, exact, strict=True):
             assert a.shape == b.shape and a.is_contiguous() and a.dtype == torch.float32
             close(a, b, "gradient beside others")
-assert not low_rank_kernels._counters(torch.device("cpu")).any()
+assert not buffers.counters(torch.device("cpu")).any()
 
 places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one of them beyond what a program takes at once
 of_two = low_rank.AdapterSlices([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
@@ -76,29 +78,29 @@ for rows, first in ((35, 3), (130, 64)):
     wide, factor = half(rows, 260 + 9)[:, :260], half(91, 260 + 5)[:, :260]
     exact = low_rank.down_project.__wrapped__(wide.double(), factor.double().T, drops=drops)
     tail, copy = half(rows, 128), torch.zeros(rows, 260, dtype=torch.float16)
-    kept = low_rank_kernels.down_project(wide, factor.T, tail, copy=copy, drops=drops)
+    kept = low_rank_kernels.down_project(wide, factor.T, tail, copy=copy, drops=drops, buffers=buffers)
     close(kept, exact, "dropped")
     assert torch.equal(copy, wide) and torch.equal(tail[:, :91], kept) and not tail[:, 91:].any()
 
     inner = half(rows, 128)[:, :91]
     exact = low_rank.up_project.__wrapped__(inner.double(), factor.double(), drops)
-    close(low_rank_kernels.up_project(inner, factor, drops), exact, "widened")
+    close(low_rank_kernels.up_project(inner, factor, drops, buffers), exact, "widened")
 
     two = low_rank.AdapterDropout(drops.row, 0.3, [5, -5], of_two.ranks, first)
     x, dy, d_inner, inner = half(rows, 170), half(rows, 170), half(rows, 75), half(rows, 75)
     exact = low_rank.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), of_two, two)
-    for a, b in zip(low_rank_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
+    for a, b in zip(low_rank_gradient_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
         assert a.shape == b.shape
         close(a, b, "gradient behind dropout")
-    works = [GradientOperands(x, d_inner, dy, inner, of_two, two), GradientOperands(x, d_inner, dy, inner, of_two)]
-    for got, work in zip(low_rank_kernels.gradients_of(works), works, strict=True):
-        for a, b in zip(got, low_rank_kernels.gradients(*work), strict=True):
+    works = [GradientOperands(x, d_inner, dy, inner, of_two, d, buffers) for d in (two, None)]
+    for got, work in zip(low_rank_gradient_kernels.gradients_of(works), works, strict=True):
+        for a, b in zip(got, low_rank_gradient_kernels.gradients(*work), strict=True):
             assert torch.equal(a, b)
-works = [GradientOperands(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), narrow_one)] * 2
-apart = low_rank_kernels.gradients_of(works)  # so many rows that each fills a GPU
+works = [GradientOperands(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), of_one, None, buffers)] * 2
+apart = low_rank_gradient_kernels.gradients_of(works)  # so many rows that each fills a GPU
 assert torch.equal(apart[0][1], apart[1][1])
 assert apart[0][0].untyped_storage().data_ptr() != apart[1][0].untyped_storage().data_ptr()
-assert not low_rank_kernels._counters(torch.device("cpu")).any()
+assert not buffers.counters(torch.device("cpu")).any()
 """
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loratune.ops import products
-from loratune.ops.products import choosing, mm, stored
+from loratune.ops.products import ProductKernels, blas_layout
 
 WIDE = torch.arange(12.0 * 20).view(12, 20)
 
@@ -16,14 +16,14 @@ WIDE = torch.arange(12.0 * 20).view(12, 20)
 )
 def test_blas_sees_the_transpose(matrix):
     """What it finds in memory under that description, and transposes if told to, is the matrix transposed."""
-    found = stored(matrix)
+    found = blas_layout(matrix)
     in_memory = matrix.as_strided((found.rows, found.columns), (1, found.leading))
     assert torch.equal(in_memory.T if found.transposed else in_memory, matrix.T)
 
 
 def test_what_is_contiguous_neither_way_is_not_described():
-    assert stored(WIDE[:, ::2]) is None
-    assert stored(WIDE.new_zeros(1, 5).expand(3, 5)) is None
+    assert blas_layout(WIDE[:, ::2]) is None
+    assert blas_layout(WIDE.new_zeros(1, 5).expand(3, 5)) is None
 
 
 class Candidate:
@@ -72,7 +72,8 @@ def test_what_cannot_is_not_taken(monkeypatch):
 def test_on_a_cpu_it_is_the_usual_product():
     a, b = torch.randn(70, 80), torch.randn(90, 80).T
     out = torch.empty(70, 90)
-    with choosing():
-        assert torch.equal(mm(a, b), a @ b)
-        assert mm(a, b, out) is out
+    products = ProductKernels()
+    with products.choosing():
+        assert torch.equal(products.mm(a, b), a @ b)
+        assert products.mm(a, b, out) is out
     assert torch.equal(out, a @ b)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 
 from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.config import TrainConfig
 from loratune.data.pack import make_row
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.ops.dropout import dropout_key, row_key
+from loratune.training.optim import adamw
 from loratune.training.step import row_loss, train_step
 from tests.training.helpers import examples, loss_and_gradients, model_with_adapter, trainable
 
@@ -34,7 +37,7 @@ def forward_of(kind: str, seed: int, dropout: float = 0.3) -> PackedForward:
 def trained(forward: PackedForward, seed: int, barrier: threading.Barrier | None = None) -> list[torch.Tensor]:
     """Losses of five steps, and the adapter afterwards. With a barrier, every step starts together with the other."""
     parameters = list(trainable(forward.model).values())
-    optimizer = torch.optim.AdamW(parameters, 1e-2)
+    optimizer = adamw(parameters, TrainConfig(learning_rate=1e-2))
     losses = []
     with forward.installed():
         for step in range(5):
@@ -93,10 +96,14 @@ def test_a_backward_behind_the_key_drops_the_same_elements(kind):
     assert all(torch.equal(p.grad, expected[1][path]) for path, p in trainable(forward.model).items())
 
 
-def test_adapter_layers_have_no_state_after_the_forward_is_removed():
+def test_adapter_layers_have_a_state_of_their_own_outside_of_the_forward():
     forward = forward_of("modules", 0)
     layers = [module for module in forward.model.modules() if hasattr(module, "lora_A")]
+    own = [layer.state for layer in layers]
+    assert len(set(map(id, [*own, forward.state]))) == len(layers) + 1 > 1
     with forward.installed():
         assert all(layer.state is forward.state for layer in layers)
-    assert layers
-    assert all(layer.state is None for layer in layers)
+        twin = copy.deepcopy(forward.model)
+    assert all(layer.state is before for layer, before in zip(layers, own, strict=True))
+    states = [module.state for module in twin.modules() if hasattr(module, "lora_A")]
+    assert forward.state not in states  # a copied model trains by itself

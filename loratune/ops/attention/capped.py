@@ -1,18 +1,17 @@
-"""Attention with soft caps and sinks over one packed row on a GPU, as an operator of its own.
-
-FlashAttention knows neither, and the scores written out document by document (`ops.attention.documents.explicit`)
-must read the
-borders on the host, so that a step could not be one CUDA graph. The kernels (`ops.attention.capped_kernels`) read
-them on the device, as a table of what each position belongs to: one table for all layers, with a window or without.
+"""Attention with soft caps and sinks over one packed row on a GPU, as a PyTorch operator.
 
     soft cap   c tanh(s / c) on each score s
-    sinks      a softmax over the scores and one logit more, whose share goes nowhere
+    sinks      a softmax over the scores and one more logit, whose share is discarded
 
-It is an operator of PyTorch's, and not a bare autograd function, so that what watches operators sees it: `selective`
-keeps its output (`base.recompute`).
+FlashAttention supports neither. The reference (`ops.attention.documents.explicit`) reads the boundaries on the host,
+so a step with it could not be a CUDA graph. The kernels (`ops.attention.capped_kernels`) read the boundaries from a
+table on the device, one table for all layers, with or without a sliding window.
 
-FlexAttention would do the same, but inductor compiles it anew for each length of row. Source: soft caps, Gemma 2,
-arXiv:2408.00118; sinks, gpt-oss.
+It is a registered operator and not a bare autograd function because selective recomputation (`base.recompute`)
+recognises operators and saves their outputs. FlexAttention could compute the same, but inductor would compile it anew
+for each length of row.
+
+Sources: soft caps, Gemma 2, arXiv:2408.00118; sinks, gpt-oss.
 """
 
 from __future__ import annotations
@@ -22,20 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.ops.attention.flash import FlashTrials
+
 
 class DocumentSpans:
-    """Where the document of each position begins and ends, worked out when first asked for.
+    """Start and end of the document of each position, computed at first use.
 
-    One instance lives as long as one forward and its backward, and all layers share it.
+    All layers share one instance during one forward and its backward.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        """`cu_seqlens`: (documents + 1,) int32 starts of the documents and, last, T, perhaps several times."""
-        self._cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens: Tensor, flash: FlashTrials | None = None) -> None:
+        """Of one row.
+
+        Args:
+            cu_seqlens: (documents + 1,) int32 starts of the documents and, last, T, perhaps several times.
+            flash: of the forward (`ops.state`); None excludes FlashAttention 4.
+        """
+        self._cu_seqlens, self.flash = cu_seqlens, flash
         self._table: Tensor | None = None
 
     def table(self, tokens: int) -> Tensor:
-        """(2, T) int32: of each position, the first of its document and the first behind it."""
+        """(2, T) int32: start and end of the document of each position."""
         if self._table is None:
             position = torch.arange(tokens, dtype=torch.int32, device=self._cu_seqlens.device)
             end = torch.searchsorted(self._cu_seqlens, position, right=True)
@@ -57,11 +63,11 @@ def attend(
 
     Args:
         query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim), kv_heads dividing heads.
-        window, softcap, sinks: as in `ops.attention.documents.document_attention`; the sinks are frozen.
+        window, softcap, sinks: as in `ops.attention.documents.document_attention`; sinks are frozen.
         spans: of this row.
 
     Returns: (1, T, heads, head_dim), contiguous.
-    Memory: query, key, value, the output, and a float32 number for each position and head.
+    Memory: saves query, key, value, the output, and one float32 for each position and head.
     """
     parts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
@@ -96,4 +102,4 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_keep)
 
 OPERATOR = torch.ops.loratune.capped_attention.default
-"""What a dispatch mode sees of it."""
+"""The operator as a dispatch mode sees it."""

@@ -15,7 +15,6 @@ Source: Dao 2023, arXiv:2307.08691; the gradient through the cap c tanh(s / c) i
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -169,25 +168,23 @@ def _keys_part(
     _store(d_v_ptr + shared * DIM, d_v, at, d_token, tokens, COLUMNS, DIM, WIDTH)
 
 
-@functools.cache
-def _roomy(device: torch.device) -> bool:
-    """Whether a block has the shared memory of an H100 (227 KiB); most other cards have 99 or a little more."""
+def _large_shared_memory(device: torch.device) -> bool:
+    """True if a block has the shared memory of an H100, 227 KiB; most other GPUs have about 99 KiB."""
     if device.type != "cuda":
         return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    found: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return found >= 227 << 10
 
 
-def _tiles(width: int, roomy: bool) -> tuple[Tile, Tile, Tile]:
+def _tiles(width: int, large: bool) -> tuple[Tile, Tile, Tile]:
     """Those of the three kernels. `tests/ops/test_compile.py` holds that they fit the memory of a block."""
     if width <= 64:
         return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
     if width <= 128:
-        if roomy:
+        if large:
             return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)
         return Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)
-    if roomy:
+    if large:
         return Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)
     return Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
 
@@ -206,7 +203,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
     numbers = (tokens, window or tokens, heads // k.shape[1], scaling, softcap or 1.0)
     strides = (*(stride for tensor in (q, k, v) for stride in tensor.stride()[:2]), heads * dim)
     constants = {"CAP": softcap is not None, "DIM": dim, "WIDTH": width}
-    return _Launch(numbers, strides, constants, _tiles(width, _roomy(q.device)))
+    return _Launch(numbers, strides, constants, _tiles(width, _large_shared_memory(q.device)))
 
 
 def _of(tile: Tile) -> dict[str, int]:

@@ -1,19 +1,21 @@
-"""Attention by document over one packed row.
+"""Attention inside each document of a packed row.
 
-A packed row holds several documents end to end. Masking a full T x T product would be right but computes mostly
-what it throws away: with documents of 100 tokens in a row of 2,048, 95 % of it. So each document is attended on its
-own. The boundaries come as `cu_seq_lens_q`, the argument that transformers hands through to variable-length
-kernels, so a model needs no change: `register()` puts this function into transformers' public `AttentionInterface`
+A packed row holds several documents one after the other. Masking a full T x T product would be correct, but with
+documents of 100 tokens in a row of 2,048, 95 % of the scores are computed and discarded. So each document attends to
+itself alone. The boundaries arrive as `cu_seq_lens_q`, an argument that transformers passes on to variable-length
+kernels, so no model needs a change. `register()` adds this function to transformers' public `AttentionInterface`
 under the name `IMPLEMENTATION`.
 
-Source of the variants: sliding windows as in Mistral (a token sees itself and the `window - 1` before it), soft
-caps as in Gemma 2 (arXiv:2408.00118), attention sinks as in gpt-oss (a learned logit per head beside the keys).
+On a GPU nothing here may wait for the device, because a step is recorded as one CUDA graph. The boundaries stay on
+the device, and the fastest kernel that reads them there is used:
 
-On a GPU nothing here may wait for the device, or a step could not be one CUDA graph. So the borders stay there, and
-kernels that take them are used: FlashAttention 4 where it is installed (`ops.attention.flash`); else cuDNN's where
-all
-documents are of one length (its batch is then a view of the row), and PyTorch's FlashAttention otherwise; and our own
-(`ops.attention.capped`) for soft caps and sinks.
+    soft caps or sinks             our own (`ops.attention.capped`)
+    flash-attn-4 is installed      FlashAttention 4 (`ops.attention.flash`)
+    documents of one length        cuDNN's, whose batch is a view of the row
+    otherwise                      PyTorch's FlashAttention 2
+
+Sources: sliding windows as in Mistral (a token sees itself and the `window - 1` tokens before it); soft caps as in
+Gemma 2, arXiv:2408.00118; attention sinks as in gpt-oss, a learned logit per head beside the keys.
 """
 
 from __future__ import annotations
@@ -51,15 +53,15 @@ class RowBoundaries(TypedDict, total=False):
 
 
 def register() -> None:
-    """Makes `IMPLEMENTATION` known to transformers; may be called any number of times."""
+    """Registers `IMPLEMENTATION` with transformers. Repeated calls do nothing."""
     AttentionInterface.register(IMPLEMENTATION, document_attention)
 
 
 def keep_soft_caps(model: PreTrainedModel) -> None:
-    """Gives a model whose scores are capped an attention of its own that caps them.
+    """Selects transformers' eager attention for a model with soft caps.
 
-    PyTorch's knows no caps. Where it is asked for them transformers 5.17 leaves them out without a word, and it is
-    what that version gives Gemma 2 if nobody chooses; 5.23 refuses.
+    PyTorch's attention has no caps. With it transformers 5.17 silently ignores them, and selects it for Gemma 2 by
+    default; 5.23 raises an error.
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and model.config._attn_implementation == "sdpa":
@@ -91,34 +93,34 @@ def document_attention(
     Args:
         module: the attention layer, as transformers passes it (unused).
         query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim), kv_heads dividing heads.
-        attention_mask: None; the boundaries say it all.
+        attention_mask: None, because the boundaries define the mask.
         scaling: factor on the scores, 1/sqrt(head_dim) if None.
         dropout: probability on the attention weights.
-        sliding_window: tokens that a position sees, itself included; None for all before it.
+        sliding_window: tokens visible to a position, itself included; None for all before it.
         softcap: bound of the scores by tanh, or None.
         s_aux: (heads,) logits of the sinks, or None.
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
-        max_length_q: a bound of the documents' lengths, for the kernels of a GPU.
-        spans: of the same borders, made once for all layers; without, each layer makes its own where it needs them.
-        contained: that a document which is not finite leaves the others as they are, to the bit. FlashAttention 4
-            reads on behind a document's end, and adds zero times what it finds there.
+        max_length_q: upper bound of the documents' lengths, needed by GPU kernels.
+        spans: of the same boundaries, shared by all layers of a forward; without it each layer makes its own.
+        contained: a document that is not finite must leave the others unchanged to the bit. This excludes
+            FlashAttention 4, which reads past a document's end and adds zero times the values there.
         heard: receives the options that `module` passes, by module.
         position_bias: not supported.
 
-    Returns: (1, T, heads, head_dim), and None in place of the attention weights.
-    Raises: NotImplementedError: a position bias, or no boundaries; `base.forward` then takes another road.
+    Returns: (1, T, heads, head_dim), and None for the attention weights.
+    Raises: NotImplementedError: a position bias, a mask, or no boundaries; `base.forward` then tries another path.
     """
     if query.is_meta:
         return _on_meta(query, key, value, softcap, s_aux, cu_seq_lens_q, max_length_q), None
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
-        raise NotImplementedError("document_attention needs cu_seq_lens_q and knows no mask and no position bias")
+        raise NotImplementedError("document_attention needs cu_seq_lens_q; it takes no mask and no position bias")
     if heard is not None:
         heard[module] = AttentionOptions(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
         if softcap is None and s_aux is None:
-            newer = not contained and flash.usable(query, key, _pytorch)
-            run = flash.attend if newer else _pytorch
+            trials = None if spans is None or contained else spans.flash
+            run = flash.attend if trials is not None and trials.usable(query, key, _pytorch) else _pytorch
             return run(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
         if s_aux is None or not s_aux.requires_grad:
             spans = spans or DocumentSpans(cu_seq_lens_q)
@@ -154,8 +156,8 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _pytorch(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
-    """(1, T, heads, head_dim); a row whose documents are all as long as the longest has `longest * documents` = T."""
-    # `squeeze` and not `[0]`: the backward of an index is a tensor of zeros and a copy.
+    """(1, T, heads, head_dim). If `longest * documents` is T, all documents have that length."""
+    # `squeeze` and not `[0]`: the backward of an index allocates zeros and copies.
     total, documents = query.shape[2], cu_seqlens.shape[0] - 1
     even, windowed = longest * documents == total, window is not None and window < longest
     if even and not windowed and query.shape[-1] <= 128:
@@ -168,7 +170,7 @@ def _pytorch(
             )
         return out.transpose(1, 2).reshape(1, total, *out.shape[1:2], out.shape[-1])
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    # The operator behind torch.nn.attention.varlen, whose own signature differs between versions of PyTorch.
+    # The operator behind torch.nn.attention.varlen; the signature of that module differs between PyTorch versions.
     bounds = {"cum_seq_q": cu_seqlens, "cum_seq_k": cu_seqlens, "max_q": longest, "max_k": longest}
     reach = {"window_size_left": window - 1, "window_size_right": 0} if windowed and window is not None else {}
     attended: Tensor = torch.ops.aten._flash_attention_forward(
@@ -188,19 +190,17 @@ def _one_by_one(
     sinks: Tensor | None,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """(1, T, heads, head_dim), document by document."""
+    """(1, T, heads, head_dim), one document at a time: the reference."""
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # its backward takes a quarter of the time
+    # On a CPU, the backward in float32 takes a quarter of the time.
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    # `split` rather than slices: its backward is one concatenation, that of a slice a row-sized tensor of zeros.
+    # `split` and not slices: its backward is one concatenation, the backward of a slice allocates a row of zeros.
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
         if softcap is not None or sinks is not None:
@@ -224,7 +224,7 @@ def explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of one document written out, where no kernel has what is asked; (1, heads, n, head_dim)."""
+    """Attention of one document written out, for soft caps and sinks; (1, heads, n, head_dim)."""
     scores = (q @ k.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

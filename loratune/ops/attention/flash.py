@@ -1,9 +1,12 @@
-"""FlashAttention 4, where somebody has installed it: attention written for Hopper, on documents of any length.
+"""FlashAttention 4, if it is installed: attention written for Hopper GPUs, on documents of any length.
 
 PyTorch's variable-length kernel is FlashAttention 2, written for the generation before, and cuDNN's takes documents
 of one length only. `pip install 'loratune[flash]'` brings the package flash-attn-4 (Dao-AILab/flash-attention,
-`flash_attn.cute`): half of the former's time, and 5 to 15 % less than the latter's (benchmarks/NOTES.md). It compiles
-a kernel when it is first asked for one, three seconds each, and keeps it on disk.
+`flash_attn.cute`). It takes half the time of FlashAttention 2 and 5 to 15 % less than cuDNN (benchmarks/NOTES.md).
+It compiles each kernel at its first use, three seconds each.
+
+The package is young and compiles on the user's machine, and some of its kernels were seen to be wrong without an
+error. So each kind of heads has a trial against PyTorch's kernel before it is used (`FlashTrials`).
 """
 
 from __future__ import annotations
@@ -11,10 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import os
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -23,71 +23,78 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _CAPABILITY = 9
-"""Of the GPUs that it was tried on. It has kernels for later ones too."""
+"""Compute capability of the GPUs on which it was tested; the package has kernels for later ones too."""
 _HEADS = (64, 96, 128, 256)
-"""Sizes of heads that it was tried with (tests/gpu/test_flash_gpu.py). Version 4.0.0b36 takes 40 and is wrong."""
+"""Head sizes tested in tests/gpu/test_flash_gpu.py. Version 4.0.0b36 accepts 40 and is wrong."""
 _AGREES = 0.03
-"""Relative difference of two kernels in half precision that counts as the same; ten times what it is."""
-_REFUSED: list[str] = []
-"""Why it was not taken where it could have been."""
+"""Relative difference below which two kernels in half precision agree; ten times the usual difference."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, float, int | None, Tensor, int], Tensor]
-"""With the signature of `attend`."""
+"""A function with the signature of `attend`."""
 
 
 @functools.cache
-def _found() -> tuple[ModuleType | None, str | None]:
-    """The package; or None, and if it is installed what keeps it from being used, in one line."""
+def _package() -> tuple[ModuleType | None, str | None]:
+    """The package, or None and the reason if it is installed but cannot be imported."""
     try:
         importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         return None, None
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # both are read when it is imported
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(home) / "loratune" / "flash_attention"))
-        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # its compiler, about each of its kernels
         return importlib.import_module("flash_attn.cute"), None
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # native code, and others' versions of it
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # native code, or other versions of it
         return None, f"flash-attn-4 is installed but cannot be imported, so slower attention runs: {error!r:.200}"
 
 
 def fits(device: torch.device, head_dim: int) -> bool:
-    """Whether it is installed, for such a GPU and heads of this size."""
-    return head_dim in _HEADS and _is_hopper(device) and _found()[0] is not None
-
-
-def usable(query: Tensor, key: Tensor, plain: Attention) -> bool:
-    """Whether it is to be had for heads like these, of 2 bytes an element on a GPU, and to be trusted with them.
-
-    Args:
-        query, key: as in `attend`.
-        plain: what it stands in for, and must agree with.
-    """
-    device, heads, dim = query.device, query.shape[1], query.shape[-1]
-    return fits(device, dim) and _agrees(plain, device, query.dtype, heads, key.shape[1], dim)
-
-
-def why_not(device: torch.device) -> list[str]:
-    """Lines for a person who has installed it for this GPU in vain."""
-    broken = _found()[1] if _is_hopper(device) else None
-    return [*([] if broken is None else [broken]), *_REFUSED]
+    """True if the package is installed, and tested on such a GPU with heads of this size."""
+    return head_dim in _HEADS and _is_hopper(device) and _package()[0] is not None
 
 
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == _CAPABILITY
 
 
-@functools.cache
-def _agrees(plain: Attention, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
-    """Whether it gives what `plain` gives on a row of three documents; if not it is refused, and says so.
+class FlashTrials:
+    """Kinds of heads that FlashAttention 4 was tried on, with the outcome. One instance for each forward."""
 
-    It is young, compiled for each kind of heads on the machine itself, and was seen to be wrong without a word.
-    """
+    def __init__(self) -> None:
+        self._refusals: dict[tuple[object, ...], str | None] = {}
+        """(device, dtype, heads, kv_heads, head_dim) -> None, or the reason not to use it."""
+
+    def usable(self, query: Tensor, key: Tensor, plain: Attention) -> bool:
+        """True if it can run on heads like these and agrees with `plain`; the first call for a kind runs the trial.
+
+        Args:
+            query, key: as in `attend`, 2 bytes an element, on a GPU.
+            plain: the kernel that it replaces.
+        """
+        device, heads, kv_heads, dim = query.device, query.shape[1], key.shape[1], query.shape[-1]
+        if not fits(device, dim):
+            return False
+        kind = device, query.dtype, heads, kv_heads, dim
+        if kind not in self._refusals:
+            self._refusals[kind] = disagreement(plain, device, query.dtype, heads, kv_heads, dim)
+        return self._refusals[kind] is None
+
+    def why_not(self, device: torch.device) -> list[str]:
+        """Reasons why an installed flash-attn-4 is not used on this GPU, one line each."""
+        broken = _package()[1] if _is_hopper(device) else None
+        refusals = [
+            f"flash-attn-4 is installed but is not used, so slower attention runs: {why}"
+            for why in self._refusals.values()
+            if why is not None
+        ]
+        return refusals if broken is None else [broken, *refusals]
+
+
+def disagreement(
+    plain: Attention, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
+) -> str | None:
+    """Compares `attend` with `plain` on a row of three documents: None if they agree, else the reason."""
     found: list[list[Tensor]] = []
-    why = None
     try:
-        # Whoever asks for attention first may be in any mode, and have hooks (`ops.attention.recorded`).
+        # The first caller may be in inference mode or have hooks of its own (`ops.attention.recorded`).
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             generator = torch.Generator(device).manual_seed(0)
             like: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
@@ -99,16 +106,14 @@ def _agrees(plain: Attention, device: torch.device, dtype: torch.dtype, heads: i
                 query, key, value = (tensor.requires_grad_() for tensor in qkv)
                 out = run(query, key, value, dim**-0.5, None, ends, 130)
                 found.append([out, *torch.autograd.grad(out, (query, key, value), incoming)])
-    except Exception as error:  # noqa: BLE001 (compilers and native code fail in as many ways as there are)
+    except Exception as error:  # noqa: BLE001 (compilers and native code raise errors of any class)
         why = f"{error!r:.200}"
     else:
         off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
-        if not off < _AGREES:
-            why = f"it is {off:.1g} from what PyTorch's kernel gives"
-    if why is not None:
-        kind = f"with {heads} and {kv_heads} heads of {dim}"
-        _REFUSED.append(f"flash-attn-4 is installed but is not used, so slower attention runs: {kind}, {why}")
-    return why is None
+        if off < _AGREES:
+            return None
+        why = f"it is {off:.1g} from what PyTorch's kernel gives"
+    return f"with {heads} and {kv_heads} heads of {dim}, {why}"
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -118,17 +123,18 @@ def _same(tensor: Tensor) -> Tensor:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, cu_seqlens: Tensor, longest: int
 ) -> Tensor:
-    """Causal attention inside each document of a row.
+    """Causal attention inside each document of a packed row.
 
     Args:
         query, key, value: (1, heads of each, T, head_dim).
-        window: tokens that a position sees, itself included; None for all before it.
-        cu_seqlens: (documents + 1,) int32 starts of the documents and, last, T.
-        longest: a bound of the documents' lengths; `longest * documents` = T says that all are of that length.
+        scaling: factor on the scores.
+        window: tokens visible to a position, itself included; None for all before it.
+        cu_seqlens: (documents + 1,) int32 boundaries of the documents, on the device.
+        longest: upper bound of the documents' lengths. If `longest * documents` is T, all have that length.
 
     Returns: (1, T, heads, head_dim).
     """
-    package, _ = _found()
+    package, _ = _package()
     assert package is not None
     asked: dict[str, Any] = {
         "softmax_scale": scaling,

@@ -31,7 +31,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: int) -> Tensor:
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         kernel = _OnCpu
-    out: Tensor = kernel.apply(query, key, value, documents)  # type: ignore[no-untyped-call]
+    out: Tensor = kernel.apply(query, key, value, documents)
     return out
 
 

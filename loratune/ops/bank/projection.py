@@ -40,6 +40,7 @@ from loratune.ops.dispatch import wide
 from loratune.ops.dropout import keep_mask, row_key
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Activation, LinkedActivation, PaddedActivation, ProjectionBackward
+from loratune.ops.state import ForwardState
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,8 @@ class BankProjection:
     pad_columns: int = 0
     measure_x: None = None
     measure_dy: None = None
+    state: ForwardState = field(default_factory=ForwardState)
+    """Of the forward that this projection is part of."""
 
     def with_dropout(self, row: Tensor) -> BankProjection:
         """Unchanged: the segments hold each slot's dropout."""
@@ -154,10 +157,10 @@ class BankProjection:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, d_in) -> output (N, D), and drop(x) Aᵀ, (N, members * max_rank)."""
         if not self.pool.segments:
-            return self.frozen.forward(x, self.bias), None
+            return self.frozen.forward(x, self.bias, mm=self.state.products.mm), None
         low_rank = thin_forward(self, x)
         onto = None if self.defers_output else wide_forward(self, low_rank)
-        return self.frozen.forward(x, self.bias, onto), low_rank
+        return self.frozen.forward(x, self.bias, onto, self.state.products.mm), low_rank
 
     def backward(self, dy: Tensor) -> BankBackward:
         """Starts the backward for dy, (N, D)."""
@@ -178,8 +181,8 @@ class BankBackward:
         """(N, d_in)"""
         p = self.projection
         if self.d_low_rank is None or p.defers_d_input:
-            return p.frozen.d_input(self.dy)
-        return p.frozen.d_input(self.dy, wide_backward(p, self.d_low_rank))
+            return p.frozen.d_input(self.dy, mm=p.state.products.mm)
+        return p.frozen.d_input(self.dy, wide_backward(p, self.d_low_rank), p.state.products.mm)
 
     def d_adapters(self, x: Tensor, low_rank: Tensor | None) -> list[Tensor]:
         """Adds the gradients to the pool. Returns the gradient of `Pool.entry`, which has no elements."""

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune.errors import ConfigError, nearest
-from loratune.tables import FORMATS, PRECISIONS
+from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS
 from loratune.units import bytes_of
 
 if TYPE_CHECKING:
     DataFormat = str
 else:
     DataFormat = Literal["auto", *FORMATS]
+
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[*OBJECTIVES]
 
 TrainOn = Literal["assistant", "last", "all"]
 DensePrecision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -136,6 +141,8 @@ class DataConfig:
 class TrainConfig:
     """The optimisation: AdamW on the adapter, warm-up and schedule, evaluation, checkpoints."""
 
+    objective: ObjectiveName = "sft"
+    """Loss to minimise: sft, the negative log-likelihood of the trained tokens."""
     learning_rate: float | Literal["auto"] = 2e-4
     """Peak learning rate; "auto" tries several on the first part of the data and uses the best."""
     lr_scheduler_type: Schedule = "cosine"

@@ -18,6 +18,11 @@ FORMATS: dict[str, str] = {
 }
 """Record formats (`loratune.data.record.RecordFormat`). If a record fits several, the first one counts."""
 
+OBJECTIVES: dict[str, str] = {
+    "sft": "loratune.training.objectives.sft:sft",
+}
+"""Training objectives (`loratune.training.objectives.Objective`)."""
+
 PRECISIONS: dict[str, str] = {
     "nf4": "loratune.precision.nf4_format:Nf4Format",
     "fp8": "loratune.precision.fp8_format:Fp8Format",

@@ -23,7 +23,7 @@ from pathlib import Path
 from loratune.base.forward import PackedForward
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import Row
-from loratune.errors import LoratuneError
+from loratune.errors import ConfigError, LoratuneError
 from loratune.lora.files import PREFIX, read_tensors
 from loratune.many.bank import Bank
 from loratune.many.graph import step_of
@@ -32,6 +32,7 @@ from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.loop import CheckpointSaved, Ended, peak_memory_bytes
+from loratune.training.objectives import objective_named
 from loratune.training.objectives.objective import Objective
 from loratune.training.objectives.sft import sft
 from loratune.training.step import HeldOutSums, StepResult
@@ -216,6 +217,8 @@ class Jobs:
                     yield job.name, event
 
     def _start(self, job: Job, slot: int) -> _RunningJob:
+        if objective_named(job.training.objective) != self._objective:
+            raise ConfigError(f"objective {job.training.objective}: all jobs of a bank share one objective")
         course = Course(job.rows, job.training)
         self._bank.place(slot, job.lora, job.training.seed)
         self._step.join(slot, job.training)

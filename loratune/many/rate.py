@@ -29,6 +29,7 @@ from loratune.many.bank import Bank
 from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Job, Jobs
 from loratune.training.course import Course, Evaluated, Rows
+from loratune.training.objectives import objective_named
 from loratune.training.step import evaluate_loss
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -83,6 +84,7 @@ def choose_rate(
     short = replace(
         training, max_steps=steps, eval_every_steps=steps, early_stopping_patience=None, optim="adamw", log_to=[]
     )
+    objective = objective_named(training.objective)
     tokens = row_tokens(model.device, [tokens_per_row] * len(RATES))
     try:
         at_once = slots_that_fit(model, [Bank.size_of(model, lora)] * len(RATES), tokens)
@@ -93,8 +95,8 @@ def choose_rate(
     try:
         forward = prepare(model)
         with forward.installed():  # no row is set: the base alone
-            base_loss = evaluate_loss(forward, measured).loss
-        jobs = Jobs(forward, bank, tokens)
+            base_loss = evaluate_loss(forward, measured, objective).loss
+        jobs = Jobs(forward, bank, tokens, objective=objective)
         for rate in RATES:
             jobs.add(Job(f"{rate:g}", lora, replace(short, learning_rate=rate), Rows(rows.of_epoch, measured)))
         losses = dict.fromkeys(RATES, math.nan)

@@ -42,6 +42,7 @@ from loratune.sweep.plan import PlannedJob, SweepPlan
 from loratune.training import checkpoint
 from loratune.training.course import Course, Rows
 from loratune.training.loop import Ended, peak_memory_bytes
+from loratune.training.objectives import objective_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,8 @@ class _SweepRun:
         """Runs every job to its end, or until `stop` says so."""
         jobs = [self._job(job) for job in self._going.values()]
         tokens = _row_tokens(self._model, self._going.values())
-        pool = Jobs(forward, bank, tokens, self._stop)
+        objective = objective_named(self._plan.jobs[0].config.training.objective)
+        pool = Jobs(forward, bank, tokens, self._stop, objective)
         yield Ready(
             self._plan.jobs,
             tuple(self._data[job.name].course.total_steps for job in self._plan.jobs),

@@ -25,8 +25,7 @@ from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Course, Evaluated, Reason, Rows, StepDone
 from loratune.training.graph import GraphStep
-from loratune.training.objectives.objective import Objective
-from loratune.training.objectives.sft import sft
+from loratune.training.objectives import objective_named
 from loratune.training.optim import never_updated, optimizer_of, set_rate
 from loratune.training.step import HeldOut, StepResult, evaluate_loss, train_step
 
@@ -77,13 +76,13 @@ class Loop:
     """Folder for checkpoints; None writes none."""
     stop: Callable[[], bool] = lambda: False
     """Called after every step; True saves and ends the run."""
-    objective: Objective = sft
 
     def __post_init__(self) -> None:
         self._course = Course(self.rows, self.config)
+        self._objective = objective_named(self.config.objective)
         self._optimizer = optimizer_of(self.parameters.values(), self.config)
         self._graph = GraphStep.for_device(
-            self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm, self.objective
+            self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm, self._objective
         )
         self._saved_step: int | None = None
         self._evaluate_alone = False
@@ -183,7 +182,7 @@ class Loop:
             list(self.parameters.values()),
             self._optimizer,
             max_grad_norm=self.config.max_grad_norm,
-            objective=self.objective,
+            objective=self._objective,
             # A document that runs alone does not know its position in the row, so torch's generator draws dropout.
             key=None if self.forward.path == "per document" else key,
         )
@@ -197,7 +196,7 @@ class Loop:
         if self._graph is not None and self._evaluate_alone:
             self._graph.free_memory()
         try:
-            return evaluate_loss(self.forward, self.rows.held_out, self.objective)
+            return evaluate_loss(self.forward, self.rows.held_out, self._objective)
         except torch.OutOfMemoryError:
             if self._graph is None or self._evaluate_alone:
                 raise

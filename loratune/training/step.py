@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from loratune.training.objectives.objective import Objective, Terms, TokenBatch
 from loratune.training.objectives.sft import sft
 
 
+@runtime_checkable
 class StepOptimizer(Protocol):
     """The update that ends a step."""
 
@@ -191,7 +192,7 @@ def train_step(
     forward: PackedForward,
     rows: Sequence[Row],
     parameters: Sequence[nn.Parameter],
-    optimizer: StepOptimizer,
+    optimizer: StepOptimizer | torch.optim.Optimizer,
     *,
     max_grad_norm: float,
     objective: Objective = sft,
@@ -204,7 +205,7 @@ def train_step(
     Args:
         rows: the micro-steps of this step.
         parameters: the parameters of `optimizer`; their gradients are None afterwards.
-        optimizer: one of `training.optim`; wrap any other in `HostClipped`.
+        optimizer: one of `training.optim`, or any of PyTorch.
         max_grad_norm: 0 turns clipping off.
         key: dropout key of the step, from `ops.dropout.dropout_key`; None draws from torch's generator.
     """
@@ -216,6 +217,7 @@ def train_step(
         with forward.state.dropout(None if key is None else row_key(key, position, device)):
             outcome[0] += accumulate(forward, on_device, objective, lambda terms: total_of(terms) / normaliser)
         position += len(row.tokens)
+    optimizer = optimizer if isinstance(optimizer, StepOptimizer) else HostClipped(optimizer)
     finish_step(optimizer, max_grad_norm, outcome)
     for parameter in parameters:
         parameter.grad = None

@@ -41,6 +41,7 @@ OTHERS = {
         "eval_fraction": 0.5,
     },
     "training": {
+        "objective": "other",
         "learning_rate": 1.0,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.5,

@@ -10,7 +10,7 @@ from loratune.data.pack import make_row
 from loratune.ops.dropout import dropout_key
 from loratune.training.graph import GraphStep
 from loratune.training.optim import JointAdamW, adamw
-from loratune.training.step import HostClipped, train_step
+from loratune.training.step import train_step
 from tests.training.helpers import NaN, config, examples, model_with_adapter, trainable
 
 
@@ -73,7 +73,7 @@ def test_the_same_row_is_dropped_anew_in_each_step_and_micro_step():
     assert fuse(forward)
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
-    resting = HostClipped(torch.optim.SGD(parameters, lr=0.0))
+    resting = torch.optim.SGD(parameters, lr=0.0)
 
     def losses(rows, keys):
         with forward.installed():

@@ -8,7 +8,7 @@ import torch
 from loratune.base.forward import prepare
 from loratune.data.pack import make_row
 from loratune.training.optim import adamw
-from loratune.training.step import HostClipped, evaluate_loss, train_step
+from loratune.training.step import evaluate_loss, train_step
 from tests.conftest import CAUSAL
 from tests.training.helpers import NaN, config, examples, model_with_adapter, trainable
 
@@ -94,7 +94,7 @@ def test_clipping_is_by_global_norm():
     parameters = trainable(model)
     forward = prepare(model)
     settings = config()
-    optimizer = HostClipped(torch.optim.SGD(parameters.values(), lr=1.0))
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     before = {path: p.detach().clone() for path, p in parameters.items()}
     with forward.installed():
         result = train_step(forward, [row], list(parameters.values()), optimizer, max_grad_norm=1e-3)

@@ -122,14 +122,15 @@ def of_passes(width: int, mlp: int, heads: tuple[int, int], tokens: int) -> list
     )  # fmt: skip
     parts = [random(tokens, count, 128) for count in (heads[0], heads[1], heads[1])]
     cos, sin = random(tokens, 128), random(tokens, 128)
+    spec, split = layer.NormSpec(weight, 1e-6), layer.HeadSpec(*heads, 128, 128)
     found: list[dict[str, object]] = []
     for function, arguments, scaled in (
-        (layer.rms_norm, (x, weight, 1e-6), 0),
-        (layer.add_rms_norm, (x, y, weight, 1e-6), 0),
-        (layer.rms_norm_backward, (y, z, x, weight, 1e-6), width),
-        (layer.swiglu, (gate_up,), 0),
-        (layer.swiglu_backward, (gate_up, d_active), 2 * mlp),
-        (layer.rotate_backward, (*parts, cos, sin, None, None, 0.0), 128 * (heads[0] + 2 * heads[1])),
+        (layer.norm, (x, spec), 0),
+        (layer.add_norm, (x, y, spec), 0),
+        (layer.norm_backward, (y, z, x, spec), width),
+        (layer.gated, (gate_up, "silu"), 0),
+        (layer.gated_backward, (gate_up, d_active, "silu"), 2 * mlp),
+        (layer.rotate_heads_backward, (*parts, cos, sin, None, split), 128 * (heads[0] + 2 * heads[1])),
     ):
         asked = Measure(torch.ones(scaled, device="cuda", dtype=BF16) if scaled else None)
         call: Callable[..., object] = function

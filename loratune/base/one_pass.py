@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from loratune.fused.formulas import LARGE, NormForm, activation_kind, is_hooked, is_same, norm_form, result_of_copy
 from loratune.ops import passes
+from loratune.ops.layer import ActivationKind, NormSpec
 
 
 class OnePassNorm(nn.Module):
     """Replaces an RMS norm with a frozen weight."""
 
     _base: tuple[nn.Module]  # in a tuple, so that nn.Module does not register it as a child
-    _eps: float
-    _weight: Tensor
+    _spec: NormSpec
 
     @classmethod
     def from_base(cls, base: nn.Module, form: NormForm) -> OnePassNorm:
@@ -33,25 +33,24 @@ class OnePassNorm(nn.Module):
         norm = cls.__new__(cls)
         norm.__dict__.update(base.__dict__)
         weight = base.get_parameter("weight").detach()
-        norm._base, norm._eps = (base,), form.eps
-        norm._weight = weight if form.round_first else weight.float() + form.offset
+        norm._base, norm._spec = (base,), form.spec(weight)
         return norm
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """(..., d) -> (..., d). The original answers calls with further arguments, such as a gate."""
         if more or named or x.dtype != self.weight.dtype:
             return self._base[0](x, *more, **named)
-        return passes.rms_norm(x, self._weight, self._eps)
+        return passes.norm(x, self._spec)
 
 
 class OnePassMlp(nn.Module):
     """Replaces down(activation(gate(x)) * up(x)), where gate and up may be one projection."""
 
     _base: tuple[nn.Module]
-    _kind: passes.Kind
+    _kind: ActivationKind
 
     @classmethod
-    def from_base(cls, base: nn.Module, kind: passes.Kind) -> OnePassMlp:
+    def from_base(cls, base: nn.Module, kind: ActivationKind) -> OnePassMlp:
         """The replacement of `base`, which has that activation."""
         mlp = cls.__new__(cls)
         mlp.__dict__.update(base.__dict__)
@@ -123,7 +122,7 @@ def norm_replacement(module: nn.Module) -> OnePassNorm | None:
 
 
 @torch.no_grad()
-def gated_kind(module: nn.Module) -> passes.Kind | None:
+def gated_kind(module: nn.Module) -> ActivationKind | None:
     """The activation of an MLP that computes down(activation(gate(x)) * up(x)) and nothing else, or None."""
     names = {name for name, child in module._modules.items() if child is not None}
     shapes = next((shapes for shapes in (_SEPARATE, _PACKED) if set(shapes) <= names), None)

@@ -97,15 +97,16 @@ def test_passes_leave_what_is_measured_in_what_they_wrote_and_write_what_they_di
     def factors(count):
         return Measure(2.0 ** torch.randint(-14, -8, (count,), device="cuda").to(BF16))
 
-    plain = Measure()
+    plain, spec, split = Measure(), layer.NormSpec(weight, 1e-6), layer.HeadSpec(32, 32, 128, 128)
+    normed = layer.HeadSpec(32, 32, 128, 128, norm=layer.NormSpec(table, 1e-6))
     for function, arguments, width_of, asked, at in (
-        (layer.rms_norm, (x, weight, 1e-6), width, plain, 0),
-        (layer.add_rms_norm, (x, y, weight, 1e-6), width, plain, 1),
-        (layer.rms_norm_backward, (y, z, x, weight, 1e-6), width, factors(width), 0),
-        (layer.swiglu, (gate_up,), mlp, plain, 0),
-        (layer.swiglu_backward, (gate_up, d_active), 2 * mlp, factors(2 * mlp), 0),
-        (layer.rotate_backward, (*parts, cos, sin, None, None, 0.0), heads * 128, factors(heads * 128), 0),
-        (layer.rotate_backward, (*parts, cos, sin, before, table, 1e-6), heads * 128, factors(heads * 128), 0),
+        (layer.norm, (x, spec), width, plain, 0),
+        (layer.add_norm, (x, y, spec), width, plain, 1),
+        (layer.norm_backward, (y, z, x, spec), width, factors(width), 0),
+        (layer.gated, (gate_up, "silu"), mlp, plain, 0),
+        (layer.gated_backward, (gate_up, d_active, "silu"), 2 * mlp, factors(2 * mlp), 0),
+        (layer.rotate_heads_backward, (*parts, cos, sin, None, split), heads * 128, factors(heads * 128), 0),
+        (layer.rotate_heads_backward, (*parts, cos, sin, before, normed), heads * 128, factors(heads * 128), 0),
     ):
         with_measure, without = function(*arguments, PAD_COLUMNS, asked), function(*arguments)
         with_measure, without = (r if isinstance(r, tuple) else (r,) for r in (with_measure, without))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,32 +210,45 @@ def test_head_and_loss(scale, softcap):
         assert_as_good(a, b, c, (scale, softcap))
 
 
+def doubled(value):
+    """An argument of a pass in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, layer.NormSpec):
+        return replace(value, weight=value.weight.double())
+    if isinstance(value, layer.HeadSpec) and value.norm is not None:
+        return replace(value, norm=doubled(value.norm))
+    return value
+
+
 def test_elementwise_passes():
     torch.manual_seed(3)
     x, y, z = (torch.randn(777, 1024, device="cuda", dtype=BF16) for _ in range(3))
     weight = torch.rand(1024, device="cuda", dtype=BF16) + 0.5
-    heads = x.view(777, 16, 64)
+    x_heads = x.view(777, 16, 64)
     cos, sin = (torch.rand(777, 64, device="cuda", dtype=BF16) for _ in range(2))
-    table = weight.view(16, 64)[:12]
+    spec = layer.NormSpec(weight, 1e-6)
+    heads = layer.HeadSpec(8, 4, 64, 64)
+    normed = replace(heads, norm=layer.NormSpec(weight.view(16, 64)[:12], 1e-6))
     split = y.view(777, 16, 64).split([8, 4, 4], 1)
     for function, arguments in (
-        (layer.rms_norm, (x, weight, 1e-6)),
-        (layer.rms_norm, (x, weight, 1e-6, 64)),
-        (layer.add_rms_norm, (x, y, weight, 1e-6, 64)),
-        (layer.rms_norm_backward, (y, z, x, weight, 1e-6, 64)),
-        (layer.swiglu, (x, 64)),
-        (layer.swiglu_backward, (x, y[:, :512].contiguous(), 64)),
-        (layer.rotate, (heads, cos, sin, 12, None, 0.0)),
-        (layer.rotate, (heads, cos, sin, 12, table, 1e-6)),
-        (layer.rotate_backward, (*split, cos, sin, None, None, 0.0, 64)),
-        (layer.rotate_backward, (*split, cos, sin, heads, table, 1e-6)),
+        (layer.norm, (x, spec)),
+        (layer.norm, (x, spec, 64)),
+        (layer.add_norm, (x, y, spec, 64)),
+        (layer.norm_backward, (y, z, x, spec, 64)),
+        (layer.gated, (x, "silu", 64)),
+        (layer.gated_backward, (x, y[:, :512].contiguous(), "silu", 64)),
+        (layer.rotate_heads, (x_heads, cos, sin, heads)),
+        (layer.rotate_heads, (x_heads, cos, sin, normed)),
+        (layer.rotate_heads_backward, (*split, cos, sin, None, heads, 64)),
+        (layer.rotate_heads_backward, (*split, cos, sin, x_heads, normed)),
     ):
         reference = function.__wrapped__
-        exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
-        slow = reference(*arguments)
+        exact = reference(*map(doubled, arguments))
+        slow = reference(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
         fast = function(*arguments)  # last: it may work in place
         for got, plain, true in zip(*(r if isinstance(r, tuple) else (r,) for r in (fast, slow, exact)), strict=True):
-            meant = true != 0  # where a row has room the reference has zeros, and the kernel what it found there
+            meant = true != 0  # padding columns of the kernel are undefined; the reference's are zero
             assert_as_good(got[meant], plain[meant], true[meant], function.__name__)
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from loratune.ops import layer
+from loratune.ops.layer import IDENTITY, HeadSpec, NormSpec
 from loratune.ops.measure import LEAST, MOST, PAD_COLUMNS, PIECES, Measure, behind, measured, scales, upward
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.fp8_rows import E4M3, adapter_factors, quantise_augmented
+from tests.ops.twins import compare, needs_triton
 
 
 def off(got, exact):
@@ -69,24 +71,81 @@ def test_the_bound_costs_the_products_nothing(outlier, size):
     assert off(ours, exact) <= 1.1 * off(theirs, exact)
 
 
-def test_passes_leave_what_measured_finds():
+def test_passes_store_the_statistics_of_their_rows():
     torch.manual_seed(0)
-    x, y, weight, scale = torch.randn(5, 96), torch.randn(5, 96), torch.rand(96), 2.0 ** torch.randint(-3, 3, (96,))
-    cos, sin, heads = torch.rand(5, 16), torch.rand(5, 16), torch.randn(5, 6, 16)
+    x, y, scale = torch.randn(5, 96), torch.randn(5, 96), 2.0 ** torch.randint(-3, 3, (96,))
+    cos, sin, rows = torch.rand(5, 16), torch.rand(5, 16), torch.randn(5, 6, 16)
+    spec, heads = NormSpec(torch.rand(96), 1e-6), HeadSpec(2, 2, 16, 16)
     plain, scaled = Measure(), Measure(scale)
     for padded, width, measure in (
-        (layer.rms_norm(x, weight, 1e-6, PAD_COLUMNS, plain), 96, plain),
-        (layer.add_rms_norm(x, y, weight, 1e-6, PAD_COLUMNS, plain)[1], 96, plain),
-        (layer.rms_norm_backward(y, x, x, weight, 1e-6, PAD_COLUMNS, scaled)[0], 96, scaled),
-        (layer.swiglu(x, PAD_COLUMNS, plain), 48, plain),
-        (layer.swiglu_backward(x, y[:, :48], PAD_COLUMNS, scaled)[0], 96, scaled),
-        (
-            layer.rotate_backward(*heads.split(2, 1), cos, sin, None, None, 0.0, PAD_COLUMNS, Measure(scale)),
-            96,
-            scaled,
-        ),
+        (layer.norm(x, spec, PAD_COLUMNS, plain), 96, plain),
+        (layer.norm(x, IDENTITY, PAD_COLUMNS, plain), 96, plain),
+        (layer.add_norm(x, y, spec, PAD_COLUMNS, plain)[1], 96, plain),
+        (layer.post_norm_add_norm(x, y, spec, spec, PAD_COLUMNS, plain)[1], 96, plain),
+        (layer.norm_backward(y, x, x, spec, PAD_COLUMNS, scaled)[0], 96, scaled),
+        (layer.post_norm_backward(y, x, spec, 1.0, PAD_COLUMNS, scaled), 96, scaled),
+        (layer.gated(x, "silu", PAD_COLUMNS, plain), 48, plain),
+        (layer.gated_backward(x, y[:, :48], "silu", PAD_COLUMNS, scaled)[0], 96, scaled),
+        (layer.activation(x, "gelu", PAD_COLUMNS, plain), 96, plain),
+        (layer.activation_backward(x, y, "gelu", PAD_COLUMNS, scaled)[0], 96, scaled),
+        (layer.rotate_heads_backward(*heads.split(rows), cos, sin, None, heads, PAD_COLUMNS, scaled), 96, scaled),
     ):
         assert padded.shape[1] == width + PAD_COLUMNS
         found = behind(padded, width)
         assert found.shape[1] == 2 * PIECES
         assert torch.equal(found, measured(padded[:, :width].contiguous(), measure))
+
+
+COMPARE = """
+import torch
+from loratune.ops import activation_kernels, layer, measure, norm_kernels, rotary_kernels
+from loratune.ops.layer import IDENTITY, HeadSpec, NormSpec
+
+torch.manual_seed(0)
+
+def half(*shape):
+    return torch.randn(*shape).half()
+
+def check(got, width, asked):
+    found, expected = measure.behind(got, width), measure.measured(got[:, :width], asked)
+    assert torch.equal(found[:, :measure.PIECES].amax(1), expected[:, 0])
+    squares = found[:, measure.PIECES:].sum(1)
+    torch.testing.assert_close(squares, expected[:, measure.PIECES], rtol=1e-5, atol=0)
+
+def both(kernels, name, at, width, asked, *arguments):
+    for module in (kernels, layer):
+        out = getattr(module, name)(*arguments, measure.PAD_COLUMNS, asked)
+        check(out[at] if isinstance(out, tuple) else out, width, asked)
+
+def factors(width):
+    return measure.Measure((2.0 ** torch.randint(-3, 3, (width,))).bfloat16())
+
+plain = measure.Measure()
+x, y, spec = half(5, 96), half(5, 96), NormSpec(half(96), 1e-6)
+both(norm_kernels, "norm", 0, 96, plain, x, spec)
+both(norm_kernels, "norm", 0, 96, plain, x, IDENTITY)
+both(norm_kernels, "add_norm", 1, 96, plain, x, y, spec)
+both(norm_kernels, "post_norm_add_norm", 1, 96, plain, x, y, spec, spec)
+both(norm_kernels, "norm_backward", 0, 96, factors(96), y, half(5, 100)[:, :96], x, spec)
+both(norm_kernels, "norm_backward", 0, 96, plain, y, half(5, 100)[:, :96], x, spec)
+both(norm_kernels, "post_norm_backward", 0, 96, factors(96), y, x, spec, 1.0)
+for width in (70, 5000):  # one program and three
+    gate_up, d_out = half(5, 2 * width), half(5, width)
+    both(activation_kernels, "gated", 0, width, plain, gate_up, "silu")
+    both(activation_kernels, "gated_backward", 0, 2 * width, factors(2 * width), gate_up, d_out, "silu")
+    both(activation_kernels, "activation", 0, width, plain, d_out, "gelu")
+    both(activation_kernels, "activation_backward", 0, width, factors(width), d_out, d_out, "gelu")
+for dim, rotary in ((16, 16), (24, 8)):
+    for total in (7, 300):  # with 300, more than 16 programs would take 18 heads each
+        query, d_key = total - 4, half(5, 9, dim)[:, 3:5]
+        cos, sin, parts = half(5, rotary), half(5, rotary), (half(5, query, dim), d_key, half(5, 2, dim))
+        for norm in (None, NormSpec(half(total - 2, dim), 1e-6)):
+            heads, x = HeadSpec(query, 2, dim, rotary, norm=norm), half(5, total, dim)
+            asked = factors(total * dim)
+            both(rotary_kernels, "rotate_heads_backward", 0, total * dim, asked, *parts, cos, sin, x, heads)
+"""
+
+
+@needs_triton
+def test_kernels_store_the_statistics_of_their_rows():
+    compare(COMPARE)

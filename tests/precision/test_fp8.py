@@ -144,7 +144,7 @@ def test_an_adapter_of_high_rank_is_added_afterwards():
 COMPARE = """
 import torch
 from loratune.precision import fp8, fp8_kernels, fp8_rows
-from loratune.ops import layer_kernels as kernels, layer, measure
+from loratune.ops import measure
 from loratune.precision.fp8_kernels import AdapterTensors, RefreshAll
 from loratune.precision.fp8_projection import Fp8Projection
 from loratune.ops.projection import StackedAdapters
@@ -223,40 +223,6 @@ for both_ways in (False, True):
         same(a.augmented, b.augmented)
         if both_ways:
             same(a.transposed, b.transposed)
-
-# The passes leave what `measured` finds in what they wrote.
-def half(*shape):
-    return torch.randn(*shape).half()
-
-def check(got, width, asked):
-    found, expected = measure.behind(got, width), measure.measured(got[:, :width], asked)
-    most, squares = found[:, :measure.PIECES].amax(1), found[:, measure.PIECES:].sum(1)
-    assert torch.equal(most, expected[:, 0])
-    torch.testing.assert_close(squares, expected[:, measure.PIECES], rtol=1e-5, atol=0)
-
-def both(name, at, width, asked, *arguments):
-    outs = [getattr(module, name)(*arguments, measure.PAD_COLUMNS, asked) for module in (kernels, layer)]
-    got, reference = (out[at] if isinstance(out, tuple) else out for out in outs)
-    check(got, width, asked)
-    check(reference, width, asked)
-
-def factors(width):
-    return measure.Measure((2.0 ** torch.randint(-3, 3, (width,))).bfloat16())
-
-plain = measure.Measure()
-x, y, weight = half(5, 96), half(5, 96), half(96)
-both("rms_norm", 0, 96, plain, x, weight, 1e-6)
-both("add_rms_norm", 1, 96, plain, x, y, weight, 1e-6)
-both("rms_norm_backward", 0, 96, factors(96), y, half(5, 100)[:, :96], x, weight, 1e-6)
-both("rms_norm_backward", 0, 96, plain, y, half(5, 100)[:, :96], x, weight, 1e-6)
-for width in (70, 5000):  # one program and three
-    both("swiglu", 0, width, plain, half(5, 2 * width))
-    both("swiglu_backward", 0, 2 * width, factors(2 * width), half(5, 2 * width), half(5, width))
-for heads in (7, 300):  # 300: more than 16 programs would take 18
-    q, k, cos, sin, table = heads - 4, 2, half(5, 16), half(5, 16), half(heads - 2, 16)
-    for norm in (None, table):
-        parts = half(5, q, 16), half(5, 9, 16)[:, 3:5], half(5, 2, 16)
-        both("rotate_backward", 0, heads * 16, factors(heads * 16), *parts, cos, sin, half(5, heads, 16), norm, 1e-6)
 """
 
 

@@ -293,7 +293,7 @@ def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
     """swiglu(gate_up + the low-rank part); (N, 2 m), as a `p` that leaves its output gave it -> (N, m)."""
     if p.pool.tables is not None:
         return p.pool.tables.swiglu(p, gate_up, inner)  # type: ignore[no-any-return]
-    return layer.swiglu(gate_up + wide_forward(p, inner))
+    return layer.gated(gate_up + wide_forward(p, inner), "silu")
 
 
 def swiglu_backward(
@@ -307,7 +307,7 @@ def swiglu_backward(
     """
     if p.pool.tables is not None:
         return p.pool.tables.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)  # type: ignore[no-any-return]
-    return layer.swiglu_backward(gate_up + wide_forward(p, inner), d_active + wide_backward(after, d_inner))
+    return layer.gated_backward(gate_up + wide_forward(p, inner), d_active + wide_backward(after, d_inner), "silu")
 
 
 def _pieces(p: BankProjection) -> Iterator[tuple[Segment, int, Part, tuple[slice, slice]]]:

@@ -30,7 +30,6 @@ KNOWN: set[str] = {
     "loratune.ops.bank.kernels -> loratune.ops.bank.projection -> loratune.ops.bank.kernels",
     "loratune.ops.bank.kernels -> loratune.ops.bank.swiglu_kernels -> loratune.ops.bank.kernels",
     "loratune.ops.host._ROOMS is changed",
-    "loratune.ops.layer is too long",
 }
 
 

@@ -24,11 +24,8 @@ ALLOWED = {
 }
 
 KNOWN: set[str] = {
-    "class Settings",
     "loratune.memory.budget._layer is cached",
     "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction",
-    "loratune.ops.bank.kernels -> loratune.ops.bank.projection -> loratune.ops.bank.kernels",
-    "loratune.ops.bank.kernels -> loratune.ops.bank.swiglu_kernels -> loratune.ops.bank.kernels",
     "loratune.ops.host._ROOMS is changed",
 }
 

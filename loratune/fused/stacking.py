@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from loratune.lora.contract import BankSum, LowRankSum, fusion_of
-from loratune.ops.bank.projection import BankProjection, Pool, linked
+from loratune.ops.bank.pool import BankPool
+from loratune.ops.bank.projection import BankProjection, linked
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Activation, LinkedActivation, PaddedActivation, Projection, StackedAdapters
 from loratune.ops.state import ForwardState
@@ -34,7 +35,7 @@ class Copies:
     copies: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     """Factor of each copy: 1 for A, the scaling for B."""
-    pool: Pool | None = None
+    pool: BankPool | None = None
     """The bank's, if the layers hold one; it has working copies of its own, made when a row is set."""
     state: ForwardState = field(default_factory=ForwardState)
     """Of the forward that runs the layers."""
@@ -197,14 +198,14 @@ def _bank_sum(member: nn.Module) -> BankSum | None:
 def _bank_projection(members: Sequence[nn.Module], copies: Copies) -> BankProjection:
     """`projection_of` for layers of a bank, without adapter columns: each token has low-rank columns of its own."""
     weight = _stack(members, copies, 0)
-    lanes, rows, row = [], [], 0
+    layers, rows, row = [], [], 0
     for member in members:
         end = row + linear.frozen_of(member).shape[0]
         found = _bank_sum(member)
         if found is not None:
-            lanes.append(found.lane)
+            layers.append(found.layer)
             rows.append(slice(row, end))
             copies.pool = found.pool
         row = end
     assert copies.pool is not None
-    return BankProjection(weight, _bias(members, weight), copies.pool, lanes, rows, state=copies.state)
+    return BankProjection(weight, _bias(members, weight), copies.pool, layers, rows, state=copies.state)

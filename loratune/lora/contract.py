@@ -19,7 +19,7 @@ from typing import ClassVar, Final, Self
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratune.ops.bank.projection import Lane, Pool
+from loratune.ops.bank.pool import BankLayer, BankPool
 from loratune.precision.linear import QuantisedLinear
 
 
@@ -47,8 +47,8 @@ class LowRankSum:
 class BankSum:
     """The layer's entry in a bank: each token of a row gets the low-rank sum of its own slot."""
 
-    lane: Lane
-    pool: Pool
+    layer: BankLayer
+    pool: BankPool
 
 
 class NoAdapter:

@@ -43,7 +43,8 @@ from loratune.lora.select import Selection, Target, select
 from loratune.lora.state import Adapter, Adapters, LayerWeights, find, install, master_dtype, uninstall
 from loratune.lora.switch import set_module
 from loratune.lora.variants import variant_of
-from loratune.ops.bank.projection import BankProjection, Lane, Part, Pool, Segment, bank_linear
+from loratune.ops.bank.pool import BankLayer, BankPool, Segment, SlotWeights
+from loratune.ops.bank.projection import BankProjection, bank_linear
 from loratune.ops.dropout import layer_salt
 from loratune.precision.linear import QuantisedLinear, frozen_of
 
@@ -56,18 +57,18 @@ _BLOCK = 64
 class BankedLayer(AdaptedLayer):
     """A layer that computes its base and adds the updates of all slots of a bank."""
 
-    lane: Lane
-    pool: Pool
+    bank_layer: BankLayer
+    pool: BankPool
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out); each segment of the row with its own slot's update."""
         bias = cast("Tensor | None", self._parameters.get("bias"))
-        rows = [slice(0, self.lane.d_out)]
-        return bank_linear(input, BankProjection(frozen_of(self), bias, self.pool, [self.lane], rows))
+        rows = [slice(0, self.bank_layer.d_out)]
+        return bank_linear(input, BankProjection(frozen_of(self), bias, self.pool, [self.bank_layer], rows))
 
     def fusion(self) -> Fusion:
         """The low-rank sum of each token's own slot."""
-        return BankSum(self.lane, self.pool)
+        return BankSum(self.bank_layer, self.pool)
 
 
 class BankedLinear(BankedLayer, nn.Linear):
@@ -100,7 +101,7 @@ class Bank:
     """Slots for adapters on one model. Made by `attach`."""
 
     def __init__(
-        self, model: nn.Module, pool: Pool, layers: dict[str, BankedLayer], paths: dict[str, tuple[str, ...]]
+        self, model: nn.Module, pool: BankPool, layers: dict[str, BankedLayer], paths: dict[str, tuple[str, ...]]
     ) -> None:
         self._model, self._layers, self._paths = model, layers, paths
         self.pool = pool
@@ -135,12 +136,12 @@ class Bank:
         max_rank = max(target.r for selection in selections for target in selection.targets)
         if first.device.type == "cuda":
             max_rank = -(-max_rank // 16) * 16
-        pool = Pool(starts, len(targets), max_rank, master_dtype(first), first)
+        pool = BankPool(starts, len(targets), max_rank, master_dtype(first), first)
         model.requires_grad_(False)
         layers: dict[str, BankedLayer] = {}
         for index, target in enumerate(targets):
             layer = layers[target.path] = _BANKED[target.kind].from_base(target.base)
-            layer.lane, layer.pool = Lane(index, layer_salt(target.path), *target.features), pool
+            layer.bank_layer, layer.pool = BankLayer(index, layer_salt(target.path), *target.features), pool
             set_module(model, target.paths, layer)
         return cls(model, pool, layers, {target.path: target.paths for target in targets})
 
@@ -181,7 +182,7 @@ class Bank:
         weights, gradients = self.master(slot), self.gradient(slot)
         for at in layout:
             (A, B), (dA, dB) = _views(weights, at), _views(gradients, at)
-            self._layers[at.path].lane.parts[slot] = Part(A, B, dA, dB, at.scaling)
+            self._layers[at.path].bank_layer.parts[slot] = SlotWeights(A, B, dA, dB, at.scaling)
         self.load(slot, {name: parameter.detach() for name, parameter in fresh.parameters().items()})
         self._update_tables(slot)
 
@@ -191,7 +192,7 @@ class Bank:
         self.master(slot).zero_()
         self.gradient(slot).zero_()
         for layer in self._layers.values():
-            layer.lane.parts.pop(slot, None)
+            layer.bank_layer.parts.pop(slot, None)
         self._configs[slot], self._layouts[slot], self.pool.dropout[slot] = None, (), 0.0
         self._update_tables(slot)
 
@@ -259,7 +260,7 @@ class Bank:
 
     def prepare_row(self, segments: Sequence[Segment]) -> Tensor | None:
         """The tables that `set_row` sends to the device. May be made while another row runs. None on a CPU."""
-        return None if self.pool.tables is None else self.pool.tables.lay_row(self.pool, segments)
+        return None if self.pool.tables is None else self.pool.tables.prepare_row(self.pool, segments)
 
     def set_row(self, segments: Sequence[Segment], prepared: Tensor | None = None) -> None:
         """Sets the slots that the tokens of the next row belong to; without segments the model computes the base.
@@ -325,7 +326,7 @@ class Bank:
 
     def _update_tables(self, slot: int) -> None:
         if self.pool.tables is not None:
-            self.pool.tables.set_slot(self.pool, slot, [layer.lane for layer in self._layers.values()])
+            self.pool.tables.set_slot(self.pool, slot, [layer.bank_layer for layer in self._layers.values()])
 
 
 def _linear_selection(model: nn.Module, config: LoraConfig) -> Selection:

@@ -26,8 +26,8 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.many.bank import Bank
 from loratune.many.step import BankStep, MicroStep, extend, join_micro_steps, segment_of_documents
-from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
-from loratune.ops.bank.projection import Segment
+from loratune.ops.bank.adamw import IDLE, SlotUpdate, bank_adamw
+from loratune.ops.bank.pool import Segment
 from loratune.training.checkpoint import MOMENTS
 from loratune.training.graph import RowBuffers, RowLayout, layout_for
 from loratune.training.objectives.objective import Objective, Terms
@@ -193,11 +193,11 @@ class BankGraph:
         self._table.copy_(self._host_table[queued.buffer], non_blocking=True)
         self._owners.copy_(self._host_owners[queued.buffer], non_blocking=True)
 
-    def _settings_of(self, slot: int, rates: Mapping[int, float]) -> Settings:
+    def _settings_of(self, slot: int, rates: Mapping[int, float]) -> SlotUpdate:
         if slot not in rates:
             return IDLE
         config, step = self._jobs[slot].config, self._jobs[slot].steps + 1
-        return Settings(
+        return SlotUpdate(
             due=1.0,
             rate=rates[slot],
             beta1=config.adam_beta1,

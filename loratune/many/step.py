@@ -23,7 +23,7 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import ConfigError, ModelError
 from loratune.many.bank import Bank
-from loratune.ops.bank.projection import Segment
+from loratune.ops.bank.pool import Segment
 from loratune.training.checkpoint import MOMENTS
 from loratune.training.objectives.objective import Objective, Terms
 from loratune.training.objectives.sft import sft

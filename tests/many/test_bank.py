@@ -17,7 +17,7 @@ from loratune.lora.inject import attach, detach, trainable_parameters
 from loratune.many.bank import Bank
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention.documents import document_attention
-from loratune.ops.bank.projection import Segment
+from loratune.ops.bank.pool import Segment
 from loratune.ops.dropout import dropout_key, row_key
 from loratune.training.step import row_loss
 from tests.conftest import build

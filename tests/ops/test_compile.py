@@ -223,12 +223,12 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
 def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side):
     from loratune.ops.bank import kernels as bank_kernels
 
-    kernel = bank_kernels._outer
-    constants = {"SIDE": side, "RANK": ranks, "BLOCK": bank_kernels.BLOCK, "WIDTH": bank_kernels.OUTER["width"]}
+    kernel = bank_kernels._add_gradients
+    constants = {"SIDE": side, "RANK": ranks, "BLOCK": bank_kernels.BLOCK, "WIDTH": bank_kernels.GRADIENTS["width"]}
     constants |= bank_kernels.CONSTANTS
     pointers = {"gradient_ptr": "*fp32", "entries_ptr": "*i64", "scaling_ptr": "*fp32", "keep_ptr": "*fp32"}
     pointers |= {"blocks_ptr": "*i32", "starts_ptr": "*i32"}
-    assert not overtaken(compiled(kernel, constants, pointers, bank_kernels.OUTER["num_warps"]))
+    assert not overtaken(compiled(kernel, constants, pointers, bank_kernels.GRADIENTS["num_warps"]))
 
 
 OF_FP8 = {

@@ -1,11 +1,11 @@
-"""AdamW on all slots of a bank at once, each with settings, clipping and fate of its own.
+"""AdamW on all slots of a bank at once, each with its own settings, clipping and finite check.
 
     norm_s = |gradient_s|        g = gradient_s / max(1, norm_s / max_norm_s)        p, m, v <- AdamW(g)
 
-Only slots that are due are touched. One whose loss or norm is not finite keeps its weights and moments; the gradient
-of every slot that is due is zero afterwards. Whatever differs between slots and steps is a number in a table, so that
-one recorded launch serves every mixture. Plain PyTorch here, slot by slot, is the reference; a GPU runs its twin in
-`ops.bank.kernels`: two passes over what is due, whatever the number of slots.
+Only slots that update now are touched. A slot whose loss or norm is not finite keeps its weights and moments. The
+gradient of every slot that updates is zero afterwards. Everything that differs between slots and steps is a number in
+a table, so one recorded launch serves every mixture. Plain PyTorch here, slot by slot, is the reference. On a GPU its
+twin in `ops.bank.kernels` takes two passes, whatever the number of slots.
 
 Source: Loshchilov and Hutter 2017, arXiv:1711.05101, in the order of operations of `torch.optim.AdamW`.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from loratune.ops.dispatch import with_kernel
 
 
-class Settings(NamedTuple):
+class SlotUpdate(NamedTuple):
     """One slot's row of the table, (slots, 9) float32."""
 
     due: float
@@ -38,8 +38,8 @@ class Settings(NamedTuple):
     """sqrt(1 - beta2 ** t)"""
 
 
-IDLE = Settings(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
-"""Of a slot that is not due."""
+IDLE = SlotUpdate(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
+"""A slot that does not update now."""
 
 
 def _on_gpu(master: Tensor, *_: object) -> bool:
@@ -53,17 +53,17 @@ def bank_adamw(
     gradient: Tensor,
     moments: tuple[Tensor, Tensor],
     starts: Tensor,
-    room: int,
+    capacity: int,
     settings: Tensor,
     losses: Tensor,
 ) -> Tensor:
-    """Clips and updates the slots that are due, in place.
+    """Clips and updates the slots whose `due` is 1, in place.
 
     Args:
         master, gradient, moments: (P,) each.
-        starts: (slots + 1,) int64, where each slot's slice begins, and P.
-        room: elements of the largest slice.
-        settings: (slots, 9), rows of `Settings`.
+        starts: (slots + 1,) int64, start of each slot's slice, and P.
+        capacity: elements of the largest slice.
+        settings: (slots, 9), rows of `SlotUpdate`.
         losses: (slots,) of the steps that end now.
     Returns: (slots,) norms before clipping; 0 where no update was due.
     """

@@ -1,19 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""Triton twins of the three products of a bank (`ops.bank.projection`), and the tables on the device that they read.
+"""Triton twins of the three products of a bank (`ops.bank.projection`), and the device tables that they read.
 
-A row is divided into blocks of `BLOCK` tokens, each of one slot, and a program works on tokens of one block: it looks
-up the slot, where its weights lie and how high its rank is, and touches nothing else. So one launch serves every
-mixture of adapters, and a recorded launch serves those to come: joining, leaving and another division of the row are
-numbers in tables whose addresses do not change. Low-rank parts read or write a wide operand once and multiply little,
-so what counts is that each is read once, by enough programs at a time; sums are in float32.
+A row is divided into blocks of `BLOCK` tokens, each of one slot, and a program works on tokens of one block. It looks
+up the slot, the offsets of its weights and its rank, and touches nothing else. So one launch serves every mixture of
+adapters, and a recorded launch serves later ones: joining, leaving and another division of the row are numbers in
+tables whose addresses do not change. Low-rank parts read or write a wide operand once and multiply little, so they
+are bound by memory; sums are in float32.
 
-    block   slot, position in the slot's step, key (two halves), dropped of 2^24; and, apart from the block itself,
-            the nth block in the order of the slots, which is how the gradients go through a row
+    block   slot, position in the slot's step, key (two halves), dropped of 2^24; and, independent of the block
+            itself, the nth block in the order of the slots, in which the gradients go through a row
     slot    first of its blocks in that order; 1 / (1 - dropout)
-    entry   of a lane and a slot: rank, offsets of A and of B transposed in the pool; scaling
+    entry   of a layer and a slot: rank, offsets of A and of B transposed in the pool; scaling
 
-The gradient of a slot is made by one program for each tile of columns, which goes through the slot's blocks in their
-order: no atomics, the same bits in every run.
+The gradient of a slot is made by one program for each tile of columns, which goes through the slot's blocks in order:
+no atomics, the same bits in every run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from loratune.ops.dropout import GOLDEN, LEVELS, halves, threshold
 from loratune.ops.dropout_kernels import hashed, keeps
 
 if TYPE_CHECKING:
-    from loratune.ops.bank.projection import BankProjection, Lane, Pool, Segment
+    from loratune.ops.bank.pool import BankLayer, BankPool, Segment
+    from loratune.ops.bank.projection import BankProjection
 
 BLOCK = 64
 _MAX_BLOCKS = 1 << 14
@@ -42,13 +43,13 @@ _A, _B = 1, 2
 """Columns of an entry: the offsets of the two factors."""
 
 
-OF_LAYERS = ["lane0", "lane1", "lane2", "salt0", "salt1", "salt2"]
-"""Arguments whose values are those of one layer, for none of which a kernel is to be compiled apart."""
+OF_LAYERS = ["layer0", "layer1", "layer2", "salt0", "salt1", "salt2"]
+"""Arguments that differ between layers; a kernel is not compiled again for their values."""
 
 
 @triton.jit
 def kept(block_ptr, token, feature, salt, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
-    """(tokens, features): which elements dropout keeps; `token` counts within the block."""
+    """(tokens, features) mask of the elements that dropout keeps; `token` counts within the block."""
     position, low, high = tl.load(block_ptr + 1) + token, tl.load(block_ptr + 2), tl.load(block_ptr + 3) ^ salt
     return keeps(hashed(position, low, high), feature, tl.load(block_ptr + 4), GOLDEN, LEVELS)
 
@@ -59,10 +60,10 @@ def _of(member, first, second, third):
 
 
 @triton.jit(do_not_specialize=OF_LAYERS)
-def _thin(
+def _down(
     wide_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
     tokens, slots, max_rank, wide_stride, out_stride,
-    lane0, lane1, lane2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
+    layer0, layer1, layer2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
     SIDE: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +74,7 @@ def _thin(
     member, chunk = tl.program_id(1) // chunks, tl.program_id(1) % chunks
     slot = tl.load(block_ptr)
     if slot >= 0:
-        entry = _of(member, lane0, lane1, lane2) * slots + slot
+        entry = _of(member, layer0, layer1, layer2) * slots + slot
         rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
         if chunk * RANK < rank:
             width, column = _of(member, width0, width1, width2), _of(member, column0, column1, column2)
@@ -101,16 +102,16 @@ def _thin(
 
 
 @triton.jit(do_not_specialize=OF_LAYERS)
-def _wide(
-    inner_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
-    tokens, slots, max_rank, inner_stride, out_stride,
-    lane0, lane1, lane2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
+def _up(
+    low_rank_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
+    tokens, slots, max_rank, low_rank_stride, out_stride,
+    layer0, layer1, layer2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
     SIDE: tl.constexpr, MEMBERS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr,
     LEVELS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = inner[t] factor: columns of each member on the side of B, the sum of all members on that of A.
+    """out[t] = low_rank[t] factor: columns of each member on the side of B, the sum of all members on that of A.
 
-    Zero where a token has no adapter; added to what is there if `ADD`.
+    Zero where a token has no adapter; added to `out` if `ADD`.
     """
     first = tl.program_id(0) * TOKENS
     block_ptr = blocks_ptr + first // BLOCK * 8
@@ -128,15 +129,20 @@ def _wide(
             member = each
             if SIDE == 2:
                 member = tl.program_id(2)
-            entry = _of(member, lane0, lane1, lane2) * slots + slot
+            entry = _of(member, layer0, layer1, layer2) * slots + slot
             rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
             at = tl.multiple_of(tl.load(entries_ptr + entry * 4 + SIDE), 16)
             inside = (n < width)[None, :]
             part = tl.zeros((TOKENS, WIDTH), tl.float32)
             for start in range(0, rank, RANK):
                 r = start + tl.arange(0, RANK)
-                inner = inner_ptr + (first + t).to(tl.int64)[:, None] * inner_stride + member * max_rank + r[None, :]
-                left = tl.load(inner, mask=there & (r < rank)[None, :], other=0.0)
+                low_rank = (
+                    low_rank_ptr
+                    + (first + t).to(tl.int64)[:, None] * low_rank_stride
+                    + member * max_rank
+                    + r[None, :]
+                )
+                left = tl.load(low_rank, mask=there & (r < rank)[None, :], other=0.0)
                 factor = work_ptr + at + r.to(tl.int64)[:, None] * width + n[None, :]
                 right = tl.load(factor, mask=(r < rank)[:, None] & inside, other=0.0)
                 part = tl.dot(left, right, part)
@@ -156,18 +162,18 @@ def _wide(
 
 
 @triton.jit(do_not_specialize=OF_LAYERS)
-def _outer(
-    inner_ptr, wide_ptr, gradient_ptr, entries_ptr, scaling_ptr, blocks_ptr, starts_ptr, keep_ptr,
-    tokens, slots, max_rank, inner_stride, wide_stride,
-    lane0, lane1, lane2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
+def _add_gradients(
+    low_rank_ptr, wide_ptr, gradient_ptr, entries_ptr, scaling_ptr, blocks_ptr, starts_ptr, keep_ptr,
+    tokens, slots, max_rank, low_rank_stride, wide_stride,
+    layer0, layer1, layer2, column0, column1, column2, width0, width1, width2, salt0, salt1, salt2,
     SIDE: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
     WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """gradient[r] += sum over the slot's tokens of inner[t, r] wide[t]."""
+    """gradient[r] += sum over the slot's tokens of low_rank[t, r] wide[t]."""
     slot = tl.program_id(1)
     chunks = tl.cdiv(max_rank, RANK)
     member, chunk = tl.program_id(2) // chunks, tl.program_id(2) % chunks
-    entry = _of(member, lane0, lane1, lane2) * slots + slot
+    entry = _of(member, layer0, layer1, layer2) * slots + slot
     rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
     begin, end = tl.load(starts_ptr + slot), tl.load(starts_ptr + slot + 1)
     width, column = _of(member, width0, width1, width2), _of(member, column0, column1, column2)
@@ -180,8 +186,8 @@ def _outer(
             block = tl.load(blocks_ptr + nth * 8 + 5)
             t = block * BLOCK + token
             there, t = (t < tokens)[:, None], t.to(tl.int64)[:, None]
-            inner = inner_ptr + t * inner_stride + member * max_rank + r[None, :]
-            left = tl.load(inner, mask=there & (r < rank)[None, :], other=0.0)
+            low_rank = low_rank_ptr + t * low_rank_stride + member * max_rank + r[None, :]
+            left = tl.load(low_rank, mask=there & (r < rank)[None, :], other=0.0)
             x = tl.load(wide_ptr + t * wide_stride + column + n[None, :], mask=there & inside, other=0.0)
             if SIDE == 1:
                 block_ptr = blocks_ptr + block * 8
@@ -243,13 +249,13 @@ def bank_adamw(
     gradient: Tensor,
     moments: tuple[Tensor, Tensor],
     starts: Tensor,
-    room: int,
+    capacity: int,
     settings: Tensor,
     losses: Tensor,
 ) -> Tensor:
-    """As `ops.bank.adamw.bank_adamw`, in two passes over the slots that are due."""
+    """As `ops.bank.adamw.bank_adamw`, in two passes over the slots that update now."""
     slots, columns = settings.shape
-    grid = (triton.cdiv(room, _CHUNK), slots)
+    grid = (triton.cdiv(capacity, _CHUNK), slots)
     sums = master.new_empty(slots, grid[0])
     _square_sums[grid](gradient, starts, settings, sums, COLUMNS=columns, CHUNK=_CHUNK)
     norms = sums.sum(1).sqrt_()
@@ -257,14 +263,14 @@ def bank_adamw(
     return norms
 
 
-class Tables:
-    """What the kernels read, at addresses that stay, and the kernels."""
+class BankTables:
+    """Tables that the kernels read, at fixed addresses, and the launches of the kernels."""
 
-    def __init__(self, pool: Pool, lanes: int, dtype: torch.dtype) -> None:
+    def __init__(self, pool: BankPool, layers: int, dtype: torch.dtype) -> None:
         self.slots, self.device = len(pool.starts) - 1, pool.device
         self.work = torch.zeros_like(pool.master, dtype=dtype)
-        self.entries = torch.zeros(lanes, self.slots, 4, dtype=torch.int64, device=pool.device)
-        self.scaling = torch.zeros(lanes, self.slots, device=pool.device)
+        self.entries = torch.zeros(layers, self.slots, 4, dtype=torch.int64, device=pool.device)
+        self.scaling = torch.zeros(layers, self.slots, device=pool.device)
         self.keep = torch.ones(self.slots, device=pool.device)
         self._head = self.slots + 1
         self._row = torch.full((self._head + 8 * _MAX_BLOCKS,), -1, dtype=torch.int32, device=pool.device)
@@ -274,22 +280,22 @@ class Tables:
         self.rank = min(64, max(16, triton.next_power_of_2(pool.max_rank)))
         """Ranks that a program takes at once."""
 
-    def set_slot(self, pool: Pool, slot: int, lanes: Sequence[Lane]) -> None:
-        """Takes up what a slot holds now."""
-        entries = torch.zeros(len(lanes), 4, dtype=torch.int64, device="cpu")
-        scaling = torch.zeros(len(lanes), device="cpu")
-        for lane in lanes:
-            part = lane.parts.get(slot)
+    def set_slot(self, pool: BankPool, slot: int, layers: Sequence[BankLayer]) -> None:
+        """Writes the present contents of a slot to the tables."""
+        entries = torch.zeros(len(layers), 4, dtype=torch.int64, device="cpu")
+        scaling = torch.zeros(len(layers), device="cpu")
+        for layer in layers:
+            part = layer.parts.get(slot)
             if part is not None:
                 places = part.A.shape[0], part.A.storage_offset(), part.B.storage_offset(), 0
-                entries[lane.index] = torch.tensor(places)
-                scaling[lane.index] = part.scaling
+                entries[layer.index] = torch.tensor(places)
+                scaling[layer.index] = part.scaling
         self.entries[:, slot] = entries.to(self.device)
         self.scaling[:, slot] = scaling.to(self.device)
         self.keep[slot] = 1 / (1 - pool.dropout[slot])
 
-    def lay_row(self, pool: Pool, segments: Sequence[Segment]) -> Tensor:
-        """What `set_row` sends for these segments, on the host (pinned where there is a GPU)."""
+    def prepare_row(self, pool: BankPool, segments: Sequence[Segment]) -> Tensor:
+        """The tables of these segments for `set_row`, on the host, in pinned memory with a GPU."""
         used = max((-(-segment.stop // BLOCK) for segment in segments), default=0)
         host = np.full(self._head + 8 * max(self._used, used), -1, dtype=np.int32)
         starts, blocks = host[: self._head], host[self._head :].reshape(-1, 8)
@@ -309,119 +315,103 @@ class Tables:
         return row.pin_memory() if self.device.type == "cuda" else row
 
     def set_row(self, row: Tensor) -> None:
-        """Takes up what `lay_row` gave: one copy, which the host does not wait for."""
+        """Sends the result of `prepare_row` to the device: one copy, without waiting."""
         self._row[: len(row)].copy_(row, non_blocking=True)
 
-    def thin_forward(self, p: BankProjection, x: Tensor) -> Tensor:
-        """As `ops.bank.projection.thin_forward`."""
-        return self._thin(p, x, _A)
+    def down_forward(self, p: BankProjection, x: Tensor) -> Tensor:
+        """As `ops.bank.projection.down_forward`."""
+        return self._down(p, x, _A)
 
-    def thin_backward(self, p: BankProjection, dy: Tensor) -> Tensor:
-        """As `ops.bank.projection.thin_backward`."""
-        return self._thin(p, dy, _B)
+    def down_backward(self, p: BankProjection, dy: Tensor) -> Tensor:
+        """As `ops.bank.projection.down_backward`."""
+        return self._down(p, dy, _B)
 
-    def _thin(self, p: BankProjection, wide: Tensor, side: int) -> Tensor:
-        max_rank, (tokens, size) = p.pool.max_rank, thin_shape(wide.shape[0], len(p.lanes))
-        out = wide.new_empty(wide.shape[0], len(p.lanes) * max_rank)
+    def _down(self, p: BankProjection, wide: Tensor, side: int) -> Tensor:
+        max_rank, (tokens, size) = p.pool.max_rank, down_shape(wide.shape[0], len(p.layers))
+        out = wide.new_empty(wide.shape[0], len(p.layers) * max_rank)
         wide = wide if wide.stride(1) == 1 else wide.contiguous()
         for first, members in _launches(p, side):
-            count = min(_MEMBERS, len(p.lanes) - first)
+            count = min(_MEMBERS, len(p.layers) - first)
             grid = (triton.cdiv(wide.shape[0], tokens), count * triton.cdiv(max_rank, self.rank))
-            _thin[grid](
+            _down[grid](
                 wide, out[:, first * max_rank :], self.work, self.entries, self.scaling, self.blocks, self.keep,
                 wide.shape[0], self.slots, max_rank, wide.stride(0), out.stride(0), *members,
                 SIDE=side, **CONSTANTS, TOKENS=tokens, WIDTH=size, RANK=self.rank,
-                num_warps=THIN["num_warps"], num_stages=THIN["num_stages"],
+                num_warps=DOWN["num_warps"], num_stages=DOWN["num_stages"],
             )  # fmt: skip
         return out
 
-    def wide_forward(self, p: BankProjection, inner: Tensor) -> Tensor:
-        """As `ops.bank.projection.wide_forward`."""
+    def up_forward(self, p: BankProjection, low_rank: Tensor) -> Tensor:
+        """As `ops.bank.projection.up_forward`."""
         columns = p.frozen.shape[0]
-        covered = sum(lane.d_out for lane in p.lanes) == columns
-        out = (inner.new_empty if covered else inner.new_zeros)((inner.shape[0], columns))
-        return self._wide(p, inner, out, _B)
+        covered = sum(layer.d_out for layer in p.layers) == columns
+        out = (low_rank.new_empty if covered else low_rank.new_zeros)((low_rank.shape[0], columns))
+        return self._up(p, low_rank, out, _B)
 
-    def wide_backward(self, p: BankProjection, d_inner: Tensor) -> Tensor:
-        """As `ops.bank.projection.wide_backward`."""
-        return self._wide(p, d_inner, d_inner.new_empty(d_inner.shape[0], p.frozen.shape[1]), _A)
+    def up_backward(self, p: BankProjection, d_low_rank: Tensor) -> Tensor:
+        """As `ops.bank.projection.up_backward`."""
+        return self._up(p, d_low_rank, d_low_rank.new_empty(d_low_rank.shape[0], p.frozen.shape[1]), _A)
 
-    def _wide(self, p: BankProjection, inner: Tensor, out: Tensor, side: int) -> Tensor:
+    def _up(self, p: BankProjection, low_rank: Tensor, out: Tensor, side: int) -> Tensor:
         max_rank = p.pool.max_rank
         for first, members in _launches(p, side):
-            count = min(_MEMBERS, len(p.lanes) - first)
+            count = min(_MEMBERS, len(p.layers) - first)
             widest = max(members[6:9])
             grid = (
-                triton.cdiv(out.shape[0], WIDE["tokens"]), triton.cdiv(widest, WIDE["width"]),
+                triton.cdiv(out.shape[0], UP["tokens"]), triton.cdiv(widest, UP["width"]),
                 count if side == _B else 1,
             )  # fmt: skip
-            _wide[grid](
-                inner[:, first * max_rank :], out, self.work, self.entries, self.scaling, self.blocks, self.keep,
-                out.shape[0], self.slots, max_rank, inner.stride(0), out.stride(0), *members,
+            _up[grid](
+                low_rank[:, first * max_rank :], out, self.work, self.entries, self.scaling, self.blocks, self.keep,
+                out.shape[0], self.slots, max_rank, low_rank.stride(0), out.stride(0), *members,
                 SIDE=side, MEMBERS=1 if side == _B else count, ADD=side == _A and first > 0, **CONSTANTS,
-                TOKENS=WIDE["tokens"], WIDTH=WIDE["width"], RANK=min(self.rank, 32),
-                num_warps=WIDE["num_warps"], num_stages=WIDE["num_stages"],
+                TOKENS=UP["tokens"], WIDTH=UP["width"], RANK=min(self.rank, 32),
+                num_warps=UP["num_warps"], num_stages=UP["num_stages"],
             )  # fmt: skip
         return out
 
-    def swiglu(self, p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
-        """As `ops.bank.projection.swiglu`."""
-        from loratune.ops.bank import swiglu_kernels as bank_swiglu_kernels  # which imports this module
-
-        return bank_swiglu_kernels.swiglu(p, gate_up, inner)
-
-    def swiglu_backward(
-        self,
-        p: BankProjection,
-        gate_up: Tensor,
-        inner: Tensor,
-        d_active: Tensor,
-        after: BankProjection,
-        d_inner: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As `ops.bank.projection.swiglu_backward`."""
-        from loratune.ops.bank import swiglu_kernels as bank_swiglu_kernels  # which imports this module
-
-        return bank_swiglu_kernels.swiglu_backward(p, gate_up, inner, d_active, after, d_inner)
-
-    def outer(self, p: BankProjection, dy: Tensor, d_inner: Tensor, x: Tensor, inner: Tensor) -> None:
-        """As `ops.bank.projection.outer`."""
-        for narrow, wide, side in ((d_inner, x, _A), (inner, dy, _B)):
+    def add_gradients(self, p: BankProjection, dy: Tensor, d_low_rank: Tensor, x: Tensor, low_rank: Tensor) -> None:
+        """As `ops.bank.projection.add_gradients`."""
+        for narrow, wide, side in ((d_low_rank, x, _A), (low_rank, dy, _B)):
             wide = wide if wide.stride(1) == 1 else wide.contiguous()
             for first, members in _launches(p, side):
-                count, widest = min(_MEMBERS, len(p.lanes) - first), max(members[6:9])
-                size = OUTER["width"] if widest * self.slots >= OUTER["width"] * 256 else OUTER["width"] // 2
+                count, widest = min(_MEMBERS, len(p.layers) - first), max(members[6:9])
+                size = (
+                    GRADIENTS["width"] if widest * self.slots >= GRADIENTS["width"] * 256 else GRADIENTS["width"] // 2
+                )
                 grid = (triton.cdiv(widest, size), self.slots, count * triton.cdiv(p.pool.max_rank, self.rank))
-                _outer[grid](
+                _add_gradients[grid](
                     narrow[:, first * p.pool.max_rank :], wide, p.pool.gradient, self.entries, self.scaling,
                     self.blocks, self.starts, self.keep, wide.shape[0], self.slots, p.pool.max_rank,
                     narrow.stride(0), wide.stride(0), *members,
                     SIDE=side, **CONSTANTS, WIDTH=size, RANK=self.rank,
-                    num_warps=OUTER["num_warps"], num_stages=OUTER["num_stages"],
+                    num_warps=GRADIENTS["num_warps"], num_stages=GRADIENTS["num_stages"],
                 )  # fmt: skip
 
 
 # Sizes of a program's piece, chosen by measuring (benchmarks/NOTES.md, "Many adapters").
-THIN: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 4}
-WIDE: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 2}
-OUTER: dict[str, int] = {"width": 256, "num_warps": 4, "num_stages": 3}
+DOWN: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 4}
+UP: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 2}
+GRADIENTS: dict[str, int] = {"width": 256, "num_warps": 4, "num_stages": 3}
 CONSTANTS: dict[str, Any] = {"BLOCK": BLOCK, "GOLDEN": GOLDEN, "LEVELS": LEVELS}
 
 
-def thin_shape(tokens: int, members: int) -> tuple[int, int]:
-    """Tokens of a program, and columns of the wide operand that it takes at once: fewer tokens in short rows."""
-    return (16 if tokens * members < 32 * 64 else THIN["tokens"]), THIN["width"]
+def down_shape(tokens: int, members: int) -> tuple[int, int]:
+    """Tokens of a program, and columns of the wide operand it reads at a time. Short rows take fewer tokens."""
+    return (16 if tokens * members < 32 * 64 else DOWN["tokens"]), DOWN["width"]
 
 
 def _launches(p: BankProjection, side: int) -> list[tuple[int, list[int]]]:
-    """First member, and what a launch needs of up to `_MEMBERS`: lanes, first columns, widths, salts."""
+    """First member, and arguments of a launch for up to `_MEMBERS`: layers, first columns, widths, salts."""
     launches = []
-    for first in range(0, len(p.lanes), _MEMBERS):
-        lanes = list(p.lanes[first : first + _MEMBERS])
+    for first in range(0, len(p.layers), _MEMBERS):
+        layers = list(p.layers[first : first + _MEMBERS])
         rows = list(p.rows[first : first + _MEMBERS])
-        lanes += [lanes[0]] * (_MEMBERS - len(lanes))
+        layers += [layers[0]] * (_MEMBERS - len(layers))
         rows += [rows[0]] * (_MEMBERS - len(rows))
         columns = [0 if side == _A else row.start for row in rows]
-        widths = [lane.d_in if side == _A else lane.d_out for lane in lanes]
-        launches.append((first, [lane.index for lane in lanes] + columns + widths + [lane.salt for lane in lanes]))
+        widths = [layer.d_in if side == _A else layer.d_out for layer in layers]
+        launches.append(
+            (first, [layer.index for layer in layers] + columns + widths + [layer.salt for layer in layers])
+        )
     return launches

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""The gated activation of a bank's rows together with the low-rank parts on both of its sides.
+"""SwiGLU of a bank's rows together with the low-rank parts of both neighbouring projections.
 
     forward     active = silu(gate + low rank) * (up + low rank)
-    backward    d_active + low rank -> gradients of gate and up, and active once more
+    backward    d_active + low rank -> gradients of gate and up, and active recomputed
 
-Adding a low-rank part to a wide tensor reads and writes it once more, and gate and up are the widest of a layer: on a
-Llama-3.2-1B with 4,096 tokens 134 MB, as dear as a fifth of the product that makes them. The pass that reads them
-anyway adds it on the way, and the wide tensors stay as the frozen products left them.
+Adding a low-rank part to a wide tensor reads and writes the tensor once more, and gate and up are the widest of a
+layer: 134 MB for a Llama-3.2-1B with 4,096 tokens, a fifth of the cost of their product. These kernels read the
+tensors anyway and add the low-rank parts at the same time. The wide tensors stay as the frozen products wrote them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ _TOKENS, _WIDTH = 32, 128
 
 @triton.jit
 def _low_rank(
-    inner_ptr, factor_ptr, row, there, column, inside, rank, inner_stride, width,
+    low_rank_ptr, factor_ptr, row, there, column, inside, rank, low_rank_stride, width,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """(TOKENS, WIDTH): inner[t, :rank] factor[:rank, n], in float32."""
+    """(TOKENS, WIDTH): low_rank[t, :rank] factor[:rank, n], in float32."""
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     for start in range(0, rank, RANK):
         r = start + tl.arange(0, RANK)
         held = r < rank
-        left = tl.load(inner_ptr + row[:, None] * inner_stride + r[None, :], mask=there & held[None, :], other=0.0)
+        left = tl.load(
+            low_rank_ptr + row[:, None] * low_rank_stride + r[None, :], mask=there & held[None, :], other=0.0
+        )
         right = tl.load(
             factor_ptr + r.to(tl.int64)[:, None] * width + column[None, :], mask=held[:, None] & inside, other=0.0
         )
@@ -45,39 +47,39 @@ def _low_rank(
 
 @triton.jit
 def _gate_and_up(
-    gate_up_ptr, inner_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
-    width, max_rank, inner_stride, lane0, lane1,
+    gate_up_ptr, low_rank_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
+    width, max_rank, low_rank_stride, layer0, layer1,
     GATE: tl.constexpr, UP: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Both halves in float32, with what the slot's adapter adds to them."""
+    """Gate and up in float32, with the low-rank part of the slot's adapter."""
     at = gate_up_ptr + row[:, None] * 2 * width + column[None, :]
     gate = tl.load(at, mask=there & inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=there & inside, other=0.0).to(tl.float32)
     if slot >= 0:
         if GATE:
-            entry = lane0 * slots + slot
+            entry = layer0 * slots + slot
             rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
             factor = work_ptr + tl.multiple_of(tl.load(entries_ptr + entry * 4 + 2), 16)
             part = _low_rank(
-                inner_ptr, factor, row, there, column, inside, rank, inner_stride, width, TOKENS, WIDTH, RANK
+                low_rank_ptr, factor, row, there, column, inside, rank, low_rank_stride, width, TOKENS, WIDTH, RANK
             )
             gate += part * tl.load(scaling_ptr + entry)
         if UP:
-            entry = lane1 * slots + slot
+            entry = layer1 * slots + slot
             rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
             factor = work_ptr + tl.multiple_of(tl.load(entries_ptr + entry * 4 + 2), 16)
             part = _low_rank(
-                inner_ptr + (max_rank if GATE else 0), factor, row, there, column, inside, rank, inner_stride, width,
-                TOKENS, WIDTH, RANK,
+                low_rank_ptr + (max_rank if GATE else 0), factor, row, there, column, inside, rank, low_rank_stride,
+                width, TOKENS, WIDTH, RANK,
             )  # fmt: skip
             up += part * tl.load(scaling_ptr + entry)
     return gate, up
 
 
-@triton.jit(do_not_specialize=["lane0", "lane1"])
+@triton.jit(do_not_specialize=["layer0", "layer1"])
 def _swiglu(
-    gate_up_ptr, inner_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr,
-    tokens, slots, max_rank, width, inner_stride, lane0, lane1,
+    gate_up_ptr, low_rank_ptr, out_ptr, work_ptr, entries_ptr, scaling_ptr, blocks_ptr,
+    tokens, slots, max_rank, width, low_rank_stride, layer0, layer1,
     GATE: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -86,19 +88,19 @@ def _swiglu(
     row, column = (first + tl.arange(0, TOKENS)).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     there, inside = (row < tokens)[:, None], (column < width)[None, :]
     gate, up = _gate_and_up(
-        gate_up_ptr, inner_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
-        width, max_rank, inner_stride, lane0, lane1, GATE, UP, TOKENS, WIDTH, RANK,
+        gate_up_ptr, low_rank_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
+        width, max_rank, low_rank_stride, layer0, layer1, GATE, UP, TOKENS, WIDTH, RANK,
     )  # fmt: skip
     kind = out_ptr.dtype.element_ty
     active = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up
     tl.store(out_ptr + row[:, None] * width + column[None, :], active.to(kind), mask=there & inside)
 
 
-@triton.jit(do_not_specialize=["lane0", "lane1", "lane2", "salt"])
+@triton.jit(do_not_specialize=["layer0", "layer1", "layer2", "salt"])
 def _swiglu_backward(
-    gate_up_ptr, inner_ptr, d_active_ptr, d_inner_ptr, d_gate_up_ptr, active_ptr,
+    gate_up_ptr, low_rank_ptr, d_active_ptr, d_low_rank_ptr, d_gate_up_ptr, active_ptr,
     work_ptr, entries_ptr, scaling_ptr, blocks_ptr, keep_ptr,
-    tokens, slots, max_rank, width, inner_stride, d_inner_stride, lane0, lane1, lane2, salt,
+    tokens, slots, max_rank, width, low_rank_stride, d_low_rank_stride, layer0, layer1, layer2, salt,
     GATE: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -111,19 +113,19 @@ def _swiglu_backward(
     at = row[:, None] * width + column[None, :]
     d_active = tl.load(d_active_ptr + at, mask=there & inside, other=0.0).to(tl.float32)
     if slot >= 0:
-        entry = lane2 * slots + slot
+        entry = layer2 * slots + slot
         rank = tl.load(entries_ptr + entry * 4).to(tl.int32)
         factor = work_ptr + tl.multiple_of(tl.load(entries_ptr + entry * 4 + 1), 16)
         part = _low_rank(
-            d_inner_ptr, factor, row, there, column, inside, rank, d_inner_stride, width, TOKENS, WIDTH, RANK
+            d_low_rank_ptr, factor, row, there, column, inside, rank, d_low_rank_stride, width, TOKENS, WIDTH, RANK
         )
         if tl.load(block_ptr + 4) > 0:
             staying = kept(block_ptr, first % BLOCK + token, column, salt, GOLDEN, LEVELS)
             part = tl.where(staying, part * tl.load(keep_ptr + slot), 0.0)
         d_active += part
     gate, up = _gate_and_up(
-        gate_up_ptr, inner_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
-        width, max_rank, inner_stride, lane0, lane1, GATE, UP, TOKENS, WIDTH, RANK,
+        gate_up_ptr, low_rank_ptr, work_ptr, entries_ptr, scaling_ptr, slot, slots, row, there, column, inside,
+        width, max_rank, low_rank_stride, layer0, layer1, GATE, UP, TOKENS, WIDTH, RANK,
     )  # fmt: skip
     kind = active_ptr.dtype.element_ty
     sigmoid = tl.sigmoid(gate)
@@ -135,47 +137,52 @@ def _swiglu_backward(
     tl.store(active_ptr + at, (silu.to(kind).to(tl.float32) * up).to(kind), mask=there & inside)
 
 
-def swiglu(p: BankProjection, gate_up: Tensor, inner: Tensor) -> Tensor:
-    """swiglu of what `p`, gate and up, would have given with its low-rank part; (N, 2 m) -> (N, m)."""
+def swiglu(p: BankProjection, gate_up: Tensor, low_rank: Tensor) -> Tensor:
+    """SwiGLU of gate and up with the low-rank part that `p` deferred; (N, 2 m) -> (N, m)."""
     tables, (rows, width) = p.pool.tables, (gate_up.shape[0], gate_up.shape[1] // 2)
-    out, (lanes, flags) = gate_up.new_empty(rows, width), _halves(p, width)
+    out, (layers, flags) = gate_up.new_empty(rows, width), _halves(p, width)
     _swiglu[(triton.cdiv(rows, _TOKENS), triton.cdiv(width, _WIDTH))](
-        gate_up, inner, out, tables.work, tables.entries, tables.scaling, tables.blocks,
-        rows, tables.slots, p.pool.max_rank, width, inner.stride(0), *lanes, **flags, BLOCK=BLOCK,
+        gate_up, low_rank, out, tables.work, tables.entries, tables.scaling, tables.blocks,
+        rows, tables.slots, p.pool.max_rank, width, low_rank.stride(0), *layers, **flags, BLOCK=BLOCK,
         TOKENS=_TOKENS, WIDTH=_WIDTH, RANK=min(tables.rank, 32), num_warps=4,
     )  # fmt: skip
     return out
 
 
 def swiglu_backward(
-    p: BankProjection, gate_up: Tensor, inner: Tensor, d_active: Tensor, down: BankProjection, d_inner: Tensor
+    p: BankProjection,
+    gate_up: Tensor,
+    low_rank: Tensor,
+    d_active: Tensor,
+    following: BankProjection,
+    d_low_rank: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of gate and up, (N, 2 m), and swiglu of them, (N, m).
 
     Args:
         p: gate and up.
-        gate_up, inner: what `p` gave, without its low-rank part, and its inner activation.
-        d_active: gradient of the activation as the frozen part of `down` gives it, (N, m).
-        down, d_inner: the projection that follows, and the gradient of its inner activation.
+        gate_up, low_rank: output of `p` without its low-rank part, and its low-rank activation.
+        d_active: gradient of the activation from the frozen part of `following`, (N, m).
+        following, d_low_rank: the second projection, and the gradient of its low-rank activation.
     """
     tables, (rows, width) = p.pool.tables, (gate_up.shape[0], gate_up.shape[1] // 2)
-    d_gate_up, active, (lanes, flags) = (
+    d_gate_up, active, (layers, flags) = (
         gate_up.new_empty(rows, 2 * width),
         gate_up.new_empty(rows, width),
         _halves(p, width),
     )
     _swiglu_backward[(triton.cdiv(rows, _TOKENS), triton.cdiv(width, _WIDTH))](
-        gate_up, inner, d_active, d_inner, d_gate_up, active,
+        gate_up, low_rank, d_active, d_low_rank, d_gate_up, active,
         tables.work, tables.entries, tables.scaling, tables.blocks, tables.keep,
-        rows, tables.slots, p.pool.max_rank, width, inner.stride(0), d_inner.stride(0), *lanes,
-        down.lanes[0].index, down.lanes[0].salt, **flags, **CONSTANTS,
+        rows, tables.slots, p.pool.max_rank, width, low_rank.stride(0), d_low_rank.stride(0), *layers,
+        following.layers[0].index, following.layers[0].salt, **flags, **CONSTANTS,
         TOKENS=_TOKENS, WIDTH=_WIDTH, RANK=min(tables.rank, 32), num_warps=4,
     )  # fmt: skip
     return d_gate_up, active
 
 
 def _halves(p: BankProjection, width: int) -> tuple[list[int], dict[str, bool]]:
-    """Lanes of gate and up, and which of them there are."""
-    by_start = {rows.start: lane.index for rows, lane in zip(p.rows, p.lanes, strict=True)}
+    """Indices of the layers of gate and up, and flags for which of them exist."""
+    by_start = {rows.start: layer.index for rows, layer in zip(p.rows, p.layers, strict=True)}
     flags = {"GATE": 0 in by_start, "UP": width in by_start}
     return [by_start.get(0, 0), by_start.get(width, 0)], flags

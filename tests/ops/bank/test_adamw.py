@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
+from loratune.ops.bank.adamw import IDLE, SlotUpdate, bank_adamw
 
 STARTS = [0, 64, 192, 200]
 
@@ -37,7 +37,9 @@ def test_each_slot_takes_the_steps_that_pytorch_takes():
             beta1, beta2 = group["betas"]
             corrections = 1 - beta1 ** counts[slot], math.sqrt(1 - beta2 ** counts[slot])
             decay = group["weight_decay"]
-            rows.append(Settings(1.0, group["lr"], beta1, beta2, group["eps"], decay, max_norms[slot], *corrections))
+            rows.append(
+                SlotUpdate(1.0, group["lr"], beta1, beta2, group["eps"], decay, max_norms[slot], *corrections)
+            )
             parameter.grad = gradient[STARTS[slot] : STARTS[slot + 1]].clone()
             expected.append(float(torch.nn.utils.clip_grad_norm_([parameter], max_norms[slot])))
             optimizer.step()
@@ -59,7 +61,7 @@ def test_what_is_not_finite_changes_nothing_but_is_forgotten(where):
         gradient[100] = float("inf")
     else:
         losses[1] = float("nan")
-    due = Settings(1.0, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1.0, 0.1, 0.03)
+    due = SlotUpdate(1.0, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1.0, 0.1, 0.03)
     before = master.clone()
     norms = bank_adamw(master, gradient, moments, torch.tensor(STARTS), 128, torch.tensor([due] * 3), losses)
     assert torch.equal(master[64:192], before[64:192])

@@ -9,9 +9,11 @@ from tests.ops.twins import compare, needs_triton
 
 COMPARE = """
 import torch
+from loratune.fused.structure import MlpActivation
 from loratune.ops.bank import projection as bank
-from loratune.ops.bank.projection import BankProjection, Lane, Part, Pool, Segment
-from loratune.ops.bank.kernels import Tables
+from loratune.ops.bank.pool import BankLayer, BankPool, Segment, SlotWeights
+from loratune.ops.bank.projection import BankProjection
+from loratune.ops.bank.kernels import BankTables
 from loratune.ops.dropout import dropout_key, layer_salt
 from loratune.ops.frozen import DenseWeight
 
@@ -23,10 +25,10 @@ RANKS = {0: (4, 4, 0), 1: (1, 40, 17), 3: (16, 16, 16)}  # a slot without adapte
 def a_pool():
     frozen = DenseWeight(torch.zeros(sum(OUTS), D_IN, dtype=half))
     room = 64 * 200
-    pool = Pool([slot * room for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
-    rows, lanes, at = [], [], 0
+    pool = BankPool([slot * room for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
+    rows, layers, at = [], [], 0
     for index, width in enumerate(OUTS):
-        lanes.append(Lane(index, layer_salt(f"layer.{index}"), D_IN, width))
+        layers.append(BankLayer(index, layer_salt(f"layer.{index}"), D_IN, width))
         rows.append(slice(at, at + width))
         at += width
     pool.dropout = [0.0, 0.3, 0.0, 0.0]
@@ -37,27 +39,28 @@ def a_pool():
             begin, end = end, end + -(-r * width // 64) * 64
             flats = [pool.slot(flat, slot) for flat in (pool.master, pool.gradient)]
             return [flat[begin:begin + r * width].view(r, width) for flat in flats]
-        for lane, r in zip(lanes, ranks):
+        for layer, r in zip(layers, ranks):
             if r:
-                (A, dA), (B, dB) = take(r, lane.d_in), take(r, lane.d_out)
+                (A, dA), (B, dB) = take(r, layer.d_in), take(r, layer.d_out)
                 A.copy_(torch.randn(A.shape).to(half))
                 B.copy_(torch.randn(B.shape).to(half))
-                lane.parts[slot] = Part(A, B, dA, dB, 0.5 + slot)
-    return pool, BankProjection(frozen, None, pool, lanes, rows), lanes, frozen
+                layer.parts[slot] = SlotWeights(A, B, dA, dB, 0.5 + slot)
+    return pool, BankProjection(frozen, None, pool, layers, rows), layers, frozen
 
+ACTIVATION = MlpActivation("silu", gated=True)
 DROPPED = Segment(1, 64, 150, dropout_key(1, 2), 1000)
 SEGMENTS = (Segment(3, 0, 64), DROPPED, Segment(3, 192, 220), Segment(0, 320, 334))
 
 def run(p, x, dy):
-    inner = bank.thin_forward(p, x)
-    y = bank.wide_forward(p, inner)
-    d_inner = bank.thin_backward(p, dy)
-    dx = bank.wide_backward(p, d_inner)
+    inner = bank.down_forward(p, x)
+    y = bank.up_forward(p, inner)
+    d_inner = bank.down_backward(p, dy)
+    dx = bank.up_backward(p, d_inner)
     for _ in range(2):  # gradients are added to
-        bank.outer(p, dy, d_inner, x, inner)
+        bank.add_gradients(p, dy, d_inner, x, inner)
     return y, dx, p.pool.gradient.clone()
 
-pool, p, lanes, frozen = a_pool()
+pool, p, layers, frozen = a_pool()
 pool.tables = None
 pool.segments = SEGMENTS
 room = torch.randn(TOKENS, D_IN + 16).to(half)
@@ -69,39 +72,43 @@ expected = run(p, x, dy)
 def gate_up_and_down():
     # Members of one width, and the projection behind them.
     into, out_of = (DenseWeight(torch.zeros(n, k, dtype=half)) for n, k in ((128, D_IN), (D_IN, 64)))
-    gate_up = BankProjection(into, None, pool, [lanes[0], Lane(1, 5, D_IN, OUTS[0], twin_parts)],
+    gate_up = BankProjection(into, None, pool, [layers[0], BankLayer(1, 5, D_IN, OUTS[0], twin_parts)],
                              [slice(0, 64), slice(64, 128)])
     return gate_up, BankProjection(out_of, None, pool, [back], [slice(0, D_IN)])
 
 def run_swiglu():
     gate_up, down = gate_up_and_down()
-    inner, d_inner = bank.thin_forward(gate_up, x / 32), bank.thin_backward(down, d_down / 32)
+    inner, d_inner = bank.down_forward(gate_up, x / 32), bank.down_backward(down, d_down / 32)
     wide, d_active = seed_wide.clone(), seed_active.clone()
-    return bank.swiglu(gate_up, wide, inner), *bank.swiglu_backward(gate_up, wide, inner, d_active, down, d_inner)
+    return (
+        bank.swiglu(gate_up, wide, inner, ACTIVATION),
+        *bank.swiglu_backward(gate_up, wide, inner, d_active, down, d_inner, ACTIVATION),
+    )
 
-# The second half's adapters, and a projection back, made of the weights that there are.
-twin_parts = {s: Part(q.A, lanes[0].parts[s].B, q.dA, q.dB, q.scaling) for s, q in lanes[0].parts.items()}
-back = Lane(2, 77, 64, D_IN, {s: Part(q.B, q.A, q.dB, q.dA, q.scaling) for s, q in lanes[0].parts.items()})
+# Adapters of the second half, and a projection back, from the existing weights.
+twin_parts = {s: SlotWeights(q.A, layers[0].parts[s].B, q.dA, q.dB, q.scaling) for s, q in layers[0].parts.items()}
+back_parts = {s: SlotWeights(q.B, q.A, q.dB, q.dA, q.scaling) for s, q in layers[0].parts.items()}
+back = BankLayer(2, 77, 64, D_IN, back_parts)
 seed_wide, seed_active, d_down = (torch.randn(TOKENS, n).to(half) for n in (128, 64, D_IN))
 expected_swiglu = run_swiglu()
 
 pool.gradient.zero_()
-tables = pool.tables = Tables(pool, 3, half)
+tables = pool.tables = BankTables(pool, 3, half)
 for slot in range(SLOTS):
-    tables.set_slot(pool, slot, lanes)
+    tables.set_slot(pool, slot, layers)
 pool.segments = tuple(Segment(0, start, start + 64) for start in range(0, 1280, 64))
-tables.set_row(tables.lay_row(pool, pool.segments))  # a longer row before leaves nothing behind
+tables.set_row(tables.prepare_row(pool, pool.segments))  # a longer row before leaves nothing behind
 pool.segments = SEGMENTS
-tables.set_row(tables.lay_row(pool, pool.segments))
+tables.set_row(tables.prepare_row(pool, pool.segments))
 pool.refresh()
 got = run(p, x, dy)
 
-keep_lanes = [lanes[0], Lane(1, 5, D_IN, 64, twin_parts), back]
+keep_lanes = [layers[0], BankLayer(1, 5, D_IN, 64, twin_parts), back]
 for slot in range(SLOTS):
     tables.set_slot(pool, slot, keep_lanes)
 got_swiglu = run_swiglu()
 for slot in range(SLOTS):
-    tables.set_slot(pool, slot, lanes)
+    tables.set_slot(pool, slot, layers)
 
 written = torch.zeros(TOKENS, dtype=torch.bool)
 for s in SEGMENTS:
@@ -116,8 +123,8 @@ for name, a, b in zip(("active", "d_gate_up", "active again"), got_swiglu, expec
     assert error < 2e-3, (name, error)
 assert not got[0][256:320].any(), "a block that is nobody's gets something"
 assert not got[1][256:320].any()
-partial = BankProjection(frozen, None, pool, lanes[:1], p.rows[:1])  # only the first of the members has a lane
-low = bank.wide_forward(partial, bank.thin_forward(partial, x))
+partial = BankProjection(frozen, None, pool, layers[:1], p.rows[:1])  # only the first of the members has a layer
+low = bank.up_forward(partial, bank.down_forward(partial, x))
 assert torch.equal(low[written][:, :64], got[0][written][:, :64]) and not low[:, 64:].any()
 
 sound = got
@@ -133,11 +140,11 @@ for slot in (0, 2, 3):
     assert torch.equal(pool.slot(sick[2], slot), pool.slot(sound[2], slot))
 
 from loratune.ops.bank import kernels as bank_kernels
-from loratune.ops.bank.adamw import IDLE, Settings, bank_adamw
+from loratune.ops.bank.adamw import IDLE, SlotUpdate, bank_adamw
 starts = torch.tensor([0, 5000, 5064, 12000, 12800])
 flats = [torch.randn(12800) for _ in range(3)] + [torch.rand(12800)]
 flats[1][5063] = float("nan")  # a gradient that is not finite
-due = Settings(1.0, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1.0, 1 - 0.9**3, (1 - 0.99**3) ** 0.5)
+due = SlotUpdate(1.0, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1.0, 1 - 0.9**3, (1 - 0.99**3) ** 0.5)
 settings = torch.tensor([due, due, IDLE, due._replace(max_norm=float("inf"))])
 losses = torch.zeros(4)
 copies = [flat.clone() for flat in flats]

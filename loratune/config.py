@@ -68,8 +68,8 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Probability of zeroing an element of the adapter's input while training."""
     target_modules: str | list[str] = "all-linear"
-    """Names (exact, or the end of a path after a dot), one regular expression matched in full, or "all-linear"
-    (every linear layer but the output head)."""
+    """Names (exact, or the end of a path after a dot), a regular expression matched in full, or "all-linear".
+    all-linear: every linear layer but the output head and layers narrower than the rank."""
     exclude_modules: str | list[str] | None = None
     """Names or one regular expression of modules to leave out, matched like target_modules."""
     use_rslora: bool = False
@@ -79,8 +79,8 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter, for example a new classification head."""
     init_lora_weights: bool | Literal["gaussian"] = True
-    """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero. False: both random, so the update
-    is not zero at the start (for tests)."""
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero.
+    False: both random, so the update is not zero at the start (for tests)."""
     layers_to_transform: list[int] | None = None
     """Indices of the layers to adapt; by default all."""
     layers_pattern: list[str] | None = None
@@ -156,8 +156,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Rows (micro-steps) in one optimizer step."""
     optim: Optim = "adamw"
-    """Format of AdamW's moments: float32 (adamw), blocks of 8-bit values (adamw_8bit), or float32 in host memory
-    (adamw_offload), which saves GPU memory and takes longer."""
+    """Format of AdamW's moments: float32 (adamw), or blocks of 8-bit values (adamw_8bit).
+    adamw_offload: float32 in host memory, which saves GPU memory and takes longer."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: float = 0.9
@@ -175,9 +175,9 @@ class TrainConfig:
     save_every_steps: int | None = None
     """Optimizer steps between checkpoints; by default at every evaluation."""
     activations: Activations = "auto"
-    """Activations to recompute in the backward: none, selective, full (a layer saves only its input), or offload (the
-    input is saved in host memory). Each uses less memory and more time than the one before. auto: the fastest that
-    fits."""
+    """Activations to recompute in the backward: none, selective, or full (a layer saves only its input).
+    offload: full, with the inputs in host memory. Each uses less memory and more time than the one before.
+    auto: the fastest that fits."""
     memory: str | None = None
     """The most GPU memory that the run may use, such as 24GiB; by default all free memory."""
     seed: int = 0
@@ -224,8 +224,8 @@ class RunConfig:
     out: str
     """Folder for the adapter and all files of the run."""
     precision: Precision = "auto"
-    """Number format of the frozen base: nf4 has 4 bits, fp8 8. auto: the format of its files on a GPU, float32 on a
-    CPU."""
+    """Number format of the frozen base; nf4 has 4 bits, fp8 has 8.
+    auto: the format of its files on a GPU, float32 on a CPU."""
     device: str | None = None
     """Torch device such as cpu, cuda or cuda:1; by default the GPU if there is one."""
     overwrite: bool = False

@@ -1,4 +1,4 @@
-"""Every entry of the tables exists and fulfils its contract, and the settings accept exactly the names of the tables."""
+"""Every entry of the tables exists and fulfils its contract. The settings accept exactly their names."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def test_precisions(name: str) -> None:
     assert precision.name == name
 
 
+@pytest.mark.parametrize(
+    "location", [*tables.OBJECTIVES.values(), *tables.RECIPES.values(), *tables.VARIANTS.values()]
+)
+def test_other_entries_exist(location: str) -> None:
+    assert tables.load_entry(location) is not None
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_verbs(name: str) -> None:
     function = tables.load_entry(VERBS[name].function)
@@ -40,6 +47,7 @@ def test_verbs(name: str) -> None:
 
 def test_settings_accept_the_names() -> None:
     assert get_args(config.DataFormat) == ("auto", *tables.FORMATS)
+    assert get_args(config.ObjectiveName) == tuple(tables.OBJECTIVES)
     assert set(get_args(config.Precision)) == set(get_args(config.DensePrecision)) | tables.PRECISIONS.keys()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class LayerWeights:
 
     def fits(self, weight: Tensor | FrozenWeight) -> bool:
         """True if the tensors are on the device of the layer's weight and in the masters' dtype for it."""
-        return self.lora_A.device == weight.device and self.lora_A.dtype == master_dtype(weight)
+        lora_A = self.tensors["lora_A"]
+        return lora_A.device == weight.device and lora_A.dtype == master_dtype(weight)
 
     def follow(self, weight: Tensor | FrozenWeight) -> None:
         """Moves the tensors to the device of the layer's weight and to the masters' dtype for it."""
@@ -120,13 +121,9 @@ class AdapterStore(Protocol):
         """Copies the tensors of a new adapter into host memory; the returned function exchanges old for new."""
 
 
-class SwitchEntry(NamedTuple):
-    """One layer's part of a switch, looked up once."""
-
-    layer: LoraLayer
-    weights: LayerWeights | None
-    tensors: dict[str, nn.Parameter | None]
-    """Every tensor name of the layer -> the adapter's tensor or None."""
+SwitchEntry = tuple[LoraLayer, LayerWeights | None, dict[str, nn.Parameter | None], dict[str, object]]
+"""One layer's part of a switch, looked up once: the layer, the adapter's weights, the value of every tensor name of
+the layer, and the values of its other attributes. A plain tuple, which Python unpacks faster than a named one."""
 
 
 @dataclass

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from loratune.config import LoraConfig
+from loratune.lora.layer import PLAIN
 from loratune.lora.state import Adapter, Adapters, LayerWeights, SwitchEntry
 from loratune.precision.linear import frozen_of
 
@@ -39,32 +41,30 @@ def _point(state: Adapters, name: str | None) -> None:
     """
     adapter = None if name is None else state.adapters[name]
     follows = adapter is not None and not adapter.stored
-    dropout = 0.0 if adapter is None else adapter.config.lora_dropout
-    for layer, weights, tensors in state.switches.get(name) or _entries(state, name):
-        parameters, attributes = layer._parameters, layer.__dict__
-        if weights is None:
-            parameters.update(tensors)
-            attributes["scaling"] = attributes["lora_dropout"] = 0.0
-            continue
-        if follows:
+    for layer, weights, tensors, attributes in state.switches.get(name) or _entries(state, name):
+        parameters = layer._parameters
+        if follows and weights is not None:
             weight = parameters.get("weight")
             leader = frozen_of(layer) if weight is None else weight
             if not weights.fits(leader):
                 weights.follow(leader)
         parameters.update(tensors)
-        attributes["variant"] = weights.variant
-        attributes["scaling"], attributes["lora_dropout"] = weights.scaling, dropout
+        layer.__dict__.update(attributes)
 
 
 def _entries(state: Adapters, name: str | None) -> list[SwitchEntry]:
     """Looks up once what each layer gets from adapter `name`."""
-    own = {} if name is None else state.adapters[name].layers
+    adapter = Adapter(LoraConfig()) if name is None else state.adapters[name]
     entries = state.switches[name] = []
     for path, layer in state.layers.items():
-        weights = own.get(path)
+        weights = adapter.layers.get(path)
         tensors: dict[str, nn.Parameter | None] = dict.fromkeys(layer.tensor_names())
-        tensors.update({} if weights is None else weights.tensors)
-        entries.append(SwitchEntry(layer, weights, tensors))
+        attributes: dict[str, object] = {"variant": PLAIN, "scaling": 0.0, "lora_dropout": 0.0}
+        if weights is not None:
+            tensors.update(weights.tensors)
+            attributes = {"variant": weights.variant, "scaling": weights.scaling}
+            attributes["lora_dropout"] = adapter.config.lora_dropout
+        entries.append((layer, weights, tensors, attributes))
     return entries
 
 

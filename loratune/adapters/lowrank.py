@@ -1,17 +1,17 @@
-"""The best product B A of a given rank for a matrix, and how much of the matrix it leaves out.
+"""The best product B A of a given rank for a matrix, and its error.
 
 By Eckart and Young (1936) the singular value decomposition cut at rank r is the nearest matrix of that rank in the
-Frobenius norm, and what it misses is the root of the sum of the squared singular values that were cut. So one
-decomposition tells the error of every rank, without forming a single difference.
+Frobenius norm, and its error is the root of the sum of the squared singular values that were cut. So one
+decomposition gives the error of every rank, without forming a single difference.
 
-Three ways to it, by what is given:
+There are three methods, by the form of the input:
 
-- A product of thin factors: two QR decompositions and the SVD of the small core. The full matrix is never formed.
+- A low-rank product: two QR decompositions and the SVD of the small core. The full matrix is never formed.
 - A matrix whose smaller side is at most `EXACT_SIDE`: the eigenvectors of its Gram matrix in float64, several times
   cheaper than an SVD. Squaring costs half the digits, which leaves 1e-8 of the largest singular value: less than the
   rounding of any checkpoint.
 - A larger matrix: a randomised range finder with power iterations. Its basis is not quite the best one, but the error
-  is measured on the very matrix and therefore true for the factors that come out.
+  is measured on the matrix itself and therefore true for the resulting factors.
 
 The singular values are split evenly between A and B, so that both have the same norm and neither overflows a narrow
 format.
@@ -45,9 +45,9 @@ class LowRank:
     right: Tensor
     """(k, d_in), orthonormal rows."""
     rest: float
-    """Frobenius norm of M minus the product; 0 if all of M is there."""
+    """Frobenius norm of M minus the product; 0 if the product is all of M."""
     exact: bool = True
-    """False if the range was found at random, so that another product of the same rank may be slightly nearer."""
+    """False if the range was found at random; another product of the same rank may then be slightly nearer."""
 
     @property
     def norm(self) -> float:
@@ -56,16 +56,16 @@ class LowRank:
 
     @property
     def significant(self) -> int:
-        """How many singular values are more than the rounding of float64."""
+        """Number of singular values above the rounding of float64."""
         values = self.singular_values
         return int((values > 1e-14 * values.max()).sum()) if len(values) else 0
 
     def error(self, rank: int) -> float:
-        """Frobenius norm of what the first `rank` singular triples leave out of M."""
+        """Frobenius norm of M minus the product of the first `rank` singular triples."""
         return math.hypot(float(self.singular_values[rank:].norm()), self.rest)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A (rank, d_in) and B (d_out, rank) in float32; zeros where M has fewer singular values than that."""
+        """A (rank, d_in) and B (d_out, rank) in float32, padded with zeros if M has fewer singular values."""
         root = self.singular_values[:rank].sqrt().to(self.left.dtype)
         lora_A = (root[:, None] * self.right[:rank]).float()
         lora_B = (self.left[:, :rank] * root).float()
@@ -104,12 +104,12 @@ def decompose(matrix: Tensor, count: int) -> LowRank:
 def _by_gram(matrix: Tensor) -> LowRank:
     """Every singular triple, from the eigenvectors of M Mᵀ or Mᵀ M, whichever is smaller."""
     if matrix.shape[0] > matrix.shape[1]:
-        turned = _by_gram(matrix.T)
-        return LowRank(turned.right.T, turned.singular_values, turned.left.T, 0.0)
+        transposed = _by_gram(matrix.T)
+        return LowRank(transposed.right.T, transposed.singular_values, transposed.left.T, 0.0)
     _, vectors = torch.linalg.eigh(matrix @ matrix.T)
     left = vectors.flip(1)
     projected = left.T @ matrix
-    values = projected.norm(dim=1)  # of the projection: exact for what the factors hold, however small
+    values = projected.norm(dim=1)  # of the projection: exact for the factors, however small
     return LowRank(left, values, projected / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None], 0.0)
 
 

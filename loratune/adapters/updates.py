@@ -215,7 +215,7 @@ def selection_fields(sources: Sequence[AdapterUpdates], paths: Iterable[str]) ->
 
 
 def same_base(sources: Sequence[AdapterUpdates], model: str | None) -> str | None:
-    """The base model that the sources were made for; `model`, if given, overrides what they record.
+    """The base model that the sources were made for; `model`, if given, overrides their records.
 
     Raises: AdapterError: they record different ones.
     """

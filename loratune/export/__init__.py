@@ -1,1 +1,1 @@
-"""What leaves the house: merged and quantised checkpoints."""
+"""Checkpoints for other programs: merged and quantised."""

@@ -1,23 +1,25 @@
-"""A merged checkpoint that provably is base + adapter: written, loaded again, compared, and only then given its name.
+"""A merged checkpoint that is verified to be base + adapter: written, loaded again, compared, and then renamed.
 
-A base that is quantised in memory is written dense, each weight as the value that its codes stand for: that is what
-the adapter was trained on. Added to the weights from before the quantisation it would meet another base.
+A base that is quantised in memory is written dense, each weight with the value that its codes represent, because the
+adapter was trained on those values. The weights from before the quantisation are another base.
 
-Merging is one addition, but a checkpoint can still be wrong: a tied weight saved twice, a key renamed on the way, a
-module forgotten, an update lost below the resolution of bfloat16. So the folder is loaded again as any user would
-load it, and its logits on real prompts are compared with those of base + adapter from before the merge.
+Merging is one addition, but a checkpoint can still be wrong: a tied weight saved twice, a key renamed, a module
+forgotten, an update lost below the resolution of bfloat16. So the folder is loaded again as any user would load it,
+and its logits on real prompts are compared with the logits of base + adapter from before the merge.
 
 How large may the difference be? A tolerance from a table would be too strict for a deep model and far too loose for
-a shallow one. Instead the effect of rounding is measured on the very checkpoint: every weight that was rounded (the
-merged ones, and all that a narrower dtype changed) is moved by the error that rounding has, -1, 0 or +1 unit in the
-last place with probability 1/24, 11/12, 1/24, which has the variance of a rounding error, 1/12 unit². What that
-does to the logits is what rounding explains. A correct merge differs from base + adapter by one such error and the
-arithmetic of two forwards, and so does the moved checkpoint from the unmoved. So the ratio of their root mean squares
-is near one, up to a factor for the other order of summation, W x + s B (A x) against (W + s B A) x: 0.7 to 1.7 over
-the fourteen small architectures of the tests, in float32, bfloat16, and float32 rounded to bfloat16 and float16.
-`SLACK` allows 4. Single logits scatter more; for the largest difference, which would show a fault in a few tokens
-only, it is squared. A mixture of experts may be refused although it is right, when rounding sends a token to another
-expert in one of the two forwards and not in the other (one of 112 merges in that survey).
+a shallow one. Instead the effect of rounding is measured on the checkpoint itself. Every weight that was rounded (the
+merged weights, and all that a narrower dtype changed) is moved by an error like that of rounding: -1, 0 or +1 unit in
+the last place with probability 1/24, 11/12, 1/24, which has the variance of a rounding error, 1/12 unit². The
+resulting change of the logits is the effect of rounding. A correct merge differs from base + adapter by one such
+error and by the arithmetic of two forwards, and the moved checkpoint differs from the unmoved one by the same. So the
+ratio of their root mean squares is near one. It also depends on the order of summation, W x + s B (A x) against
+(W + s B A) x: 0.7 to 1.7 over the fourteen small architectures of the tests, in float32, bfloat16, and float32
+rounded to bfloat16 and float16. `SLACK` allows 4. Single logits scatter more, so for the largest difference, which
+would show a fault in a few tokens only, it is squared.
+
+A correct mixture of experts may be refused, if rounding sends a token to another expert in one of the two forwards
+and not in the other (one of 112 merges in that survey).
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ from loratune.precision.linear import count_parameters, dense_state_dict, quanti
 from loratune.units import size
 
 SLACK = 4.0
-"""How many times the measured effect of rounding the difference may be, as root mean squares; see above."""
+"""Largest allowed ratio of the difference to the measured effect of rounding, as root mean squares; see above."""
 
 _MAX_LOGITS = 1 << 26
-"""Logits kept for comparison: 256 MiB in float32, 440 positions of a vocabulary of 152,000."""
+"""Number of logits compared: 256 MiB in float32, 440 positions of a vocabulary of 152,000."""
 
 _CHUNK = 1 << 22  # weights moved at once
 
@@ -57,7 +59,7 @@ _FLOAT32_EPS = 2.0**-23  # transformers computes norms and rotations in float32,
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far two sets of logits are apart."""
+    """Difference of two sets of logits."""
 
     largest: float
     rms: float
@@ -65,14 +67,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What comparing the reloaded checkpoint with base + adapter showed."""
+    """Result of the comparison of the reloaded checkpoint with base + adapter."""
 
     difference: Difference
     """Between the merged checkpoint and base + adapter."""
     rounding: Difference
-    """What moving the rounded weights by a rounding error does."""
+    """Caused by moving the rounded weights by a rounding error."""
     adapter_effect: Difference
-    """Between base + adapter and the bare base: what the merge had to carry over."""
+    """Between base + adapter and the bare base: the change that the merge must preserve."""
     largest_logit: float
     top1_agreement: float
     """Share of positions at which both put the same token first."""
@@ -80,18 +82,18 @@ class Verification:
 
     @property
     def allowed(self) -> Difference:
-        """The largest difference that rounding explains."""
+        """Largest difference that rounding explains."""
         floor = _FLOAT32_EPS * self.largest_logit
         return Difference(SLACK**2 * self.rounding.largest + floor, SLACK * self.rounding.rms + floor)
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is explained; never true for a difference that is not a number."""
+        """True if rounding explains the difference. False for a difference that is not a number."""
         return self.difference.largest <= self.allowed.largest and self.difference.rms <= self.allowed.rms
 
     @property
     def adapter_survives(self) -> bool:
-        """False if the adapter changes the logits by no more than rounding does, so that the merge may lose it."""
+        """False if the adapter changes the logits no more than rounding does, so that the merge may lose it."""
         return self.adapter_effect.rms > self.rounding.rms
 
 
@@ -104,7 +106,7 @@ class Merged:
     file_bytes: int
     verification: Verification
     dequantised: int = 0
-    """Layers of the base that were quantised in memory, and dense with the same values in the checkpoint."""
+    """Number of layers that are quantised in memory, and dense with the same values in the checkpoint."""
 
     def __str__(self) -> str:
         v = self.verification
@@ -121,7 +123,7 @@ class Merged:
         ]
         if self.dequantised:
             lines.append(
-                f"  {self.dequantised} quantised layers, which the adapter was made for, are dense in the checkpoint"
+                f"  {self.dequantised} layers are quantised in memory, and dense with equal values in the checkpoint"
             )
         if not v.adapter_survives:
             lines.append(f"  note: rounding to {self.dtype} changes more than the adapter does; merge in float32")
@@ -144,19 +146,19 @@ def merge_checkpoint(
     """Writes base + adapter `name` as an ordinary checkpoint with its tokenizer, and verifies it.
 
     Args:
-        model: the base with the adapter attached; comes back as it was, unless keep_adapter is False.
-        prompts: token ids of real prompts, a dozen is plenty; the comparison looks at the end of each.
-        dtype: of the weights on disk; by default that of the base's own files.
-        keep_adapter: False merges for good, which saves holding the adapted layers twice while writing.
-        sources: folders that must not be overwritten (the adapter's own); the base's is always among them.
-        card: makes README.md from the outcome.
+        model: the base with the adapter attached; unchanged afterwards, unless keep_adapter is False.
+        prompts: token ids of real prompts; a dozen is enough. The last positions of each are compared.
+        dtype: of the weights on disk; by default the dtype of the base's own files.
+        keep_adapter: False merges irreversibly, which needs no second copy of the adapted layers while writing.
+        sources: folders that must not be overwritten, such as the adapter's own; the base's folder is always one.
+        card: makes README.md from the verification.
 
-    Memory: the model, and beside it first the weights in `dtype` if that is not the model's, then the reloaded one.
+    Memory: the model, and in addition first the weights in `dtype` if it differs, then the reloaded model.
     Raises:
         OutputError: `out` exists, is an input, or cannot hold the checkpoint.
         AdapterError: the adapter is unknown or cannot be merged, for example because a head is tied.
         DataError: no prompts.
-        ModelError: the reloaded checkpoint differs by more than rounding explains. Nothing is left at `out` then.
+        ModelError: the reloaded checkpoint differs by more than rounding explains. `out` is then not written.
     """
     folder = Path(out)
     _check_prompts(prompts)
@@ -186,7 +188,7 @@ def merge_checkpoint(
 def _reference(
     model: PreTrainedModel, name: str, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], Difference]:
-    """The logits of base + adapter, and how far they are from the bare base's; the model stays as it was."""
+    """The logits of base + adapter, and their difference to the bare base's. The model is unchanged afterwards."""
     before = active(model)
     try:
         activate(model, name)
@@ -206,7 +208,7 @@ def _verify(
     rounded: Collection[str],
     written_dtype: torch.dtype,
 ) -> Verification:
-    """Loads the folder in the precision that the reference was computed in, and compares."""
+    """Loads the folder in the precision of the reference, and compares."""
     merged = _reload(model, folder)
     logits = list(_logits(merged, prompts))
     same_first = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(logits, reference, strict=True))
@@ -224,24 +226,24 @@ def _verify(
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> set[str]:
-    """Writes checkpoint and tokenizer; returns the names of tensors that did not fit `dtype` exactly."""
+    """Writes checkpoint and tokenizer; returns the names of tensors that `dtype` does not represent exactly."""
     tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtype)
     try:
         model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how its Rust code reports a full disk
+    except SafetensorError as error:  # raised by its Rust code for a full disk
         raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
     except ValueError as error:
         raise ModelError(f"{type(model).__name__} cannot be saved: {error}") from error
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["dtype"] = _name(dtype)  # transformers writes that of the model in memory
+    config["dtype"] = _name(dtype)  # transformers writes the dtype of the model in memory
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return inexact
 
 
 def _cast(tensors: dict[str, Tensor], source: torch.dtype, target: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors of `source` in `target`, others (deliberately kept in float32, integers) untouched.
+    """Tensors of dtype `source` cast to `target`; others (deliberately float32, integers) unchanged.
 
     Tied entries stay tied: each storage is cast once.
     """
@@ -262,7 +264,7 @@ def _cast(tensors: dict[str, Tensor], source: torch.dtype, target: torch.dtype) 
 
 
 def _reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The checkpoint as a user would load it, in the precision and on the device of `model`."""
+    """Loads the checkpoint as a user would, in the precision and on the device of `model`."""
     try:
         loaded: Any = type(model).from_pretrained(
             folder,
@@ -284,7 +286,7 @@ def _reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """(positions, V) in float32, or float64 of a float64 model, on the CPU, for the last positions of each prompt."""
+    """Logits of each prompt's last positions, (positions, V), on the CPU, in float32, or float64 if the model is."""
     keep = max(1, _MAX_LOGITS // (len(prompts) * int(model.config.get_text_config().vocab_size)))
     only_last = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     accurate = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -309,7 +311,7 @@ def _difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> Difference:
 
 @torch.no_grad()
 def _add_rounding_errors(model: PreTrainedModel, names: Collection[str], written_eps: float) -> None:
-    """Moves the named weights as rounding would; see the head of this file."""
+    """Moves the named weights by random rounding errors; see the top of this file."""
     generator = torch.Generator(model.device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if name not in names:
@@ -324,7 +326,7 @@ def _add_rounding_errors(model: PreTrainedModel, names: Collection[str], written
 
 
 def _dtype_of_files(model: PreTrainedModel) -> torch.dtype:
-    """That of the base's files; of the model in memory if it came from none or they do not say."""
+    """The dtype recorded in the base's files, or that of the model in memory if none is recorded."""
     path = model.name_or_path
     recorded = getattr(load_config(path), "dtype", None) if path else None
     return recorded if isinstance(recorded, torch.dtype) else model.dtype
@@ -342,9 +344,7 @@ def _check_destination(model: PreTrainedModel, folder: Path, overwrite: bool, so
         if source.exists() and source.resolve().is_relative_to(folder.resolve()):
             raise OutputError(f"{folder}: would overwrite {source}, which the merge reads; choose another place")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise OutputError(
-            f"{folder}: holds something that is not a checkpoint; --overwrite replaces checkpoints only"
-        )
+        raise OutputError(f"{folder}: holds files that are not a checkpoint; --overwrite replaces checkpoints only")
 
 
 def _check_space(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """A 4-bit checkpoint on disk, in the format of bitsandbytes: a quarter of the bytes, and nothing to quantise later.
 
-transformers loads such a folder where bitsandbytes is installed; `loratune` loads it without. The tokenizer and the
-generation settings go with it, so that the folder can be used like the model that it was made of.
+transformers loads such a folder if bitsandbytes is installed; `loratune` loads it without. The tokenizer and the
+generation settings are written too, so that the folder can be used like the original model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loratune.units import size
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A 4-bit checkpoint that was written; `print` it."""
+    """Report of `save_quantised`; `print` it."""
 
     path: Path
     file_bytes: int
@@ -44,9 +44,9 @@ def save_quantised(
     """Writes a model that was loaded with precision "nf4" as bitsandbytes' 4-bit checkpoint.
 
     Args:
-        model: without adapters; those are saved by themselves.
+        model: without adapters, which are saved separately.
         out: folder for the checkpoint.
-        tokenizer: written beside it if given.
+        tokenizer: written to the same folder if given.
 
     Memory: the quantised model once more, on the host.
     Raises: ModelError: nothing in the model is in 4 bits. AdapterError: it has adapters. OutputError: `out` exists,
@@ -58,12 +58,12 @@ def save_quantised(
     if settings is None:
         raise ModelError(f'{model.name_or_path}: nothing in this model is in 4 bits; load it with precision="nf4"')
     if find(model) is not None:
-        raise AdapterError("the model has adapters; detach them, and save each by itself")
+        raise AdapterError("the model has adapters; detach them, and save each separately")
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
         model.config.quantization_config = settings
         try:
             model.save_pretrained(temporary, state_dict={n: t.cpu() for n, t in model.state_dict().items()})
-        except SafetensorError as error:  # how its Rust code reports a full disk
+        except SafetensorError as error:  # raised by its Rust code for a full disk
             raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
         finally:
             del model.config.quantization_config

@@ -1,1 +1,1 @@
-"""The trained model in use: tokens from prompts (`engine`) and what they are worth (`evaluate`)."""
+"""Inference: tokens from prompts (`engine`), evaluation of answers (`evaluate`), opening folders (`opened`)."""

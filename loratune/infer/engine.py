@@ -1,14 +1,14 @@
 """Tokens from prompts: batched (`generate`) and one at a time (`stream`), for any transformers causal model.
 
-One loop serves both: prefill a batch of prompts, sample, decode, sample, ... It is our own rather than
-`model.generate` for three things. A finished sequence leaves the batch at once, so nobody computes padding for it.
-Sampling draws from one random stream per prompt, so an answer does not depend on which prompts share its batch.
-And a step is four short functions that can be read, timed and, with many adapters, given a slot per row.
+One loop serves both: prefill a batch of prompts, sample, decode, sample, ... It replaces `model.generate` for three
+reasons. A finished sequence leaves the batch at once, so no padding is computed for it. Sampling draws from one
+random stream per prompt, so an answer does not depend on the other prompts of its batch. And a step is four short
+functions that can be read, timed and, with many adapters, given a slot per row.
 
-Prompts of different length are padded on the left, so that the last column is everybody's newest token;
-masked padding with positions counted from each prompt's own start gives what the prompt alone would give.
-Some architectures do not honour that (a state carried along the sequence takes padding with it, a mask
-overflows), so it is measured on the model in hand, and where it fails a batch holds prompts of one length.
+Prompts of different length are padded on the left, so that the last column holds the newest token of every sequence.
+With masked padding, and positions counted from each prompt's own start, a prompt gets the same answer as alone. Some
+architectures break this: a recurrent state takes padding in, or a mask overflows. So it is measured on the model, and
+where it fails a batch holds prompts of one length.
 
 Legend for the suffixes: B sequences in the batch, T columns so far, V vocabulary.
 """
@@ -30,13 +30,13 @@ from loratune.base.load import max_document_tokens
 from loratune.errors import ConfigError, DataError, ModelError
 
 BATCH_SIZE = 32
-"""Sequences decoded together when the caller does not say. Twice as many gain a tenth on two CPU cores and need
-twice the memory for keys and values: on an 8-billion-parameter Llama 128 KiB for every token of every sequence."""
+"""Default number of sequences decoded together. Twice as many are a tenth faster on two CPU cores and need twice the
+memory for keys and values: on an 8-billion-parameter Llama 128 KiB for every token of every sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen, and how many at most.
+    """Settings of sampling.
 
     Raises: ConfigError: a value is out of range.
     """
@@ -49,7 +49,7 @@ class Sampling:
     top_k: int
     """Only this many likeliest tokens; 0 keeps all."""
     seed: int | None
-    """Same seed, same answers, whatever the batch size; None draws anew each time."""
+    """The same seed gives the same answers at any batch size; None draws a new seed each time."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -80,8 +80,7 @@ def generate(
         prompts: token ids, each prompt with at least one.
         stop_ids: tokens that end an answer; `base.load.stop_ids` finds them.
         batch_size: sequences decoded together; lower it if memory runs out.
-
-    The other arguments are those of `Sampling`.
+        max_new_tokens, temperature, top_p, top_k, seed: see `Sampling`.
 
     Returns: the new token ids of each answer, without the stop token. An answer ends at a stop token, after
         max_new_tokens, or at the last position that the model has.
@@ -113,9 +112,9 @@ def stream(
     top_k: int = 0,
     seed: int | None = None,
 ) -> Iterator[int]:
-    """One answer, token by token as it comes; the same tokens as `generate` gives for this prompt first in line.
+    """One answer, token by token; the same tokens as `generate` gives for the first prompt of its list.
 
-    Raises: as `generate`, when the first token is asked for.
+    Raises: as `generate`, when the first token is requested.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     budgets = _budgets(model, [prompt], max_new_tokens)
@@ -126,7 +125,7 @@ def stream(
 
 @dataclass(slots=True)
 class Decoding:
-    """A batch under way: what the model needs to go on, and nothing about texts or stop tokens."""
+    """State of a batch between two steps of the model; knows nothing of texts or stop tokens."""
 
     cache: Any
     """The model's own cache (keys and values, or states)."""
@@ -140,7 +139,7 @@ class Decoding:
 def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Decoding, Tensor]:
     """Runs prompts through the model at once.
 
-    Returns: the batch under way, and the logits (B, V) of each prompt's next token.
+    Returns: the state of the batch, and the logits (B, V) of each prompt's next token.
     """
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
@@ -167,7 +166,7 @@ def decode(model: PreTrainedModel, state: Decoding, token_B: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def keep(state: Decoding, rows: Sequence[int]) -> None:
-    """Drops every sequence but those at `rows` from the batch and its cache."""
+    """Keeps the sequences at `rows` in the batch and its cache, and drops the others."""
     index = torch.tensor(rows, device=state.position_B.device)
     state.cache.reorder_cache(index)
     state.position_B = state.position_B[index]
@@ -181,10 +180,10 @@ def sample(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> 
 
     Args:
         logits_BV: (B, V), any float dtype.
-        uniforms: one number in [0, 1) for each sequence, its place in the cumulated distribution; ignored when
+        uniforms: one number in [0, 1) for each sequence, a quantile of the cumulated distribution; ignored when
             the temperature is 0.
 
-    Raises: ModelError: logits are not numbers, so there is nothing to choose from.
+    Raises: ModelError: logits are not numbers.
     """
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
@@ -204,11 +203,11 @@ def sample(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> 
 
 
 class Detokenizer:
-    """Turns a stream of token ids into text that can be printed at once, piece by piece.
+    """Turns a stream of token ids into pieces of text that can be printed at once.
 
-    A token may be half a character, and some tokenizers drop the space before the first token of whatever they
-    decode. So each new token is decoded together with those of the piece before it, and text is held back while it
-    ends in an incomplete character (shown as U+FFFD). All pieces together are `tokenizer.decode` of all tokens.
+    A token may be half a character, and some tokenizers drop the space before the first token that they decode. So
+    each new token is decoded together with the tokens of the previous piece. Text that ends in an incomplete
+    character (shown as U+FFFD) waits for the next token. All pieces together are `tokenizer.decode` of all tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -217,13 +216,13 @@ class Detokenizer:
         self._pending: list[int] = []  # tokens since then
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; often a word, sometimes nothing yet."""
+        """The text that `token` completes: often a word, sometimes nothing."""
         self._pending.append(token)
         text = self._new_text()
         return "" if text.endswith("\ufffd") else self._release(text)
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """The text that still waits, after the last token."""
         return self._release(self._new_text())
 
     def _new_text(self) -> str:
@@ -248,7 +247,7 @@ def _tokens(
     stop_ids: Collection[int],
     sampling: Sampling,
 ) -> Iterator[tuple[int, int]]:
-    """The loop: (prompt's index, token) for every token of the prompts in `batch`, in the order they are drawn."""
+    """The loop: yields (prompt's index, token) for every token of the prompts in `batch`, as they are drawn."""
     dice = {i: random.Random(None if sampling.seed is None else f"{sampling.seed}:{i}") for i in batch}
     drawn = dict.fromkeys(batch, 0)
     live = list(batch)
@@ -273,7 +272,7 @@ def _tokens(
 
 
 def _forward(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
-    """Runs new columns on top of the cache; returns the last column's logits (B, V)."""
+    """Runs new columns with the cache of the earlier ones; returns the last column's logits (B, V)."""
     accepted = inspect.signature(model.forward).parameters
     cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
     if state.cache is None and cache_name == "past_key_values":
@@ -287,7 +286,7 @@ def _forward(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, positio
 
 
 def _batches(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts that run together, longest first, so that what does not fit into memory shows at once."""
+    """Indices of prompts that run together, longest first, so that running out of memory happens at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mixed = batch_size > 1 and len({len(prompt) for prompt in prompts}) > 1
     one_length = mixed and not _pads_cleanly(model)
@@ -303,7 +302,7 @@ def _batches(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_siz
 
 
 def _pads_cleanly(model: PreTrainedModel) -> bool:
-    """Whether a left-padded prompt gives this model's logits for the prompt alone; measured on a few tokens."""
+    """True if left padding does not change this model's logits; measured on a few tokens."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     longer, shorter = [i % vocabulary for i in range(2, 11)], [i % vocabulary for i in range(5, 9)]
     state, first = prefill(model, [longer, shorter])
@@ -312,21 +311,21 @@ def _pads_cleanly(model: PreTrainedModel) -> bool:
     then_alone = decode(model, state_alone, torch.ones_like(state_alone.position_B))
     got = torch.stack([first[1], then[1]]).double()
     expected = torch.stack([first_alone[0], then_alone[0]]).double()
-    # Far above what rounding does through a deep model, far below what foreign tokens do (order 1).
+    # Far above the effect of rounding in a deep model, and far below the effect of foreign tokens (order 1).
     tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
     return bool((got - expected).norm() <= tolerance * expected.norm())
 
 
 def _budgets(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """How many tokens each prompt's answer may have."""
+    """Maximum number of tokens in each prompt's answer."""
     limit = max_document_tokens(model.config)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise DataError(f"prompt {number} has no tokens; there is nothing to answer to")
+            raise DataError(f"prompt {number} has no tokens; there is nothing to answer")
         if limit is not None and len(prompt) >= limit:
             raise DataError(f"prompt {number} has {len(prompt)} tokens, but the model's positions end at {limit}")
-    room = [max_new_tokens if limit is None else limit - len(prompt) for prompt in prompts]
-    return [min(max_new_tokens, free) for free in room]
+    free = [max_new_tokens if limit is None else limit - len(prompt) for prompt in prompts]
+    return [min(max_new_tokens, positions) for positions in free]
 
 
 def _check_numbers(logits: Tensor) -> None:
@@ -336,7 +335,7 @@ def _check_numbers(logits: Tensor) -> None:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turns dropout off, module by module, and puts back what was training."""
+    """Puts modules in training mode into evaluation mode for the block."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,8 +1,9 @@
-"""What a model's answers are worth: exact match of generated answers, and the loss as perplexity.
+"""Evaluation of a model's answers: exact match of generated answers, and the loss as perplexity.
 
-Exact match is strict on purpose: the reference and the answer must agree in every character but white space, where
-runs count as one space and the ends do not count. No case folding, no punctuation stripping, no "contains": a rule
-that has to be guessed makes two numbers incomparable. Each answer is kept, so that a person can see what is wrong.
+Exact match is strict on purpose. Reference and answer must agree in every character except white space: a run counts
+as one space, and white space at the ends does not count. There is no case folding, no removal of punctuation and no
+"contains", because two numbers are comparable only under a rule that needs no guess. Every answer is stored, so that
+a person can read the wrong ones.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ExactMatch:
 
     @property
     def wrong(self) -> tuple[Answer, ...]:
-        """The others, in order."""
+        """Answers that differ from their reference, in order."""
         return tuple(answer for answer in self.answers if not answer.ok)
 
 
@@ -62,13 +63,13 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): how many equally likely tokens the model hesitates between; infinite above 709 nats."""
+        """exp(loss): the number of equally likely tokens of the same loss; infinite above 709 nats."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model (a base, or an adapter on it) on one data set; what was not measured is None."""
+    """One model (a base, or an adapter on it) on one data set. A value is None if it was not measured."""
 
     name: str
     loss: Loss | None
@@ -105,16 +106,16 @@ def exact_match(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> ExactMatch:
-    """Answers every prompt greedily and compares with its reference; the active adapter is the one that answers.
+    """Answers every prompt greedily, with the active adapter, and compares the answer with its reference.
 
     Args:
-        prompts: token ids, each up to where the answer begins (`data.render.prompt_ids`).
-        references: the answers wanted, as text.
-        shown: the prompts as a person should see them; by default decoded, template and all.
-        max_new_tokens: by default twice the tokens of the longest reference and eight more: what is longer than
-            that cannot be right, and what is right has room for an unusual spelling into tokens.
+        prompts: token ids, each up to the beginning of the answer (`data.render.prompt_ids`).
+        references: the correct answers, as text.
+        shown: the prompts for display; by default decoded, with their template.
+        max_new_tokens: by default twice the tokens of the longest reference and eight more. A longer answer cannot
+            be right, and a right one may use more tokens than its reference.
 
-    Raises: DataError: nothing to answer, or another number of references than of prompts; and as `generate`.
+    Raises: DataError: there are no prompts, or another number of references than of prompts; and as `generate`.
     """
     if not prompts or len(prompts) != len(references):
         raise DataError(f"exact match needs a reference for each prompt; got {len(prompts)} and {len(references)}")
@@ -134,7 +135,7 @@ def exact_match(
 
 
 def normalised(text: str) -> str:
-    """The text with its ends stripped and every run of white space as one space; nothing else changes."""
+    """The text with its ends stripped and every run of white space as one space; otherwise unchanged."""
     return " ".join(text.split())
 
 

@@ -1,7 +1,7 @@
-"""From the folders that training leaves to a model that answers: base, tokenizer, adapters, stop tokens.
+"""Opens folders of trained adapters as a model that answers: base, tokenizer, adapters, stop tokens.
 
-A folder written by `loratune train` says in `run.toml` which base and which chat template it belongs to; a plain PEFT
-folder names its base in `adapter_config.json`. Several folders share one base, which is loaded once.
+A folder written by `loratune train` records its base and its chat template in `run.toml`. A plain PEFT folder names
+its base in `adapter_config.json`. Several folders share one base, which is loaded once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loratune.lora.store import Store
 from loratune.tables import PRECISIONS
 
 RESIDENT = 8
-"""Adapters that are on the device at a time; if there are more, they rest in host memory."""
+"""Adapters that are on the device at a time; if there are more, a `Store` holds them in host memory."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Opened:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     base: str
-    """What the user calls the base model."""
+    """The user's name for the base model."""
     adapters: dict[str, Path]
     """Adapter name -> its folder; empty for a bare base model."""
     stop_ids: frozenset[int]
     run: RunConfig | None
-    """Settings of the run that made the first adapter, if it is ours."""
+    """Settings of the run that made the first adapter; None if another program made it."""
 
 
 def open_folders(
@@ -51,10 +51,10 @@ def open_folders(
     Args:
         folders: folders of adapters over one base, or a single base model.
         model: base model to use instead of the recorded one.
-        precision: of the base; "auto" is quantised if the first adapter's run was.
+        precision: of the base; "auto" is the precision of the first adapter's run if that was quantised.
 
     Raises: AdapterError: a folder holds no adapter, or the adapters belong to different bases. ModelError: the base
-        is not to be found.
+        is not found.
     """
     if len(folders) == 1 and not _is_adapter(folders[0]):
         return _open_base(folders[0], precision, device)
@@ -65,7 +65,7 @@ def open_folders(
         if resolve(other) != resolve(base):
             raise AdapterError(
                 f"{folder} belongs to {other}, but {folders[0]} to {base}; adapters that are loaded together share "
-                "one base. --model NAME uses one base for all"
+                "one base. --model NAME sets one base for all"
             )
     names = _names(folders)
     run = runs[folders[0]]
@@ -79,7 +79,7 @@ def open_folders(
 
 
 def _load_all(model: PreTrainedModel, names: Mapping[str, str]) -> None:
-    """Loads adapters: a few beside the model, many into host memory, from where the ones in use are brought in."""
+    """Loads adapters: a few beside the model, many into host memory, from which a store copies those in use."""
     stored = _storable(names) if len(names) > RESIDENT else []
     if stored:
         store = Store(model, RESIDENT)
@@ -107,13 +107,13 @@ def _open_base(name: str, precision: Precision, device: str | None) -> Opened:
 
 
 def _is_adapter(folder: str) -> bool:
-    """Whether this is meant as an adapter's folder; a folder without any configuration is, for a better message."""
+    """True for an adapter's folder, and for a folder without any configuration, to give a better message."""
     path = Path(folder)
     return path.is_dir() and not (path / "config.json").exists()
 
 
 def _base_of(folder: str, run: RunConfig | None) -> str:
-    """The base model as run.toml names it, or as adapter_config.json does if that is not here any more."""
+    """The base model that run.toml names, or the one of adapter_config.json if the first does not exist any more."""
     recorded = read_info(folder).base_model
     candidates = [c for c in (run.model if run else None, recorded) if c]
     for candidate in candidates:
@@ -123,11 +123,11 @@ def _base_of(folder: str, run: RunConfig | None) -> str:
             continue
         return candidate
     named = " or ".join(candidates) or "not recorded"
-    raise AdapterError(f"{folder}: its base model ({named}) is not here; say where it is with --model")
+    raise AdapterError(f"{folder}: its base model ({named}) is not here; give its folder with --model")
 
 
 def _names(folders: Sequence[str]) -> dict[str, str]:
-    """Name -> folder: the folder's own name, with its parent's where two are alike."""
+    """Name -> folder: the folder's own name, or parent-name where two folders have the same name."""
     names: dict[str, str] = {}
     for folder in folders:
         path = Path(folder).resolve()

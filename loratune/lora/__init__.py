@@ -1,1 +1,1 @@
-"""The heart: adapters as swapped module instances, from selection to file."""
+"""Adapters on a model: selecting layers, replacing them, switching, merging, saving and loading."""

@@ -1,4 +1,4 @@
-"""An adapted layer and the variant of LoRA that it computes: the two halves of what an adapter does at one place.
+"""An adapted layer and the variant of LoRA that it computes: the two halves of an adapter's work at one layer.
 
     W' = W + scaling · B A        A: (r, d_in)    B: (d_out, r)    W frozen
 

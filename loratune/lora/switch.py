@@ -53,7 +53,7 @@ def _point(state: Adapters, name: str | None) -> None:
 
 
 def _entries(state: Adapters, name: str | None) -> list[SwitchEntry]:
-    """Looks up once what each layer gets from adapter `name`."""
+    """Looks up the values that each layer takes from adapter `name`."""
     adapter = Adapter(LoraConfig()) if name is None else state.adapters[name]
     entries = state.switches[name] = []
     for path, layer in state.layers.items():

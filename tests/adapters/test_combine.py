@@ -1,4 +1,4 @@
-"""Combining and resizing adapters: the same as PEFT's `add_weighted_adapter`, and what PEFT gets wrong or refuses.
+"""Combining and resizing adapters: PEFT's `add_weighted_adapter`, and cases that PEFT gets wrong or refuses.
 
 Tolerance of the comparisons with PEFT: 1e-5 of the largest value, float32 arithmetic in another order.
 """
@@ -172,7 +172,7 @@ def _tail(matrix: Tensor, rank: int) -> float:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 7])
-def test_resizing_is_the_nearest_of_its_rank_and_says_what_is_lost(tmp_path: Path, rank: int) -> None:
+def test_resizing_gives_the_nearest_of_its_rank_and_reports_the_error(tmp_path: Path, rank: int) -> None:
     folder = _saved(tmp_path / "a", use_rslora=True, modules_to_save=["model.norm"])
     done = resize(folder, tmp_path / "b", rank)
     before, after = read_updates(folder), read_updates(tmp_path / "b")
@@ -188,7 +188,7 @@ def test_resizing_is_the_nearest_of_its_rank_and_says_what_is_lost(tmp_path: Pat
 
 
 def test_a_larger_rank_can_be_trained(tmp_path: Path) -> None:
-    """Rows and columns that are both zero would have no gradient for ever."""
+    """Rows and columns that are both zero would never get a gradient."""
     resize(_saved(tmp_path / "a"), tmp_path / "b", 7)
     model = make("llama")
     load_adapter(model, tmp_path / "b")
@@ -293,8 +293,8 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
     assert (folder / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_resizing_keeps_what_a_model_computes(tmp_path: Path) -> None:
-    """At its own rank and beyond, whichever kind of layer."""
+def test_resizing_to_a_larger_rank_keeps_the_output(tmp_path: Path) -> None:
+    """At its own rank and above, for every kind of layer."""
     for (name, targets), rank in itertools.product(TARGETS.items(), (4, 6)):
         folder = _saved(tmp_path / f"{name}{rank}", name, target_modules=targets, lora_alpha=3)
         resize(folder, tmp_path / f"{name}{rank}-resized", rank)

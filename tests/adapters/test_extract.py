@@ -1,4 +1,4 @@
-"""An adapter from the difference of two checkpoints: exact where the difference is low-rank, honest where not."""
+"""An adapter from the difference of two checkpoints: exact if the difference is low-rank, else with its error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _tuned(name: str = "llama", std: float = 0.02) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_merged_adapter_comes_back(tmp_path: Path, name: str) -> None:
-    """Its rank leaves nothing: the logits are those of the merged checkpoint, to float32."""
+    """The rank suffices: the logits equal those of the merged checkpoint in float32."""
     model = build(name)
     base = _saved(model, tmp_path / "base")
     attach(model, LoraConfig(r=3))
@@ -82,7 +82,7 @@ def test_the_table_is_the_error_that_each_rank_really_leaves(
     assert set(written.ranks.values()) == {4}
 
 
-def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
+def test_changes_outside_of_the_adapter_are_listed(tmp_path: Path) -> None:
     base, tuned = _saved(build("llama"), tmp_path / "base"), _saved(_tuned(), tmp_path / "tuned")
     found = extract(tuned, base, tmp_path / "out", rank=2, target_modules=["q_proj"])
     assert {"model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"} <= set(found.left_out)
@@ -92,7 +92,7 @@ def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
 
 
 def test_half_precision_differences_are_exact(tmp_path: Path) -> None:
-    """bfloat16 weights that moved by one unit in the last place differ by exactly that."""
+    """bfloat16 weights that moved by one unit in the last place differ by exactly one unit."""
     model = build("llama", dtype=torch.bfloat16)
     base = _saved(model, tmp_path / "base")
     weight = model.model.layers[0].self_attn.q_proj.weight
@@ -121,7 +121,7 @@ def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(WeightReader, "read", counted)
     extract(tuned, base, tmp_path / "out", rank=2)
     assert len(living) > 28
-    assert most <= 4  # both of this layer, and those of the one before it until they are replaced
+    assert most <= 4  # two of this layer, and two of the previous one until they are replaced
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The best product of a given rank: as near as Eckart and Young allow, and an error that is the real one."""
+"""The best product of a given rank: the nearest by Eckart and Young, with its true error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_rank_is_the_best_one_and_its_error_is_real(
 
 
 def test_a_flat_spectrum_is_the_hard_case_and_its_error_is_still_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing stands out, so a random basis is not the best one; the error reported is that of the factors."""
+    """All singular values are similar, so a random basis is not the best one; the reported error is the true one."""
     monkeypatch.setattr(lowrank, "EXACT_SIDE", 10)
     matrix = _matrix(80, 120, decay=0.999)
     found = decompose(matrix, 8)

@@ -1,4 +1,4 @@
-"""A merged checkpoint gets its name only after it was loaded again and equals base + adapter to rounding."""
+"""A merged checkpoint is renamed into place only after it was loaded again and equals base + adapter to rounding."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gptneox", "mixtral", "mamba"])
-def test_what_a_user_loads_is_base_plus_adapter(
+def test_the_loaded_checkpoint_is_base_plus_adapter(
     name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = adapted(name)
     expected = logits(model)
     result = merge_checkpoint(model, tokenizer, "a", tmp_path / "out", prompts=PROMPTS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    # 1e-4 is what the project promises in float32 for logits of order one.
+    # The project promises 1e-4 in float32 for logits of order one.
     assert float((logits(loaded) - expected).abs().max()) <= 1e-4
     assert result.verification.difference.largest <= 1e-4 < result.verification.adapter_effect.largest
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
@@ -94,7 +94,7 @@ def test_merging_for_good_leaves_a_plain_model(tokenizer: PreTrainedTokenizerFas
 def test_narrow_files_hold_the_rounded_sum(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """In bfloat16 the difference is rounding's, and it is measured as such: near the adapter's effect nowhere."""
+    """In bfloat16 the difference is an effect of rounding, far below the effect of the adapter."""
     model = adapted("llama")
     layer = model.model.layers[1].mlp.up_proj
     expected = (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).to(dtype)
@@ -129,14 +129,14 @@ def test_tied_embeddings_stay_tied_and_are_written_once(tokenizer: PreTrainedTok
 
 
 def forget_layer(model: PreTrainedModel) -> None:
-    """The unmerged model computes one update that the checkpoint will not have: as if the merge forgot a layer."""
+    """The unmerged model has one update that the checkpoint lacks, as if the merge forgot a layer."""
     layer = model.model.layers[0].self_attn.o_proj
     update = (layer.scaling * layer.lora_B @ layer.lora_A).to(layer.weight.dtype)
     layer.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ update.T)
 
 
 def scale_output(model: PreTrainedModel) -> None:
-    """Something that lives on the instance and that no checkpoint holds."""
+    """A change of the instance that no checkpoint holds."""
     model.model.norm.register_forward_hook(lambda module, inputs, output: output * 1.01)
 
 

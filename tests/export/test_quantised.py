@@ -1,4 +1,4 @@
-"""4-bit checkpoints on disk: bitsandbytes' format, read back to the bit, used like the model they were made of."""
+"""4-bit checkpoints on disk: bitsandbytes' format, read back to the bit, used like the original model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_files_are_those_of_bitsandbytes(tmp_path):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_what_is_read_back_is_what_was_written(name, tmp_path):
+def test_a_written_checkpoint_is_read_back_the_same(name, tmp_path):
     build(name).save_pretrained(tmp_path / "dense")
     model = load(str(tmp_path / "dense"), "nf4", "cpu")
     done = save_quantised(model, tmp_path / "out")
@@ -61,7 +61,7 @@ def test_what_is_read_back_is_what_was_written(name, tmp_path):
     assert not hasattr(model.config, "quantization_config")
 
 
-def test_what_cannot_be_saved_so_is_said(tmp_path):
+def test_models_that_cannot_be_saved_are_refused(tmp_path):
     with pytest.raises(ModelError, match='precision="nf4"'):
         save_quantised(build("llama"), tmp_path / "out")
     model = load(POCKET, "nf4", "cpu")
@@ -80,7 +80,7 @@ def test_the_verb_writes_a_folder_that_works_like_the_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "target"), [("llama", "q_proj"), ("gpt2", "c_attn")])
-def test_a_merged_checkpoint_is_dense_and_equals_what_was_trained(name, target, tokenizer, tmp_path):  # noqa: F811
+def test_a_merged_checkpoint_is_dense_and_equals_the_trained_model(name, target, tokenizer, tmp_path):  # noqa: F811
     build(name).save_pretrained(tmp_path / "dense")
     model = load(str(tmp_path / "dense"), "nf4", "cpu")
     attach(model, lt.LoraConfig(r=4, init_lora_weights=False, target_modules=[target]))

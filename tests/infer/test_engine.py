@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A random model whose greedy answers vary: wide weights keep it from repeating one token for ever."""
+    """A random model whose greedy answers vary: wide weights keep it from repeating one token forever."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_batched_equals_single_and_transformers(name: str, prompts: list[list[in
 
 
 def test_finished_sequences_leave_the_batch(llama: PreTrainedModel, prompts: list[list[int]]) -> None:
-    """The model never sees more rows than have to be answered: total decode work is the sum of answer lengths."""
+    """The model runs only rows that still need tokens: total decode work is the sum of answer lengths."""
     free = generate(llama, prompts, max_new_tokens=20, stop_ids=())
     stops = {answer[2] for answer in free[:3]}
     rows: list[int] = []
@@ -164,7 +164,7 @@ def test_settings_out_of_range_are_named(llama: PreTrainedModel, setting: str, v
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """Every place in the cumulated distribution, evenly: shares are the probabilities to within one place."""
+    """Evenly spaced quantiles: shares equal the probabilities to within one quantile."""
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
     places = 4000
     for top_k, top_p, allowed in ((0, 1.0, [0, 1, 2, 3]), (2, 1.0, [1, 2]), (0, 0.9, [1, 2]), (0, 0.5, [1])):

@@ -1,4 +1,4 @@
-"""Exact match counts what a person would count, and keeps every answer for them to see."""
+"""Exact match counts as a person would, and stores every answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def parrot(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Answers with the last letter of the prompt for ever: attention and MLP write nothing, the head is a mirror."""
+    """Repeats the last letter of the prompt forever: attention and MLP add nothing, and the head is the embedding."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4
     )
@@ -53,7 +53,7 @@ def test_answers_are_compared_and_kept(tokenizer: PreTrainedTokenizerFast, parro
 
 
 def test_a_right_answer_always_has_room(tokenizer: PreTrainedTokenizerFast, parrot: LlamaForCausalLM) -> None:
-    """Without max_new_tokens there is room for the longest reference, though a parrot that never stops is wrong."""
+    """Without max_new_tokens the limit allows the longest reference; an answer that never stops is wrong."""
     stop = tokenizer("z")["input_ids"]
     result = exact_match(parrot, tokenizer, [tokenizer("a")["input_ids"]], ["a" * 40], stop_ids=stop)
     assert len(result.answers[0].answer) >= 40
@@ -73,7 +73,7 @@ def test_mismatched_or_missing_references_are_refused(
             exact_match(parrot, tokenizer, prompts, references, stop_ids=())
 
 
-def test_evaluation_as_json_is_json_whatever_the_loss() -> None:
+def test_evaluation_as_json_is_json_for_any_loss() -> None:
     assert Loss(math.log(8), 10).perplexity == pytest.approx(8)
     diverged = Evaluation("x", Loss(1e4, 10), None).as_json()
     assert json.loads(json.dumps(diverged, allow_nan=False)) == {

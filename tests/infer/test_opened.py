@@ -1,4 +1,4 @@
-"""Folders to a model that answers: more adapters than fit on the device work like few."""
+"""Opening folders: more adapters than fit on the device work like a few."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.lora.helpers import fill
 
 
 @pytest.mark.parametrize("resident", [2, 8])
-def test_many_adapters_rest_in_host_memory_and_answer_all_the_same(
+def test_many_adapters_wait_in_host_memory_and_answer_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int
 ) -> None:
     monkeypatch.setattr(opened, "RESIDENT", resident)
@@ -27,7 +27,7 @@ def test_many_adapters_rest_in_host_memory_and_answer_all_the_same(
     tokens = torch.arange(5, 30)[None]
     expected, folders = {}, []
     for index in range(5):
-        full = ["model.norm"] if index == 3 else None  # which a store does not hold
+        full = ["model.norm"] if index == 3 else None  # a store does not hold such an adapter
         attach(model, LoraConfig(r=2, modules_to_save=full), name="x")
         fill(trainable_parameters(model).values(), seed=index)
         folders.append(str(tmp_path / f"a{index}"))

@@ -1,4 +1,4 @@
-"""Models beside the causal ones of tests/conftest.py, inputs for them, and random values for adapters."""
+"""Models in addition to tests/conftest.py, inputs for them, and random values for adapters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Mlp(nn.Module):
-    """A user's own module that knows nothing of transformers; `shared` stands at two places."""
+    """A user's own module that knows nothing of transformers; `shared` has two paths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def make_mlp(seed: int = 0) -> Mlp:
 
 
 def run(model: nn.Module) -> Tensor:
-    """What the model computes for fixed tokens: logits, or the hidden states of a headless model."""
+    """Output of the model for fixed tokens: logits, or the hidden states of a headless model."""
     tokens = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(1))
     config = model.config  # PEFT's wrapper has one too
     extra = {"decoder_input_ids": tokens[:, :7]} if config.is_encoder_decoder else {}

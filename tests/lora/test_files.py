@@ -1,4 +1,4 @@
-"""Adapter folders: what is saved comes back to the bit, and what does not fit is refused whole, with a reason."""
+"""Adapter folders: a saved adapter comes back to the bit, and a file that does not fit is refused with a reason."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_places_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
 # Files that are no adapter
 
 
-def test_what_is_not_an_adapter_folder_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     _assert_refused(tmp_path / "nowhere", "no such folder")
     _assert_refused(tmp_path, "has no adapter_config.json")
     folder = _saved(tmp_path / "a")
@@ -338,7 +338,7 @@ def test_harmless_fields_of_older_and_newer_versions_are_ignored(tmp_path: Path)
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
-    """PEFT's fault: a file of which every key is wrong loads, with a warning."""
+    """PEFT's fault: a file whose keys are all wrong loads, with a warning."""
     folder = _saved(tmp_path / "a", LoraConfig(r=2, target_modules=["weight"]))
     old, new = "base_model.model.weight.lora_A.weight", "base_model.model.weigth.lora_A.weight"
     _edit_tensors(folder, lambda t: t.update({new: t.pop(old)}))
@@ -372,7 +372,7 @@ def test_a_refused_file_leaves_the_active_adapter_in_use(tmp_path: Path) -> None
         load_adapter(_adapted("mine"), _saved(tmp_path / "b"), name="mine")
 
 
-def test_saving_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_saving_an_unknown_adapter_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="has no adapters"):
         save(make_mlp(), tmp_path / "a")
     with pytest.raises(AdapterError, match='no adapter "other"'):

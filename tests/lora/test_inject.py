@@ -1,4 +1,4 @@
-"""Attaching, switching, merging and detaching never cost a bit of the base, and errors leave the model as it was."""
+"""Attaching, switching, merging and detaching change no bit of the base, and errors leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _x() -> Tensor:
 
 
 def _rich(model: nn.Module, name: str, seed: int) -> Tensor:
-    """Attaches an adapter with trained biases and a trained classifier; returns what the model computes then."""
+    """Attaches an adapter with trained biases and a trained classifier; returns the model's output."""
     attach(model, LoraConfig(r=2, **RICH), name=name)
     fill(trainable_parameters(model).values(), seed)
     return model(_x())
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that must come back: instances, parameters by identity, values, flags."""
+    """Everything that must be restored: instances, parameters by identity, values, flags."""
     return {
         "modules": {path: id(module) for path, module in model.named_modules(remove_duplicate=False)},
         "parameters": {path: id(p) for path, p in model.named_parameters(remove_duplicate=False)},
@@ -285,7 +285,7 @@ def test_inactive_tensors_follow_a_model_that_moves_meanwhile() -> None:
     model = make_mlp()
     first = _rich(model, "first", 1)
     _rich(model, "second", 2)
-    model.double()  # the device stands still here, but rests and follows the same way
+    model.double()  # only the dtype changes here; a device would change the same way
     for which in ("first", None, "second", "first"):
         activate(model, which)
         assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -408,7 +408,7 @@ def test_merge_takes_modules_and_biases_along() -> None:
         trainable_parameters,
     ],
 )
-def test_what_makes_no_sense_while_merged_is_an_error(action: Callable[[nn.Module], object]) -> None:
+def test_other_actions_while_merged_are_an_error(action: Callable[[nn.Module], object]) -> None:
     model = make_mlp()
     attach(model, CONFIG)
     merge(model)
@@ -471,7 +471,7 @@ def test_bias_that_does_not_exist_is_an_error() -> None:
         attach(make("llama"), LoraConfig(r=2, bias="all"))
 
 
-def test_config_of_is_what_was_given_and_a_copy() -> None:
+def test_config_of_equals_the_given_config_and_is_a_copy() -> None:
     model = make_mlp()
     config = LoraConfig(r=2, target_modules=["mlp.0"])
     attach(model, config)
@@ -481,7 +481,7 @@ def test_config_of_is_what_was_given_and_a_copy() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_everything_at_rest_follows_to_the_gpu_and_back() -> None:
+def test_inactive_tensors_follow_to_the_gpu_and_back() -> None:
     model = make_mlp()
     first, second = _rich(model, "first", 1), _rich(model, "second", 2)
     model.cuda()

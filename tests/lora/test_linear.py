@@ -1,4 +1,4 @@
-"""One layer and its life: it is what it replaces until it holds an adapter, and again after."""
+"""One layer: it computes the same as its base until it holds an adapter, and again afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hot replacement: new weights under a running model, whole or not at all."""
+"""Hot replacement: a running model gets new weights, all or none."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_one_that_is_not_in_use_is_replaced_as_quietly(tmp_path: Path) -> None:
     assert torch.equal(run(model), _alone(old))
     activate(model, {"x": 1.0, "y": 1.0})
     both = run(model)
-    replace(model, old, "x")  # under a sum that it is part of
+    replace(model, old, "x")  # while it is part of a sum
     assert not torch.equal(run(model), both)
 
 
@@ -170,4 +170,4 @@ def test_detached_while_waiting(tmp_path: Path) -> None:
     load_adapter(model, old, name="y")
     replace(model, new, "x", at_next_forward=True)
     detach(model, "x")
-    assert torch.equal(run(model), _alone(old))  # that of y
+    assert torch.equal(run(model), _alone(old))  # the output of y

@@ -1,4 +1,4 @@
-"""A configuration means the layers that a person would expect, and PEFT; what means nothing is an error."""
+"""A configuration selects the layers that a user and PEFT expect; an entry that selects nothing is an error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_all_linear_takes_every_linear_of_a_users_own_module() -> None:
     assert _paths(make_mlp(), target_modules="all-linear") == ["mlp.0", "mlp.2", "weight", "shared", "classifier"]
 
 
-def test_all_linear_says_what_it_left_out_because_an_adapter_would_be_ignored() -> None:
+def test_all_linear_lists_layers_where_an_adapter_would_be_ignored() -> None:
     selection = select(make("mamba"), LoraConfig(r=2))
     assert {t.path.rpartition(".")[2] for t in selection.targets} == {"in_proj"}
     assert len(selection.left_out) == 6
@@ -145,7 +145,7 @@ def test_layers_inside_modules_to_save_are_not_adapted() -> None:
         ({"rank_pattern": {"k_proj": 33}}, 'rank 33 .*"k_proj": 32'),
     ],
 )
-def test_what_matches_nothing_or_does_not_fit_is_an_error(settings: dict[str, Any], message: str) -> None:
+def test_an_entry_that_matches_nothing_or_does_not_fit_is_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         select(make("llama"), LoraConfig(**{"r": 2, **settings}))
 
@@ -178,7 +178,7 @@ def test_layer_numbers_do_not_go_with_a_regular_expression() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
 @pytest.mark.filterwarnings("ignore")
-def test_all_linear_means_what_it_means_in_peft(name: str) -> None:
+def test_all_linear_means_the_same_as_in_peft(name: str) -> None:
     task = "SEQ_CLS" if name == "bert" else None
     theirs = peft.get_peft_model(make(name), peft.LoraConfig(target_modules="all-linear", task_type=task))
     expected = [p.removeprefix("base_model.model.") for p, m in theirs.named_modules() if hasattr(m, "lora_A")]

@@ -1,4 +1,4 @@
-"""Adapters in host memory behind a few slots compute what they compute when all are resident, to the bit."""
+"""Adapters in host memory behind a few slots give the same bits as adapters that are all resident."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _stored(folders: dict[str, Path], slots: int, dtype: torch.dtype = torch.flo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_order_of_switches_computes_what_resident_adapters_do(
+def test_any_order_of_switches_gives_the_bits_of_resident_adapters(
     folders: dict[str, Path], dtype: torch.dtype
 ) -> None:
-    """Also in bfloat16, where the store keeps A and B rounded: they would be rounded to the same at each use."""
+    """Also in bfloat16, where the store rounds A and B: each use would round them to the same values."""
     expected = _expected(folders, dtype)
     assert all(not torch.equal(expected[name], expected[None]) for name in folders)
     model, store = _stored(folders, slots=2, dtype=dtype)
-    assert torch.equal(run(model), expected[None])  # loading puts nothing to use
+    assert torch.equal(run(model), expected[None])  # loading takes nothing into use
     generator = random.Random(0)
     for _ in range(30):
         name = generator.choice([*folders, None])
@@ -89,7 +89,7 @@ def test_the_slot_used_longest_ago_goes_and_pinned_ones_stay(folders: dict[str, 
 
 
 def test_nothing_is_allocated_by_switching(folders: dict[str, Path]) -> None:
-    """The slots are where they were, and every Parameter in use lies in one of them."""
+    """The slots keep their addresses, and every Parameter in use is in one of them."""
     model, store = _stored(folders, slots=2)
     buffers = {(slot.buffer.data_ptr(), slot.buffer.numel()) for slot in store._slots}
     for name in [*folders, *folders]:
@@ -100,7 +100,7 @@ def test_nothing_is_allocated_by_switching(folders: dict[str, Path]) -> None:
 
 
 class _Operations(TorchDispatchMode):
-    """Notes what is done to tensors."""
+    """Records the operations on tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Operations(TorchDispatchMode):
 
 
 def test_a_swap_in_is_one_copy_and_switching_to_it_is_none(folders: dict[str, Path]) -> None:
-    """However many tensors an adapter has: each operation would be a launch, beside a forward bound by launches."""
+    """For any number of tensors: each operation would be a launch, and decoding is bound by launches."""
     model, store = _stored(folders, slots=3)
     for name in (*"abcde", *"abcde"):  # each has been in each slot
         activate(model, name)
@@ -175,7 +175,7 @@ def test_a_larger_adapter_makes_the_slots_larger(folders: dict[str, Path]) -> No
 
 
 def test_beside_adapters_that_train(folders: dict[str, Path]) -> None:
-    """An adapter outside of the store keeps its gradients while others are loaded and switched to."""
+    """An adapter outside of the store keeps its gradients while others are loaded and taken into use."""
     model = build("llama")
     attach(model, LoraConfig(r=2), name="mine")
     store = Store(model, 1)
@@ -253,8 +253,8 @@ def test_on_a_gpu_the_copies_overlap_and_nothing_is_allocated(folders: dict[str,
     assert all(torch.equal(out, expected[name].cpu()) for name, out in got)
 
 
-def test_what_was_fetched_ahead_is_read_from_the_host_until_it_is_used(folders: dict[str, Path]) -> None:
-    """Its bytes may still be on their way, and only switching to it waits for them."""
+def test_a_prefetched_adapter_is_read_from_the_host_until_it_is_used(folders: dict[str, Path]) -> None:
+    """Its bytes may not have arrived yet, and only switching to it waits for them."""
     model, store = _stored(folders, slots=2)
     buffers = [slot.buffer for slot in store._slots]
     store.prefetch("a")

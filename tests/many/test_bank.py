@@ -1,4 +1,4 @@
-"""A bank trains each adapter as if it were alone: same weights, same losses, same gradients, whoever is beside it."""
+"""A bank trains each adapter as if it were alone: the same weights, losses and gradients with any others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def filled(model, slots=4) -> Bank:
 
 
 def run(bank: Bank, forward: PackedForward, order: list[int], parts: list[Row]) -> dict[int, tuple]:
-    """Slot -> its loss, and its gradients, in a row of the slots of `order`, each with its own part."""
+    """Slot -> its loss and gradients, in a row that holds the documents of the slots in `order`."""
     row, segments, at = end_to_end([parts[slot] for slot in order]), [], 0
     for slot in order:
         stop = at + len(parts[slot].tokens)
@@ -73,8 +73,8 @@ def run(bank: Bank, forward: PackedForward, order: list[int], parts: list[Row]) 
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
-def test_each_slot_computes_what_its_adapter_does_alone(fused):
-    """float64, so that nothing but a mistake is left to see; the modules' norms are in float32, 6e-8 each."""
+def test_each_slot_computes_the_same_as_its_adapter_alone(fused):
+    """In float64, so that rounding hides no mistake; the modules' norms are in float32, 6e-8 each."""
     model, parts = build("llama", dtype=torch.float64), rows()
     expected = {}
     for slot, config in enumerate(CONFIGS):
@@ -101,7 +101,7 @@ def test_each_slot_computes_what_its_adapter_does_alone(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
-def test_who_else_is_in_the_row_and_where_changes_nothing(fused):
+def test_other_adapters_in_the_row_change_nothing(fused):
     """With dropout: it is keyed by the adapter's own tokens."""
     model, parts = build("llama", dtype=torch.float64), rows()
     bank = filled(model)
@@ -138,7 +138,7 @@ def test_a_slot_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(fuse
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize("banked", [False, True])
 @pytest.mark.parametrize("base", [build, quantised])
-def test_attention_is_asked_to_contain_what_is_not_finite(monkeypatch, base, fused, banked):
+def test_attention_contains_values_that_are_not_finite(monkeypatch, base, fused, banked):
     """FlashAttention 4 does not; `tests/gpu/test_bank_gpu.py` shows it where that is installed."""
     model, parts, asked = base("llama"), rows(), set()
     bank = filled(model) if banked else None
@@ -228,7 +228,7 @@ def test_a_slot_is_one_tensor_that_can_be_copied_cleared_and_filled_again():
 
 
 def live() -> int:
-    """Bytes of all tensors there are, each memory once."""
+    """Bytes of all tensors, each storage once."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -236,7 +236,7 @@ def live() -> int:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 def test_eight_adapters_hold_the_base_once(fused):
-    """What comes to it are masters, gradients and working copies, and less than a quarter of the base beside."""
+    """In addition there are masters, gradients and working copies, and less than a quarter of the base."""
     model, config, row = build("llama"), LoraConfig(r=1), make_row(examples(3), 144, 0)
     base, before = sum(p.numel() * p.element_size() for p in model.parameters()), live()
     bank = Bank.attach(model, [config], 8)
@@ -262,7 +262,7 @@ def test_detach_gives_the_very_layers_back():
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-def test_refusals_say_what_to_do():
+def test_refusals_name_the_remedy():
     model = build("llama")
     for config in (LoraConfig(bias="all"), LoraConfig(modules_to_save=["lm_head"])):
         with pytest.raises(AdapterError, match="by itself"):
@@ -304,7 +304,7 @@ def test_refusals_say_what_to_do():
 
 
 def test_a_small_update_arrives_as_it_does_for_an_adapter_alone():
-    """In bfloat16; see tests/precision/test_border.py. Added to y, 0.2 of it would arrive."""
+    """In bfloat16; see tests/precision/test_border.py. Added to y after rounding, 0.2 of it would arrive."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(1024, 256, bias=False).bfloat16()
     layer.weight.data = 0.02 * torch.randn(256, 1024, generator=generator).bfloat16()

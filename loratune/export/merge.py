@@ -123,7 +123,7 @@ class Merged:
         ]
         if self.dequantised:
             lines.append(
-                f"  {self.dequantised} layers are quantised in memory, and dense with equal values in the checkpoint"
+                f"  {self.dequantised} quantised layers of the base are dense, with equal values, in the checkpoint"
             )
         if not v.adapter_survives:
             lines.append(f"  note: rounding to {self.dtype} changes more than the adapter does; merge in float32")

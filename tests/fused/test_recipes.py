@@ -11,11 +11,17 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from loratune import tables
 from loratune.base.forward import PackedForward, fuse, prepare
+from loratune.config import LoraConfig
 from loratune.data.pack import make_row
 from loratune.fused.fit import fusible, recipe_fits
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.fused.recipes import LLAMA, recipes_for
+from loratune.lora.inject import attach, detach
+from loratune.many.bank import Bank
+from loratune.ops.bank.projection import Segment
 from loratune.ops.dropout import dropout_key, row_key
+from loratune.precision.contract import weight_format
+from loratune.precision.linear import dense_state_dict, quantise_linears
 from tests.base.float64 import float64_throughout
 from tests.fused.models import MODELS, recipe_model
 from tests.training.helpers import examples, loss_and_gradients
@@ -132,3 +138,57 @@ def test_dropout_of_the_base_model_is_not_left_out():
     assert fusible(model)
     model.train()
     assert not fusible(model)
+
+
+def quantised_and_dense(name, precision):
+    """A model with weights in few bits, and one that holds their values in floating point."""
+    model, dense = recipe_model(name, torch.float32), recipe_model(name)
+    detach(model)
+    detach(dense)
+    quantise_linears(model, weight_format(precision).quantise, skip=[model.get_output_embeddings()])
+    model.to(torch.float64)
+    dense.load_state_dict(dense_state_dict(model))
+    for base in (model, dense):
+        attach(base, LoraConfig(r=4, init_lora_weights=False), name="default", seed=0)
+    return model, dense
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_in_4_bits_compute_as_their_dense_values(name):
+    row = make_row(examples(7), 256, 0)
+    results = []
+    for model in quantised_and_dense(name, "nf4"):
+        results.append(loss_and_gradients(model, fused_forward(model), row))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_in_8_bits_are_as_near_as_in_modules(name):
+    """Rows in 8 bits round by some percent, once more or once less in each product than as modules."""
+    row = make_row(examples(7), 256, 0)
+    model, dense = quantised_and_dense(name, "fp8")
+    forward = fused_forward(model)
+    runs = (dense, unfused(fused_forward(dense))), (model, unfused(forward)), (model, forward)
+    found = [loss_and_gradients(base, run, row)[1] for base, run in runs]
+    exact, modules, fused = (torch.cat([gradient.flatten() for gradient in result.values()]) for result in found)
+    assert float((fused - exact).norm()) < 1.5 * float((modules - exact).norm())
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"gpt2"}))  # a bank has no Conv1D
+def test_a_bank_computes_as_its_modules(name, monkeypatch):
+    model = recipe_model(name)
+    detach(model)
+    configs = [LoraConfig(r=r, init_lora_weights=False) for r in (4, 2)]
+    bank = Bank.attach(model, configs, 2)
+    for slot, config in enumerate(configs):
+        bank.place(slot, config, seed=slot)
+    row, forward = make_row(examples(7), 256, 0), fused_forward(model)
+    segments = [Segment(0, 0, 100), Segment(1, 100, 256)]
+    float64_throughout(monkeypatch)
+    results = []
+    for run in (unfused(forward), forward):
+        bank.pool.gradient.zero_()
+        with bank.row(segments):
+            loss, _ = loss_and_gradients(model, run, row)
+        results.append((loss, {"all slots": bank.pool.gradient.clone()}))
+    assert_close(results[1], results[0])

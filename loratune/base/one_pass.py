@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class OnePassNorm(nn.Module):
         norm._base, norm._spec = (base,), form.spec(weight)
         return norm
 
-    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+    def forward(self, x: Tensor, *more: object, **named: object) -> object:
         """(..., d) -> (..., d). The original answers calls with further arguments, such as a gate."""
         if more or named or x.dtype != self.weight.dtype:
             return self._base[0](x, *more, **named)
@@ -57,7 +57,7 @@ class OnePassMlp(nn.Module):
         mlp._base, mlp._kind = (base,), kind
         return mlp
 
-    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+    def forward(self, x: Tensor, *more: object, **named: object) -> object:
         """(..., d) -> (..., d). The original answers calls with further arguments."""
         if more or named:
             return self._base[0](x, *more, **named)

@@ -20,11 +20,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedModel
 
 from loratune.fused.policy import ActivationPlan, Level
@@ -65,29 +64,31 @@ class RecomputedLayer(nn.Module):
         layer._host, layer._state = host, state
         return layer
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
         """The layer's own result."""
         base = self._base[0]
         if not torch.is_grad_enabled():
             return base(hidden_states, *args, **kwargs)
-        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self._random()}
-        if self._level is Level.SELECTIVE:
-            settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _save_attention)
         host, state, row = self._host, self._state, self._state.dropout_row
 
-        def run_base(*args: Any, **kwargs: Any) -> Any:
+        def run(x: Tensor) -> object:
             with state.dropout(row):  # the key of the forward, whenever the backward runs
-                return base(*args, **kwargs)
+                return base(x, *args, **kwargs)
 
+        checkpointed = functools.partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=self._random(),
+            context_fn=_selective if self._level is Level.SELECTIVE else noop_context_fn,
+        )
         if self._level is not Level.OFFLOAD or host is None:
-            return checkpoint(run_base, hidden_states, *args, **settings, **kwargs)
+            return checkpointed(run, hidden_states)
         first, needs_gradient = [hidden_states], hidden_states.requires_grad
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            x = first.pop() if first else host.fetch(self._index)[0].requires_grad_(needs_gradient)
-            return run_base(x, *args, **kwargs)
+        def run_fetched() -> object:
+            return run(first.pop() if first else host.fetch(self._index)[0].requires_grad_(needs_gradient))
 
-        out = checkpoint(run, *args, **settings, **kwargs)
+        out = checkpointed(run_fetched)
         host.offload(self._index, hidden_states.detach())
         return out
 
@@ -120,5 +121,8 @@ def installed(
             layers[index] = base
 
 
-def _save_attention(_: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_attention(_: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = functools.partial(create_selective_checkpoint_contexts, _save_attention)

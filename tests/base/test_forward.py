@@ -39,7 +39,7 @@ def test_packed_logprobs_equal_each_document_alone(name):
     ("name", "path"),
     [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "per document")],
 )
-def test_takes_the_fastest_path_that_is_right(name, path):
+def test_takes_the_fastest_path_that_agrees(name, path):
     forward = prepare(build(name))
     assert forward.path == path
     assert bool(forward.notes) == (path == "per document")
@@ -48,14 +48,14 @@ def test_takes_the_fastest_path_that_is_right(name, path):
 @pytest.mark.parametrize(
     ("name", "scale", "softcap"), [("cohere", 0.0625, None), ("granite", 0.25, None), ("gemma2", 1.0, 3.0)]
 )
-def test_finds_the_tail_of_the_head(name, scale, softcap):
+def test_finds_scale_and_cap_behind_the_head(name, scale, softcap):
     head = prepare(build(name)).head
     assert head is not None
     assert (head.scale, head.softcap) == (scale, softcap)
 
 
-def test_a_head_of_its_own_kind_is_left_to_the_model(llama):
-    """A model whose logits are not head(hidden states) still gets the log-probabilities it would give itself."""
+def test_logits_of_another_formula_come_from_the_model(llama):
+    """If logits are not head(hidden states), log-probabilities come from the model's own logits."""
 
     class Odd(type(llama)):
         def forward(self, **inputs):
@@ -75,8 +75,8 @@ def test_a_head_of_its_own_kind_is_left_to_the_model(llama):
     torch.testing.assert_close(got, logits.log_softmax(-1)[predicting, targets], rtol=1e-5, atol=1e-5)
 
 
-def test_capped_scores_are_never_left_to_an_attention_without_caps():
-    """What transformers 5.17 gives Gemma 2; the models of others keep what they have."""
+def test_capped_scores_get_an_attention_with_caps():
+    """transformers 5.17 gives Gemma 2 an attention without caps. Other models are left alone."""
     model, other = build("gemma2"), build("llama")
     model.config._attn_implementation_internal = other.config._attn_implementation_internal = "sdpa"
     prepare(other)

@@ -1,4 +1,4 @@
-"""Stand-ins for norms and gated MLPs of any architecture: the same numbers, less kept, and nothing else touched."""
+"""Norms and gated MLPs in one pass, in any architecture: the same numbers in less memory, all else untouched."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FOUND = {
     "llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mistral": 7, "gpt2": 0, "gptneox": 0, "phi3": 7,
     "cohere": 2, "granite": 7, "gptoss": 5, "mixtral": 5, "bloom": 0, "mamba": 3,
 }  # fmt: skip
-"""Stand-ins in two layers and the last norm."""
+"""Replaced modules in two layers and the last norm."""
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_what_is_found_by_what_it_computes(name):
+def test_modules_are_found_by_their_formula(name):
     model = build(name)
     paths = [path for path, _ in model.named_parameters()]
     before = dict(model.named_modules())
@@ -72,7 +72,7 @@ def test_norms_round_where_the_modules_do(name):
 
 
 def held(model, forward, row):
-    """Bytes that autograd keeps, weights aside."""
+    """Bytes that autograd saves, except for weights."""
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -84,13 +84,13 @@ def held(model, forward, row):
 
     with forward.installed(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = forward.hidden_states(row.tokens, row.position_ids, row.cu_seqlens)
-        kept = sum(storages.values())
+        saved = sum(storages.values())
     del hidden
-    return kept
+    return saved
 
 
 @pytest.mark.parametrize(("name", "at_most"), [("gemma3", 0.8), ("phi3", 0.85)])
-def test_less_is_kept_and_the_estimate_knows(name, at_most):
+def test_less_is_saved_and_the_estimate_agrees(name, at_most):
     row = make_row(examples(7), 256, 0)
     model = build(name, dtype=torch.bfloat16)
     attach(model, LoraConfig(r=4), name="default", seed=0)
@@ -101,10 +101,10 @@ def test_less_is_kept_and_the_estimate_knows(name, at_most):
     assert got < at_most * plain
     copy = without_data(model.config, torch.bfloat16)
     attach(copy, LoraConfig(r=4), name="default", seed=0)
-    kept = [
+    simulated = [
         simulate(copy, 256, ActivationPlan.uniform(Level.NONE, 2), on_gpu=on_gpu).saved for on_gpu in (False, True)
     ]
-    assert kept[1] / kept[0] == pytest.approx(got / plain, abs=0.1)
+    assert simulated[1] / simulated[0] == pytest.approx(got / plain, abs=0.1)
 
 
 class Biased(nn.Module):
@@ -127,7 +127,7 @@ class Deaf(Biased):
 
 
 class Gated(Biased):
-    """As of layers that carry a state along the row."""
+    """As in state-space layers."""
 
     def forward(self, x, gate=None):
         return super().forward(x) if gate is None else super().forward(x * gate)
@@ -151,7 +151,7 @@ class Mlp(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=self.limit) * self.up_proj(x))
 
 
-def test_what_does_more_or_else_stays():
+def test_modules_with_another_formula_stay():
     weight = torch.randn(12)
     assert norm_form(Deaf(weight)) == NormForm(1e-6)
     assert norm_form(Biased(weight)) is None
@@ -164,7 +164,7 @@ def test_what_does_more_or_else_stays():
     assert gated_kind(nn.Linear(3, 3)) is None
 
 
-def test_limits_far_out_are_seen():
+def test_clamps_of_large_numbers_are_found():
     assert gated_kind(Mlp(float("inf"))) == "silu"
     assert gated_kind(Mlp(float("inf"), ACT2FN["gelu_pytorch_tanh"])) == "gelu_tanh"
     for limit in (1.0, 10.0, 1000.0):
@@ -172,7 +172,7 @@ def test_limits_far_out_are_seen():
     assert gated_kind(Mlp(float("inf"), ACT2FN["gelu_10"])) is None
 
 
-def test_who_asks_a_norm_for_more_is_answered_by_the_norm():
+def test_the_original_answers_calls_with_further_arguments():
     module, x, gate = Gated(torch.randn(12)), torch.randn(3, 12), torch.randn(3, 12)
     model = nn.ModuleDict({"norm": module})
     with one_pass.installed(model) as count:
@@ -182,7 +182,7 @@ def test_who_asks_a_norm_for_more_is_answered_by_the_norm():
         torch.testing.assert_close(model["norm"](x), module(x))
 
 
-def test_models_that_run_one_document_at_a_time_are_imagined_as_they_are():
+def test_models_that_run_per_document_are_simulated_as_modules():
     model = without_data(tf.BambaConfig(**BAMBA), torch.bfloat16)
     attach(model, LoraConfig(r=4), name="default", seed=0)
     rows = [simulate(model, 128, ActivationPlan.uniform(Level.NONE, 2), on_gpu=on_gpu) for on_gpu in (False, True)]
@@ -194,10 +194,10 @@ BAMBA = {
     "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
     "mamba_n_groups": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-"""With a norm that is asked for its gate, too."""
+"""One of its norms also takes a gate."""
 
 
-def test_nothing_is_left_behind_if_something_goes_wrong(monkeypatch):
+def test_an_error_leaves_the_originals_in_place(monkeypatch):
     model, asked = build("gemma2"), []
 
     def failing(module):
@@ -213,13 +213,13 @@ def test_nothing_is_left_behind_if_something_goes_wrong(monkeypatch):
     assert dict(model.named_modules()) == before
 
 
-def test_random_numbers_are_not_used_up():
+def test_random_generators_are_not_used():
     model, state = build("phi3"), torch.random.get_rng_state()
     with one_pass.installed(model):
         assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_hooks_are_heard():
+def test_hooked_modules_stay():
     model, heard = build("gemma2"), []
     model.model.norm.register_forward_hook(lambda *_: heard.append(1))
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: heard.append(2))
@@ -229,7 +229,7 @@ def test_hooks_are_heard():
     assert heard == [2, 1]
 
 
-def test_a_form_that_does_not_give_the_model_s_own_states_is_not_taken(monkeypatch):
+def test_a_formula_that_gives_other_hidden_states_is_not_used(monkeypatch):
     model = build("gemma2")
     forward = prepare(model)
     monkeypatch.setattr(one_pass, "norm_form", lambda module: norm_form(module) and NormForm(1e-6))

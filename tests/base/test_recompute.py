@@ -1,4 +1,4 @@
-"""Layers of any architecture, run again in the backward: the same loss and gradients to the bit, with dropout too."""
+"""Layers that are recomputed in the backward give the same bits, with dropout too, and save less."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_gradients_are_the_same_to_the_bit(name, dropout):
         assert all(torch.equal(again[1][path], gradients[path]) for path in gradients), level
 
 
-def test_less_is_held_for_the_backward():
-    """Counted by what autograd itself saves outside of the layers that run again."""
+def test_less_is_saved_for_the_backward():
+    """Counts the tensors that autograd saves outside of the recomputed layers."""
     model = model_with_adapter("gemma2")
     forward = prepare(model)
     row = make_row(examples(7), 200, 0)

@@ -102,7 +102,7 @@ def test_a_plan_may_differ_from_layer_to_layer(fused, plan):
 
 @pytest.mark.parametrize("level", [Level.WIDE, Level.FULL])
 def test_tiles_of_the_mlp_change_only_the_order_of_sums(fused, level):
-    """Rows of a tile are computed as before; the gradients of A and B are sums over tokens, so they round anew."""
+    """Each row is computed as before. Gradients of A and B are sums over tokens, so they round differently."""
     model, forward = fused
     everything = loss_and_gradients(model, forward, None)
     for tile in (64, 100):
@@ -112,8 +112,8 @@ def test_tiles_of_the_mlp_change_only_the_order_of_sums(fused, level):
             torch.testing.assert_close(gradients[path], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
 
 
-def test_heads_are_let_go_of_where_attention_keeps_views_of_them():
-    """With as many key as query heads no copy of them is made, and the selective policy holds none of the three."""
+def test_heads_are_freed_where_attention_saves_views_of_them():
+    """With as many key as query heads attention saves views, not copies. The selective level saves none of them."""
     model = model_with_adapter("llama")
     config = model.config
     from transformers import LlamaForCausalLM
@@ -134,7 +134,7 @@ def test_heads_are_let_go_of_where_attention_keeps_views_of_them():
 
 
 class _Keeping(torch.autograd.Function):
-    """Like an attention kernel: keeps its output for its backward."""
+    """Saves its output for its backward, like an attention kernel."""
 
     @staticmethod
     def forward(ctx, query, key, value, token):
@@ -150,12 +150,12 @@ class _Keeping(torch.autograd.Function):
 
 
 def _keeping(token):
-    """An attention whose graph holds `token`."""
+    """An attention whose graph refers to `token`."""
     return lambda q, k, v: _Keeping.apply(q, k, v, token).flatten(1)
 
 
-def test_attention_that_is_dropped_is_gone():
-    """Its small graph holds its own output; were that a cycle, each recomputed layer would leave a row in memory."""
+def test_dropped_attention_is_freed():
+    """Its graph holds its own output. A cycle there would leave a row in memory for each recomputed layer."""
 
     class Token:
         pass

@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_those_of_the_modules(name, targets, lora_alpha, 
         )
 
 
-def test_the_last_norm_is_trained_where_it_is_asked_for():
+def test_the_last_norm_can_train():
     model = build("llama", dtype=torch.float64)
     attach(model, LoraConfig(r=4, modules_to_save=["norm"]), name="default", seed=0)
     row, forward = make_row(examples(7), 256, 0), prepare(model)
@@ -164,7 +164,7 @@ def test_trying_leaves_no_trace():
 
 
 def test_paths_layers_and_values_are_as_before():
-    """Inside, parameter paths are unchanged, so checkpoints can be written; outside, the very layers are back."""
+    """Inside, parameter paths are unchanged, so checkpoints can be written. Outside, the original layers are back."""
     model = model_with_adapter("qwen3")
     layers, values = list(model.model.layers), {k: v.clone() for k, v in model.state_dict().items()}
     forward = prepare(model)
@@ -213,15 +213,15 @@ def test_dropout_follows_step_and_position_and_is_for_training():
         with forward.installed(), torch.no_grad(), forward.state.dropout(row_key(key, position)):
             return float(row_loss(forward, row))
 
-    resting = loss(1)
-    assert resting == loss(2)
+    in_evaluation = loss(1)
+    assert in_evaluation == loss(2)
     training(model)
     assert loss(1) == loss(1)
-    assert len({resting, loss(1), loss(2), loss(1, 128)}) == 4
+    assert len({in_evaluation, loss(1), loss(2), loss(1, 128)}) == 4
 
 
-def test_without_a_key_dropout_is_from_the_generator_and_the_backward_sees_the_forward_s():
-    """The loss is a function of the masters, so its derivative along a direction is what gradients must add up to."""
+def test_without_a_key_dropout_is_random_and_the_same_in_the_backward():
+    """The derivative of the loss along a direction must equal the sum of gradients times that direction."""
     model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
     row = make_row(examples(5), 128, 0)
     forward = prepare(model)
@@ -256,7 +256,7 @@ def test_adapters_that_differ_in_dropout_do_not_qualify():
 
 
 def ahead_and_not(monkeypatch, model, forward, row):
-    """Loss and gradients with what a layer norms for the one above it, and how often that was taken; then without."""
+    """Loss and gradients with operands made by the layer below, and without; and how often they were used."""
     taken = []
 
     def counting(self, stream, real=LayerLink.take_operand):
@@ -280,7 +280,7 @@ def assert_same_bits(got, plain):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", [Level.NONE, Level.WIDE, Level.FULL])
-def test_what_a_layer_norms_for_the_one_above_it_is_what_that_would(monkeypatch, level, dtype):
+def test_an_operand_made_by_the_layer_below_has_the_same_bits(monkeypatch, level, dtype):
     model = model_with_adapter("qwen3", dtype=dtype)
     layers = model.config.num_hidden_layers
     forward = prepare(model)
@@ -296,7 +296,7 @@ def test_what_a_layer_norms_for_the_one_above_it_is_what_that_would(monkeypatch,
     [lambda out: out.mul_(1.5), lambda out: out * 1.5, lambda out: out.clone()],
     ids=["in place", "new", "copy"],
 )
-def test_a_stream_that_was_changed_between_layers_is_normed_anew(monkeypatch, change):
+def test_an_operand_of_a_changed_stream_is_not_used(monkeypatch, change):
     model = model_with_adapter("llama")
     forward = prepare(model)
     assert fuse(forward)

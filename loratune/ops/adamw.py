@@ -1,10 +1,10 @@
-"""Clipping and AdamW on all parameters of an optimizer at once, with a loss or gradient that is not finite skipped.
+"""Gradient clipping and AdamW for all parameters of an optimizer at once. Non-finite steps are skipped.
 
     norm = |all gradients|        g = gradient / max(1, norm / max_norm)        p, m, v <- AdamW(g)
 
-An adapter is hundreds of small matrices, and a pass of a library over so many tensors is several launches at a
-fraction of the memory's speed, with a dozen more between them for norm, clipping and the check. Plain PyTorch here,
-parameter by parameter, is the reference; its twin in `ops.adamw_kernels` is three launches, whatever their number.
+An adapter is hundreds of small matrices. PyTorch's fused optimizer takes several launches for them at a fraction of
+the memory bandwidth, and a dozen more for the norm, the clipping and the check. The reference here goes parameter by
+parameter. Its twin in `ops.adamw_kernels` is three launches for any number of parameters.
 
 Source: Loshchilov and Hutter 2017, arXiv:1711.05101, in the order of operations of `torch.optim.AdamW`.
 """
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 
-class Held(NamedTuple):
-    """Parameters and what AdamW keeps of each; lists of one length."""
+class AdamWState(NamedTuple):
+    """Parameters and their AdamW moments; lists of equal length."""
 
     parameters: Sequence[Tensor]
     exp_avg: Sequence[Tensor]
     exp_avg_sq: Sequence[Tensor]
     steps: Sequence[Tensor]
-    """Updates made, () each."""
+    """Number of updates so far, shape () each."""
 
 
-class Settings(NamedTuple):
-    """Of all updates of a run."""
+class AdamWSettings(NamedTuple):
+    """Hyperparameters that stay the same during a run."""
 
     beta1: float
     beta2: float
@@ -39,21 +39,21 @@ class Settings(NamedTuple):
 
 @torch.no_grad()
 def clipped_adamw(
-    held: Held,
+    state: AdamWState,
     gradients: Sequence[Tensor | None],
     rate: Tensor | float,
-    settings: Settings,
+    settings: AdamWSettings,
     max_norm: float,
     outcome: Tensor,
 ) -> None:
-    """Clips by global norm and updates, in place; gradients are left as they are.
+    """Clips by the global norm and updates in place. Gradients are not changed.
 
     Args:
-        gradients: one for each parameter; None leaves it, its moments and its count alone.
-        rate: a number or a tensor of one.
+        gradients: one for each parameter. None skips the parameter, its moments and its count.
+        rate: learning rate, a number or a tensor with one element.
         max_norm: inf for no clipping.
-        outcome: (3,): the loss, which is read; the norm before clipping, and 1 if nothing was changed because loss or
-            norm is not finite, else 0, which are written.
+        outcome: (3,). Reads the loss from [0]. Writes the norm before clipping to [1], and to [2] 1 if the loss or
+            the norm is not finite and nothing was updated, else 0.
     """
     beta1, beta2, eps, weight_decay = settings
     norms = [gradient.norm() for gradient in gradients if gradient is not None]
@@ -63,7 +63,7 @@ def clipped_adamw(
     if not finite:
         return
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    for gradient, p, m, v, step in zip(gradients, *held, strict=True):
+    for gradient, p, m, v, step in zip(gradients, *state, strict=True):
         if gradient is None:
             continue
         step += 1

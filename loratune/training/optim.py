@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from loratune.config import Optim, TrainConfig
-from loratune.ops.adamw import Held, Settings, clipped_adamw
+from loratune.ops.adamw import AdamWSettings, AdamWState, clipped_adamw
 from loratune.ops.host import is_mapped, mapped_zeros
 from loratune.training.checkpoint import MOMENTS
 from loratune.training.compact import BLOCK, CompactAdamW
 from loratune.training.step import ClippedOptimizer
 
 if TYPE_CHECKING:
-    from loratune.ops.adamw_kernels import Updates
+    from loratune.ops.adamw_kernels import ClippedAdamWLaunches
 
 STATE_BYTES: dict[Optim, float] = {"adamw": 8.0, "adamw_8bit": 2 * (BLOCK + 4) / BLOCK, "adamw_offload": 0.0}
 """GPU memory of the optimizer's state, bytes per trained parameter."""
@@ -50,7 +50,7 @@ class JointAdamW(FusedAdamW):
         super().__init__(parameters, **settings)
         self._step_supports_amp_scaling = False  # torch's GradScaler then divides the gradients itself
         # The last entry is for the current tensors. A recording may still run an earlier one.
-        self._updates: list[Updates] = []
+        self._updates: list[ClippedAdamWLaunches] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -65,11 +65,11 @@ class JointAdamW(FusedAdamW):
         """See `training.step.StepOptimizer`. The gradients stay as they are."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
-        settings = Settings(beta1, beta2, group["eps"], group["weight_decay"])
+        settings = AdamWSettings(beta1, beta2, group["eps"], group["weight_decay"])
         known = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
         self._make_states([parameter for parameter in known if not self.state.get(parameter)])
         states = [self.state[parameter] for parameter in known]
-        held = Held(known, *([state[name] for state in states] for name in (*MOMENTS, "step")))
+        held = AdamWState(known, *([state[name] for state in states] for name in (*MOMENTS, "step")))
         gradients = [parameter.grad for parameter in known]
         if not outcome.is_cuda:
             clipped_adamw(held, gradients, group["lr"], settings, max_norm, outcome)
@@ -77,7 +77,7 @@ class JointAdamW(FusedAdamW):
         from loratune.ops import adamw_kernels  # imports Triton, which is installed with PyTorch for CUDA only
 
         if not self._updates or self._updates[-1].addresses != adamw_kernels.addresses(held):
-            self._updates.append(adamw_kernels.Updates(held, settings))
+            self._updates.append(adamw_kernels.ClippedAdamWLaunches(held, settings))
         self._updates[-1](gradients, group["lr"], max_norm, outcome)
 
     def _make_states(self, parameters: list[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Clipping and AdamW on all parameters at once: PyTorch's own, and the twin in Triton's interpreter.
+"""Clipping and AdamW for all parameters at once, against PyTorch's; the twin in Triton's interpreter.
 
 The interpreter is chosen when kernels are defined, so the comparison runs in a process of its own.
 """
@@ -10,23 +10,23 @@ import math
 import pytest
 import torch
 
-from loratune.ops.adamw import Held, Settings, clipped_adamw
+from loratune.ops.adamw import AdamWSettings, AdamWState, clipped_adamw
 from tests.ops.twins import compare, needs_triton
 
 SHAPES = [(16, 300), (300, 16), (7,), (1, 1)]
-SETTINGS = Settings(0.9, 0.99, 1e-8, 0.1)
+SETTINGS = AdamWSettings(0.9, 0.99, 1e-8, 0.1)
 
 
-def held_of(parameters: list[torch.Tensor]) -> Held:
+def state_of(parameters: list[torch.Tensor]) -> AdamWState:
     moments = ([torch.zeros_like(p) for p in parameters] for _ in "mv")
-    return Held(parameters, *moments, [torch.zeros(()) for _ in parameters])
+    return AdamWState(parameters, *moments, [torch.zeros(()) for _ in parameters])
 
 
 @pytest.mark.parametrize("max_norm", [0.5, math.inf])
-def test_takes_the_steps_that_pytorch_takes(max_norm: float) -> None:
-    """The third parameter has a gradient in every second step only, and is then where PyTorch has it."""
+def test_equals_the_steps_of_pytorch(max_norm: float) -> None:
+    """The third parameter has a gradient in every second step only."""
     start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
-    held, theirs = held_of([p.clone() for p in start]), [torch.nn.Parameter(p.clone()) for p in start]
+    state, theirs = state_of([p.clone() for p in start]), [torch.nn.Parameter(p.clone()) for p in start]
     beta1, beta2, eps, decay = SETTINGS
     optimizer = torch.optim.AdamW(theirs, 1e-2, (beta1, beta2), eps, decay)
     for step in range(6):
@@ -37,52 +37,52 @@ def test_takes_the_steps_that_pytorch_takes(max_norm: float) -> None:
         norm = float(torch.nn.utils.clip_grad_norm_(theirs, max_norm))
         optimizer.step()
         outcome = torch.tensor([1.0, 0.0, 5.0])
-        clipped_adamw(held, given, 1e-2, SETTINGS, max_norm, outcome)
+        clipped_adamw(state, given, 1e-2, SETTINGS, max_norm, outcome)
         assert outcome.tolist() == pytest.approx([1.0, norm, 0.0])
     for index, parameter in enumerate(theirs):
-        state = optimizer.state[parameter]
-        torch.testing.assert_close(held.parameters[index], parameter.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(held.exp_avg[index], state["exp_avg"], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(held.exp_avg_sq[index], state["exp_avg_sq"], rtol=1e-10, atol=1e-12)
-        assert float(held.steps[index]) == float(state["step"])
+        theirs_of = optimizer.state[parameter]
+        torch.testing.assert_close(state.parameters[index], parameter.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(state.exp_avg[index], theirs_of["exp_avg"], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(state.exp_avg_sq[index], theirs_of["exp_avg_sq"], rtol=1e-10, atol=1e-12)
+        assert float(state.steps[index]) == float(theirs_of["step"])
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_what_is_not_finite_changes_nothing(where: str) -> None:
-    held, outcome = held_of([torch.randn(shape) for shape in SHAPES]), torch.zeros(3)
+def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
+    state, outcome = state_of([torch.randn(shape) for shape in SHAPES]), torch.zeros(3)
     gradients = [torch.randn(shape) for shape in SHAPES]
-    before = [p.clone() for p in held.parameters]
+    before = [p.clone() for p in state.parameters]
     if where == "gradient":
         gradients[1][3, 3] = float("inf")
     else:
         outcome[0] = float("nan")
-    clipped_adamw(held, gradients, 1e-2, SETTINGS, 1.0, outcome)
+    clipped_adamw(state, gradients, 1e-2, SETTINGS, 1.0, outcome)
     assert outcome[2] == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, held.parameters, strict=True))
-    assert not any(t.any() for tensors in held[1:] for t in tensors)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+    assert not any(t.any() for tensors in state[1:] for t in tensors)
 
 
 COMPARE = """
 import math, torch
-from loratune.ops.adamw import Held, Settings, clipped_adamw
+from loratune.ops.adamw import AdamWState, AdamWSettings, clipped_adamw
 from loratune.ops import adamw_kernels
-from loratune.ops.adamw_kernels import Updates
+from loratune.ops.adamw_kernels import ClippedAdamWLaunches
 
 torch.manual_seed(0)
-settings, rate = Settings(0.9, 0.999, 1e-8, 0.1), torch.tensor(1e-2)
+settings, rate = AdamWSettings(0.9, 0.999, 1e-8, 0.1), torch.tensor(1e-2)
 
 def off(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 def course(shapes, max_norm, steps=8):
     start = [torch.randn(shape) for shape in shapes]
-    helds = []
+    states = []
     for dtype in (torch.float32, torch.float64):
         p = [t.to(dtype, copy=True) for t in start]
         m, v = ([torch.zeros_like(t) for t in p] for _ in "mv")
-        helds.append(Held(p, m, v, [torch.zeros(()) for _ in p]))
-    ours, exact = helds
-    updates = Updates(ours, settings)
+        states.append(AdamWState(p, m, v, [torch.zeros(()) for _ in p]))
+    ours, exact = states
+    updates = ClippedAdamWLaunches(ours, settings)
     for step in range(steps):
         gradients = [torch.randn(shape) * 10.0 ** (step % 3) for shape in shapes]
         loss = 1.0
@@ -114,7 +114,7 @@ for max_norm in (0.5, math.inf):
     course([(3, 1367), (5, 7), (1, 1), (9000,)], max_norm)  # odd sizes
 course([(64,)], 0.5)
 adamw_kernels._BLOCK = 4
-course([(1, 3)] * 5 + [(5, 4096)], 0.5)  # more tensors and sums than the settling program takes at once
+course([(1, 3)] * 5 + [(5, 4096)], 0.5)  # more tensors and sums than the settling program loads at once
 """
 
 

@@ -51,6 +51,9 @@ asks the frozen weight for its products. `training` is below `many`, which appli
 `memory`, which verifies a plan by a real training step. `demo` is above `screen`, which shows its progress.
 """
 
+TABLES = (NAME, f"{NAME}.tables", f"{NAME}.cli.dispatch")
+"""Modules that name higher modules for others to import. Strings elsewhere that name a module count as imports."""
+
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "safetensors", "huggingface_hub")
 """Libraries that help and argument errors must not wait for."""
 
@@ -102,7 +105,9 @@ class Import(NamedTuple):
     target: str
     line: int
     deferred: bool
-    """Inside a function or under TYPE_CHECKING, so not executed when the module is imported."""
+    """Inside a function, under TYPE_CHECKING or by name, so not executed when the module is imported."""
+    is_twin: bool = False
+    """A reference names the module of its Triton twins, to import it on first use."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,13 @@ class Package:
                 for alias in node.names:
                     inside = f"{node.module}.{alias.name}"
                     yield Import(inside if inside in self.modules else str(node.module), node.lineno, deferred)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and source.name not in TABLES:
+                for target in self._named(node.value):
+                    yield Import(target, node.lineno, deferred=True, is_twin=target.endswith("kernels"))
+
+    def _named(self, text: str) -> list[str]:
+        """The module that a string names for `importlib`, with or without the package's name."""
+        return [name for name in (text, f"{NAME}.{text}") if "." in text and name in self.modules]
 
 
 def _with_context(node: ast.AST, *, deferred: bool) -> Iterator[tuple[ast.AST, bool]]:
@@ -194,13 +206,21 @@ def import_cycles(package: Package) -> list[Violation]:
 
 
 def deferred_import_cycles(package: Package) -> list[Violation]:
-    """Cycles between modules that imports inside functions and for type checking close."""
+    """Cycles between modules that imports inside functions, for type checking or by name close.
+
+    A reference names its Triton twin by a string, and the twin may import the reference's types, so these two are not
+    a cycle.
+    """
     return _cycles(package, deferred=True)
 
 
 def _cycles(package: Package, *, deferred: bool) -> list[Violation]:
     graph = {
-        name: {i.target for i in package.inner_imports(name) if (deferred or not i.deferred) and i.target != name}
+        name: {
+            item.target
+            for item in package.inner_imports(name)
+            if (deferred or not item.deferred) and not item.is_twin and item.target != name
+        }
         for name in package.modules
         if name != NAME
     }

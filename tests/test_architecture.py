@@ -102,6 +102,22 @@ def test_every_kind_of_process_state_is_found(code: str, tmp_path: Path) -> None
     assert architecture.mutable_state(written(tmp_path, {"ops/a.py": code, "ops/b.py": "flag = False"}))
 
 
+def test_an_import_by_name_counts_except_for_twins(tmp_path: Path) -> None:
+    files = {
+        "ops/a.py": "def f():\n    return import_module('loratune.ops.b')",
+        "ops/b.py": "import loratune.ops.a",
+        "ops/c.py": "@with_twin('ops.c_kernels')\ndef f(): ...",
+        "ops/c_kernels.py": "import loratune.ops.c",
+        "data/d.py": "NAME = 'loratune.ops.b'",
+        "tables.py": "NAMES = {'b': 'loratune.ops.b'}",
+    }
+    package = written(tmp_path, files)
+    cycles = architecture.deferred_import_cycles(package)
+    assert [cycle.key for cycle in cycles] == ["loratune.ops.a -> loratune.ops.b -> loratune.ops.a"]
+    upward = architecture.upward_imports(package)
+    assert [found.key for found in upward] == ["loratune.data.d -> loratune.ops.b"]
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -26,7 +26,6 @@ ALLOWED = {
 KNOWN: set[str] = {
     "loratune.memory.budget._layer is cached",
     "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction",
-    "loratune.ops.host._ROOMS is changed",
 }
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 _MAX_RECORDINGS = 4
+_CAPTURE = "thread_local"
+"""Calls that would spoil a recording are errors in its own thread only, so another model may train in another thread."""
 
 
 class Recordings:
@@ -61,7 +63,7 @@ class Recordings:
         # and a workspace made in a recording would outlive it and hold its memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=_CAPTURE):
                 work()
         except RuntimeError as error:
             failure, self.out_of_memory = _cause(error)
@@ -105,7 +107,7 @@ class Recordings:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         # The device's generator stays in its recording state until a recording ends well.
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_CAPTURE):
             torch.zeros(1, device="cuda")
         torch.cuda.empty_cache()
 

@@ -1,9 +1,10 @@
-"""Dropout whose every decision is a function of what it is for, and of nothing else.
+"""Dropout whose every decision is a hash of seed, step, layer, token and feature.
 
-A generator hands out its numbers in the order in which it is asked, so what one adapter's dropout draws depends on
-who drew before it. Here the decision about one element is a hash of (seed, step), the layer, the token's position in
-the adapter's own step, and the feature. Whoever else is in the row, wherever in the row the token lies, whether it
-is computed now or once more in a backward, on a CPU or a GPU: the same bits, and nothing to keep.
+A random generator hands out its numbers in the order of the calls, so the dropout of one adapter would depend on the
+other adapters that drew before it. Here the decision about one element is a hash of (seed, step), the layer, the
+token's number in the adapter's own step, and the feature. So the mask is the same for every mixture of adapters in
+the row, for every place of the token in the row, when a backward computes it again, and on a CPU and a GPU. It never
+needs to be stored.
 
 Source: counter-based generators, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixing
 functions are the finalisers of splitmix64 (Steele et al. 2014) for the key and of MurmurHash3 for the elements.
@@ -28,35 +29,35 @@ LEVELS = 1 << 24
 
 
 def dropout_key(seed: int, step: int) -> int:
-    """The key of one optimizer step, 64 bits; unrelated for neighbouring seeds and steps."""
+    """Key of one optimizer step, 64 bits. Neighbouring seeds and steps have unrelated keys."""
     return _splitmix(_splitmix(seed & _MASK64) ^ (step & _MASK64))
 
 
 def layer_salt(path: str) -> int:
-    """What sets one layer's masks apart from another's, int32: a checksum of its path, the same in every run."""
+    """Number that separates one layer's masks from another's, int32: a checksum of its path."""
     return _int32(zlib.crc32(path.encode()))
 
 
 def halves(key: int) -> tuple[int, int]:
-    """A key as two int32, low and high, as tensors and kernels take it."""
+    """The low and high half of a key as int32, the form that tensors and kernels take."""
     return _int32(key), _int32(key >> 32)
 
 
 def threshold(probability: float) -> int:
-    """Of `LEVELS` hashes, how many are dropped."""
+    """Number of dropped hash values out of `LEVELS`."""
     return round(probability * LEVELS)
 
 
 def row_key(key: int, position: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """What dropout in one row goes by, (3,) int32: the number of its first token in the step, and the step's key.
+    """Key of one row, (3,) int32: the number of its first token in the step, and both halves of the step's key.
 
-    A tensor, because a recorded step reads it where the host writes another one before each replay.
+    It is a tensor because a recorded step reads it from memory that the host rewrites before each replay.
     """
     return torch.tensor([position, *halves(key)], dtype=torch.int32, device=device)
 
 
 def random_row_key(device: torch.device | str) -> Tensor:
-    """One from torch's global generator, for a row whose step nobody has named."""
+    """A `row_key` drawn from torch's global generator, for rows without a step key."""
     return torch.randint(-(1 << 31), 1 << 31, (3,), dtype=torch.int32, device=device)
 
 
@@ -74,13 +75,13 @@ def _on_gpu(row: Tensor, *_: object, **__: object) -> bool:
 
 @with_kernel(_on_gpu, "ops.dropout_kernels")
 def keep_mask(row: Tensor, salt: int, shape: tuple[int, int], probability: float, first: int = 0) -> Tensor:
-    """Which elements stay: (tokens, features) bool, each True with 1 - probability.
+    """Mask of kept elements: (tokens, features) bool, each True with probability 1 - `probability`.
 
     Args:
         row: `row_key`, on the device of the mask.
-        salt: of the layer, `layer_salt`.
+        salt: `layer_salt` of the layer.
         shape: tokens, features.
-        first: number of the first of these tokens in the row.
+        first: number of the first token in the row.
     """
     position, low, high = row.unbind()
     tokens = torch.arange(first, first + shape[0], dtype=torch.int32, device=row.device) + position

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""Triton twin of `ops.dropout`, and its hash for the kernels that mask an operand as they read it."""
+"""Triton twin of `ops.dropout`, and its hash for kernels that mask an operand while they read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loratune.ops.dropout import GOLDEN, LEVELS, threshold
 
 @triton.jit
 def _finalise(x):
-    """MurmurHash3's 32-bit finaliser, as `ops.dropout` has it."""
+    """MurmurHash3's 32-bit finaliser, as in `ops.dropout`."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -21,21 +21,21 @@ def _finalise(x):
 
 @triton.jit
 def hashed(position, low, high):
-    """(tokens,): what a layer's masks go by, of int32 positions and the key, the layer's salt in the high half."""
+    """(tokens,) hashes of int32 positions and a key whose high half is combined with the layer's salt."""
     low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
     return _finalise(_finalise(position.to(tl.uint32, bitcast=True) ^ low) ^ high)
 
 
 @triton.jit
 def hashed_in_row(row_ptr, token, salt):
-    """The same by a `row_key` in memory; `token`, (tokens,), counts within the row."""
+    """`hashed` with a `row_key` in memory; `token`, (tokens,), is the number in the row."""
     position, salt = tl.load(row_ptr) + token.to(tl.int32), salt.to(tl.int32)
     return hashed(position, tl.load(row_ptr + 1), tl.load(row_ptr + 2) ^ salt)
 
 
 @triton.jit
 def keeps(tokens, feature, dropped, GOLDEN: tl.constexpr, LEVELS: tl.constexpr):
-    """(tokens, features): which elements dropout keeps; of `hashed` tokens, features and the threshold."""
+    """(tokens, features) mask of kept elements. `tokens` is `hashed`; `dropped` is `ops.dropout.threshold`."""
     columns = (feature.to(tl.int32) * GOLDEN).to(tl.uint32, bitcast=True)
     elements = _finalise(tokens[:, None] ^ columns[None, :])
     return ((elements >> 8) & (LEVELS - 1)).to(tl.int32) >= dropped
@@ -46,6 +46,7 @@ def _keep_mask(
     row_ptr, out_ptr, salt, first, dropped, tokens, features, GOLDEN: tl.constexpr, LEVELS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
+    """One program for a tile of the mask; it writes one byte for each element."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     kept = keeps(hashed_in_row(row_ptr, first + token, salt), feature, dropped, GOLDEN, LEVELS)
@@ -54,7 +55,7 @@ def _keep_mask(
 
 
 def keep_mask(row: Tensor, salt: int, shape: tuple[int, int], probability: float, first: int = 0) -> Tensor:
-    """As `ops.dropout.keep_mask`."""
+    """Twin of `ops.dropout.keep_mask`, bound by writing the mask."""
     (tokens, features), (height, width) = shape, (16, 256)
     out = torch.empty(shape, dtype=torch.bool, device=row.device)
     _keep_mask[triton.cdiv(tokens, height), triton.cdiv(features, width)](

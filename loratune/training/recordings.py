@@ -21,7 +21,7 @@ import torch
 
 _MAX_RECORDINGS = 4
 _CAPTURE = "thread_local"
-"""Calls that would spoil a recording are errors in its own thread only, so another model may train in another thread."""
+"""Calls that spoil a recording are errors in its own thread only: another model may train in another thread."""
 
 
 class Recordings:

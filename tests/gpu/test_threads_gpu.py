@@ -89,7 +89,7 @@ def test_two_models_on_two_streams_get_the_bits_of_each_alone(recorded):
 
 
 def test_split_reductions_on_two_streams_do_not_share_counters():
-    """Two streams run many split reductions at once. With shared counters, blocks of one would end the other's sum."""
+    """Two streams run split reductions at once. With shared counters, each could end the sum of the other."""
     torch.manual_seed(0)
     x = torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
     factors = [torch.randn(4096, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2)]

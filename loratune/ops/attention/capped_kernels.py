@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""Attention with soft caps and sinks as three Triton kernels, for bfloat16 and float16 on a GPU.
+"""Triton kernels of `ops.attention.capped`: attention with soft caps and sinks, bfloat16 or float16 on a GPU.
 
-    forward          a block of queries walks over the keys that it sees, with a running maximum and sum
-    queries' part    the same walk once more for dQ; on its way it leaves delta = sum(dO * O) of every query
-    keys' part       a block of keys walks over the queries that see it, of every head that shares it, for dK and dV
+    _forward        one program for a block of queries of a head; loops over visible keys with running maximum and sum
+    _queries_part   the same loop for dQ; also writes delta = sum(dO * O) of every query
+    _keys_part      one program for a block of keys of a kv head; loops over the queries that see it, for dK and dV
 
-Probabilities are not kept but made again from the logsumexp of each query. Every sum has one block that makes it, in
-one order, so a result is the same to the bit each time. What a position sees is one interval that begins with its
-document, or with its window, and ends with itself; so a walk is bounded by two numbers of the table of spans, and
-what is in no sight is never read.
+The bound is arithmetic: two products of (queries, keys) tiles forward, five backward. Probabilities are recomputed
+from the logsumexp of each query. One program computes each sum, in a fixed order, so results are the same to the bit
+each time. The keys visible to a query form one interval: it begins with the document or the window and ends with the
+query. Two numbers from the table of spans therefore bound each loop, and invisible blocks are never read.
 
 Source: Dao 2023, arXiv:2307.08691; the gradient through the cap c tanh(s / c) is 1 - tanh^2(s / c).
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-1e30)
-"""The score of what is not seen: finite, so that no difference of two of them is undefined."""
+"""Score of invisible keys; finite, so that a difference of two such scores is defined."""
 _VARYING = ["tokens", "window"]
 
 
 class Tile(NamedTuple):
-    """How much of the scores one step of a walk makes, and by how many."""
+    """Size of one block of scores, and warps and pipeline stages of the program."""
 
     queries: int
     keys: int
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _load(ptr, at, stride, count, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `at` to `at + ROWS` of a matrix, (ROWS, WIDTH), zeros behind row `count` and column DIM."""
+    """Rows `at` to `at + ROWS` of a matrix, (ROWS, WIDTH); zeros from row `count` and column DIM on."""
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (at + row < count)[:, None] & (column < DIM)[None, :]
     ptr += tl.cast(at, tl.int64) * stride
@@ -56,7 +56,7 @@ def _store(ptr, value, at, stride, count, ROWS: tl.constexpr, DIM: tl.constexpr,
 
 @triton.jit
 def _capped(product, scaling, softcap, CAP: tl.constexpr):
-    """Scores in units of log 2, and their derivative by the unscaled, uncapped ones but for the scaling."""
+    """Scores in base 2, and the derivative of the soft cap."""
     score, slope = product * scaling, 1.0
     if CAP:
         share = 2 * tl.sigmoid(2 * score / softcap) - 1  # tanh
@@ -71,7 +71,7 @@ def _forward(
     CAP: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest walks begin first
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest loops start first
     head = tl.program_id(1)
     row = at + tl.arange(0, ROWS)
     first = tl.load(spans_ptr + row, mask=row < tokens, other=tokens)
@@ -147,7 +147,7 @@ def _keys_part(
     at, shared = tl.program_id(0) * COLUMNS, tl.program_id(1)
     column = at + tl.arange(0, COLUMNS)
     end = tl.load(spans_ptr + tokens + column, mask=column < tokens, other=0)
-    end = tl.minimum(end, column + window)  # the first position that does not see it any more
+    end = tl.minimum(end, column + window)  # the first position that no longer sees the key
     k = _load(k_ptr + shared.to(tl.int64) * k_head, at, k_token, tokens, COLUMNS, DIM, WIDTH)
     v = _load(v_ptr + shared.to(tl.int64) * v_head, at, v_token, tokens, COLUMNS, DIM, WIDTH)
     d_k, d_v = tl.zeros((COLUMNS, WIDTH), tl.float32), tl.zeros((COLUMNS, WIDTH), tl.float32)
@@ -177,7 +177,7 @@ def _large_shared_memory(device: torch.device) -> bool:
 
 
 def _tiles(width: int, large: bool) -> tuple[Tile, Tile, Tile]:
-    """Those of the three kernels. `tests/ops/test_compile.py` holds that they fit the memory of a block."""
+    """Tiles of the three kernels; `tests/ops/test_compile.py` checks that they fit in shared memory."""
     if width <= 64:
         return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
     if width <= 128:
@@ -190,7 +190,7 @@ def _tiles(width: int, large: bool) -> tuple[Tile, Tile, Tile]:
 
 
 class _Launch(NamedTuple):
-    """What the three kernels have in common."""
+    """Arguments that the three kernels share."""
 
     numbers: tuple[int | float, ...]
     strides: tuple[int, ...]
@@ -220,10 +220,10 @@ def forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (T, heads, head_dim), and of every query the logsumexp in base 2, (heads, T) in float32.
+    """The output, (T, heads, head_dim), and the logsumexp in base 2 of every query, (heads, T) float32.
 
     Args:
-        q: (T, heads, head_dim); k, v: (T, kv_heads, head_dim); numbers of one head lie side by side.
+        q: (T, heads, head_dim); k, v: (T, kv_heads, head_dim); the numbers of one head are contiguous.
         spans: see `ops.attention.capped.DocumentSpans`.
         sinks: (heads,), contiguous, or None.
     """
@@ -250,7 +250,7 @@ def backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous; the sinks are in the logsumexp, and get none.
+    """Gradients of q, k and v, contiguous. The logsumexp includes the sinks, which receive no gradient.
 
     Args:
         d_out: (T, heads, head_dim), contiguous like `out`.

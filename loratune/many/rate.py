@@ -1,16 +1,16 @@
-"""`--learning-rate auto`: a rate chosen by trying some, all at once, on the first part of the run's own data.
+"""`--learning-rate auto`: chooses a rate by short trials, all at once, on the first part of the run's data.
 
-Seven rates, half a power of ten apart, each train a fresh adapter over one base (`jobs`) for a twentieth of the run's
-steps, on the rows that the run will begin with, with its own schedule pressed into them. Then all are measured on the
-same held-out rows. A short run forgives higher rates than a long one, and beyond the best the loss rises steeply, so
-not the lowest loss decides but the lowest rate that brings nearly all of what the best one brings:
+Seven rates, half a power of ten apart, each train a new adapter over one base (`many.jobs`). A trial takes a
+twentieth of the run's steps, on the run's first rows, with the run's schedule compressed. All trials are evaluated on
+the same held-out rows. A short run tolerates higher rates than a long one, and above the best rate the loss rises
+steeply. So the choice is the lowest rate with nearly the best gain, not the lowest loss:
 
     gain(rate) = log(loss of the base / loss after the trial)
     chosen     = the lowest rate with gain >= 0.95 of the largest
 
-The logarithm, because a loss that falls from 10 to 1 leaves the difference to 0.5 invisible beside the whole.
-Since the best rate of LoRA hardly depends on the rank (Schulman et al. 2025, "LoRA Without Regret"), a grid this
-coarse is as fine as the question; who wants it finer writes a sweep.
+The gain is a logarithm, because a difference of 1 to 0.5 would be invisible beside a fall from 10 to 1. The best rate
+of LoRA hardly depends on the rank (Schulman et al. 2025, "LoRA Without Regret"), so a coarse grid suffices. A sweep
+can search a finer one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from loratune.training.step import evaluate_loss
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _SHARE_OF_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1 / 20, 10, 50
 _MEASURED_ROWS = 16
-_ENOUGH = 0.95
+_NEARLY = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class RateTrial:
-    """What is about to be tried."""
+    """The trials are about to start."""
 
     rates: tuple[float, ...]
     steps: int
@@ -49,21 +49,21 @@ class RateTrial:
 
 @dataclass(frozen=True, slots=True)
 class RateChoice:
-    """The rate, and what it was chosen from."""
+    """The chosen rate and the results of all trials."""
 
     rate: float
     steps: int
-    """Of each trial."""
+    """Steps of each trial."""
     base_loss: float
-    """Before training."""
+    """Held-out loss before training."""
     losses: dict[float, float]
-    """Rate -> held-out loss after its trial; NaN if it diverged."""
+    """Rate -> held-out loss after its trial; NaN if the trial diverged."""
     held_out: bool
-    """False if nothing is held out, so that training rows were measured."""
+    """False if there are no held-out rows and training rows were evaluated."""
 
     @property
     def why(self) -> str:
-        """One line for a person."""
+        """One line for the user."""
         best = min(self.losses.values(), key=lambda loss: loss if math.isfinite(loss) else math.inf)
         reason = "the lowest loss" if self.losses[self.rate] == best else "the lowest rate with 95% of the best gain"
         return f"{reason} of {len(self.losses)} rates tried for {self.steps} steps"
@@ -72,11 +72,11 @@ class RateChoice:
 def choose_rate(
     model: PreTrainedModel, lora: LoraConfig, training: TrainConfig, rows: Rows, tokens_per_row: int
 ) -> Iterator[RateTrial | RateChoice]:
-    """Tries the rates on the bare base `model`, which is the same afterwards; the last event is the choice.
+    """Tries the rates on the base `model`, which is unchanged afterwards; the last event is the choice.
 
     Raises:
-        ConfigError: the adapter or the model is of a kind that cannot be trained several at once.
-        TrainingError: no rate brought anything.
+        ConfigError: several such adapters cannot train at once.
+        TrainingError: no rate lowers the loss.
     """
     run = Course(rows, replace(training, learning_rate=RATES[0]))
     steps = min(max(_FEWEST_STEPS, math.ceil(run.total_steps * _SHARE_OF_STEPS)), _MOST_STEPS)
@@ -94,7 +94,7 @@ def choose_rate(
     yield RateTrial(RATES, steps, at_once)
     try:
         forward = prepare(model)
-        with forward.installed():  # no row is set: the base alone
+        with forward.installed():  # no row is set, so the base computes alone
             base_loss = evaluate_loss(forward, measured, objective).loss
         jobs = Jobs(forward, bank, tokens, objective=objective)
         for rate in RATES:
@@ -115,7 +115,7 @@ def _not_at_once(error: Exception) -> ConfigError:
 
 
 def pick(base_loss: float, losses: dict[float, float]) -> float:
-    """The lowest rate with nearly the largest gain. Raises TrainingError: none brings any."""
+    """The lowest rate with nearly the largest gain. Raises TrainingError: no rate has any."""
     gains = {rate: math.log(base_loss / loss) for rate, loss in losses.items() if math.isfinite(loss)}
     best = max(gains.values(), default=0.0)
     if best <= 0:
@@ -123,11 +123,11 @@ def pick(base_loss: float, losses: dict[float, float]) -> float:
             'learning_rate "auto": no rate from '
             f"{min(losses):g} to {max(losses):g} lowers the loss of the base; look at the data with loratune preview"
         )
-    return min(rate for rate, gain in gains.items() if gain >= _ENOUGH * best)
+    return min(rate for rate, gain in gains.items() if gain >= _NEARLY * best)
 
 
 def measured_rows(rows: Rows, used: int) -> Sequence[Row]:
-    """Held-out rows, else training rows that the trials do not use, else those that they do; at most 16."""
+    """Held-out rows, else training rows that no trial uses, else training rows; at most 16."""
     if rows.held_out:
         return rows.held_out[:_MEASURED_ROWS]
     first = rows.of_epoch(0)

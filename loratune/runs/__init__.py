@@ -1,1 +1,1 @@
-"""From settings to a finished output folder."""
+"""Runs: from settings to a finished output folder."""

@@ -1,8 +1,8 @@
 """The model card of an output folder: README.md with the front matter that the hub and PEFT read.
 
-A pure function from facts to text, so that what a card says can be tested and nothing is looked up on the way. A card
-answers, in this order: what is it, how do I use it, how good is it, what was it trained on and how, with which
-versions. It makes no claim that was not measured: what is unknown is left out, not filled with a phrase.
+`render_card` is a pure function from facts to text, so tests can check every line. A card gives, in this order: a
+description, use, results, data, training settings and versions. It contains measured facts only and leaves unknown
+ones out.
 Format: https://huggingface.co/docs/hub/model-cards (`base_model`, `library_name: peft`, `base_model_relation`).
 """
 
@@ -21,43 +21,43 @@ from loratune.precision.contract import weight_format
 from loratune.tables import PRECISIONS
 from loratune.units import duration, size
 
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank accepts
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values accepted by --max-lora-rank
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """One file or data set that the adapter learned from or was measured on."""
+    """One file or data set for training or evaluation."""
 
     name: str
-    """File name or hub id; never a path of the machine it lay on."""
+    """File name or hub id, never a local path."""
     records: int | None
     sha256: str | None
-    """Of the content, to recognise the same data again; None for what has no single file."""
+    """Hash of the content, which identifies the data; None if there is no single file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """Everything that a card says. Fields that default to None or empty are left out of it if not given."""
+    """All facts of a card. A field that is None or empty is left out of the card."""
 
     name: str
-    """What the adapter is called: its folder's name."""
+    """Name of the adapter's folder."""
     base_model: str
     precision: Precision = "auto"
-    """Of the base while it trained; said where the base was quantised."""
+    """Precision of the base during training; the card mentions it if the base was quantised."""
     lora: LoraConfig
     train_data: tuple[DataFacts, ...]
-    """Empty for an adapter that was made elsewhere."""
+    """Empty for an adapter made by another program."""
     trainable_parameters: int = 0
     file_bytes: int = 0
-    """Of the adapter's tensors."""
+    """Size of the adapter's tensors."""
     eval_data: tuple[DataFacts, ...] = ()
     license: str | None = None
-    """SPDX identifier; unknown unless the user says so, as it depends on base and data."""
+    """SPDX identifier. It depends on base and data, so only the user can give it."""
     merged_difference: float | None = None
     """For a merged checkpoint: largest absolute difference in logits from base + adapter."""
     results: Mapping[str, str] = field(default_factory=dict)
-    """What was measured, to its value as text with unit: {"held-out loss": "0.0312 nats per token"}."""
+    """Measurement -> value as text with unit: {"held-out loss": "0.0312 nats per token"}."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Training settings worth reading: {"learning rate": "0.0002, cosine"}."""
     steps: int | None = None
@@ -73,7 +73,7 @@ def render_card(facts: CardFacts) -> str:
     """The text of README.md; ends with a newline."""
     sections = [
         _front_matter(facts),
-        f"# {facts.name}\n\n{_what_it_is(facts)}",
+        f"# {facts.name}\n\n{_description(facts)}",
         f"## Use\n\n{_use(facts)}",
         _table("## Results", "measured", facts.results),
         _data(facts),
@@ -86,11 +86,11 @@ def render_card(facts: CardFacts) -> str:
 def render_merged_card(
     name: str, base_model: str, lora: LoraConfig, run: RunConfig | None, largest_difference: float
 ) -> str:
-    """README.md of a merged checkpoint, as far as the adapter's folder tells.
+    """README.md of a merged checkpoint, from the facts in the adapter's folder.
 
     Args:
-        run: settings of the run that made the adapter, if it is one of ours.
-        largest_difference: in any logit, between the checkpoint and base + adapter.
+        run: settings of the run that trained the adapter; None if another program trained it.
+        largest_difference: largest difference in a logit between the checkpoint and base + adapter.
     """
     data = tuple(DataFacts(Path(path).name, None, None) for path in (run.data if run else ()))
     return render_card(
@@ -106,10 +106,10 @@ def render_merged_card(
 
 
 def _front_matter(facts: CardFacts) -> str:
-    """YAML; every value is written as JSON, which YAML includes, so nothing has to be escaped by rule."""
+    """YAML front matter. Values are written as JSON, a subset of YAML, which needs no escaping rules."""
     merged = facts.merged_difference is not None
     values: dict[str, Any] = {}
-    if _HUB_ID.fullmatch(facts.base_model) and facts.base_model != POCKET:  # the hub refuses what it does not hold
+    if _HUB_ID.fullmatch(facts.base_model) and facts.base_model != POCKET:  # the hub rejects unknown ids
         values["base_model"] = facts.base_model
         values["base_model_relation"] = "finetune" if merged else "adapter"
     values["library_name"] = "transformers" if merged else "peft"
@@ -122,22 +122,22 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _form(facts: CardFacts) -> str | None:
-    """The quantised form of the base while it trained; None for floating point."""
+    """Quantised format of the base during training; None for floating point."""
     return weight_format(facts.precision).label if facts.precision in PRECISIONS else None
 
 
 def _dequantised(facts: CardFacts) -> str:
     form = _form(facts)
-    return f" The adapter was trained over weights in {form}; it is added here to those, made dense." if form else ""
+    return f" The adapter was trained over weights in {form}. It is added here to their dense form." if form else ""
 
 
-def _what_it_is(facts: CardFacts) -> str:
-    learned = ", ".join(f"`{data.name}`" for data in facts.train_data) or "data that its folder does not name"
+def _description(facts: CardFacts) -> str:
+    learned = ", ".join(f"`{data.name}`" for data in facts.train_data) or "data not named in its folder"
     if facts.merged_difference is not None:
         return (
             f"`{facts.base_model}` with a LoRA adapter trained on {learned} merged into its weights by loratune. "
-            "Before this folder got its name it was loaded again and compared with base + adapter: the largest "
-            f"difference in any logit is {facts.merged_difference:.2g}.{_dequantised(facts)}"
+            "The checkpoint was loaded again and compared with base + adapter: the largest "
+            f"difference in a logit is {facts.merged_difference:.2g}.{_dequantised(facts)}"
         )
     rank = _ranks(facts.lora)
     return (
@@ -192,7 +192,7 @@ def _vllm(facts: CardFacts) -> str:
     lora = facts.lora
     if lora.modules_to_save or lora.bias != "none" or lora.rank_pattern or lora.alpha_pattern:
         return (
-            "vLLM takes plain low-rank matrices of one scaling, and this adapter has more (see the settings): merge "
+            "vLLM supports plain low-rank matrices with one scaling. This adapter has more (see the settings): merge "
             "it and serve the checkpoint."
         )
     rank = next((r for r in _VLLM_RANKS if r >= lora.r), lora.r)
@@ -259,9 +259,9 @@ def _ranks(lora: LoraConfig) -> str:
     return f"{lora.r} ({special})" if special else str(lora.r)
 
 
-def _table(heading: str, what: str, rows: Mapping[str, str]) -> str:
-    """A two-column Markdown table, or nothing if there are no rows. A pipe in a value would end its cell."""
+def _table(heading: str, column: str, rows: Mapping[str, str]) -> str:
+    """A two-column Markdown table; empty without rows. Pipes are escaped, since they would end a cell."""
     if not rows:
         return ""
     lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
-    return "\n".join([heading, "", f"| {what} | |", "|---|---|", *lines])
+    return "\n".join([heading, "", f"| {column} | |", "|---|---|", *lines])

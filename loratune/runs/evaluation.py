@@ -1,4 +1,4 @@
-"""How good a model is on held-out records: loss over the tokens it would be trained on, and answers it generates."""
+"""Evaluation on held-out records: loss over the tokens that would train, and exact match of generated answers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def evaluate(
     generate: bool = True,
     max_new_tokens: int | None = None,
 ) -> Evaluation:
-    """Measures the model as it is now, with the adapter that is active.
+    """Evaluates the model with its active adapter.
 
     Args:
         records: held-out records, see `data.records.read_records`.
-        name: what to call the model in the result.
-        generate: False leaves exact match out, which needs records with a question and an answer.
-        max_new_tokens: longest answer; by default what the longest reference needs, and some more.
+        name: name of the model in the result.
+        generate: False skips exact match, which needs records with a question and an answer.
+        max_new_tokens: longest answer; by default somewhat more than the longest reference.
     """
     exact = answers(model, tokenizer, records, stop_ids, max_new_tokens) if generate else None
     return Evaluation(name, loss(model, tokenizer, records, stop_ids, settings), exact)
@@ -68,11 +68,11 @@ def answers(
 ) -> ExactMatch:
     """Exact match of generated answers to the last assistant turn (or completion) of each record.
 
-    Raises: DataError: a record is raw text, which asks nothing.
+    Raises: DataError: a record is raw text and contains no question.
     """
     raw = next((record.source for record in records if record.text is not None), None)
     if raw is not None:
-        raise DataError(f"{raw}: raw text has no question to answer; measure its loss alone with --no-generate")
+        raise DataError(f"{raw}: raw text has no question to answer; measure only the loss with --no-generate")
     return exact_match(
         model,
         tokenizer,
@@ -85,12 +85,12 @@ def answers(
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill up rows with; nothing sees it."""
+    """The padding token of rows. No document attends to it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
 def _question(record: Record) -> str:
-    """What a record asks, for a person."""
+    """The question of a record, for display."""
     if record.messages is None:
         return record.prompt or ""
     asked = [m for m in record.messages if m["role"] == "user"]
@@ -100,18 +100,18 @@ def _question(record: Record) -> str:
 def real_prompts(
     tokenizer: PreTrainedTokenizerBase, run: RunConfig | None, data: Sequence[str], count: int = 12
 ) -> list[list[int]]:
-    """Prompts to compare two models on: of the given files, else of the held-out or training files of the run.
+    """Prompts for comparing two models, from the given files, else from the run's held-out or training files.
 
     Args:
-        run: settings of the run that made the adapter; its files may have gone.
-        data: files to take instead.
-        count: at most so many prompts, spread over the records.
+        run: settings of the run that trained the adapter; its files may be missing.
+        data: files to use instead.
+        count: largest number of prompts; they are spread over the records.
 
-    Raises: DataError: there is no file left to take prompts from.
+    Raises: DataError: no file with prompts exists.
     """
     paths = list(data) or [p for p in (run.dataset.eval_data or run.data if run else []) if Path(p).exists()]
     if not paths:
-        raise DataError("no prompts to compare on: the run's data is not here any more; name a file with --data")
+        raise DataError("no prompts to compare on: the run's data is missing; name a file with --data")
     records = read_records(paths, run.dataset.format if run and not data else "auto")
     chosen = records[:: max(1, len(records) // count)][:count]
     return [

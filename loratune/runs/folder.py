@@ -1,13 +1,13 @@
-"""The folder that a run leaves: what is in it, when each part appears, and what it says about itself.
+"""The output folder of a run: its files, the order in which they appear, and its model card.
 
     adapter_config.json, adapter_model.safetensors    the best adapter, in PEFT format
     run.toml                                          every setting, to run it again
     metrics.jsonl, loss.png                           the curves
-    rates.json                                        what `--learning-rate auto` tried, if it did
-    README.md                                         the model card; comes last, so a folder that has it is complete
-    checkpoints/                                      the newest and the best, and what the data were
+    rates.json                                        the trials of `--learning-rate auto`
+    README.md                                         the model card; written last, so it marks a complete folder
+    checkpoints/                                      the newest and the best, and hashes of the data
 
-A folder describes itself; later commands need nothing else. Runs alone and jobs of a sweep write the same one.
+Later commands need only this folder. A single run and a job of a sweep write the same files.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class RunResult:
     last_loss: float | None
     out: Path | None
     kept_step: int
-    """The step whose adapter is in the model and in the folder: the best on held-out data, or the last."""
+    """Step of the adapter in the model and the folder: the best on held-out data, or the last."""
     tokens_per_second: float
     peak_memory_bytes: int
 
 
 class Recorder:
-    """Writes metrics.jsonl and the trackers as events pass, and remembers what the summary needs."""
+    """Writes events to metrics.jsonl and the trackers, and collects the numbers of the summary."""
 
     def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
         self._out = out
@@ -68,14 +68,14 @@ class Recorder:
             if resume_step is None:
                 clear(out)
                 resume.record_data(out, dataset)
-            (out / "README.md").unlink(missing_ok=True)  # comes last: a folder that has it is complete
+            (out / "README.md").unlink(missing_ok=True)  # written last: it marks a complete folder
             atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
             self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
             self.last_loss = next(reversed(metrics.losses_of(self._file.path)), None)
             self._reporters = trackers.open_all(config.training.log_to, out, asdict(config))
 
     def record(self, event: Event) -> None:
-        """Takes note of one event."""
+        """Records one event."""
         match event:
             case StepDone():
                 self.last_loss = event.loss if not event.skipped else self.last_loss
@@ -91,11 +91,11 @@ class Recorder:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps of this process, evaluations and saving left out."""
+        """Speed of all steps of this process, without evaluations and saving."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def result(self, device: torch.device) -> RunResult:
-        """How the run ended; `device` is where it ran."""
+        """Summary of the run, which ran on `device`."""
         assert self.ended is not None
         progress = self.ended.progress
         return RunResult(
@@ -117,15 +117,15 @@ class Recorder:
 
 
 def check_output(config: RunConfig, out: Path) -> None:
-    """Raises OutputError if a new run may not be written to `out`."""
+    """Raises OutputError if `out` cannot take a new run."""
     atomic.check_new(out, overwrite=config.overwrite)
     holds_a_run = any((out / name).is_file() for name in ("run.toml", "adapter_config.json"))
     if out.is_dir() and any(out.iterdir()) and not holds_a_run:
-        raise OutputError(f"{out}: holds something that is not a run; --overwrite replaces runs only")
+        raise OutputError(f"{out}: contains files that are not a run; --overwrite replaces runs only")
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier run left in `out`, and nothing else."""
+    """Removes the files of an earlier run from `out`, and no others."""
     for name in (*_OURS, RATES_FILE):
         (out / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
@@ -135,12 +135,12 @@ def clear(out: Path) -> None:
 def describe(
     config: RunConfig, dataset: Dataset, result: RunResult, lora: LoraConfig, parameters: int, device: torch.device
 ) -> None:
-    """Writes the plot and, last of all, the model card into `result.out`, where the adapter already is.
+    """Writes the plot and then the model card into `result.out`, which already contains the adapter.
 
     Args:
-        lora: of the adapter that was trained.
-        parameters: how many of them train.
-        device: where it ran.
+        lora: configuration of the adapter.
+        parameters: number of trained parameters.
+        device: device of the run.
     """
     out = result.out
     assert out is not None
@@ -189,7 +189,7 @@ def _card_facts(
 
 
 def _data_facts(paths: Sequence[str], examples: Sequence[Example], dataset: Dataset) -> tuple[DataFacts, ...]:
-    """What the card says of each file: its name without its folder, how many examples came of it, and its hash."""
+    """For each file: its name without the folder, its number of examples, and its hash."""
     counts = Counter(example.source.rpartition(":")[0] for example in examples)
     return tuple(DataFacts(Path(path).name, counts[path], dataset.file_hashes.get(path)) for path in paths)
 
@@ -199,12 +199,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def record_rates(out: Path, choice: RateChoice) -> None:
-    """Keeps what was tried to choose the learning rate, for the card."""
+    """Stores the trials of the learning rate, for the card."""
     atomic.write_text(out / RATES_FILE, json.dumps({"why": choice.why, **asdict(choice)}, indent=2) + "\n")
 
 
 def _why_this_rate(out: Path) -> str:
-    """What the card adds to a rate that was chosen by trying."""
+    """The card's addition to a learning rate that was chosen by trials."""
     try:
         found = json.loads((out / RATES_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

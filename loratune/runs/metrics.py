@@ -1,4 +1,4 @@
-"""What a run leaves for the eye: `metrics.jsonl`, one JSON object a step or evaluation, and `loss.png`."""
+"""Curves of a run: `metrics.jsonl`, with one JSON object per step or evaluation, and `loss.png`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loratune.errors import OutputError
 
 
 class MetricsFile:
-    """Appends lines to `metrics.jsonl`; each reaches the file at once, so that others may follow it."""
+    """Appends lines to `metrics.jsonl`, unbuffered, so that other programs can follow the file."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Opens the file anew, or, resuming, keeps the lines up to `resume_step` and drops later ones."""
+        """Starts a new file, or keeps the lines up to `resume_step` of an existing one."""
         self.path = path
         kept = [m for m in read(path) if m["step"] <= resume_step] if resume_step is not None else []
         atomic.write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Raises OutputError: the disk is full."""
+        """Appends one line. Raises OutputError: the disk is full."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(metrics)) + "\n")
@@ -31,7 +31,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a crash is left out."""
+    """The lines of a metrics file, without a last line that a crash cut off."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -42,7 +42,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def losses_of(path: Path) -> list[float]:
-    """The training loss of every step in a metrics file that has one."""
+    """Training losses of all steps in a metrics file, without skipped steps."""
     return [m["loss"] for m in read(path) if m.get("loss") is not None and not m.get("skipped")]
 
 
@@ -83,7 +83,7 @@ def plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean with a memory of a thirtieth of the run, started at the first value."""
+    """Exponential moving average over a thirtieth of the run, starting at the first value."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     smooth, current = [], values[0]
     for value in values:

@@ -1,10 +1,11 @@
-"""May this run be resumed? Checked before anything expensive, because a wrong answer would only show in the result.
+"""Checks whether a run can be resumed, before any expensive work.
 
-A resumed run is the uninterrupted one, to the bit. So everything that decides the result must be what it was: the
-model, the adapter's shape, the optimisation, and what the data render to, which is compared by content, so that files
-may move. Free are the things that only decide where and how fast: device, processes, cache, trackers, how often to
-save. Three settings may rise, to go on for longer: epochs, max_steps and early_stopping_patience. The schedule then
-stretches over the new number of steps, which differs from a run that had that number from the start; a note says so.
+A resumed run equals the uninterrupted run to the bit. So every setting that decides the result must be unchanged: the
+model, the adapter's shape, the optimisation, and the rendered data. Data are compared by content, so files may move.
+Settings of place and speed may change: device, processes, cache, trackers, saving interval.
+
+Three settings may rise to train longer: epochs, max_steps and early_stopping_patience. The schedule then stretches
+over the new number of steps, unlike in a run that had this number from the start. A note tells the user.
 """
 
 from __future__ import annotations
@@ -42,28 +43,28 @@ _MAY_RISE = frozenset({"training.epochs", "training.max_steps", "training.early_
 
 
 def find_checkpoint(config: RunConfig) -> tuple[Path, list[str]]:
-    """The newest checkpoint in `config.out`, and notes on settings that rose.
+    """The newest checkpoint in `config.out`, and notes on settings that have risen.
 
     Raises:
         OutputError: there is no run or no checkpoint.
-        ConfigError: a setting that decides the result differs from that of the run.
+        ConfigError: a setting that decides the result has changed.
     """
     out = Path(config.out)
     newest = checkpoint.newest(out / "checkpoints")
     if newest is None:
-        raise OutputError(f"{out}: there is no checkpoint to resume from; start anew with --overwrite")
+        raise OutputError(f"{out}: there is no checkpoint to resume from; start again with --overwrite")
     file = out / "run.toml"
     return newest, _compare(from_dict(RunConfig, read_toml(str(file)), str(file)), config)
 
 
 def record_data(out: Path, dataset: Dataset) -> None:
-    """Notes what the run trains on, for `check_data`."""
+    """Stores the hashes of the data, for `check_data`."""
     content = {"files": dataset.file_hashes, "examples": _hash(dataset)}
     atomic.write_text(_data_file(out), json.dumps(content, indent=2) + "\n")
 
 
 def check_data(out: Path, dataset: Dataset) -> None:
-    """Raises ConfigError if the run in `out` trained on something else, naming what changed."""
+    """Raises ConfigError if the run in `out` trained on other data; the message names the change."""
     try:
         before = json.loads(_data_file(out).read_text(encoding="utf-8"))
         files, examples = list(before["files"].values()), before["examples"]
@@ -73,8 +74,10 @@ def check_data(out: Path, dataset: Dataset) -> None:
         return
     known = files + [None] * len(dataset.file_hashes)
     changed = [path for (path, now), then in zip(dataset.file_hashes.items(), known, strict=False) if now != then]
-    what = f"{changed[0]} has changed" if changed else "the tokenizer or chat template has changed"
-    raise ConfigError(f"{out}: {what} since the run began, so it cannot be resumed; start anew with --overwrite")
+    cause = changed[0] if changed else "the tokenizer or chat template"
+    raise ConfigError(
+        f"{out}: {cause} has changed since the run began, so it cannot be resumed; start again with --overwrite"
+    )
 
 
 def _data_file(out: Path) -> Path:
@@ -89,15 +92,15 @@ def _compare(before: RunConfig, now: RunConfig) -> list[str]:
             continue
         both = f"{now.out}: {name} is {old[name]!r} in this run and {new[name]!r} now"
         if name not in _MAY_RISE:
-            raise ConfigError(f"{both}; leave it as it was to go on, or start anew with --overwrite")
+            raise ConfigError(f"{both}; restore it to resume, or start again with --overwrite")
         if not _rises(name, old[name], new[name]):
-            raise ConfigError(f"{both}; to go on, it can only rise")
+            raise ConfigError(f"{both}; to resume, it can only rise")
         notes.append(f"{name} rises from {old[name]} to {new[name]}: the schedule stretches over the new steps")
     return notes
 
 
 def _rises(name: str, old: int | None, new: int | None) -> bool:
-    """None is no limit; a run limited by its epochs may get a limit in steps instead."""
+    """Whether a limit rises. None means no limit; a limit in epochs may become one in steps."""
     if new is None:
         return True
     return name == "training.max_steps" if old is None else new > old

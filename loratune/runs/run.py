@@ -1,7 +1,6 @@
-"""One run from settings to a finished output folder: checks, data, model, adapter, training, and what it leaves.
+"""One run from settings to a finished output folder: checks, model, adapter, data, training, results.
 
-The order is that of cost: what can be wrong is found out before the next more expensive thing begins. What lies in
-the folder at the end is `folder`'s business.
+Cheap checks come first, so an error appears before any more expensive work. `runs.folder` writes the output folder.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
 from loratune.training.loop import Event, Loop, RunsSlower
 
 ADAPTER = "default"
-"""Name of the adapter that `run` trains; PEFT puts one of this name at the top of its folder."""
+"""Name of the trained adapter. PEFT stores an adapter of this name at the top of its folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something a person should know, one line."""
+    """Information for the user, one line."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything is checked and ready; the first step comes next."""
+    """All checks have passed; the first step follows."""
 
     attached: Attached | None
     """None when a run is resumed."""
@@ -59,7 +58,7 @@ class Prepared:
     device: str
     dtype: str
     fit: FittedPlan
-    """What layers keep for the backward, and the memory that takes."""
+    """Saved activations, and their memory."""
 
 
 RunEvent = Event | Note | Prepared | RateTrial | RateChoice | RunResult
@@ -68,26 +67,27 @@ RunEvent = Event | Note | Prepared | RateTrial | RateChoice | RunResult
 def run(
     config: RunConfig, stop: Callable[[], bool] = lambda: False, cache_dir: str | None = None
 ) -> Iterator[RunEvent]:
-    """Trains one adapter as `config` says, into `config.out`; the last event is a `RunResult`.
+    """Trains one adapter into `config.out`; the last event is a `RunResult`.
 
     Args:
         config: the settings of the run.
-        stop: asked after every step; True saves a checkpoint and ends the run.
+        stop: called after every step; True saves a checkpoint and ends the run.
         cache_dir: folder for rendered data, None for no cache.
 
-    Raises: LoratuneError: something a user can mend; nothing is overwritten or left half-written.
+    Raises: LoratuneError: an error that the user can fix; no file is overwritten or left incomplete.
     """
     try:
         yield from _run(config, stop, cache_dir)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of GPU memory; lower --tokens-per-row (now {config.dataset.tokens_per_row}) and raise "
-            "--gradient-accumulation-steps as much, which trains the same tokens a step. What was saved is whole"
+            "--gradient-accumulation-steps as much, which trains the same tokens per step. Saved checkpoints are "
+            "complete"
         ) from error
 
 
 def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
-    """`run`, but for a GPU that is too small."""
+    """`run` without the translation of out-of-memory errors."""
     out = Path(config.out)
     resume_from: Path | None = None
     if config.resume:
@@ -126,7 +126,7 @@ def _choose_rate(
 
 
 def _with_known_rate(config: RunConfig) -> RunConfig:
-    """A run that chose its rate goes on with that one."""
+    """Resumes a run of `--learning-rate auto` with the rate that it chose."""
     file = Path(config.out) / "run.toml"
     if config.training.learning_rate != "auto" or not file.is_file():
         return config
@@ -144,21 +144,21 @@ def train(
     out: str | None = None,
     on_event: Callable[[RunEvent], None] | None = None,
 ) -> RunResult:
-    """Trains the active adapter of a model that is in memory.
+    """Trains the active adapter of a model in memory.
 
     Args:
         model: a causal language model with exactly one active adapter, see `attach`.
-        tokenizer: the model's, with a chat template if the data are conversations.
+        tokenizer: of the model, with a chat template if the data are conversations.
         data: training files.
-        training, dataset: settings; the defaults are those of the command line.
-        out: folder that gets everything `loratune train` leaves; None writes nothing.
-        on_event: called with every step, evaluation and note.
+        training, dataset: settings, with the defaults of the command line.
+        out: folder for the files of `loratune train`; None writes none.
+        on_event: called with every event, such as a step or an evaluation.
 
-    Returns: how it ended; the model holds the adapter that was best on held-out data, or the last one.
+    Returns: the summary; the model then has the best adapter on held-out data, or the last one.
     Raises: AdapterError: not exactly one adapter is active. DataError, OutputError, TrainingError.
     """
     if training is not None and training.learning_rate == "auto":
-        raise ConfigError('learning_rate "auto" starts from a base without adapters: name a number here')
+        raise ConfigError('learning_rate "auto" needs a base without adapters: name a number here')
     names = active(model)
     if len(names) != 1:
         raise AdapterError(f"{len(names)} adapters are active; attach() one, or activate() the one to train")
@@ -188,7 +188,7 @@ def train(
 
 
 def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:
-    """How rows run through the model, with one of full size tried."""
+    """Prepares the forward and runs one row of full size, to choose the activations to save."""
     forward = prepare_forward(model)
     return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
 
@@ -205,7 +205,7 @@ def _train(
     stop: Callable[[], bool],
     choice: RateChoice | None = None,
 ) -> Iterator[RunEvent]:
-    """Everything after loading: the loop between preparation and what is left behind."""
+    """Everything after loading: prepares, trains and writes the results."""
     model = forward.model
     (name,) = active(model)
     if attached is not None and attached.left_out:
@@ -246,7 +246,7 @@ def _train(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()
-    best: dict[str, torch.Tensor] = {}  # kept in memory where there is no folder with checkpoints
+    best: dict[str, torch.Tensor] = {}  # in memory, for runs without a folder
     for event in loop.run():
         recorder.record(event)
         if out is None and isinstance(event, Evaluated) and event.best:
@@ -259,8 +259,8 @@ def _train(
     yield result
     if result.reason == "diverged":
         raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps one after the other, up to step "
-            f"{result.progress.step}; the last good adapter is kept. Try a lower --learning-rate"
+            f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} consecutive steps, up to step "
+            f"{result.progress.step}; the last good adapter is saved. Try a lower --learning-rate"
         )
 
 
@@ -272,7 +272,7 @@ def dataset_of(
     seed: int,
     cache_dir: str | None,
 ) -> Dataset:
-    """Reads and renders the files of a run as its model and tokenizer want it."""
+    """Reads and renders the files of a run for its model and tokenizer."""
     return prepare(
         paths,
         tokenizer,
@@ -298,7 +298,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunCon
 def _finish(
     model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, out: Path | None, recorder: Recorder
 ) -> RunResult:
-    """Puts the best adapter into the model and the folder, and writes the plot and the model card."""
+    """Loads the best adapter into the model, saves it, and writes the plot and the model card."""
     result = recorder.result(model.device)
     if out is None:
         return result

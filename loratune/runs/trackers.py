@@ -1,4 +1,4 @@
-"""Reports metrics to TensorBoard, Weights & Biases or trackio, when a run asks for it."""
+"""Reports metrics to TensorBoard, Weights & Biases or trackio (`--log-to`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _RunBased:
 
 
 def require(names: Sequence[Tracker]) -> None:
-    """Raises ConfigError if a tracker's package is not installed; call it before expensive work."""
+    """Checks that the packages of all trackers are installed. Raises ConfigError: one is missing."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -59,7 +59,7 @@ def require(names: Sequence[Tracker]) -> None:
 
 
 def open_all(names: Sequence[Tracker], out: Path, config: Mapping[str, Any]) -> list[Reporter]:
-    """Opens every tracker asked for; `config` is the complete run configuration."""
+    """Opens the named trackers; `config` is the complete run configuration."""
     require(names)
     return [
         _TensorBoard(out) if name == "tensorboard" else _RunBased(importlib.import_module(name), out, config)

@@ -1,1 +1,1 @@
-"""From a jobs file to a ranking."""
+"""Sweeps: from a jobs file to a ranking."""

@@ -1,14 +1,14 @@
-"""The folder of a sweep: what is in it, and the ranking that it ends with.
+"""The folder of a sweep: its files and the final ranking.
 
-    jobs.toml       the jobs, as they were given
-    sweep.json      what has been decided: how jobs ended, who went on from each meeting
-    NAME/           one ordinary run folder per job, see `folder`
+    jobs.toml       the jobs file of the user
+    sweep.json      decisions so far: ended jobs and the results of successive halving
+    NAME/           an ordinary run folder for each job, see `runs.folder`
     results.json    the ranking for programs
     sweep.png       all loss curves in one plot
-    README.md       the ranking for people; comes last, so a folder that has it is complete
+    README.md       the ranking for people; written last, so it marks a complete folder
 
-How far a running job is stands in its own checkpoints. `sweep.json` holds only what no job can know by itself, and is
-written whole at every decision; so a sweep that is killed at any moment goes on as if nothing had happened.
+A running job's progress is in its own checkpoints. `sweep.json` has only the facts about several jobs, and each
+decision replaces the whole file. So a sweep that is killed at any moment can be resumed without a difference.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ RESULTS_FILE, PLOT_FILE, CARD_FILE = "results.json", "sweep.png", "README.md"
 
 @dataclass
 class SweepState:
-    """What a sweep has decided."""
+    """Decisions of a sweep so far."""
 
     model: str
     precision: str
     device: str | None
     ended: dict[str, str] = field(default_factory=dict)
-    """Job -> why it ended; a job that is not here goes on."""
+    """Job -> reason of its end; other jobs continue."""
     meetings: list[dict[str, Any]] = field(default_factory=list)
-    """For each meeting that has taken place: {"share", "losses": {job: held-out loss}, "kept": [job]}."""
+    """For each finished rung of halving: {"share", "losses": {job: held-out loss}, "kept": [job]}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +49,27 @@ class Standing:
 
     name: str
     settings: dict[str, Any]
-    """What tells the job from the others."""
+    """Settings in which the job differs from the others."""
     state: str
-    """done, early stop, diverged, dropped, interrupted, or "failed: " and why."""
+    """done, early stop, diverged, dropped, interrupted, or "failed: " and the reason."""
     step: int
     total_steps: int
     loss: float | None
     """Training loss of the last step."""
     eval_loss: float | None
-    """The best held-out loss, which is that of the adapter in the job's folder."""
+    """The best held-out loss; the job's folder has the adapter of that step."""
     best_step: int | None
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raises OutputError if a new sweep may not be written to `out`."""
+    """Raises OutputError if `out` cannot take a new sweep."""
     atomic.check_new(out, overwrite=overwrite)
     if out.is_dir() and any(out.iterdir()) and not (out / STATE_FILE).is_file():
-        raise OutputError(f"{out}: holds something that is not a sweep; --overwrite replaces sweeps only")
+        raise OutputError(f"{out}: contains files that are not a sweep; --overwrite replaces sweeps only")
 
 
 def clear(out: Path) -> None:
-    """Removes an earlier sweep: its own files and those folders in it that are runs."""
+    """Removes an earlier sweep: its files and its run folders."""
     for name in (STATE_FILE, JOBS_FILE, RESULTS_FILE, PLOT_FILE, CARD_FILE):
         (out / name).unlink(missing_ok=True)
     for folder in out.iterdir() if out.is_dir() else []:
@@ -78,7 +78,7 @@ def clear(out: Path) -> None:
 
 
 def begin(out: Path, state: SweepState, jobs_text: str) -> None:
-    """Puts down what is to be done; results of an earlier attempt go, as they come last."""
+    """Writes the jobs file and the state, and removes results of an earlier attempt."""
     for name in (CARD_FILE, RESULTS_FILE, PLOT_FILE):
         (out / name).unlink(missing_ok=True)
     atomic.write_text(out / JOBS_FILE, jobs_text)
@@ -86,7 +86,7 @@ def begin(out: Path, state: SweepState, jobs_text: str) -> None:
 
 
 def read_state(out: Path) -> SweepState:
-    """Raises OutputError: there is no sweep in `out`, or its state is damaged."""
+    """Reads the state. Raises OutputError: `out` contains no sweep, or its state is damaged."""
     file = out / STATE_FILE
     try:
         return SweepState(**json.loads(file.read_text(encoding="utf-8")))
@@ -97,12 +97,12 @@ def read_state(out: Path) -> SweepState:
 
 
 def write_state(out: Path, state: SweepState) -> None:
-    """Raises OutputError."""
+    """Writes the state. Raises OutputError: the file cannot be written."""
     atomic.write_text(out / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
 
 
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
-    """Best first: by held-out loss, jobs without one by training loss after those, failed and diverged ones last."""
+    """Sorts by held-out loss, then jobs without one by training loss, then failed and diverged jobs."""
 
     def key(standing: Standing) -> tuple[bool, bool, float]:
         broken = standing.state == "diverged" or standing.state.startswith("failed")
@@ -114,7 +114,7 @@ def ranked(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def write_results(out: Path, standings: Sequence[Standing], model: str) -> None:
-    """Writes the ranking, the plot and, last, README.md. `standings` are ranked."""
+    """Writes the ranking, the plot and then README.md. `standings` are ranked."""
     content = json.dumps([asdict(standing) for standing in standings], indent=2) + "\n"
     atomic.write_text(out / RESULTS_FILE, content)
     plot(out, standings)
@@ -122,7 +122,7 @@ def write_results(out: Path, standings: Sequence[Standing], model: str) -> None:
 
 
 def plot(out: Path, standings: Sequence[Standing]) -> None:
-    """One picture of all jobs: training and held-out loss over the steps, coloured by place, the best darkest."""
+    """Plots training and held-out loss of all jobs over the steps, coloured by rank, the best darkest."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -168,7 +168,7 @@ def card(name: str, standings: Sequence[Standing], model: str) -> str:
     best = standings[0].name
     return (
         f"# {name}\n\n{len(standings)} LoRA adapters for `{model}`, trained over one base with loratune and ranked "
-        "by held-out loss (nats per trained token). Every folder is a run of its own.\n\n"
+        "by held-out loss (nats per trained token). Every folder is an ordinary run.\n\n"
         + "\n".join(lines)
         + f"\n\n![all losses]({PLOT_FILE})\n\n```sh\nloratune chat {name}/{best}\n"
         f"loratune merge {name}/{best} --out {best}-merged\n```\n"
@@ -176,12 +176,12 @@ def card(name: str, standings: Sequence[Standing], model: str) -> str:
 
 
 def settings_shown(standings: Sequence[Standing]) -> list[str]:
-    """Settings that any job has of its own, in the order they come; data names are in the jobs' names."""
+    """Settings that differ between jobs, in order of appearance, without the data, which the names show."""
     return list(dict.fromkeys(key for standing in standings for key in standing.settings if key != "data"))
 
 
 def row_of(standing: Standing, columns: Sequence[str]) -> list[str]:
-    """The cells of a ranking's line after the name."""
+    """The cells behind the name in a line of the ranking."""
     own = [setting_text(standing.settings[column]) if column in standing.settings else "" for column in columns]
     return [
         *own,
@@ -194,14 +194,14 @@ def row_of(standing: Standing, columns: Sequence[str]) -> list[str]:
 
 
 def setting_text(value: Any) -> str:
-    """A setting in a table's cell."""
+    """Text of a setting for a table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def number(loss: float | None) -> str:
-    """A loss in a table's cell."""
+    """Text of a loss for a table."""
     return "" if loss is None else f"{loss:.4f}"
 
 

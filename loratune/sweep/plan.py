@@ -1,21 +1,21 @@
-"""The jobs of a sweep, from a TOML file: what they share, what a grid varies, and what each has of its own.
+"""The jobs of a sweep, from a TOML file: shared settings, a grid, and settings of single jobs.
 
-    data = ["train.jsonl"]                  # above the first section: what all jobs share
-    max_steps = 200                         # the names of run.toml and of the flags; sections may be left out
+    data = ["train.jsonl"]                  # above the first section: settings of all jobs
+    max_steps = 200                         # names as in run.toml and flags; sections are optional
 
     [grid]                                  # every combination becomes a job
     learning_rate = [1e-4, 3e-4, 1e-3]
     r = [8, 64]
 
-    [halving]                               # after a quarter and a half of the steps, the better half goes on
+    [halving]                               # the better half continues after 1/4 and 1/2 of the steps
     at = [0.25, 0.5]
 
-    [[job]]                                 # instead of a grid, or each of them times the grid
+    [[job]]                                 # instead of a grid, or multiplied by the grid
     name = "sql"
     data = ["sql.jsonl"]
 
-Every job is a `RunConfig` like that of `loratune train`, so its folder can be trained again alone. A file is checked
-to the last value before anything is loaded, and a mistake is said with its line and the nearest name.
+Every job is a `RunConfig` as in `loratune train`, so its folder can be trained again alone. The whole file is checked
+before anything is loaded. Errors give the line and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from loratune.config import Precision, RunConfig, check_values, from_dict, read_
 from loratune.errors import ConfigError, nearest
 
 _GIVEN = {"model": "MODEL", "out": "--out", "overwrite": "--overwrite", "resume": "--resume"}
-"""SectionValues of a run that a sweep takes from the command line."""
+"""Settings of a run that a sweep takes from the command line -> their flags."""
 _SHARED = frozenset({"precision", "device"})
-"""SectionValues of the base, which is loaded once."""
+"""Settings of the base, which is loaded once."""
 _SHORT = {"learning_rate": "rate", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-"""How settings are called in names of jobs."""
+"""Short names of settings in the names of jobs."""
 _TABLES = ("grid", "halving", "job")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): jobs meet, and the worse ones leave.
+    """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): the worse jobs end early.
 
-    Jobs are compared by the held-out loss they have at the same share of their steps, rounded up to an evaluation.
+    A rung compares the held-out losses of all jobs after the same share of their steps, rounded up to an evaluation.
     """
 
     at: list[float] = field(default_factory=lambda: [0.25, 0.5])
-    """Shares of the steps at which jobs meet."""
+    """Shares of the steps at which jobs are compared."""
     keep: float = 0.5
-    """Share of the jobs, rounded up, that goes on from each meeting."""
+    """Share of the jobs, rounded up, that continues after each comparison."""
 
     def __post_init__(self) -> None:
         if not self.at or any(not 0 < share < 1 for share in self.at) or sorted(set(self.at)) != self.at:
@@ -66,7 +66,7 @@ class PlannedJob:
     name: str
     config: RunConfig
     varied: Mapping[str, Any] = field(default_factory=dict)
-    """The settings that tell it from the other jobs, for tables."""
+    """Settings in which it differs from the other jobs, for tables."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_plan(
     Args:
         model: base model of all jobs.
         out: folder of the sweep; each job's own is out/NAME.
-        precision, device: instead of what the file says.
+        precision, device: override the file.
 
     Raises: ConfigError: with file and line (or the job's name) and, for a misspelt name, the nearest.
     """
@@ -115,7 +115,7 @@ def read_plan(
 
 
 class _Source:
-    """A TOML file that knows in which line a setting stands; `tomllib` does not tell."""
+    """A TOML file with the line of each setting, which `tomllib` does not report."""
 
     def __init__(self, file: str) -> None:
         self.file, self.values = file, read_toml(file)
@@ -132,7 +132,7 @@ class _Source:
                 self._lines.setdefault((table, key[1]), number)
 
     def at(self, table: str, key: str = "") -> str:
-        """FILE:LINE of a setting or table, or FILE where it is not found."""
+        """FILE:LINE of a setting or table, or FILE if it is not found."""
         places = ((table, key), (f"{table}.{key}".lstrip("."), ""), (table, ""))
         line = next((self._lines[place] for place in places if place in self._lines), None)
         return f"{self.file}:{line}" if line else self.file
@@ -148,7 +148,7 @@ def _sections() -> dict[str, type[Any]]:
 
 
 def _homes() -> dict[str, str]:
-    """Every setting that a job may have -> the section it stands in."""
+    """Every setting of a job -> its section."""
     homes = {f.name: "" for f in fields(RunConfig) if f.name not in _GIVEN and f.name not in _sections()}
     for section, kind in _sections().items():
         homes |= {f.name: section for f in fields(kind)}
@@ -156,7 +156,7 @@ def _homes() -> dict[str, str]:
 
 
 def _settings(source: _Source, values: Mapping[str, Any], table: str) -> SectionValues:
-    """SectionValues of one table, flat or in sections, each checked by itself so that its line can be named."""
+    """Values of one table, flat or in sections. Each is checked alone, so that an error can give its line."""
     found: SectionValues = {}
     for key, value in values.items():
         if key in _sections() and isinstance(value, dict):
@@ -191,7 +191,7 @@ def _checked(source: _Source, table: str, key: str, value: Any, home: str) -> An
 
 
 def _grid(source: _Source, table: Any) -> list[dict[str, Any]]:
-    """Every combination of a grid's values; one empty one if there is no grid."""
+    """Every combination of a grid's values; one empty combination without a grid."""
     if not isinstance(table, dict):
         raise ConfigError(f"{source.at('', 'grid')}: grid is a section: [grid]")
     for key, values in table.items():
@@ -229,7 +229,7 @@ def _nested(flat: Mapping[str, Any]) -> SectionValues:
 
 
 def _merged(*layers: SectionValues) -> SectionValues:
-    """Later layers over earlier ones."""
+    """Merges settings; later layers override earlier ones."""
     merged: SectionValues = {}
     for layer in layers:
         for section, values in layer.items():
@@ -243,34 +243,34 @@ def _build(settings: SectionValues, out: str, where: str) -> RunConfig:
 
 
 def _check(config: RunConfig, where: str) -> None:
-    """Raises ConfigError for what many jobs over one base cannot do."""
+    """Raises ConfigError for settings that jobs with a shared base do not support."""
     lora = config.lora
     if lora.bias != "none" or lora.modules_to_save:
-        what = "modules_to_save" if lora.modules_to_save else f'bias = "{lora.bias}"'
-        raise ConfigError(f"{where}: {what}: jobs share one base, so only A and B can train; use loratune train")
+        setting = "modules_to_save" if lora.modules_to_save else f'bias = "{lora.bias}"'
+        raise ConfigError(f"{where}: {setting}: jobs share one base, so only A and B can train; use loratune train")
     training = config.training
     if training.learning_rate == "auto":
-        raise ConfigError(f'{where}: learning_rate "auto" is a sweep of its own; list rates under [grid]')
+        raise ConfigError(f'{where}: learning_rate "auto" is itself a sweep; list rates under [grid]')
     for name, only in (("optim", "adamw"), ("activations", "auto"), ("memory", None)):
         if getattr(training, name) != only:
-            raise ConfigError(f"{where}: {name} is for runs alone; rows of several jobs are trained the plain way")
+            raise ConfigError(f"{where}: {name} is for single runs; jobs of a sweep share their rows")
     alone = [name for name in training.log_to if name != "tensorboard"]
     if alone:
-        raise ConfigError(f"{where}: log_to {alone[0]} takes one run a process; a sweep reports to tensorboard")
+        raise ConfigError(f"{where}: log_to {alone[0]} supports one run per process; a sweep reports to tensorboard")
 
 
 def _check_names(file: str, jobs: list[PlannedJob]) -> None:
     seen: set[str] = set()
     for job in jobs:
         if not re.fullmatch(r"[\w+=,@-][\w.+=,@-]*", job.name):
-            raise ConfigError(f"{file}: a job cannot be called {job.name!r}: its name is that of a folder")
+            raise ConfigError(f"{file}: a job cannot be called {job.name!r}, because its name becomes a folder")
         if job.name in seen:
-            raise ConfigError(f'{file}: two jobs are called "{job.name}"; give them names of their own')
+            raise ConfigError(f'{file}: two jobs are called "{job.name}"; give each its own name')
         seen.add(job.name)
 
 
 def _label(key: str, value: Any) -> str:
-    """A grid's value in a name: rate0.0003."""
+    """Text of a grid's value in a name: rate0.0003."""
     if isinstance(value, float):
         text = f"{value:g}"
     else:
@@ -279,7 +279,7 @@ def _label(key: str, value: Any) -> str:
 
 
 def _only_what_differs(jobs: list[PlannedJob]) -> Iterator[PlannedJob]:
-    """Leaves out of `varied` what is the same in all jobs."""
+    """Removes settings from `varied` that are the same in all jobs."""
     for job in jobs:
         differs = {k: v for k, v in job.varied.items() if any(other.varied.get(k) != v for other in jobs)}
         yield replace(job, varied=differs)

@@ -1,13 +1,12 @@
-"""A sweep: the jobs of a plan trained over one base, compared, and left as one ordinary run folder each.
+"""A sweep: trains the jobs of a plan over one base, compares them, and writes an ordinary run folder for each.
 
-What `run` does for one adapter happens here for many: everything that can be wrong is found out before the first
-step, in the order of cost (the jobs file, the output, tokenizers, data, model, adapters), and every job's folder is
-written as `run` writes it, so every other command works on it. As many jobs train at once as memory holds, the
-others wait their turn.
+Like `runs.run`, it checks everything before the first step, cheapest first: jobs file, output, tokenizers, data,
+model, adapters. A job's folder equals the folder of a run, so every other command works on it. As many jobs train at
+once as fit into memory; the others wait in a queue.
 
-With successive halving, jobs leave their slots when they reach a meeting and wait there as checkpoints; when all have
-come, the better share goes on and the others are finished as they are. So the ranking does not depend on how many
-run at once, nor on when the sweep was stopped and resumed.
+With successive halving, a job that reaches a rung saves a checkpoint and leaves its slot. Once all jobs have reached
+the rung, the better share continues and the others end. So the ranking does not depend on the number of jobs at once,
+nor on interruptions of the sweep.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ from loratune.training.objectives import objective_named
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Everything is checked; the first step comes next."""
+    """All checks have passed; the first step follows."""
 
     jobs: tuple[PlannedJob, ...]
     total_steps: tuple[int, ...]
     ended: dict[str, str]
-    """Jobs that had ended before the sweep was resumed -> why."""
+    """Jobs that ended before the sweep was resumed -> reason."""
     slots: int
     row_tokens: int
     device: str
@@ -61,7 +60,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class RungDone:
-    """All jobs have come to a meeting."""
+    """All jobs have reached a rung of successive halving and were compared."""
 
     share: float
     kept: tuple[str, ...]
@@ -70,16 +69,16 @@ class RungDone:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """How a sweep ended."""
+    """Results of a sweep."""
 
     standings: tuple[Standing, ...]
     """Best first."""
     out: Path
     complete: bool
     seconds: float
-    """Of this process."""
+    """Duration of this process."""
     tokens: int
-    """That this process trained on."""
+    """Tokens trained by this process."""
     peak_memory_bytes: int
 
 
@@ -100,13 +99,13 @@ def sweep(
     """Trains the jobs of `plan` into `out`; the last event is a `SweepResult`.
 
     Args:
-        jobs_text: the jobs file, to be kept beside the results.
-        at_once: jobs in memory at once; None takes as many as fit.
-        resumed: go on with the sweep in `out`; the plan may have new jobs.
-        stop: asked after every row; True saves every job and ends.
+        jobs_text: the jobs file, which is saved with the results.
+        at_once: number of jobs in memory at once; None takes as many as fit.
+        resumed: continue the sweep in `out`; the plan may have new jobs.
+        stop: called after every row; True saves every job and ends.
         cache_dir: folder for rendered data, None for no cache.
 
-    Raises: LoratuneError: something a user can mend, before the first step.
+    Raises: LoratuneError: an error that the user can fix, before the first step.
     """
     started, where = time.perf_counter(), Path(out)
     state = _state(plan, where, overwrite=overwrite, resumed=resumed)
@@ -135,7 +134,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class _JobData:
-    """What a job trains on."""
+    """Data and course of a job."""
 
     dataset: Dataset
     rows: Rows
@@ -143,7 +142,7 @@ class _JobData:
 
 
 class _SweepRun:
-    """One sweep while it runs."""
+    """State of a running sweep."""
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class _SweepRun:
         self.tokens = 0
 
     def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
-        """Runs every job to its end, or until `stop` says so."""
+        """Trains every job to its end, or until `stop` returns True."""
         jobs = [self._job(job) for job in self._going.values()]
         tokens = _row_tokens(self._model, self._going.values())
         objective = objective_named(self._plan.jobs[0].config.training.objective)
@@ -182,23 +181,23 @@ class _SweepRun:
                 self._waiting.add(job.name)
             else:
                 pool.add(job)
-        yield from self._meet(pool)  # all may have been waiting when the sweep was killed
-        told = False
+        yield from self._compare(pool)  # all jobs may have been waiting when the sweep was killed
+        noted = False
         for name, event in pool.run():
-            if pool.why_not is not None and not told:
-                told = True
+            if pool.why_not is not None and not noted:
+                noted = True
                 yield Note(pool.why_not)
-            if name in self._state.ended:  # it failed here, and the pool has not yet let it go
+            if name in self._state.ended:  # it failed here, and the pool has not removed it yet
                 continue
             seen = self._take(name, event)
             if isinstance(seen, Failed):
                 pool.remove(name)
             yield name, seen
             if isinstance(seen, Paused | Ended | Failed):
-                yield from self._meet(pool)
+                yield from self._compare(pool)
 
     def standing(self, planned: PlannedJob) -> Standing:
-        """How a job stands, from its folder."""
+        """A job's line of the ranking, from its folder."""
         lines = metrics.read(self._out / planned.name / "metrics.jsonl")
         losses = [m for m in lines if m.get("loss") is not None]
         measured = [(m["eval_loss"], m["step"]) for m in lines if m.get("eval_loss") is not None]
@@ -228,11 +227,11 @@ class _SweepRun:
             data.rows,
             out / "checkpoints",
             newest,
-            self._meeting_step(data.course, len(self._state.meetings)),
+            self._rung_step(data.course, len(self._state.meetings)),
         )
 
     def _take(self, name: str, event: JobEvent) -> JobEvent:
-        """Records what happened to a job; what goes wrong in its folder is its own failure."""
+        """Records an event of a job. An error in its folder fails this job alone."""
         try:
             self._record(name, event)
         except (LoratuneError, OSError) as error:
@@ -245,7 +244,7 @@ class _SweepRun:
         planned = self._going[name]
         match event:
             case Started(step=step):
-                if name not in self._recorders:  # it may be back from a meeting
+                if name not in self._recorders:  # it may have continued after a rung
                     self._recorders[name] = self._recorder(planned, step)
             case Paused():
                 self._waiting.add(name)
@@ -258,7 +257,7 @@ class _SweepRun:
                     self._finish(name, event)
 
     def _finish(self, name: str, ended: Ended) -> None:
-        """Puts the best adapter on top of a job's folder and describes it, as a run alone does."""
+        """Copies the best adapter to the top of a job's folder and writes the model card, like a run."""
         out, planned = self._out / name, self._going[name]
         recorder = self._recorders.pop(name)
         result = recorder.result(self._model.device)
@@ -281,26 +280,26 @@ class _SweepRun:
             return False
         return checkpoint.read_progress(job.resume_from).step == job.pause_at
 
-    def _meeting_step(self, course: Course, number: int) -> int | None:
-        """The step at which a job comes to a meeting: its share of the steps, rounded up to an evaluation."""
+    def _rung_step(self, course: Course, number: int) -> int | None:
+        """The step at which a job reaches rung `number`: its share of the steps, rounded up to an evaluation."""
         if self._plan.halving is None or number >= len(self._plan.halving.at):
             return None
         step = math.ceil(self._plan.halving.at[number] * course.total_steps / course.eval_every) * course.eval_every
         return step if step < course.total_steps else None
 
-    def _meet(self, pool: Jobs) -> Iterator[SweepEvent]:
-        """Decides who goes on once every job that still trains has come to the meeting."""
+    def _compare(self, pool: Jobs) -> Iterator[SweepEvent]:
+        """Compares the jobs once all that still train have reached the rung."""
         left = {name for name in self._going if name not in self._state.ended}
         if not self._waiting or left != self._waiting or self._stop():
             return
         meetings, halving = self._state.meetings, self._plan.halving
         assert halving is not None
-        came = len(meetings[-1]["kept"]) if meetings else len(self._plan.jobs)
+        before = len(meetings[-1]["kept"]) if meetings else len(self._plan.jobs)
         losses = {name: self._last_eval_loss(name) for name in self._going if name in self._waiting}
         order = sorted(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
-        keep = math.ceil(halving.keep * came)
+        keep = math.ceil(halving.keep * before)
         kept, dropped = order[:keep], order[keep:]
-        for name in dropped:  # before the meeting is written down: one that is cut short is held again
+        for name in dropped:  # before the decision is saved: an interrupted comparison is repeated
             self._drop(name)
         meetings.append({"share": halving.at[len(meetings)], "losses": losses, "kept": kept})
         sweep_folder.write_state(self._out, self._state)
@@ -330,7 +329,7 @@ class _SweepRun:
 
 
 def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | None) -> tuple[Bank, PackedForward]:
-    """Slots for the jobs that are left."""
+    """Attaches a bank with slots for the remaining jobs."""
     sizes = []
     for job in going:
         try:
@@ -347,27 +346,30 @@ def _row_tokens(model: PreTrainedModel, jobs: Iterable[PlannedJob]) -> int:
 
 
 def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> SweepState:
-    """The state to begin with: empty, or that of a sweep to go on with, which must be the same one."""
+    """The initial state: empty, or the state of the resumed sweep, whose base must be the same."""
     first = plan.jobs[0].config
     if not resumed:
         sweep_folder.check_output(out, overwrite=overwrite)
         return SweepState(first.model, first.precision, first.device)
     state = sweep_folder.read_state(out)
-    for what, before, now in (("model", state.model, first.model), ("precision", state.precision, first.precision)):
-        if before != now and not (what == "model" and Path(before).resolve() == Path(now).resolve()):
+    for setting, before, now in (
+        ("model", state.model, first.model),
+        ("precision", state.precision, first.precision),
+    ):
+        if before != now and not (setting == "model" and Path(before).resolve() == Path(now).resolve()):
             raise ConfigError(
-                f"{out}: {what} is {before!r} in this sweep and {now!r} now; leave it, or use --overwrite"
+                f"{out}: {setting} is {before!r} in this sweep and {now!r} now; restore it, or use --overwrite"
             )
     if (out / sweep_folder.CARD_FILE).exists() and all(job.name in state.ended for job in plan.jobs):
-        raise ConfigError(
-            f"{out}: this sweep is complete; add jobs to the file to go on, or start anew with --overwrite"
-        )
-    state.ended = {name: why for name, why in state.ended.items() if not why.startswith("failed")}  # try them again
+        raise ConfigError(f"{out}: this sweep is complete; add jobs to the file, or start again with --overwrite")
+    state.ended = {
+        name: why for name, why in state.ended.items() if not why.startswith("failed")
+    }  # they are tried again
     return state
 
 
 def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
-    """Every job's data, read and packed once for all that share them, and what a person should know."""
+    """Reads and packs every job's data, once for all jobs that share them; also returns notes."""
     known: dict[str, tuple[Dataset, Rows]] = {}
     found, notes = dict[str, _JobData](), list[str]()
     for job in jobs:

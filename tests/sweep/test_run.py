@@ -214,7 +214,7 @@ def test_the_winners_folder_works_with_every_other_verb(here):
     ("words", "message"),
     [
         (["base", "grid.toml", "--out", "whole"], "whole: exists already"),
-        (["base", "grid.toml", "--out", "base", "--overwrite"], "holds something that is not a sweep"),
+        (["base", "grid.toml", "--out", "base", "--overwrite"], "contains files that are not a sweep"),
         (["base", "nowhere.toml", "--out", "x"], "nowhere.toml: cannot be read"),
         (["bsae", "grid.toml", "--out", "x"], "bsae"),
         (["base", "grid.toml", "--out", "x", "--at-once", "0"], "at_once is 0"),

@@ -81,7 +81,7 @@ class AdapterUpdates:
 def read_updates(directory: str | Path) -> AdapterUpdates:
     """Reads an adapter's folder, ours or PEFT's.
 
-    Raises: AdapterError: it is no LoRA adapter, uses a feature not implemented here, is no plain low-rank sum, is
+    Raises: AdapterError: it is not a LoRA adapter, uses a feature not implemented here, is not a low-rank sum, is
         damaged, or holds values that are not finite.
     """
     folder = find_folder(directory)
@@ -89,7 +89,7 @@ def read_updates(directory: str | Path) -> AdapterUpdates:
     variant = variant_of(config)
     if not variant.low_rank_sum:
         raise AdapterError(
-            f"{folder}: is a {type(variant).__name__}; only plain low-rank updates can be computed with"
+            f"{folder}: uses {type(variant).__name__}; only plain low-rank updates can be combined or resized"
         )
     fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     tensors = read_tensors(folder)

@@ -118,14 +118,14 @@ def fusion_of(module: object) -> Fusion:
     """The formula that `module` declares, or the reason why it must run as a module."""
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
-        return f"a {kind} is no module"
+        return f"a {kind} is not a module"
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced on the instance"
     if isinstance(module, AdaptedLayer):
         if not module._declares_fusion:
             return f"{kind} overrides forward and does not declare a low-rank sum again"
         return module.fusion()
-    return NO_ADAPTER if type(module) in _PLAIN else f"a {kind} is no plain linear layer"
+    return NO_ADAPTER if type(module) in _PLAIN else f"a {kind} is not a plain linear layer"
 
 
 def rank_of(module: nn.Module) -> int:

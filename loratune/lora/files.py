@@ -122,8 +122,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         directory: a folder in PEFT's format, or one that holds `name/` in that format.
         name: need not be the name it was trained under, which files do not record.
 
-    Raises: AdapterError: the folder is no LoRA adapter, uses a feature not implemented here, is damaged, or was made
-        for another model; the name is taken. The model is then unchanged.
+    Raises: AdapterError: the folder is not a LoRA adapter, uses a feature not implemented here, is damaged, or was
+        made for another model; the name is taken. The model is then unchanged.
     """
     folder = find_folder(directory, name)
     read = peft_config.read(folder)

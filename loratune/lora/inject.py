@@ -88,7 +88,7 @@ def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] 
 
     Tensors of an adapter that comes into use move to the device of their layers.
     Raises: AdapterError: an unknown name; an adapter is merged; a sum with an adapter that has modules_to_save or
-        biases, or that is no low-rank sum.
+        biases, or that is not a low-rank sum.
     """
     state = require(model)
     state.require_unmerged("activate")
@@ -96,7 +96,7 @@ def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] 
     for name in weights:
         refusal = state.get(name).sum_refusal()
         if refusal is not None and not is_plain(weights):
-            raise AdapterError(f'adapter "{name}" {refusal}, so it cannot be weighted or summed; activate it alone')
+            raise AdapterError(f'adapter "{name}" {refusal}; it cannot be weighted or summed: activate it alone')
     switch(model, state, weights)
 
 

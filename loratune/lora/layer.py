@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class LoraLayer(AdaptedLayer):
     is_linear: ClassVar[bool] = True
     """True for a linear map of activations; False for a table that is looked up."""
     weight_is_parameter: ClassVar[bool] = True
-    """False if the frozen weight is no Parameter, and so is never tied to another."""
+    """False if the frozen weight is not a Parameter, and so is never tied to another."""
     transposed: ClassVar[bool] = False
     """True if `weight` is (d_in, d_out), so that B A is added to it transposed."""
     fan_in_fan_out: ClassVar[bool] = False
@@ -168,11 +168,11 @@ class LoraLayer(AdaptedLayer):
     def fusion(self) -> Fusion:
         """The low-rank sum of the adapter in use."""
         if not self.is_linear:
-            return f"a {type(self).__name__} is no linear map of activations"
+            return f"a {type(self).__name__} is not a linear map of activations"
         if self.lora_A is None or self.lora_B is None:
             return NO_ADAPTER
         if not self.variant.low_rank_sum:
-            return f"{type(self.variant).__name__} is no low-rank sum"
+            return f"{type(self.variant).__name__} is not a low-rank sum"
         return LowRankSum(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.salt)
 
     def base_forward(self, x: Tensor) -> Tensor:
@@ -273,8 +273,10 @@ class LoraLayer(AdaptedLayer):
         rank = "no adapter" if self.lora_A is None else f"rank={self.lora_A.shape[0]}"
         return f"{self._base[0].extra_repr()}, {rank}"
 
-    def _plain_arguments(self) -> tuple[Any, ...]:
+    def _plain_arguments(self) -> tuple[Tensor, Tensor, float, float, int, ForwardState | None]:
         """The adapter's arguments of `ops.lora.lora_linear`."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
         dropout = self.lora_dropout if self.training else 0.0
         return self.lora_A, self.lora_B, self.scaling, dropout, self.salt, self.state
 

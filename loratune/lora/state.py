@@ -105,7 +105,7 @@ class Adapter:
         if self.modules or self.biases:
             return "has modules_to_save or biases"
         variant = next((w.variant for w in self.layers.values() if not w.variant.low_rank_sum), None)
-        return None if variant is None else f"is a {type(variant).__name__} and no low-rank sum"
+        return None if variant is None else f"uses {type(variant).__name__}, which is not a low-rank sum"
 
 
 class AdapterStore(Protocol):

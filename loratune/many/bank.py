@@ -341,7 +341,9 @@ def _linear_selection(model: nn.Module, config: LoraConfig) -> Selection:
             raise AdapterError(f'"{target.path}" is of type {kind}; a bank takes linear layers: train it by itself')
         if not target.is_low_rank_sum:
             variant = type(target.variant).__name__
-            raise AdapterError(f"{variant} is no plain low-rank sum, and a bank takes no other: train it by itself")
+            raise AdapterError(
+                f"{variant} is not a low-rank sum, and a bank takes only such sums: train it by itself"
+            )
     return selection
 
 

@@ -114,13 +114,13 @@ def test_its_dropout_comes_from_the_row_key() -> None:
 def test_fused_layers_refuse_it_and_the_result_is_that_of_the_modules() -> None:
     model = _with_gates(build("llama"))
     assert not fuse(prepare(model))
-    assert "GatedLora is no low-rank sum" in str(fusion_of(model.model.layers[0].self_attn.q_proj))
+    assert "GatedLora is not a low-rank sum" in str(fusion_of(model.model.layers[0].self_attn.q_proj))
     activate(model, None)
     assert fuse(prepare(model))
 
 
 def test_a_bank_refuses_it() -> None:
-    with pytest.raises(AdapterError, match=r"GatedLora is no plain low-rank sum.*train it by itself"):
+    with pytest.raises(AdapterError, match=r"GatedLora is not a low-rank sum.*train it by itself"):
         Bank.attach(build("llama"), [_gated()], slots=1)
 
 
@@ -184,7 +184,9 @@ def test_plain_and_gated_adapters_share_a_model() -> None:
         assert any("lora_gate" in path for path, _ in model.named_parameters()) == (name == "gated")
     activate(model, None)
     assert torch.equal(run(model), plain)
-    with pytest.raises(AdapterError, match='"gated" is a GatedLora and no low-rank sum, so it cannot be weighted'):
+    with pytest.raises(
+        AdapterError, match='"gated" uses GatedLora, which is not a low-rank sum; it cannot be weighted'
+    ):
         activate(model, ["lora", "gated"])
 
 

@@ -29,7 +29,10 @@ class ProbeRow(NamedTuple):
 
 
 class ProbeResult(NamedTuple):
-    """Hidden states of a row, (T, d), and gradients of the adapters as one vector; empty if nothing trains."""
+    """Hidden states of a row, (T, d), and gradients of the adapters as one vector; empty if nothing trains.
+
+    Gradients are on the CPU: a GPU may have no memory for two more copies of the adapters.
+    """
 
     states: Tensor
     gradients: Tensor
@@ -70,10 +73,10 @@ def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> 
     with torch.set_grad_enabled(bool(trained)):
         states = run()
     if not trained or not states.requires_grad:
-        return ProbeResult(states.detach(), states.new_empty(0))
+        return ProbeResult(states.detach(), torch.empty(0))
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
     found = torch.autograd.grad(states, trained, weights, allow_unused=True, materialize_grads=True)
-    return ProbeResult(states.detach(), torch.cat([gradient.flatten() for gradient in found]))
+    return ProbeResult(states.detach(), torch.cat([gradient.flatten().cpu() for gradient in found]))
 
 
 @contextmanager
@@ -84,14 +87,14 @@ def random_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """
     fusions = {module: fusion_of(module) for module in model.modules()}
     adapters = {module: fusion for module, fusion in fusions.items() if isinstance(fusion, LowRankSum)}
-    values = {id(adapter.lora_B): adapter.lora_B.detach().clone() for adapter in adapters.values()}
+    values = {id(adapter.lora_B): adapter.lora_B.detach().to("cpu", copy=True) for adapter in adapters.values()}
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
             for module, adapter in adapters.items():
                 random = torch.randn(adapter.lora_B.shape, generator=generator).to(adapter.lora_B)
                 size = adapter.scaling * _product_norm(random, adapter.lora_A)
-                wanted = _UPDATE_SHARE * float(frozen_of(module).dense().float().norm())
+                wanted = _UPDATE_SHARE * _norm(frozen_of(module).dense())
                 adapter.lora_B.copy_(random * (wanted / size if size > 0.0 else 1.0))
         tensors = [tensor for adapter in adapters.values() for tensor in (adapter.lora_A, adapter.lora_B)]
         yield [tensor for tensor in tensors if tensor.requires_grad]
@@ -119,3 +122,9 @@ def tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
 def _product_norm(B: Tensor, A: Tensor) -> float:
     """|B A|, by the Gram matrices of both factors, which are (r, r)."""
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt())
+
+
+def _norm(weight: Tensor) -> float:
+    """Frobenius norm, summed in float32 at least, without a copy of the weight."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(weight, dtype=dtype))

@@ -25,12 +25,14 @@ from torch import Tensor
 from loratune.adapters.updates import pair_of, read_report
 from loratune.config import LoraConfig, read_toml
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
+from loratune.lora.layer import PLAIN
+from loratune.lora.layers import KINDS
+from loratune.lora.variants import variant_of
 from loratune.runs import metrics
 from loratune.screen.text import curve
 from loratune.units import duration, size
 
 _PREFIX = "base_model.model."
-_PAIR = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 _CURVE_WIDTH = 24
 
 
@@ -44,7 +46,7 @@ class Layer:
     d_out: int
     scaling: float
     norm: float
-    """Frobenius norm of scaling · B A."""
+    """Frobenius norm of scaling · B A. For a variant that is no low-rank sum, its update differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Inspected:
     info: AdapterInfo
     layers: tuple[Layer, ...]
     in_full: tuple[str, ...]
-    """Tensors that are not low-rank: modules_to_save and biases."""
+    """Tensors of no adapted layer: modules_to_save and biases."""
     run: dict[str, Any]
     """run.toml, or empty."""
     history: list[dict[str, Any]]
@@ -120,8 +122,11 @@ def _adapter_facts(found: Inspected) -> dict[str, str]:
     ranks = sorted({layer.r for layer in found.layers})
     scalings = sorted({layer.scaling for layer in found.layers})
     kind = "alpha / sqrt r" if config.use_rslora else "alpha / r"
+    variant = variant_of(config)
+    norms = "" if variant.low_rank_sum else ", not a low-rank sum; the table shows scaling · B A"
     return {
         "base": info.base_model or "not recorded",
+        "variant": "" if variant is PLAIN else type(variant).__name__ + norms,
         "rank": ", ".join(map(str, ranks)),
         "scaling": ", ".join(f"{s:.4g}" for s in scalings) + f"  ({kind}, alpha {config.lora_alpha:g})",
         "size": f"{info.parameters:,} parameters, {size(info.size_bytes)} in {', '.join(info.dtypes)}",
@@ -212,17 +217,21 @@ def _kinds(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 
 
 def _read_layers(info: AdapterInfo) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """The low-rank layers, in the model's order, and the names of all other tensors."""
-    layers, taken = [], set()
+    """The adapted layers, in the model's order, and the names of tensors that belong to none of them."""
+    layers, taken = [], set[str]()
+    variant, kinds = variant_of(info.config), {kind.keys: kind for kind in KINDS}
     with safe_open(info.folder / WEIGHTS_FILE, framework="pt") as file:
         for key in info.shapes:
             pair = pair_of(key)
             other = key.removesuffix(pair[0]) + pair[1] if pair else ""
             if pair is None or other not in info.shapes:
                 continue
-            taken |= {key, other}
-            path = key.removeprefix(_PREFIX).removesuffix(f".{pair[0]}")
-            layers.append(_layer(path, file.get_tensor(key), file.get_tensor(other), info.config))
+            stem = key.removesuffix(pair[0])
+            path = stem.removeprefix(_PREFIX).removesuffix(".")
+            layer = _layer(path, file.get_tensor(key), file.get_tensor(other), info.config)
+            specs = variant.tensors(kinds[pair], layer.d_in, layer.d_out, layer.r).values()
+            taken |= {stem + spec.key for spec in specs}
+            layers.append(layer)
     rest = [key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in info.shapes if key not in taken]
     return tuple(sorted(layers, key=_depth)), tuple(rest)
 

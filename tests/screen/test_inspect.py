@@ -11,12 +11,14 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from rich.console import Console
 
+from loratune import tables
 from loratune.config import LoraConfig, RunConfig, to_toml
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import attach
 from loratune.screen.inspect import Inspected, as_json, draw, inspect
 from tests.conftest import build
+from tests.extending.toy_variant import GatedConfig
 
 
 def drawn(found: Inspected, encoding: str = "utf-8") -> str:
@@ -108,3 +110,16 @@ def test_other_folders_are_named_for_what_they_are(folder: Path, tmp_path: Path)
     (folder / "run.toml").write_text("model = ")
     with pytest.raises(ConfigError, match="not valid TOML"):
         inspect(folder)
+
+
+def test_a_variant_is_named_and_its_tensors_belong_to_their_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tables.VARIANTS, "use_gate", "tests.extending.toy_variant:GATED")
+    model = build("llama")
+    attach(model, GatedConfig(r=2, use_gate=True, target_modules=["q_proj"], modules_to_save=["lm_head"]), name="a")
+    save(model, tmp_path / "gated", "a")
+    found = inspect(tmp_path / "gated")
+    assert [layer.path for layer in found.layers] == [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    assert found.in_full == ("lm_head.weight",)
+    assert "GatedLora, not a low-rank sum; the table shows scaling" in " ".join(drawn(found).split())

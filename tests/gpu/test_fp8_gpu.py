@@ -201,7 +201,7 @@ def trained(plan, record, steps=8):
     found = []
     with forward.installed():
         assert forward._copies is not None
-        assert len(forward._copies.carried) == 4 * LAYERS
+        assert len(forward._copies.refreshed) == 4 * LAYERS
         for index in range(steps):
             set_rate(optimizer, 3e-4)
             found.append(step(ROWS[index % len(ROWS)]).loss)

@@ -406,7 +406,7 @@ def test_a_model_that_waits_for_the_device_goes_on_without_a_recording():
         assert step.why_not is not None
         after = train_step(forward, ROWS[0], parameters, optimizer, max_grad_norm=1.0)
     assert after.loss < first[0].loss
-    assert fuse(forward) is False
+    assert fuse(forward) is True
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])

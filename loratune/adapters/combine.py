@@ -198,7 +198,7 @@ def _make_trainable(lora_A: Tensor, lora_B: Tensor, used: int, generator: torch.
 def combine_layers(
     parts: Sequence[tuple[Mapping[str, Update], float]], recipe: CombineRecipe
 ) -> tuple[dict[str, Update], dict[str, float], float | None]:
-    """Combines updates in memory. Layers come, and draw random numbers, in the order of the first adapter with them.
+    """Combines updates in memory. Layers draw random numbers in the order of the first adapter that has them.
 
     Args:
         parts: the layers of each adapter, and its weight.

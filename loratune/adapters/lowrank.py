@@ -36,7 +36,7 @@ _POWER_ITERATIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A matrix M (d_out, d_in) as left · diag(singular_values) · right plus a rest."""
+    """A matrix M (d_out, d_in) as left · diag(singular_values) · right, plus a remainder."""
 
     left: Tensor
     """(d_out, k), float64 or float32, orthonormal columns."""

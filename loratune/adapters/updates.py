@@ -49,7 +49,7 @@ class Update:
     """(d_out, r), float32; of an embedding (d, r)."""
     scaling: float = 1.0
     keys: tuple[str, str] = KEY_PAIRS[0]
-    """Names of A and B in files, behind the layer's path and a dot; see `LoraLayer.keys`."""
+    """Names of A and B in files, after the layer's path and a dot; see `LoraLayer.keys`."""
     transposed: bool = False
     """True if the layer stores its weight as (d_in, d_out): embeddings, transformers' Conv1D."""
 
@@ -113,7 +113,7 @@ def read_updates(directory: str | Path) -> AdapterUpdates:
 
 
 def pair_of(key: str) -> tuple[str, str] | None:
-    """Names of A and B behind a layer's path, if `key` is that of an A; else None."""
+    """Names of A and B after a layer's path, if `key` belongs to an A; else None."""
     return next((keys for keys in KEY_PAIRS if key.endswith(f".{keys[0]}")), None)
 
 

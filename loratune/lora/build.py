@@ -71,7 +71,7 @@ def _copies(model: nn.Module, saved: tuple[ModulePaths, ...]) -> dict[str, nn.Mo
 
 
 def _with_base_layers(module: nn.Module) -> nn.Module:
-    """`module` with the base layers in the places of layers that other adapters have replaced in it."""
+    """`module` with its own base layers, where other adapters have replaced them."""
     if isinstance(module, LoraLayer):
         return module.to_base()
     for path, child in list(module.named_modules(remove_duplicate=False)):

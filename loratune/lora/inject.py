@@ -39,7 +39,7 @@ class Attached:
     biases: tuple[str, ...]
     trainable_parameters: int
     total_parameters: int
-    """Of the base model and this adapter together."""
+    """Parameters of the base model and this adapter together."""
     left_out: tuple[str, ...] = ()
     """Reasons why "all-linear" skipped linear layers; layers narrower than the rank share one line."""
 

@@ -35,7 +35,7 @@ class TensorSpec:
     """One tensor of an adapter at one layer."""
 
     key: str
-    """Its name in PEFT's files, behind the layer's path and a dot."""
+    """Its name in PEFT's files, after the layer's path and a dot."""
     shape: tuple[int, ...]
 
 
@@ -85,7 +85,7 @@ class LoraVariant:
         return layer.lora_forward(x)
 
     def delta(self, layer: LoraLayer) -> Tensor:
-        """The update of W that `forward` amounts to without dropout, (d_out, d_in), in the adapter's dtype."""
+        """The update of W, (d_out, d_in), that is equivalent to `forward` without dropout; in the adapter's dtype."""
         return layer.low_rank_delta()
 
 
@@ -97,7 +97,7 @@ class LoraLayer(AdaptedLayer):
     """A layer that replaces `base` and computes base and adapter. Subclasses: one for each kind of base layer."""
 
     keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    """Names of A and B in PEFT's files, behind the layer's path and a dot."""
+    """Names of A and B in PEFT's files, after the layer's path and a dot."""
     is_linear: ClassVar[bool] = True
     """True for a linear map of activations; False for a table that is looked up."""
     weight_is_parameter: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class LoraLayer(AdaptedLayer):
     lora_B: nn.Parameter | None
     """(d_out, r), or None when no adapter is in use here."""
     variant: LoraVariant = PLAIN
-    """Of the adapter in use."""
+    """Variant of the adapter in use."""
     scaling: float
     """Factor of B A: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
     lora_dropout: float
@@ -184,7 +184,7 @@ class LoraLayer(AdaptedLayer):
         raise NotImplementedError
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """scaling · drop(x) Aᵀ Bᵀ of a linear layer; (..., d_in) -> (..., d_out). For variants that need it apart."""
+        """scaling · drop(x) Aᵀ Bᵀ of a linear layer; (..., d_in) -> (..., d_out). For variants."""
         assert self.lora_A is not None
         assert self.lora_B is not None
         rows = x.reshape(-1, x.shape[-1])
@@ -227,7 +227,7 @@ class LoraLayer(AdaptedLayer):
         self._unmerged = None
 
     def sum_with(self, weight: Tensor) -> Tensor:
-        """`weight`, which has the shape of the layer's own, plus `delta`, in the adapter's dtype."""
+        """`weight` plus `delta`, in the adapter's dtype. `weight` has the shape of the layer's own weight."""
         assert self.lora_A is not None
         assert self.lora_B is not None
         weight = weight.to(self.lora_A.dtype)
@@ -269,7 +269,7 @@ class LoraLayer(AdaptedLayer):
         self.variant, self.scaling, self.lora_dropout = PLAIN, 0.0, 0.0
 
     def extra_repr(self) -> str:
-        """As of the base layer, and the rank of the adapter in use."""
+        """Text of the base layer, and the rank of the adapter in use."""
         rank = "no adapter" if self.lora_A is None else f"rank={self.lora_A.shape[0]}"
         return f"{self._base[0].extra_repr()}, {rank}"
 

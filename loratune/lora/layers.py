@@ -140,7 +140,7 @@ KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraQuantised, LoraConv1D, Lor
 """Every kind of adapted layer."""
 
 KEY_PAIRS: tuple[tuple[str, str], ...] = tuple({kind.keys: None for kind in KINDS})
-"""Names of A and B in PEFT's files, behind the layer's path and a dot, for every kind of layer."""
+"""Names of A and B in PEFT's files, after the layer's path and a dot, for every kind of layer."""
 
 # Modules that read the weight of a child layer instead of calling the layer, always or in a fused kernel: an adapter
 # there would be ignored without an error. Class name -> names of those layers.
@@ -187,12 +187,12 @@ def kind_of(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for a linear layer, which "all-linear" means: Linear, Conv1D or quantised."""
+    """True for the layers that "all-linear" selects: Linear, Conv1D and quantised."""
     return isinstance(module, nn.Linear | Conv1D | QuantisedLinear)
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """True for a layer of a kind that adapters fit."""
+    """True if adapters exist for layers of this kind."""
     return is_linear(module) or isinstance(module, nn.Embedding)
 
 

@@ -54,7 +54,7 @@ class LayerWeights:
         return self.lora_A.shape[0]
 
     def keys(self) -> dict[str, str]:
-        """Attribute name -> name in PEFT's files, behind the layer's path and a dot."""
+        """Attribute name -> name in PEFT's files, after the layer's path and a dot."""
         specs = self.variant.tensors(self.kind, self.lora_A.shape[1], self.lora_B.shape[0], self.r)
         return {name: spec.key for name, spec in specs.items()}
 
@@ -143,10 +143,10 @@ class Adapters:
     merged: str | None = None
     active_before_merge: dict[str, float] = field(default_factory=dict)
     switches: dict[str | None, list[SwitchEntry]] = field(default_factory=dict)
-    """Name -> how to switch to it, until adapters or layers come or go; None is the bare base."""
+    """Name -> entries for a switch to it, valid until adapters or layers change; None is the bare base."""
     store: AdapterStore | None = None
     unfrozen: list[nn.Parameter] = field(default_factory=list)
-    """Parameters of the base that required a gradient before the first adapter came."""
+    """Parameters of the base that required a gradient before the first adapter was attached."""
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises AdapterError with near names."""

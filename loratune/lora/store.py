@@ -50,9 +50,9 @@ class _StoreSlot:
     """(bytes,) uint8"""
     views: dict[_ByteLayout, list[Tensor]]
     arrived: torch.cuda.Event | None = None
-    """After the copy that filled it."""
+    """Recorded after the copy that filled the slot."""
     left: torch.cuda.Event | None = None
-    """After the last work that used its content."""
+    """Recorded after the last work that used the content."""
 
     def view(self, layout: _ByteLayout) -> list[Tensor]:
         """The tensors of an adapter here, made once for each layout: most adapters of a model share one."""

@@ -1,4 +1,4 @@
-"""On a CUDA device: the update of all parameters as one beside PyTorch's, recorded, on the host, and resumed."""
+"""The joint AdamW update on a CUDA device: against PyTorch's, recorded, with state on the host, and resumed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def parameters_of(shapes):
 
 @pytest.mark.parametrize("shapes", [WHOLE, ODD])
 @pytest.mark.parametrize("max_norm", [math.inf, 1.0])
-def test_takes_the_steps_of_pytorchs_fused_adamw(shapes, max_norm):
-    """20 steps of 1e-3: values are off by roundings of float32, moments by as many of their own."""
+def test_equals_pytorchs_fused_adamw(shapes, max_norm):
+    """20 steps of 1e-3. Values and moments differ by roundings of float32."""
     ours, theirs = parameters_of(shapes), parameters_of(shapes)
     settings = TrainConfig(learning_rate=1e-3, weight_decay=0.1)
     joint = adamw(ours, settings)
@@ -60,8 +60,8 @@ def test_takes_the_steps_of_pytorchs_fused_adamw(shapes, max_norm):
 
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("shapes", [WHOLE, ODD])
-def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_update_by_hand(shapes, on_host):
-    """Two recordings whose gradients lie apart and an update by hand, by turns; the last gradients are not finite."""
+def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_eager_update(shapes, on_host):
+    """Two recordings with gradients at different addresses alternate with an eager update. The last is not finite."""
     rates = [1e-3, 3e-3, 2e-3]
 
     def course(record):
@@ -105,7 +105,7 @@ def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_update_by_h
     assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
 
 
-def test_a_parameter_without_a_gradient_gets_no_state_and_stays():
+def test_a_parameter_without_a_gradient_gets_no_state_and_no_update():
     values = parameters_of(WHOLE)
     optimizer = adamw(values, TrainConfig())
     before = values[2].detach().clone()
@@ -118,8 +118,8 @@ def test_a_parameter_without_a_gradient_gets_no_state_and_stays():
     assert [float(optimizer.state[values[i]]["step"]) for i in (0, 1, 3)] == [2, 1, 2]
 
 
-def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path, monkeypatch):
-    """To the bit, with deterministic kernels, though the whole run replays what the resumed one records anew.
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch):
+    """To the bit with deterministic kernels. The uninterrupted run replays steps that the resumed run records anew.
 
     All rows have one layout: with another, products of other shapes may add in another order.
     """

@@ -1,4 +1,4 @@
-"""A bank on a CUDA device: as exact as the modules, slots apart to the bit, one recording for every mixture."""
+"""A bank on a CUDA device: as exact as the modules, slots independent to the bit, one recording for all mixtures."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def test_as_exact_as_the_modules_of_each_adapter_alone(fused):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_slot_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(poison):
+def test_a_slot_that_is_not_finite_leaves_the_others_unchanged_to_the_bit(poison):
     model = base()
     bank = filled(model)
     forward = prepare(model)
-    torch.use_deterministic_algorithms(True)  # attention's backward adds in any order otherwise
+    torch.use_deterministic_algorithms(True)  # attention's default backward adds in no fixed order
     try:
         sound = losses_and_gradients(bank, forward, [1, 0, 3, 2])
         bank.master(0).fill_(poison)
@@ -116,7 +116,7 @@ def test_a_slot_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(pois
 
 
 def course(step, bank):
-    """Rows of changing mixtures; a job leaves and another takes its slot in the middle."""
+    """Rows of changing mixtures. Halfway, a job leaves and another one gets its slot."""
     results = []
     for slot in range(3):
         bank.place(slot, CONFIGS[slot], seed=slot)
@@ -131,7 +131,7 @@ def course(step, bank):
     return results
 
 
-def test_one_recording_serves_every_mixture_and_equals_the_work_run_by_itself_to_the_bit():
+def test_one_recording_serves_every_mixture_and_equals_the_eager_step_to_the_bit():
     torch.use_deterministic_algorithms(True)
     try:
         outcomes = []
@@ -151,7 +151,7 @@ def test_one_recording_serves_every_mixture_and_equals_the_work_run_by_itself_to
     assert torch.equal(outcomes[0][1], outcomes[1][1])
 
 
-def test_the_recorded_step_learns_what_the_plain_step_learns():
+def test_the_recorded_step_learns_like_the_plain_step():
     torch.use_deterministic_algorithms(True)
     try:
         outcomes = []

@@ -23,7 +23,7 @@ DIMS = {"gemma2": 256, "gptoss": 64}
 
 
 def case(heads, softcap, with_sinks, tokens=TOKENS):
-    """A function that attends under the borders, window and precision it is given: the output and three gradients."""
+    """A function of boundaries, window and precision: the output of attention and three gradients."""
     torch.manual_seed(1)
     q = torch.randn(1, heads[0], tokens, heads[2], device="cuda", dtype=BF16)
     k, v = (torch.randn(1, heads[1], tokens, heads[2], device="cuda", dtype=BF16) for _ in "kv")
@@ -55,7 +55,7 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @pytest.mark.parametrize("lengths", [(300, 17, 512, 1, 194), (256,) * 4, (1024,), (1000,)], ids=str)
 def test_attention(heads, softcap, with_sinks, lengths):
-    """One kernel for all borders and windows; rows end in empty documents, as in a recording."""
+    """One kernel for all boundaries and windows. Rows end in empty documents, as in a recording."""
     run = case(heads, softcap, with_sinks, sum(lengths))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     padded = torch.cat([bounds, bounds[-1:].expand(3)]).cuda()
@@ -70,14 +70,14 @@ def test_attention(heads, softcap, with_sinks, lengths):
 
 @pytest.mark.parametrize("name", DIMS)
 @pytest.mark.parametrize("lengths", [(300, 17, 512, 1, 100), (1024,)], ids=str)
-def test_a_packed_row_is_its_documents_alone(name, lengths):
+def test_a_packed_row_equals_its_documents_alone(name, lengths):
     model = small(name, dim=DIMS[name])
     forward, row = prepare(model), a_row(lengths)
     assert forward.path == "packed"
     assert not forward.notes
     wide = copy.deepcopy(model).double()
     if name == "gptoss":
-        wide.set_experts_implementation("eager")  # the other kind has no float64
+        wide.set_experts_implementation("eager")  # the default has no float64
     fast = gradients(model, forward, row)
     plain = gradients(model, PackedForward(model, "per document", forward.head), row)
     exact = gradients(wide, PackedForward(wide, "per document", forward.head), row)
@@ -91,12 +91,12 @@ def test_a_packed_row_is_its_documents_alone(name, lengths):
 @pytest.mark.parametrize("name", DIMS)
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, micro_steps, monkeypatch):
-    """Different borders in one recording; `losses` fails where a step cannot be recorded."""
+    """Different boundaries in one recording; `losses` fails if a step cannot be recorded."""
     rows = [[row for (row,) in ROWS[i : i + micro_steps]] for i in range(0, 18, micro_steps)] * (
         1 if micro_steps == 1 else 2
     )
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=name == "gptoss")  # the bits will show it
+    torch.use_deterministic_algorithms(True, warn_only=name == "gptoss")  # the comparison of bits shows a violation
     try:
         eager, adapter, _ = losses(small(name, dim=DIMS[name]), False, rows)
         recorded, same, step = losses(small(name, dim=DIMS[name]), True, rows)
@@ -110,7 +110,7 @@ def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, micro_steps, mo
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @KINDS
 def test_it_is_faster_than_the_scores_written_out(heads, softcap, with_sinks, tokens):
-    """Forward and backward of one layer of documents of 512, borders read on the host where they are written out."""
+    """Forward and backward of one layer with documents of 512 tokens; the reference reads boundaries on the host."""
     run = case(heads, softcap, with_sinks, tokens)
     bounds = torch.arange(0, tokens + 1, 512, dtype=torch.int32)
 

@@ -44,7 +44,7 @@ def run(q, k, v, lengths, window, incoming, empty=0, trials=None):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 2, 64), (4, 2, 256), (6, 3, 96), (3, 1, 40)])
 @pytest.mark.parametrize(("lengths", "empty"), [(EVEN, 0), (UNEVEN, 0), (UNEVEN, 3), ([1024], 0)])
-def test_no_farther_from_float64_than_the_kernels_it_stands_in_for(heads, kv_heads, dim, lengths, empty, window):
+def test_no_farther_from_float64_than_pytorchs_kernels(heads, kv_heads, dim, lengths, empty, window):
     qkv = heads_of(heads, kv_heads, dim)
     incoming = torch.randn(1, 1024, heads, dim, device="cuda", dtype=BF16)
     exact = run(*(tensor.detach().double().requires_grad_() for tensor in qkv), lengths, window, incoming)
@@ -70,12 +70,12 @@ def test_deterministic_algorithms_give_the_same_bits():
 
 
 @pytest.mark.parametrize("documents", [5, 400])
-def test_a_recording_is_replayed_over_other_borders(documents):
-    """Each replay against the same row run kernel by kernel; 400 documents look theirs up another way."""
+def test_a_recording_is_replayed_with_other_boundaries(documents):
+    """Each replay against the same row run kernel by kernel. Many documents take another path in the kernel."""
     heads = torch.randn(1024, 12, 128, device="cuda", dtype=BF16)
     incoming = torch.randn(1024, 8 * 128, device="cuda", dtype=BF16)
 
-    def borders(seed):
+    def boundaries(seed):
         torch.manual_seed(seed)
         inner = torch.randperm(1023)[: documents - 1].sort().values + 1
         return torch.tensor([0, *inner.tolist(), 1024], dtype=torch.int32, device="cuda")
@@ -88,7 +88,7 @@ def test_a_recording_is_replayed_over_other_borders(documents):
         attended = RecordedAttention(attend, heads, [8, 2, 2])
         return [attended.out, *attended.backward(incoming)]
 
-    cu_seqlens = borders(0)
+    cu_seqlens = boundaries(0)
     torch.use_deterministic_algorithms(True)
     try:
         side = torch.cuda.Stream()
@@ -101,7 +101,7 @@ def test_a_recording_is_replayed_over_other_borders(documents):
             recorded = work()
         found = []
         for seed in (1, 2, 3):
-            cu_seqlens.copy_(borders(seed))
+            cu_seqlens.copy_(boundaries(seed))
             graph.replay()
             found.append([tensor.clone() for tensor in recorded])
             assert all(torch.equal(a, b) for a, b in zip(found[-1], work(), strict=True)), seed
@@ -111,7 +111,7 @@ def test_a_recording_is_replayed_over_other_borders(documents):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 8, 64), (8, 4, 256)])
-def test_it_is_found_to_agree_and_a_size_where_it_is_wrong_is_not(monkeypatch, heads, kv_heads, dim):
+def test_its_trial_passes_and_that_of_a_wrong_head_size_fails(monkeypatch, heads, kv_heads, dim):
     trials, (query, key, _) = flash.FlashTrials(), heads_of(heads, kv_heads, dim)
     assert trials.usable(query, key, attention._pytorch)
     assert not trials.why_not(query.device)
@@ -121,7 +121,7 @@ def test_it_is_found_to_agree_and_a_size_where_it_is_wrong_is_not(monkeypatch, h
     assert len(trials.why_not(query.device)) == 1
 
 
-def test_attention_takes_it(monkeypatch):
+def test_attention_uses_it(monkeypatch):
     qkv = heads_of(4, 2, 64)
     incoming = torch.randn(1, 1024, 4, 64, device="cuda", dtype=BF16)
     trials, asked = flash.FlashTrials(), []

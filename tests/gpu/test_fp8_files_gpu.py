@@ -1,4 +1,4 @@
-"""Checkpoints in 8 bits on a CUDA device: read tensor by tensor, to the weights that the files stand for."""
+"""Checkpoints in 8 bits on a CUDA device: read tensor by tensor, with the values of the files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("kind", ["rows", "blocks"])
 def test_a_checkpoint_in_8_bits_is_never_dense_on_the_device(kind, tmp_path):
-    """In bfloat16 it would take twice the bytes; beside the model there is one weight, in parts, at a time."""
+    """In bfloat16 it would take twice the bytes. Loading needs memory for part of one weight beside the model."""
     model = a_model(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8)
     write(tmp_path, model, kind)
     before = torch.cuda.memory_allocated()
@@ -41,7 +41,7 @@ def test_a_checkpoint_in_8_bits_is_never_dense_on_the_device(kind, tmp_path):
     assert held < 1.15 * linear
     for path, layer in quantised_layers(loaded):
         got, file = layer.frozen.dense().cpu().float(), model.get_submodule(path).weight
-        # Rows to bfloat16's rounding of `dense`; blocks to one rounding more to 3 bits.
+        # Rows are exact to bfloat16's rounding of `dense`; blocks are rounded once more, to 3 bits.
         assert off(got, file) < (2**-8 if kind == "rows" else 0.03), path
     with torch.no_grad():
         assert off(loaded(TOKENS.cuda()).logits.cpu(), logits(model)) < 0.2
@@ -49,5 +49,5 @@ def test_a_checkpoint_in_8_bits_is_never_dense_on_the_device(kind, tmp_path):
 
 @pytest.mark.parametrize("quantise", [by_rows, as_a_whole])
 def test_products_take_any_scale(quantise):
-    """Those of files are no powers of two, which bfloat16 does not hold: float32 ones go into the kernels."""
+    """Scales of files are no powers of two and do not fit bfloat16, so kernels take float32 scales."""
     assert max(products_with_a_border(quantise, "cuda", torch.bfloat16)) < 0.035

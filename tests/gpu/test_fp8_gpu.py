@@ -34,7 +34,7 @@ pytestmark = [
 ]
 LAYERS = 3
 RUNS = 20
-"""What is read or overwritten too early shows in few places, and not in every run."""
+"""Number of repetitions: a race shows in few places and not in every run."""
 
 
 def random(*shape, size=1.0):
@@ -42,7 +42,7 @@ def random(*shape, size=1.0):
 
 
 def differing(a, b):
-    """The share of bytes that differ."""
+    """Share of bytes that differ."""
     assert a.shape == b.shape
     return float((a.view(torch.uint8) != b.view(torch.uint8)).float().mean())
 
@@ -51,8 +51,8 @@ def differing(a, b):
 @pytest.mark.parametrize(
     ("width", "ranks"), [(4096, 16), (4096, 48), (11008, 16), (12288, 48), (22016, 32), (4096, 80)]
 )
-def test_a_row_and_its_thin_product_in_one_reading(tokens, width, ranks):
-    """To the bit, but for lo, where the compiler fuses a subtraction with a product: few, and the signs of zeros."""
+def test_a_quantised_row_and_its_low_rank_product_in_one_reading(tokens, width, ranks):
+    """To the bit except `lo`, where the compiler fuses a subtraction with a product: few bytes and signs of zero."""
     torch.manual_seed(0)
     x, thin_matrix = random(tokens, width), random(width, ranks, size=width**-0.5)
     columns = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
@@ -120,7 +120,7 @@ def test_passes_leave_what_is_measured_in_what_they_wrote_and_write_what_they_di
 
 @pytest.mark.parametrize(("d_out", "d_in", "ranks"), [(12288, 4096, 48), (4096, 11008, 16), (22016, 4096, 32)])
 def test_a_projection_in_8_bits(d_out, d_in, ranks):
-    """Numbers and borders as the reference makes them; products as far from exact as 8 bits are, both ways too."""
+    """Factors and adapter columns equal the reference; the error of both products is that of 8 bits."""
     torch.manual_seed(2)
     held = fp8.Fp8Weight.joined([fp8.Fp8Weight.quantised(random(d_out, d_in, size=0.02))], ranks)
     adapter = random(ranks, d_in, size=d_in**-0.5), random(d_out, ranks, size=0.02)
@@ -153,7 +153,7 @@ def test_a_projection_in_8_bits(d_out, d_in, ranks):
 
 
 def small(layers=LAYERS):
-    """A model wide enough for adapters to ride in the products, in 8 bits, with an adapter whose B is not zero."""
+    """A model in 8 bits, wide enough for adapter columns, with an adapter whose B is not zero."""
     shape = {
         "hidden_size": 2048,
         "intermediate_size": 2816,
@@ -174,7 +174,7 @@ def small(layers=LAYERS):
 
 
 def test_fused_layers_are_as_near_to_the_dense_model_as_modules_in_8_bits():
-    """Both round what goes into W's products to 8 bits, at scales of their own; the adapters' part is not rounded."""
+    """Both round the operands of W's products to 8 bits with their own scales; the low-rank part is not rounded."""
     model = small()
     (row,) = ROWS[0]
     forward = prepare(model)
@@ -209,7 +209,7 @@ def trained(plan, record, steps=8):
     return found, [p.detach().clone() for p in parameters], step
 
 
-def test_recorded_equals_eager_to_the_bit_whatever_is_kept(monkeypatch):
+def test_recorded_equals_eager_to_the_bit_for_every_activation_plan(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
@@ -237,7 +237,7 @@ def _no_cap():
 
 @pytest.mark.usefixtures("_no_cap")
 @pytest.mark.parametrize("tokens", [4096, 16384])
-def test_the_plan_foretells_the_memory_of_a_step_in_8_bits(tokens):
+def test_the_memory_of_a_step_in_8_bits_is_estimated(tokens):
     model = small()
     found = fit(prepare(model), trainable(model), config(), tokens)
     assert found.expected is not None

@@ -1,6 +1,6 @@
-"""On a CUDA device, the products with a thin operand: the same bits in every run, and right in every place.
+"""Low-rank products on a CUDA device: the same bits in every run, and right in every place.
 
-What is read or overwritten too early shows in few places and not in every run; a norm over all would not show it.
+A race shows in few places and not in every run, so the comparison is element by element and repeated.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def test_the_same_bits_in_every_run(tokens, width, ranks, copied):
     copy = torch.empty_like(x) if copied else None
     exact = x.double() @ factor.double()
     first = low_rank.down_project(x, factor, copy=copy)
-    # Rounding to bfloat16 is 2^-9 of a number, and sums in float32 are nearer than 1e-3; a step of the loop that went
-    # wrong would be 128 of `width` terms of a number of size 1, a tenth.
+    # Rounding to bfloat16 changes a number by 2^-9, and sums in float32 by less than 1e-3. A wrong step of the loop
+    # would change 128 of `width` terms of a number of size 1, which is a tenth.
     assert ((first.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-3).all()
     for _ in range(RUNS):
         again = low_rank.down_project(x, factor, copy=copy)

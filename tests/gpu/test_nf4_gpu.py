@@ -1,4 +1,4 @@
-"""4-bit weights on a GPU: the kernel's bits, pieces, the recorded step, and loading to the device."""
+"""4-bit weights on a GPU: the kernel's bits, products in pieces, the recorded step, and loading to the device."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_the_kernel_gives_the_bits_of_the_reference(dtype, nested):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_in_pieces_are_products(monkeypatch, bias):
-    """Each piece is rows of the output or columns of the gradient, so no sum is split: equal but for tiling."""
+def test_products_in_pieces_equal_whole_products(monkeypatch, bias):
+    """A piece is rows of the output or columns of the gradient, so no sum is split. Only the tiling differs."""
     weight = nf4.quantise((torch.randn(1024, 2048, device="cuda") * 0.02).bfloat16())
     x, dy = (torch.randn(300, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
     b = torch.randn(1024, device="cuda", dtype=torch.bfloat16) if bias else None
@@ -49,7 +49,7 @@ def test_products_in_pieces_are_products(monkeypatch, bias):
 
 
 def test_the_augmented_weight_equals_a_product_and_a_sum(monkeypatch):
-    """To bfloat16's rounding of the sum, of which riding takes one and adding two."""
+    """To bfloat16's rounding: the augmented product rounds once, a product and a sum round twice."""
     weight = nf4.quantise((torch.randn(1024, 2048, device="cuda") * 0.02).bfloat16())
     half = {"device": "cuda", "dtype": torch.bfloat16}
     lora_A, lora_B = torch.randn(48, 2048, **half) * 0.02, torch.randn(1024, 48, **half) * 0.02
@@ -93,8 +93,8 @@ def steps(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize(("optim", "dropout"), [("adamw", 0.0), ("adamw", 0.1), ("adamw_8bit", 0.0)])
-def test_a_recorded_step_over_codes_is_the_step(name, optim, dropout):
-    """The pieces of a weight live in the recording's own memory; replayed, they are what they were."""
+def test_a_recorded_step_in_4_bits_equals_the_eager_step(name, optim, dropout):
+    """The dense pieces of a weight are in the recording's own memory, and every replay fills them again."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         (recorded, a), (eager, b) = (steps(name, True, record, optim, dropout) for record in (True, False))

@@ -1,4 +1,4 @@
-"""cuBLASLt's kernels for a product, whichever of them is taken (`ops.products`)."""
+"""cuBLASLt's kernels for matrix products, and the choice among them (`ops.products`)."""
 
 import pytest
 import torch
@@ -13,25 +13,25 @@ N, K, M, ROOM = 768, 512, 1024, 64
 
 @pytest.fixture
 def kernels():
-    """Kernels of a forward that has tried nothing yet."""
+    """The kernels of a forward before its first trial."""
     return ProductKernels()
 
 
 @pytest.fixture
-def _whatever_it_takes(monkeypatch):
-    """One of the candidates is taken, even if it is slower."""
+def _always_chosen(monkeypatch):
+    """Makes the trial choose one of the candidates even if it is slower."""
     monkeypatch.setattr(products, "_FASTER", 100.0)
     monkeypatch.setattr(products, "_FASTER_IN_OTHER_BITS", 100.0)
 
 
 def operands(kind, dtype):
-    """x, W with borders of their own, and where the result goes."""
+    """Operands with padding columns, and the memory of the result or None."""
     torch.manual_seed(0)
     x = torch.randn(N, K + ROOM, device="cuda", dtype=dtype)
     weight = torch.randn(M + ROOM, K + ROOM, device="cuda", dtype=dtype)
     wide = torch.empty(N, 2 * M, device="cuda", dtype=dtype)
     return {
-        "forward with a border": (x, weight[:M].T, None),
+        "forward, augmented": (x, weight[:M].T, None),
         "forward": (x[:, :K], weight[:M, :K].T, None),
         "backward": (torch.randn(N, M + ROOM, device="cuda", dtype=dtype), weight[:, :K], None),
         "into columns": (x, weight[:M].T, wide[:, M:]),
@@ -39,13 +39,13 @@ def operands(kind, dtype):
     }[kind]
 
 
-KINDS = ["forward with a border", "forward", "backward", "into columns", "of columns"]
+KINDS = ["forward, augmented", "forward", "backward", "into columns", "of columns"]
 
 
-@pytest.mark.usefixtures("_whatever_it_takes")
+@pytest.mark.usefixtures("_always_chosen")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_taken_is_as_near_as_the_usual_product(kernels, kind, dtype):
+def test_a_chosen_kernel_is_as_exact_as_pytorchs(kernels, kind, dtype):
     a, b, out = operands(kind, dtype)
     wide = None if out is None else out._base.fill_(7)
     with kernels.choosing():
@@ -57,15 +57,15 @@ def test_what_is_taken_is_as_near_as_the_usual_product(kernels, kind, dtype):
         exact = a.double() @ b.double()
         usual = (a @ b - exact).norm()
         assert (kernels.mm(a, b, out) - exact).norm() <= 1.01 * usual
-        a.normal_()  # and on what it was not tried on
+        a.normal_()  # other operands than those of the trial
         b.normal_()
     assert len(kernels._chosen) == 1
     assert wide is None or (wide[:, :M] == 7).all()
 
 
-@pytest.mark.usefixtures("_whatever_it_takes")
+@pytest.mark.usefixtures("_always_chosen")
 def test_every_candidate_without_a_workspace_gives_the_same_bits():
-    a, b, _ = operands("forward with a border", torch.bfloat16)
+    a, b, _ = operands("forward, augmented", torch.bfloat16)
     out = torch.empty(N, M, device="cuda", dtype=torch.bfloat16)
     results = []
     for kernel in products._candidates(a, b, out):
@@ -77,8 +77,8 @@ def test_every_candidate_without_a_workspace_gives_the_same_bits():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.usefixtures("_whatever_it_takes")
-def test_it_can_be_recorded(kernels):
+@pytest.mark.usefixtures("_always_chosen")
+def test_a_chosen_kernel_can_be_recorded(kernels):
     a, b, _ = operands("backward", torch.bfloat16)
     with kernels.choosing():
         expected = kernels.mm(a, b).clone()
@@ -90,8 +90,8 @@ def test_it_can_be_recorded(kernels):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.usefixtures("_whatever_it_takes")
-def test_trying_takes_no_memory_beyond_a_few_rows(kernels):
+@pytest.mark.usefixtures("_always_chosen")
+def test_a_trial_needs_memory_for_a_few_rows_only(kernels):
     a, b, _ = operands("forward", torch.bfloat16)
     out = torch.empty(N, M, device="cuda", dtype=torch.bfloat16)
     torch.mm(a, b, out=out)  # PyTorch's own workspace
@@ -103,8 +103,8 @@ def test_trying_takes_no_memory_beyond_a_few_rows(kernels):
     assert torch.cuda.memory_allocated() == before
 
 
-def test_what_is_not_tried_is_the_usual_product(kernels, monkeypatch):
-    """Where nobody asks for it, where a run is to be the same each time, and where memory is not aligned."""
+def test_products_outside_of_a_trial_are_pytorchs(kernels, monkeypatch):
+    """Outside of `choosing`, with deterministic algorithms, and for memory that is not aligned."""
     a, b, _ = operands("forward", torch.bfloat16)
     monkeypatch.setattr(products, "_fastest", lambda *_: pytest.fail("tried"))
     assert torch.equal(kernels.mm(a, b), a @ b)
@@ -119,7 +119,7 @@ def test_what_is_not_tried_is_the_usual_product(kernels, monkeypatch):
             torch.use_deterministic_algorithms(False)
 
 
-def test_a_product_too_small_stays_with_pytorch(kernels):
+def test_a_small_product_stays_with_pytorch(kernels):
     small = torch.randn(8, 8, device="cuda", dtype=torch.bfloat16)
     with kernels.choosing():
         assert torch.equal(kernels.mm(small, small), small @ small)

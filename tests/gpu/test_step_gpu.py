@@ -1,4 +1,4 @@
-"""On a CUDA device: every fused path against float64, packed = unpacked, and the recorded step = the plain one.
+"""Steps on a CUDA device: every fused path against float64, packed = unpacked, recorded = eager.
 
 Tolerance throughout: a fast path may be at most twice as far from float64 as the plain modules in the same precision.
 """
@@ -62,7 +62,7 @@ def small(name="llama", dim=64, dropout=0.0, **settings):
         "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**shape, head_dim=dim)),
         "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**shape, head_dim=dim)),
         "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**shape, head_dim=dim, sliding_window=100)),
-        # `eager`, or transformers 5.17 leaves the soft cap out, and what is compared with is another model.
+        # `eager`, because transformers 5.17 otherwise ignores the soft cap: another model.
         "gemma2": lambda: tf.Gemma2ForCausalLM(
             tf.Gemma2Config(
                 **shape,
@@ -72,7 +72,7 @@ def small(name="llama", dim=64, dropout=0.0, **settings):
                 attn_implementation="eager",
             )
         ),
-        # Every token goes to both experts: with a choice, roundings would decide where some go.
+        # Every token goes to both experts; otherwise roundings would route some tokens.
         "gptoss": lambda: tf.GptOssForCausalLM(
             tf.GptOssConfig(**shape, head_dim=dim, sliding_window=100, num_local_experts=2, num_experts_per_tok=2)
         ),
@@ -91,7 +91,7 @@ def small(name="llama", dim=64, dropout=0.0, **settings):
 
 
 def training(model):
-    """Dropout as in a run (`training.loop`)."""
+    """Turns on dropout as a run does (`training.loop`)."""
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
 
@@ -145,7 +145,7 @@ def test_fused_layers_are_as_exact_as_the_modules(name, lengths):
     "plan", [None, ActivationPlan((Level.FULL,) * 4, tile=300), ActivationPlan((Level.OFFLOAD,) * 4)], ids=str
 )
 def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
-    """Under one key all drop the same; in float64 the masks are the plain ones."""
+    """With one key all have the same masks, in float64 too."""
     model = small(name, dropout=0.3)
     row = a_row((300, 17, 512, 1, 100))
     forward = prepare(model)
@@ -168,7 +168,7 @@ def test_fused_layers_with_dropout_are_as_exact_as_the_modules(name, plan):
 @pytest.mark.parametrize("lengths", [(300, 17, 512, 1, 194), (256,) * 4, (1024,)])
 def test_attention(lengths, heads, window):
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    padded = torch.cat([bounds, bounds[-1:].expand(3)]).cuda()  # empty documents, as a recording has them
+    padded = torch.cat([bounds, bounds[-1:].expand(3)]).cuda()  # empty documents, as in a recording
     torch.manual_seed(1)
     q = torch.randn(1, heads[0], TOKENS, heads[2], device="cuda", dtype=BF16)
     k, v = (torch.randn(1, heads[1], TOKENS, heads[2], device="cuda", dtype=BF16) for _ in "kv")
@@ -246,15 +246,15 @@ def test_elementwise_passes():
         reference = function.__wrapped__
         exact = reference(*map(doubled, arguments))
         slow = reference(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
-        fast = function(*arguments)  # last: it may work in place
+        fast = function(*arguments)  # last, because it may work in place
         for got, plain, true in zip(*(r if isinstance(r, tuple) else (r,) for r in (fast, slow, exact)), strict=True):
             meant = true != 0  # padding columns of the kernel are undefined; the reference's are zero
             assert_as_good(got[meant], plain[meant], true[meant], function.__name__)
 
 
 @pytest.mark.parametrize(("tokens", "d_in", "d_outs"), [(512, 1024, (1024, 256, 256)), (3000, 1088, (4000,))])
-def test_products_with_a_thin_operand(tokens, d_in, d_outs):
-    """Against float64, and the same bits every time whichever block ends last."""
+def test_low_rank_products(tokens, d_in, d_outs):
+    """Against float64, and with the same bits every time."""
     torch.manual_seed(4)
     d_out, ranks, room = sum(d_outs), 16 * len(d_outs), 64
     matrix = torch.randn(d_out + room, d_in + room, device="cuda", dtype=BF16) / 32
@@ -329,12 +329,12 @@ def losses(model, record, rows_of_steps, plain=False, rate=3e-4, fused=True):
 )
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, dropout, fused, micro_steps, monkeypatch):
-    """With deterministic kernels; different borders, rates and numbers of trained tokens in one recording."""
+    """With deterministic kernels, and different boundaries, rates and numbers of trained tokens in one recording."""
     rows = [[row for (row,) in ROWS[i : i + micro_steps]] for i in range(0, 18, micro_steps)] * (
         1 if micro_steps == 1 else 2
     )
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)  # attention's usual backward adds in the order in which blocks finish
+    torch.use_deterministic_algorithms(True)  # attention's default backward adds in no fixed order
     try:
         eager, adapter, _ = losses(small(name, dropout=dropout), False, rows, fused=fused)
         recorded, same, step = losses(small(name, dropout=dropout), True, rows, fused=fused)
@@ -347,7 +347,7 @@ def test_the_recorded_step_equals_the_eager_one_to_the_bit(name, dropout, fused,
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "modules"])
 def test_each_replay_drops_anew(fused):
-    """The key alone decides: the first of a kind is eager, the second recorded, the others replayed."""
+    """The first step of a kind is eager, the second recorded, the others replayed; the key alone decides the mask."""
     model = small(dropout=0.3)
     parameters = list(trainable(model).values())
     optimizer, forward = adamw(parameters, config()), prepare(model)
@@ -362,13 +362,13 @@ def test_each_replay_drops_anew(fused):
             assert len(set(found)) == 3
             assert found[:3] == found[3:]
         alone = step([row], key=1).loss
-        assert step([row, row], key=1).loss != pytest.approx(alone, rel=1e-6)  # the second row drops something else
+        assert step([row, row], key=1).loss != pytest.approx(alone, rel=1e-6)  # the second row has another mask
     assert any(graph is not None for graph in step._graphs.values())
     assert step.why_not is None
 
 
-def test_the_recorded_step_learns_what_train_step_learns():
-    """Same rows: the losses of `train_step` on plain modules are reproduced to the noise of bfloat16."""
+def test_the_recorded_step_learns_like_train_step():
+    """On the same rows, the losses equal those of `train_step` on modules within the noise of bfloat16."""
     recorded, _, _ = losses(small(), True, ROWS)
     plain, _, _ = losses(small(), False, ROWS, plain=True)
     for a, b in zip(recorded, plain, strict=True):
@@ -394,8 +394,8 @@ def test_a_skipped_step_in_a_recording_changes_nothing():
     assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def test_a_model_that_waits_for_the_device_goes_on_without_a_recording():
-    """Heads of 12 have no kernel, so the model attends document by document and must read the borders."""
+def test_a_model_that_waits_for_the_device_runs_without_a_recording():
+    """Heads of 12 have no kernel, so attention runs document by document and reads the boundaries on the host."""
     model = small("gemma2", dim=12)
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters, config())
@@ -410,8 +410,8 @@ def test_a_model_that_waits_for_the_device_goes_on_without_a_recording():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_a_run_takes_the_recording_by_itself(dropout):
-    """The loop, as `loratune train` drives it, with held-out rows between the steps."""
+def test_a_run_records_its_steps(dropout):
+    """The loop of `loratune train`, with held-out rows between the steps."""
     model = small(dropout=dropout)
     rows = Rows(lambda epoch: [row for (row,) in ROWS], [a_row((200, 300), 99)])
     settings = config(max_steps=18, eval_every_steps=6, learning_rate=3e-4)

@@ -1,7 +1,7 @@
-"""To be imported before any kernel is defined, in a process with TRITON_INTERPRET=1; `tests.ops.twins` does it.
+"""Records the launches of a process with TRITON_INTERPRET=1. It is imported before any kernel (`tests.ops.twins`).
 
-Leaves what was launched, and with what, in the file that `LAUNCHES` names. And mends one thing: Triton 3.6's
-interpreter and NumPy 2.4 disagree about int() of one element, which is what a loop is bounded by.
+Writes each launch and its arguments to the file named by `LAUNCHES`. It also repairs one fault: Triton 3.6's
+interpreter and NumPy 2.4 disagree about int() of a one-element array, which bounds the loops of kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels compile, on a machine without a GPU, as they are meant to: the interpreter forgives what Triton rejects."""
+"""Kernels compile for a GPU, without one, to the intended code. Triton's interpreter accepts code that does not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONSTANTS = {
 }
 STAGES = 3
 LIMITS = [(90, 227), (89, 99)]
-"""Compute capability, and KiB of shared memory that a block may have there."""
+"""Compute capability, and its KiB of shared memory per block."""
 KINDS = {"partial_ptr": "*fp32", "counter_ptr": "*i32", "table_ptr": "*i64", "scale_ptr": "*fp32"}
 KINDS |= {"row_ptr": "*i32", "parts_ptr": "*i32", "scale": "fp32"}
 
@@ -38,7 +38,7 @@ def nothing_is_left_behind(monkeypatch, tmp_path):
 
 
 def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES, arch=90):
-    """As a launch would have it for widths that are multiples of 16."""
+    """The kernel as a launch compiles it, for widths that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,7 +59,7 @@ def compiled(kernel, constants, kinds, num_warps=4, num_stages=STAGES, arch=90):
     )
 
 
-def thin(name, drop, arch=90, **constants):
+def low_rank_kernel(name, drop, arch=90, **constants):
     """A kernel of `ops.low_rank_kernels` or `ops.low_rank_gradient_kernels`."""
     from loratune.ops import low_rank_gradient_kernels, low_rank_kernels
     from loratune.ops.dropout import GOLDEN, LEVELS
@@ -92,10 +92,10 @@ def augmented(ranks, rows, scaled, arch=90):
 
 
 def overtaken(kernel, stages=STAGES):
-    """Whether copies ahead may reach what a product that still runs is reading.
+    """True if an asynchronous copy may overwrite a tile that a running product still reads.
 
-    While one product runs, the next tile is waited for and those after it are on their way: a buffer for each stage.
-    A tile that goes through registers into a product is read when the loop goes on, and needs one less.
+    While one product runs, the next tile is awaited and later ones are in flight, so each stage needs a buffer. A
+    tile that is multiplied from registers has been read when the loop continues, and needs one buffer less.
     """
     code = kernel.asm["ttgir"]
     buffers = re.findall(r"(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", code)
@@ -105,7 +105,7 @@ def overtaken(kernel, stages=STAGES):
 
 
 def _multiplied(buffer, code):
-    """Whether a product reads tiles of this buffer where they lie."""
+    """True if a product reads tiles of this buffer in shared memory."""
     tiles = re.findall(rf"(%\w+) = ttg.memdesc_index {re.escape(buffer)}\[", code)
     readers = [line for line in code.splitlines() if re.search(r"warp_group_dot |memdesc_(trans|subslice) ", line)]
     return any(re.search(rf"{re.escape(tile)}\b", line) for tile in tiles for line in readers)
@@ -116,45 +116,47 @@ def _multiplied(buffer, code):
     [("_down_project", 0), ("_down_project", 1), ("_gradients", 0), ("_gradients", 1), ("_up_project", 1)],
 )
 def test_a_kernel_reads_whole_vectors_ahead(name, drop):
-    assert "cp.async.cg" in thin(name, drop).asm["ptx"], "the loads of the loop are not 16 bytes each, in advance"
+    assert "cp.async.cg" in low_rank_kernel(name, drop).asm["ptx"], (
+        "the loads of the loop are not 16 bytes each, in advance"
+    )
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("rows", [512, 4096])
 @pytest.mark.parametrize("copied", [False, True])
-def test_nothing_overtakes_a_thin_product(copied, rows, ranks):
-    """The height that a launch takes for so many rows."""
+def test_no_copy_overtakes_a_low_rank_product(copied, rows, ranks):
+    """With the tile height that a launch selects for these rows."""
     from loratune.ops import low_rank_kernels
 
-    kernel = thin("_down_project", 0, COPY=int(copied), RANKS=ranks, ROWS=low_rank_kernels.tile_rows(rows))
+    kernel = low_rank_kernel("_down_project", 0, COPY=int(copied), RANKS=ranks, ROWS=low_rank_kernels.tile_rows(rows))
     assert not overtaken(kernel)
     assert ("wgmma" in kernel.asm["ptx"]) == (rows > 1024)
 
 
 @pytest.mark.parametrize("ranks", [16, 32, 64])
 @pytest.mark.parametrize("drop", [0, 1])
-def test_nothing_overtakes_the_product_that_makes_gradients(drop, ranks):
+def test_no_copy_overtakes_the_products_of_gradients(drop, ranks):
     from loratune.ops import low_rank_gradient_kernels
 
-    assert not overtaken(thin("_gradients", drop, RANKS=ranks), low_rank_gradient_kernels.TILES[ranks][2])
+    assert not overtaken(low_rank_kernel("_gradients", drop, RANKS=ranks), low_rank_gradient_kernels.TILES[ranks][2])
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
-def test_nothing_overtakes_a_thin_product_with_dropout(ranks):
+def test_no_copy_overtakes_a_low_rank_product_with_dropout(ranks):
     from loratune.ops import low_rank_kernels
 
     rows = low_rank_kernels.tile_rows(4096, hashed=True)
-    assert not overtaken(thin("_down_project", 1, COPY=1, RANKS=ranks, ROWS=rows))
+    assert not overtaken(low_rank_kernel("_down_project", 1, COPY=1, RANKS=ranks, ROWS=rows))
 
 
 @pytest.mark.parametrize(("arch", "limit"), LIMITS)
 @pytest.mark.parametrize("ranks", [16, 32, 64])
-def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
+def test_low_rank_products_fit_in_shared_memory(ranks, arch, limit):
     from loratune.ops import low_rank_kernels
 
-    kernels = [thin("_gradients", drop, arch, RANKS=ranks) for drop in (0, 1)]
+    kernels = [low_rank_kernel("_gradients", drop, arch, RANKS=ranks) for drop in (0, 1)]
     kernels += [
-        thin("_down_project", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.tile_rows(4096))
+        low_rank_kernel("_down_project", 0, arch, RANKS=ranks, COPY=copy, ROWS=low_rank_kernels.tile_rows(4096))
         for copy in (0, 1)
     ]
     kernels += [augmented(ranks, 4096, scaled, arch) for scaled in (False, True)]
@@ -163,7 +165,7 @@ def test_thin_products_fit_the_memory_of_a_block(ranks, arch, limit):
 
 @pytest.mark.parametrize(("arch", "limit"), LIMITS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arch, limit):
+def test_the_kernels_of_attention_compile_and_fit_in_shared_memory(dim, arch, limit):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -196,7 +198,7 @@ def test_the_kernels_of_attention_compile_and_fit_the_memory_of_a_block(dim, arc
 @pytest.mark.parametrize("name", ["_square_sums", "_settle", "_update"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligned):
-    """Addresses come out of a table, so that the compiler knows of their alignment only what it is told."""
+    """The addresses come from a table, so the compiler knows their alignment only from `ALIGNED`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,7 +222,7 @@ def test_the_kernels_of_adamw_compile_and_read_four_numbers_at_once(name, aligne
 
 @pytest.mark.parametrize("side", [1, 2])
 @pytest.mark.parametrize("ranks", [16, 64])
-def test_nothing_overtakes_the_products_that_make_a_banks_gradients(ranks, side):
+def test_no_copy_overtakes_the_products_of_a_banks_gradients(ranks, side):
     from loratune.ops.bank import kernels as bank_kernels
 
     kernel = bank_kernels._add_gradients
@@ -239,7 +241,7 @@ OF_FP8 = {
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("ranks", [16, 64])
 @pytest.mark.parametrize("rows", [512, 4096])
-def test_nothing_overtakes_a_low_rank_product_whose_rows_are_quantised(rows, ranks, scaled):
+def test_no_copy_overtakes_a_low_rank_product_whose_rows_are_quantised(rows, ranks, scaled):
     from loratune.precision import fp8_kernels
 
     kernel = augmented(ranks, rows, scaled)

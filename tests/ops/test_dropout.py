@@ -1,4 +1,4 @@
-"""Keyed dropout: the share that it should keep, and decisions that depend on nothing but what they are for."""
+"""Keyed dropout: the share of kept elements, and masks that depend on key, layer, token and feature only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mask(seed=0, step=0, path="layers.0.q_proj", position=0, shape=SHAPE, probab
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
-def test_keeps_the_share_that_it_should(probability):
+def test_keeps_the_right_share(probability):
     kept = mask(probability=probability).float()
     # Five standard deviations of a mean of n independent decisions; for rows and columns as well.
     spread = 5 * (probability * (1 - probability)) ** 0.5
@@ -39,12 +39,12 @@ def test_keeps_the_share_that_it_should(probability):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"path": "layers.0.k_proj"}, {"position": 1}])
-def test_whatever_it_is_keyed_by_changes_half_of_it(other):
+def test_each_part_of_the_key_changes_half_of_the_mask(other):
     differing = (mask() != mask(**other)).float().mean()
     assert abs(differing - 0.5) < 5 * 0.5 / (SHAPE[0] * SHAPE[1]) ** 0.5
 
 
-def test_a_token_is_treated_alike_wherever_it_is_computed():
+def test_a_token_has_the_same_mask_at_every_place():
     whole = mask(position=1000)
     assert torch.equal(whole[37:90], mask(position=1037, shape=(53, SHAPE[1])))
     row = row_key(dropout_key(0, 0), 1000)
@@ -53,7 +53,7 @@ def test_a_token_is_treated_alike_wherever_it_is_computed():
 
 
 def test_the_same_numbers_in_every_version():
-    """A resumed run must drop what the first one would have dropped, so these may never change."""
+    """A resumed run must drop the same elements as the first one, so these numbers never change."""
     assert dropout_key(0, 0) == 0xA706DD2F4D197E6F
     assert dropout_key(1, 7) == 0x7716DA39CBA275B2
     assert mask(shape=(2, 16)).int().tolist() == [

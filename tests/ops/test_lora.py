@@ -1,4 +1,4 @@
-"""The fused low-rank update against its formula, against finite differences, and for what it keeps in memory."""
+"""The low-rank update against its formula and finite differences, and the memory that it saves."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_equals_the_formula_for_any_leading_shape(lead: tuple[int, ...], with_bi
 def test_strided_input_and_transposed_weight_are_read_right() -> None:
     x, weight, bias, A, B = _inputs(lead=(4, 6))
     x = x.transpose(0, 1).requires_grad_()
-    turned = weight.T.contiguous().T  # as Conv1D hands it over
-    out = lora_linear(x, turned, bias, A, B, SCALING)
+    transposed = weight.T.contiguous().T  # as Conv1D passes it
+    out = lora_linear(x, transposed, bias, A, B, SCALING)
     torch.testing.assert_close(out, _formula(x, weight, bias, A, B))
     (dx,) = torch.autograd.grad(out.square().sum(), x)
     torch.testing.assert_close(dx, torch.autograd.grad(_formula(x, weight, bias, A, B).square().sum(), x)[0])
@@ -79,7 +79,7 @@ def test_error_against_float64_is_at_most_twice_that_of_the_formula(dtype: torch
     exact = _formula(*_inputs(lead=(512,)))
     ours = lora_linear(*_inputs(dtype, lead=(512,)), SCALING).double()
     plain = _formula(*_inputs(dtype, lead=(512,))).double()
-    # The inputs themselves are rounded alike, so this compares the roundings of the two computations.
+    # Both have the same rounded inputs, so this compares the roundings of the two computations.
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
 
 
@@ -116,7 +116,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_masters() -
     assert x.grad.dtype == A.grad.dtype == torch.float32
 
 
-def test_dropout_drops_the_adapter_input_alone_and_its_gradient_knows() -> None:
+def test_dropout_applies_to_the_adapter_input_alone_in_both_directions() -> None:
     x, weight, bias, A, B = _inputs(lead=(64,))
     for tensor in (x, A, B):
         tensor.requires_grad_()
@@ -132,7 +132,7 @@ def test_dropout_drops_the_adapter_input_alone_and_its_gradient_knows() -> None:
 
 
 def _bytes_saved(dropout: float, *, trains: bool) -> int:
-    """Bytes that the graph keeps, apart from the weights."""
+    """Bytes that the graph saves, without the weights."""
     x, weight, bias, A, B = _inputs(torch.float32, lead=(1000,))
     x.requires_grad_()
     A.requires_grad_(trains)
@@ -148,7 +148,7 @@ def _bytes_saved(dropout: float, *, trains: bool) -> int:
     return sum(size for where, size in kept.items() if where not in {t.data_ptr() for t in (weight, A, B)})
 
 
-def test_keeps_the_input_and_the_inner_activation_for_the_backward_and_nothing_else() -> None:
+def test_saves_only_the_input_and_the_low_rank_activation_for_the_backward() -> None:
     assert _bytes_saved(0.0, trains=True) == 1000 * (D_IN + R) * 4
     assert _bytes_saved(0.0, trains=False) == 0
     assert _bytes_saved(0.1, trains=True) == 1000 * (D_IN + R) * 4 + 1000 * D_IN  # one byte per element: the mask
@@ -175,11 +175,11 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("where", ON_WITH_ROUNDING)
 def test_a_small_update_arrives(where: str, with_bias: bool, dropout: float) -> None:
-    """In bfloat16, of a B after one step of 1e-4, in y and in dx.
+    """The update by a B after one step of 1e-4 changes y and dx in bfloat16.
 
-    What arrives is the projection of the change on the exact update. Of y it is 1/3000, and rounding y adds noise of
-    0.0017 |y| / (sqrt(512 * 256) |update|) = 0.014, three times that beside the bias; of dx 1/900. Added to a rounded
-    y or dx, 0.2 and 0.5 of it would arrive.
+    Measured is the change projected on the exact update. The update is 1/3000 of y and 1/900 of dx. Rounding y adds
+    noise of 0.0017 |y| / (sqrt(512 * 256) |update|) = 0.014 to the measure, and three times that with a bias. An
+    update added to a rounded y or dx would arrive by 0.2 and 0.5 only.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 1024, generator=generator).bfloat16().to(where).requires_grad_()
@@ -221,7 +221,7 @@ def test_gpu_error_is_at_most_twice_that_of_the_formula(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_gradients_err_at_most_twice_as_much_as_those_of_the_formula(dtype: torch.dtype, dropout: float) -> None:
-    """With an x and a dy that are turned in memory, as what comes from a transposition is."""
+    """With x and dy transposed in memory."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((512, 300), (200, 512), (200, 300), (20, 300), (200, 20))
     x, dy, *others = [torch.randn(shape, generator=generator).to(dtype).cuda() for shape in shapes]

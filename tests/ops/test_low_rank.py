@@ -1,4 +1,4 @@
-"""Products with a thin operand: their references against the formulas, their Triton twins in the interpreter."""
+"""Low-rank products: the references against the formulas, and the Triton twins in the interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def half(*shape):
 
 def close(got, exact, what):
     error = float((got.double() - exact.double()).norm() / exact.double().norm())
-    assert error < 1e-3, (what, error)  # a rounding of float16 or none: products are summed in float32
+    assert error < 1e-3, (what, error)  # one rounding to float16 at most: sums are in float32
 
 for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
     wide, thin_factor = half(rows, terms + 9)[:, :terms], half(ranks, terms).T
@@ -55,7 +55,7 @@ for rows in (1, 130, 1100):
 assert not buffers.counters(torch.device("cpu")).any()
 
 of_one = low_rank.AdapterSlices([slice(0, 48)], [slice(0, 16)], [1.0])
-for count in (2, 3, 4):  # in one launch, and one more than fit into it
+for count in (2, 3, 4):  # one launch, and one projection too many for it
     works = []
     for nth in range(count):
         of = MEMBERS if nth == 1 else of_one
@@ -71,7 +71,7 @@ for count in (2, 3, 4):  # in one launch, and one more than fit into it
             close(a, b, "gradient beside others")
 assert not buffers.counters(torch.device("cpu")).any()
 
-places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one of them beyond what a program takes at once
+places = [slice(0, 5), slice(5, 21), slice(21, 91)]  # one has more ranks than a program computes
 of_two = low_rank.AdapterSlices([slice(0, 96), slice(128, 168)], [slice(0, 5), slice(5, 75)], [1.0, 0.5])
 for rows, first in ((35, 3), (130, 64)):
     drops = low_rank.AdapterDropout(row_key(dropout_key(1, 2), 1000), 0.3, [-7, 99, 1 << 30], places, first)
@@ -84,20 +84,20 @@ for rows, first in ((35, 3), (130, 64)):
 
     inner = half(rows, 128)[:, :91]
     exact = low_rank.up_project.__wrapped__(inner.double(), factor.double(), drops)
-    close(low_rank_kernels.up_project(inner, factor, drops, buffers), exact, "widened")
+    close(low_rank_kernels.up_project(inner, factor, drops, buffers), exact, "up_project")
 
     two = low_rank.AdapterDropout(drops.row, 0.3, [5, -5], of_two.ranks, first)
     x, dy, d_inner, inner = half(rows, 170), half(rows, 170), half(rows, 75), half(rows, 75)
     exact = low_rank.gradients.__wrapped__(*(t.double() for t in (x, d_inner, dy, inner)), of_two, two)
     for a, b in zip(low_rank_gradient_kernels.gradients(x, d_inner, dy, inner, of_two, two), exact, strict=True):
         assert a.shape == b.shape
-        close(a, b, "gradient behind dropout")
+        close(a, b, "gradient with dropout")
     works = [GradientOperands(x, d_inner, dy, inner, of_two, d, buffers) for d in (two, None)]
     for got, work in zip(low_rank_gradient_kernels.gradients_of(works), works, strict=True):
         for a, b in zip(got, low_rank_gradient_kernels.gradients(*work), strict=True):
             assert torch.equal(a, b)
 works = [GradientOperands(half(5000, 32), half(5000, 16), half(5000, 48), half(5000, 16), of_one, None, buffers)] * 2
-apart = low_rank_gradient_kernels.gradients_of(works)  # so many rows that each fills a GPU
+apart = low_rank_gradient_kernels.gradients_of(works)  # each of so many rows fills a GPU
 assert torch.equal(apart[0][1], apart[1][1])
 assert apart[0][0].untyped_storage().data_ptr() != apart[1][0].untyped_storage().data_ptr()
 assert not buffers.counters(torch.device("cpu")).any()
@@ -109,19 +109,19 @@ def test_every_kernel_equals_its_reference():
     compare(COMPARE)
 
 
-def test_narrow_fills_the_room_it_is_given():
-    wide, thin, room = torch.randn(6, 40), torch.randn(40, 3), torch.ones(6, 9)
+def test_down_project_fills_the_padding_columns():
+    wide, factor, padded = torch.randn(6, 40), torch.randn(40, 3), torch.ones(6, 9)
     copy = torch.zeros(6, 40)
-    kept = down_project(wide, thin, room[:, 5:], copy=copy)
+    kept = down_project(wide, factor, padded[:, 5:], copy=copy)
     assert torch.equal(copy, wide)
-    assert torch.equal(kept, wide @ thin)
-    assert torch.equal(room[:, 5:8], kept)
-    assert room[:, :5].all()
-    assert not room[:, 8:].any()
-    assert down_project(wide, thin, room[:, 5:], keep=False).data_ptr() == room[:, 5:].data_ptr()
+    assert torch.equal(kept, wide @ factor)
+    assert torch.equal(padded[:, 5:8], kept)
+    assert padded[:, :5].all()
+    assert not padded[:, 8:].any()
+    assert down_project(wide, factor, padded[:, 5:], keep=False).data_ptr() == padded[:, 5:].data_ptr()
 
 
-def test_gradients_are_those_of_autograd():
+def test_gradients_equal_autograds():
     torch.manual_seed(0)
     x, dy = torch.randn(30, 50).double(), torch.randn(30, 170).double()
     lora_A = torch.randn(21, 50).double().requires_grad_()

@@ -1,8 +1,8 @@
-"""Programs that compare kernels with their references, in Triton's interpreter, and whether these kernels compile.
+"""Runs programs that compare kernels with their references in Triton's interpreter, then compiles their launches.
 
-The interpreter forgives what Triton's compiler rejects, so each launch is noted and afterwards compiled for an H100,
-with the same types, sizes and constants, but bfloat16 for float16: the interpreter knows no products in bfloat16.
-Neither step needs a GPU.
+The interpreter accepts code that Triton's compiler rejects. So each launch is recorded, and compiled for an H100 with
+the same types, sizes and constants, except that float16 becomes bfloat16: the interpreter has no products in
+bfloat16. Neither step needs a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def compare(program):
-    """Runs a program of assertions in the interpreter, then compiles all that it launched."""
+    """Runs a program of assertions in the interpreter, then compiles all its launches."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "launches")
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "LAUNCHES": str(file)}
@@ -42,10 +42,10 @@ def compare(program):
 
 
 def compile_launch(module, name, arguments, options):
-    """Arguments are (dtype, alignment) for tensors, numbers for numbers."""
+    """Compiles one launch. An argument is (dtype, alignment) of a tensor, or a number."""
     kernel = getattr(importlib.import_module(module), name)
-    said = [_Tensor(*a) if isinstance(a, tuple) else a for a in arguments]
-    kernel.warmup(*said, grid=(1,), **options)
+    described = [_Tensor(*a) if isinstance(a, tuple) else a for a in arguments]
+    kernel.warmup(*described, grid=(1,), **options)
 
 
 class _Tensor:
@@ -63,7 +63,7 @@ class _Tensor:
 
 
 class _NoDriver:
-    """What compiling asks of a driver."""
+    """The part of a driver that compilation needs."""
 
     def get_current_device(self):
         return 0

@@ -1,6 +1,6 @@
 """Soft caps and sinks: the kernels in Triton's interpreter against one masked product, and small models of both.
 
-The interpreter is chosen when kernels are defined, so what needs it runs in a process of its own.
+Triton selects its interpreter when kernels are defined, so these programs run in a process of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.ops.attention.test_documents import masked_product
 
 torch.manual_seed(0)
 SHORT = [0, 1, 7, 20, 26]
-LONG = [0, 3, 66, 129, 129, 190, 190]  # an end just behind a block; empty documents, as in recordings
+LONG = [0, 3, 66, 129, 129, 190, 190]  # a boundary just after a block; empty documents, as in recordings
 
 def off(got, exact):
     return float((got.detach().double() - exact).norm() / exact.norm())
@@ -30,7 +30,7 @@ def results(function, inputs, d_out):
     return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
 
 def row(tokens, heads, shared, dim):
-    stacked = torch.randn(tokens, heads + 2 * shared, dim)  # views of stacked heads, as fused layers hand them over
+    stacked = torch.randn(tokens, heads + 2 * shared, dim)  # views of stacked heads, as fused layers pass them
     return [part.transpose(0, 1)[None] for part in stacked.split([heads, shared, shared], 1)]
 
 def cast(inputs, dtype):
@@ -54,9 +54,9 @@ def compare(bounds, heads, shared, dim, window, softcap, with_sinks):
         return masked_product(*parts, 0.3, window, softcap, None if sinks is None else sinks.double(), bounds)
 
     exact = results(exactly, cast(inputs, torch.float64), d_out.double())
-    # In float32 that is exact to a few hundred roundings of 6e-8, so a wrong formula has nowhere to hide.
+    # Float32 is exact to a few hundred roundings of 6e-8, so a wrong formula shows.
     assert all(off(a, b) < 1e-5 for a, b in zip(results(ours, cast(inputs, torch.float32), d_out), exact)), locals()
-    halves = cast(inputs, torch.float16)  # the interpreter knows no products in bfloat16
+    halves = cast(inputs, torch.float16)  # the interpreter has no products in bfloat16
     exact = results(exactly, cast(halves, torch.float64), d_out.half().double())
     plain, fast, again = (results(f, halves, d_out) for f in (written_out, ours, ours))
     for a, b, c, d in zip(fast, plain, exact, again):
@@ -66,7 +66,7 @@ def compare(bounds, heads, shared, dim, window, softcap, with_sinks):
 for kind in ((1.5, False), (None, True)):
     for window in (None, 100):
         compare(LONG, 4, 2, 64, window, *kind)
-compare(LONG, 4, 1, 128, 100, 2.0, False)  # the widths of both models' heads, one that fills no power of two
+compare(LONG, 4, 1, 128, 100, 2.0, False)  # the head sizes of both models, and one that is no power of two
 compare(LONG, 2, 1, 256, 100, 2.0, True)
 compare(SHORT, 3, 3, 24, None, 1.5, True)
 compare(SHORT, 2, 1, 8, 5, None, False)
@@ -88,7 +88,7 @@ runs = []
 kernel = capped_kernels.forward
 capped_kernels.forward = lambda *given: (runs.append(0), kernel(*given))[1]
 
-# Large weights, so that caps, sinks and windows matter; the scaling is not that of the heads' size.
+# Large weights, so that caps, sinks and windows matter; the scaling is not 1/sqrt(head_dim).
 wild = SMALL | {"initializer_range": 0.2, "head_dim": 16, "sliding_window": 5, "attn_implementation": "eager"}
 torch.manual_seed(0)
 models = {
@@ -138,7 +138,7 @@ def test_in_the_interpreter(program):
     compare(program)
 
 
-def test_spans_are_where_documents_begin_and_end():
+def test_spans_are_the_start_and_end_of_documents():
     bounds = torch.tensor([0, 1, 4, 4, 6, 6], dtype=torch.int32)
     spans = DocumentSpans(bounds)
     assert spans.table(6).tolist() == [[0, 1, 1, 1, 4, 4], [1, 4, 4, 4, 6, 6]]
@@ -146,7 +146,7 @@ def test_spans_are_where_documents_begin_and_end():
 
 
 def test_sinks_that_train_get_their_gradient(monkeypatch):
-    """The kernels have none for them, so they are left to what has."""
+    """The kernels compute none, so the reference runs."""
     monkeypatch.setattr("loratune.ops.attention.documents._has_kernel", lambda *_: True)
     q, sinks = torch.randn(1, 2, 5, 8), torch.zeros(2, requires_grad=True)
     borders = {"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_length_q": 3}

@@ -52,7 +52,7 @@ def test_equals_one_masked_product(window, softcap, with_sinks):
     )
     expected = masked_product(q, k, v, 0.3, window, softcap, sinks)
     assert weights is None
-    # The explicit road takes its softmax in float32, so 1e-6; the fused one stays in float64.
+    # Explicit attention has its softmax in float32, hence 1e-6; PyTorch's kernel stays in float64.
     tolerance = 1e-6 if softcap or with_sinks else 1e-12
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     incoming = torch.randn_like(got)
@@ -62,7 +62,7 @@ def test_equals_one_masked_product(window, softcap, with_sinks):
         torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-def test_refuses_what_it_cannot_do():
+def test_unsupported_arguments_are_refused():
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(NotImplementedError):
         document_attention(None, x, x, x, None)

@@ -1,4 +1,4 @@
-"""What happens around FlashAttention 4 where there is no GPU: that it is found, and that a broken one is told of."""
+"""FlashAttention 4 without a GPU: it is found, and a broken installation is reported."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def asked(folder, monkeypatch, source):
         ("raise OSError('libcute.so: cannot open')", "OSError('libcute.so: cannot open')"),
     ],
 )
-def test_a_package_is_found_or_said_to_be_of_no_use(tmp_path, monkeypatch, source, said):
+def test_the_package_is_found_or_the_reason_is_reported(tmp_path, monkeypatch, source, said):
     found, unchanged = asked(tmp_path, monkeypatch, source).splitlines()
     assert said in found
     assert unchanged == "True", "only a command line may change the environment"
 
 
-def test_another_package_of_the_name_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_another_package_of_the_same_name_is_not_used(tmp_path, monkeypatch):
     """flash-attn 2 has a folder of this name in some versions."""
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("import no_such_library")
@@ -83,7 +83,7 @@ def broken(*_):
         (broken, "AssertionError('Unsupported compute capability')"),
     ],
 )
-def test_it_is_tried_against_pytorch_s_kernel_before_it_is_used(monkeypatch, kernel, said):
+def test_it_is_compared_with_pytorchs_kernel_before_it_is_used(monkeypatch, kernel, said):
     monkeypatch.setattr(flash, "attend", kernel)
     monkeypatch.setattr(flash, "fits", lambda device, dim: True)
     monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
@@ -98,7 +98,7 @@ def test_it_is_tried_against_pytorch_s_kernel_before_it_is_used(monkeypatch, ker
 
 
 class Package:
-    """The two functions of the package that are called, as it describes them, in plain PyTorch."""
+    """The two functions of the package that we call, in plain PyTorch."""
 
     def __init__(self):
         self.asked = []
@@ -123,7 +123,7 @@ class Package:
         ), None
 
     def _document(self, q, k, v, scale, window):
-        """(n, heads, dim) each; a window of (left, right) sees so many tokens on each side."""
+        """(n, heads, dim) each; a window is the number of visible tokens on the left and the right."""
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         left = None if window == (None, None) else window[0] + 1
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
@@ -132,7 +132,7 @@ class Package:
 
 @pytest.mark.parametrize(("lengths", "road"), [([7, 7, 7], "even"), ([5, 1, 15], "uneven"), ([21], "even")])
 @pytest.mark.parametrize("window", [None, 3, 100])
-def test_it_is_asked_for_what_attention_is(monkeypatch, lengths, road, window):
+def test_its_arguments_give_the_right_attention(monkeypatch, lengths, road, window):
     package = Package()
     monkeypatch.setattr(flash, "_package", lambda: (package, None))
     query, key, value = (torch.randn(1, heads, 21, 16) for heads in (4, 2, 2))

@@ -1,4 +1,4 @@
-"""The step that is recorded on a GPU, run launch by launch on a CPU: the same as the plain step of a bank."""
+"""The step that a GPU records, run launch by launch on a CPU, equals the eager step of a bank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def part(slot: int, step: int, nth: int = 0, of: int = 1) -> MicroStep:
     return MicroStep(slot, rows[nth], normaliser, dropout_key(slot, step), 144 * nth)
 
 
-# Rows of different jobs, steps of one and of two parts, a job that pauses: slot -> rate says whose step ends.
+# Rows of different jobs, steps of one and two micro-steps, a pausing job. Slot -> rate marks the steps that end.
 COURSE = [
     ([part(0, 0), part(1, 0, 0, 2)], {0: 1e-3}),
     ([part(1, 0, 1, 2), part(0, 1), part(2, 0)], {0: 1e-3, 1: 5e-3, 2: 2e-3}),
@@ -62,7 +62,7 @@ def run(kind, poison: int | None = None):
     return bank, step, results, held_out
 
 
-def test_losses_norms_weights_and_moments_are_those_of_the_plain_step():
+def test_losses_norms_weights_and_moments_equal_the_eager_step():
     bank, step, results, held_out = run(BankGraph)
     plain_bank, plain, expected, plain_held_out = run(BankStep)
     for got, want in zip(results, expected, strict=True):
@@ -74,7 +74,7 @@ def test_losses_norms_weights_and_moments_are_those_of_the_plain_step():
             assert got[slot].skipped == result.skipped
     assert held_out.loss == pytest.approx(plain_held_out.loss, rel=1e-5)
     for slot in range(3):
-        # A first step of Adam is a division of a gradient by itself, so that rounding of a tiny one shows.
+        # Adam's first step divides a gradient by itself, so the rounding of a tiny gradient is visible.
         torch.testing.assert_close(bank.master(slot), plain_bank.master(slot), rtol=1e-3, atol=2e-5)
         moments = step.moments(slot)
         assert moments.keys() == plain.moments(slot).keys()
@@ -83,13 +83,13 @@ def test_losses_norms_weights_and_moments_are_those_of_the_plain_step():
         assert not bank.gradient(slot).any()
 
 
-def test_a_row_laid_out_ahead_changes_nothing_whether_it_comes_or_not():
+def test_a_row_prepared_ahead_changes_nothing_whether_it_comes_or_not():
     _, _, expected, _ = run(BankGraph)
-    laid = []
+    prepared = []
 
-    def foreseen(nth):
+    def predicted(nth):
         following = COURSE[nth + 1][0] if nth + 1 < len(COURSE) else []
-        return following[1:] if nth == 0 else following  # the second row is not what was foreseen
+        return following[1:] if nth == 0 else following  # the second row differs from the prediction
 
     model = build("llama")
     bank = Bank.attach(model, LORA, 3)
@@ -97,17 +97,17 @@ def test_a_row_laid_out_ahead_changes_nothing_whether_it_comes_or_not():
     assert fuse(forward)
     step = BankGraph(forward, bank, TOKENS, record=False)
     prepare_row = step._prepare
-    step._prepare = lambda parts: laid.append(parts) or prepare_row(parts)
+    step._prepare = lambda parts: prepared.append(parts) or prepare_row(parts)
     for slot in range(3):
         bank.place(slot, LORA[slot], seed=slot)
         step.join(slot, TRAINING[slot])
     with forward.installed():
-        got = [step.run(p, rates, lambda nth=nth: foreseen(nth)) for nth, (p, rates) in enumerate(COURSE)]
+        got = [step.run(p, rates, lambda nth=nth: predicted(nth)) for nth, (p, rates) in enumerate(COURSE)]
     assert got == expected
-    assert len(laid) == len(COURSE) + 1, "one was foreseen wrongly, the others must not be laid out twice"
+    assert len(prepared) == len(COURSE) + 1, "one prediction was wrong, the others must not be prepared twice"
 
 
-def test_a_slot_that_is_not_finite_is_skipped_and_the_others_are_as_they_were_to_the_bit():
+def test_a_slot_that_is_not_finite_is_skipped_and_the_others_keep_their_bits():
     sound, _, expected, _ = run(BankGraph)
     sick, step, results, _ = run(BankGraph, poison=1)
     for got, want in zip(results, expected, strict=True):
@@ -116,7 +116,7 @@ def test_a_slot_that_is_not_finite_is_skipped_and_the_others_are_as_they_were_to
     assert torch.equal(sick.master(0), sound.master(0))
     assert torch.equal(sick.master(2), sound.master(2))
     assert step.moments(1) == {}
-    assert not sick.gradient(1).any(), "what a skipped step leaves would poison the next"
+    assert not sick.gradient(1).any(), "a gradient left by a skipped step would spoil the next one"
 
 
 def test_moments_go_out_and_come_back():

@@ -1,4 +1,4 @@
-"""Many jobs over one base: each result is that of the job alone, whoever else is there, comes, leaves or breaks."""
+"""Many jobs over one base: each result equals the job alone, while other jobs join, leave or diverge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 50
 
 
 def job(name, *, seed=0, tokens=64, lora=None, folder=None, held_out=True, **training):
-    """A job with data of its own, which follow from `seed`."""
+    """A job with its own data, which follow from `seed`."""
     own = rows(examples(30, seed), examples(5, seed + 100) if held_out else [], tokens, seed)
     lora = LoraConfig(**({"r": 4, "lora_alpha": 8, "init_lora_weights": False} | (lora or {})))
     settings = config(**({"max_steps": STEPS, "learning_rate": 2e-3, "seed": seed} | training))
@@ -32,7 +32,7 @@ def job(name, *, seed=0, tokens=64, lora=None, folder=None, held_out=True, **tra
 
 
 def five():
-    """Five jobs that share nothing but the base, none so steep that it would amplify rounding when run alone."""
+    """Five jobs that share only the base. Their rates are too low to amplify rounding."""
     other = {"lr_scheduler_type": "linear", "adam_beta2": 0.95}
     return [
         job("a", seed=1, lora={"r": 2}),
@@ -44,7 +44,7 @@ def five():
 
 
 def together(jobs, *, slots=None, tokens=256, model=None, during=None):
-    """Trains the jobs in one bank; returns each one's events, its slot's weights at the end, and the pool."""
+    """Trains the jobs in one bank; returns each job's events and the final weights of its slot."""
     model = model or build("llama")
     bank = Bank.attach(model, [job.lora for job in jobs], slots or len(jobs))
     pool = Jobs(prepare(model), bank, tokens)
@@ -52,7 +52,7 @@ def together(jobs, *, slots=None, tokens=256, model=None, during=None):
     leave = pool._step.leave
 
     def keep_weights(slot):
-        """The weights of a slot, just before it is given up."""
+        """Copies the weights of a slot before it is freed."""
         weights[slots_of[slot]] = {path: view.clone() for path, view in bank.named(slot).items()}
         leave(slot)
 
@@ -102,8 +102,8 @@ def test_five_different_jobs_together_equal_each_alone():
         assert_same(events[one.name], expected, weights[one.name], expected_weights)
 
 
-def test_neither_order_nor_company_changes_a_job_nor_who_joins_or_leaves_in_the_middle():
-    """Two slots for five jobs, in reverse: every job starts beside another one's middle, in a slot used before."""
+def test_neither_order_nor_other_jobs_that_join_or_leave_change_a_job():
+    """Two slots for five jobs, in reverse: jobs start in the middle of other jobs, in slots used before."""
     events, weights = together(five()[::-1], slots=2, tokens=128)
     whole_events, whole_weights = together(five())
     for one in five():
@@ -163,7 +163,7 @@ def test_a_job_that_cannot_start_or_save_fails_alone(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [7, 11])
-def test_a_job_resumed_in_other_company_equals_the_uninterrupted_one(tmp_path, killed_at):
+def test_a_job_resumed_beside_other_jobs_equals_the_uninterrupted_one(tmp_path, killed_at):
     settings = {"seed": 3, "gradient_accumulation_steps": 2, "max_steps": 20, "save_every_steps": 4}
     settings |= {"lora": {"lora_dropout": 0.1, "r": 4, "lora_alpha": 8}, "eval_every_steps": 5}
     one = job("one", folder=tmp_path / "one", **settings)
@@ -174,7 +174,7 @@ def test_a_job_resumed_in_other_company_equals_the_uninterrupted_one(tmp_path, k
     pool.add(one)
     for _, event in pool.run():
         if isinstance(event, StepDone) and event.step == killed_at:
-            break  # the generator is dropped where it stands, as in a crash
+            break  # the generator is abandoned, as in a crash
     del pool, bank
 
     newest = checkpoint.newest(tmp_path / "one")
@@ -185,7 +185,7 @@ def test_a_job_resumed_in_other_company_equals_the_uninterrupted_one(tmp_path, k
 
 
 def test_a_checkpoint_of_a_job_is_one_that_train_resumes(tmp_path):
-    """A job's folder is that of an ordinary run: `loratune train --resume` goes on from it."""
+    """A job's folder equals the folder of a run, so `loratune train --resume` continues from it."""
     settings = {"seed": 3, "max_steps": 16, "eval_every_steps": 4}
     together([job("one", folder=tmp_path, **settings, held_out=False)], during=_stop_at(8))
     newest = checkpoint.newest(tmp_path)
@@ -206,7 +206,7 @@ def _stop_at(step):
     return stop
 
 
-def test_a_paused_job_waits_as_a_checkpoint_and_goes_on(tmp_path):
+def test_a_paused_job_continues_from_its_checkpoint(tmp_path):
     one = job("one", seed=1, max_steps=12, eval_every_steps=3, folder=tmp_path)
     events, _ = together([replace(one, pause_at=6)])
     assert isinstance(events["one"][-1], Paused)
@@ -235,21 +235,21 @@ def test_all_advance_at_the_same_pace_each_at_its_own_batch_size():
 
     large = job("large", seed=2, gradient_accumulation_steps=4, max_steps=20, held_out=False)
     events, _ = together([job("small", seed=1, max_steps=20, held_out=False), large], tokens=96, during=watch)
-    assert max(gaps) <= 2  # a step of one is a quarter of a step of the other, and rows are filled part by part
+    assert max(gaps) <= 2  # the larger step has four micro-steps, and rows are filled one micro-step at a time
     assert len(losses(events["large"])) == len(losses(events["small"])) == 20
 
 
 def test_the_step_that_a_gpu_records_trains_the_same_jobs(monkeypatch):
-    """The same work launch by launch: tables on the device say whose a token is and which slots update now.
+    """The recorded work, launch by launch. Tables on the device give each token's slot and the slots that update.
 
-    Its AdamW adds in another order than PyTorch's, so 50 steps may differ by ten times what the plain step may.
+    Its AdamW adds in another order than PyTorch's, so the tolerance over 50 steps is ten times the eager one.
     """
     plain, plain_weights = together(five())
-    laid, ran = [], []
+    prepared, ran = [], []
 
     class Counting(BankGraph):
         def _prepare(self, parts):
-            laid.append(len(parts))
+            prepared.append(len(parts))
             return super()._prepare(parts)
 
         def run(self, parts, rates, upcoming=tuple):
@@ -258,7 +258,7 @@ def test_the_step_that_a_gpu_records_trains_the_same_jobs(monkeypatch):
 
     monkeypatch.setattr("loratune.many.jobs.step_of", lambda *given: Counting(*given, record=False))
     events, weights = together(five(), slots=2)
-    assert len(laid) <= len(ran) + 5, "rows are foreseen but for where a job starts"
+    assert len(prepared) <= len(ran) + 5, "all rows are predicted except where a job starts"
     for one in five():
         assert losses(events[one.name]) == pytest.approx(losses(plain[one.name]), rel=1e-4)
         for path, weight in plain_weights[one.name].items():

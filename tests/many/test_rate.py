@@ -1,4 +1,4 @@
-"""`--learning-rate auto`: what is tried, what is chosen, and that nothing is left of the trials but their record."""
+"""`--learning-rate auto`: its trials, its choice, and a base that is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def choose(model, lora=None, training=None, source=None):
     return choice
 
 
-def test_the_choice_beats_rates_far_from_it_and_leaves_the_base_as_it_was():
+def test_the_choice_beats_rates_far_from_it_and_leaves_the_base_unchanged():
     model = build("llama")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
@@ -66,7 +66,7 @@ def test_without_held_out_rows_it_measures_training_rows_that_no_trial_uses():
     assert not choose(build("llama"), source=source).held_out
 
 
-def test_what_cannot_be_tried_is_said():
+def test_unsupported_adapters_and_models_are_errors():
     with pytest.raises(
         ConfigError, match=r'"auto" trains several adapters at once, but modules_to_save.*Name a rate'
     ):
@@ -79,7 +79,7 @@ def test_what_cannot_be_tried_is_said():
         lt.train(model, None, "nothing.jsonl", lt.TrainConfig(learning_rate="auto"))
 
 
-def test_a_run_keeps_the_number_and_says_why(tmp_path, monkeypatch):
+def test_a_run_stores_the_rate_and_the_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_model(Path("base"))
     write_jsonl(Path("chat.jsonl"), CHAT)

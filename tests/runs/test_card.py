@@ -1,4 +1,4 @@
-"""A card is what the hub and PEFT can read, and says what was measured and nothing else."""
+"""The model card: readable for the hub and PEFT, and limited to measured facts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FACTS = CardFacts(
 )
 
 
-def test_front_matter_is_what_the_hub_reads() -> None:
+def test_the_hub_reads_the_front_matter() -> None:
     card = ModelCard(render_card(dataclasses.replace(FACTS, license="apache-2.0")))
     assert card.data.base_model == "some-org/Some-Model.1B"
     assert card.data.library_name == "peft"
@@ -57,7 +57,7 @@ def test_every_fact_is_in_the_text() -> None:
         assert expected in text, expected
 
 
-def test_what_is_unknown_is_left_out() -> None:
+def test_unknown_facts_are_left_out() -> None:
     bare = CardFacts(
         name="x",
         base_model="a/b",

@@ -1,4 +1,4 @@
-"""Which differences let a run go on, and which would silently make it another run."""
+"""Changes of settings that allow a run to be resumed, and changes that would make it another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratune.data.feed import Dataset
 from loratune.errors import ConfigError, OutputError
 from loratune.runs.resume import check_data, find_checkpoint, record_data
 
-# For every setting that decides the result, another value than the default.
+# A value other than the default for every setting that decides the result.
 OTHERS = {
     "": {"model": "another", "precision": "bfloat16"},
     "lora": {
@@ -79,20 +79,20 @@ def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
 
 
 def test_every_setting_is_either_free_or_checked() -> None:
-    """A setting added later has to be put on one side here."""
+    """A new setting must be added to one of the two lists."""
     for section, kind in {"": RunConfig, "lora": LoraConfig, "dataset": DataConfig, "training": TrainConfig}.items():
         names = {setting.name for setting in fields(kind)} - {"lora", "dataset", "training"}
         assert names == FREE[section] | OTHERS[section].keys()
         assert is_dataclass(kind)
 
 
-def test_the_same_settings_go_on(config: RunConfig, tmp_path: Path) -> None:
+def test_the_same_settings_can_be_resumed(config: RunConfig, tmp_path: Path) -> None:
     found, notes = find_checkpoint(replace(config, resume=True, device="cpu", data=["moved.jsonl"]))
     assert (found, notes) == (tmp_path / "checkpoints/step-000003", [])
 
 
 @pytest.mark.parametrize(("section", "name"), [(s, name) for s, names in OTHERS.items() for name in names])
-def test_what_decides_the_result_must_stay(config: RunConfig, section: str, name: str) -> None:
+def test_settings_that_decide_the_result_must_not_change(config: RunConfig, section: str, name: str) -> None:
     if name == "layers_pattern":
         config = changed(config, "lora", layers_to_transform=[0])
         atomic.write_text(Path(config.out) / "run.toml", to_toml(config))
@@ -131,7 +131,7 @@ def dataset(tokens: list[int], weights: list[float], **hashes: str) -> Dataset:
     return Dataset([example], [], [], hashes)
 
 
-def test_data_are_compared_by_what_they_render_to(tmp_path: Path) -> None:
+def test_data_are_compared_by_their_rendered_content(tmp_path: Path) -> None:
     record_data(tmp_path, dataset([1, 2], [0, 1], a="x"))
     check_data(tmp_path, dataset([1, 2], [0, 1], moved="x"))
     with pytest.raises(ConfigError, match="a has changed"):

@@ -65,7 +65,7 @@ def test_a_run_leaves_a_folder_that_describes_itself(data, tmp_path):
 
 
 def test_the_folder_holds_the_best_adapter_not_the_last(data, tmp_path):
-    """A rate far too high after a good start: the held-out loss rises again, and the best step is what is kept."""
+    """The rate is far too high after a good start: the held-out loss rises again, and the best step is kept."""
     out = tmp_path / "out"
     config = settings(
         data, out, learning_rate=0.3, max_steps=8, eval_every_steps=1, lr_scheduler_type="constant", warmup_ratio=1.0
@@ -79,7 +79,7 @@ def test_the_folder_holds_the_best_adapter_not_the_last(data, tmp_path):
     assert kept != (last / "adapter_model.safetensors").read_bytes()
 
 
-def test_an_existing_folder_is_left_alone(data, tmp_path):
+def test_an_existing_folder_is_unchanged(data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -88,7 +88,7 @@ def test_an_existing_folder_is_left_alone(data, tmp_path):
     assert [p.name for p in out.iterdir()] == ["precious.txt"]
 
 
-def test_overwrite_replaces_only_what_a_run_leaves(data, tmp_path):
+def test_overwrite_replaces_only_the_files_of_a_run(data, tmp_path):
     out = tmp_path / "out"
     list(run(settings(data, out, max_steps=2)))
     (out / "precious.txt").write_text("mine")
@@ -121,7 +121,7 @@ def test_train_in_memory(data):
 
 
 def test_train_in_memory_ends_with_the_best_adapter(data, tmp_path):
-    """No folder keeps the best checkpoint then; the model holds it all the same, to the bit."""
+    """Without a folder of checkpoints, the model still ends with the best adapter, to the bit."""
     training = settings(
         data,
         "unused",
@@ -142,7 +142,7 @@ def test_train_in_memory_ends_with_the_best_adapter(data, tmp_path):
     assert all(torch.equal(ended[True][path], ended[False][path]) for path in ended[True])
 
 
-def test_train_writes_what_the_command_line_writes(data, tmp_path):
+def test_train_writes_the_files_of_the_command_line(data, tmp_path):
     model, tokenizer = lt.load(POCKET, device="cpu"), lt.load_tokenizer(POCKET)
     lt.attach(model, lt.LoraConfig(r=4, lora_alpha=8), seed=0)
     config = settings(data, tmp_path / "cli")
@@ -165,7 +165,7 @@ def test_train_needs_exactly_one_active_adapter(data):
         lt.train(model, tokenizer, str(data / "train.jsonl"))
 
 
-def test_training_leaves_the_base_as_it_was(data, tmp_path):
+def test_training_leaves_the_base_unchanged(data, tmp_path):
     model, tokenizer = lt.load(POCKET, device="cpu"), lt.load_tokenizer(POCKET)
     prompt = torch.tensor([tokenizer("hello")["input_ids"]])
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl gets; TensorBoard's own reader reads it back."""
+"""Trackers get the metrics of metrics.jsonl; TensorBoard's own reader reads them back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loratune.errors import ConfigError
 from loratune.runs import trackers
 
 
-def test_tensorboard_reads_what_was_reported(tmp_path):
+def test_tensorboard_reads_the_reported_metrics(tmp_path):
     (reporter,) = trackers.open_all(["tensorboard"], tmp_path, {"model": "m"})
     for step, loss in enumerate([2.0, 1.5, 1.25], start=1):
         reporter.log({"loss": loss, "learning_rate": 1e-4 * step}, step)

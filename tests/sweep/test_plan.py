@@ -1,4 +1,4 @@
-"""The jobs file of a sweep: what it becomes, and what is said about every way of getting it wrong."""
+"""The jobs file of a sweep: the jobs that it defines, and the message for each kind of mistake."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_grid_is_every_combination_of_its_values(tmp_path):
     assert plan.halving is None
 
 
-def test_jobs_override_what_is_shared_and_the_grid_overrides_both(tmp_path):
+def test_jobs_override_shared_settings_and_the_grid_overrides_both(tmp_path):
     text = (
         SHARED + "max_steps = 50\n[lora]\nr = 4\nlora_alpha = 8\n[grid]\nseed = [0, 1]\n"
         '[[job]]\nname = "sql"\ndata = ["sql.jsonl"]\nr = 2\n'
@@ -99,7 +99,7 @@ def test_a_plan_made_of_one_job_and_the_halving_section(tmp_path):
         ("data = 3\n", "jobs.toml:1: data = 3 is not a list"),
     ],
 )
-def test_a_mistake_is_said_with_its_line_and_the_nearest_name(tmp_path, text, message):
+def test_an_error_gives_the_line_and_the_nearest_name(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         plan_of(tmp_path, text)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Sweeps: every job as if trained alone, a ranking that being stopped does not change, and folders for every verb."""
+"""Sweeps: jobs equal to single runs, a ranking that interruptions do not change, and folders for every verb."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def events_of(jobs, out, **settings):
 
 
 def table(out):
-    """The ranking as it is shown, without what it costs in time."""
+    """The displayed ranking, without times."""
     return [line for line in (Path(out) / "README.md").read_text().splitlines() if line.startswith("|")]
 
 
-def test_a_job_leaves_the_folder_that_train_leaves(here):
+def test_the_folder_of_a_job_equals_the_folder_of_a_run(here):
     """Same files, same settings, same losses, same weights as `loratune train` alone."""
     assert loratune("sweep", "base", "grid.toml", "--out", "grid", "--at-once", "3").status == 0
     job = Path("grid/rate0.01-r5")
@@ -88,7 +88,7 @@ def test_the_ranking_is_by_held_out_loss_and_complete(here):
     assert len(table("whole")) == 2 + 8
 
 
-def test_halving_keeps_the_better_half_at_each_meeting(here):
+def test_halving_keeps_the_better_half_at_each_rung(here):
     meetings = read_state(Path("whole")).meetings
     assert [len(m["losses"]) for m in meetings] == [8, 4]
     for meeting in meetings:
@@ -106,7 +106,7 @@ def test_how_many_run_at_once_does_not_change_the_table(here, at_once, tmp_path)
 
 
 def test_killed_at_any_moment_and_resumed_ends_in_the_same_table(here, tmp_path):
-    """The generator is dropped where it stands, as in a crash, four times over one sweep."""
+    """The generator is abandoned four times over one sweep, as in a crash."""
     rng, out, killed = random.Random(0), str(tmp_path / "whole"), 0
     for attempt in range(20):
         events = events_of("halving.toml", out, resumed=attempt > 0)
@@ -123,7 +123,7 @@ def test_killed_at_any_moment_and_resumed_ends_in_the_same_table(here, tmp_path)
     assert table(out) == table("whole")
 
 
-def test_killed_by_the_system_and_resumed_with_nothing_but_the_folder(here, tmp_path):
+def test_killed_by_the_system_and_resumed_from_the_folder_alone(here, tmp_path):
     out = tmp_path / "whole"
     process = start("sweep", "base", "halving.toml", "--out", str(out), "--at-once", "2", cwd=here)
     _wait_for(lambda: len(list(out.glob("*/checkpoints/step-*"))) >= 3, process)
@@ -134,8 +134,8 @@ def test_killed_by_the_system_and_resumed_with_nothing_but_the_folder(here, tmp_
     assert [r.split("|")[3:] for r in table(out)] == [r.split("|")[3:] for r in table("whole")]
 
 
-def test_stopped_it_saves_every_job_and_goes_on_where_it_was(here, tmp_path):
-    """What SIGINT and SIGTERM do, see `cli`: the row is finished and every job that runs saves its last step."""
+def test_a_stopped_sweep_saves_every_job_and_continues(here, tmp_path):
+    """The effect of SIGINT and SIGTERM, see `cli`: the row ends and every running job saves its last step."""
     out, steps = str(tmp_path / "whole"), {}
     plan = read_plan("halving.toml", model="base", out=out)
     events = sweep(plan, HALVING, out, stop=lambda: max(steps.values(), default=0) >= 3)
@@ -162,7 +162,7 @@ def _wait_for(condition, process):
         time.sleep(0.02)
 
 
-def test_a_complete_sweep_says_so_and_goes_on_with_jobs_that_are_added(here, tmp_path):
+def test_a_complete_sweep_is_an_error_and_continues_with_added_jobs(here, tmp_path):
     out = str(tmp_path / "grows")
     text = SHARED + '[[job]]\nname = "a"\n'
     (here / "a.toml").write_text(text)
@@ -177,7 +177,7 @@ def test_a_complete_sweep_says_so_and_goes_on_with_jobs_that_are_added(here, tmp
     assert Path(out, "a", "adapter_model.safetensors").stat().st_mtime_ns == adapter
 
 
-def test_a_job_that_diverges_or_fails_is_ranked_last_and_spoils_no_other(here, tmp_path):
+def test_a_job_that_diverges_or_fails_is_ranked_last_and_leaves_the_others_unchanged(here, tmp_path):
     text = (
         SHARED + '[[job]]\nname = "wild"\nlearning_rate = 1e38\n[[job]]\nname = "tame"\n[[job]]\nname = "blocked"\n'
     )
@@ -185,7 +185,7 @@ def test_a_job_that_diverges_or_fails_is_ranked_last_and_spoils_no_other(here, t
     events = []
     for event in events_of("wild.toml", str(tmp_path / "out")):
         events.append(event)
-        if isinstance(event, Ready):  # something takes the place of one job's folder
+        if isinstance(event, Ready):  # a file blocks the folder of one job
             (tmp_path / "out" / "blocked").write_text("")
     result = events[-1]
     assert result.standings[0].name == "tame"
@@ -236,7 +236,7 @@ def test_mistakes_end_in_one_line_before_any_work(here, words, message):
     assert not Path("x").exists()
 
 
-def test_ranking_puts_what_broke_last_and_what_was_not_measured_behind():
+def test_broken_jobs_rank_last_and_unmeasured_jobs_behind_measured_ones():
     def standing(name, eval_loss, loss, state="done"):
         return Standing(
             name=name, settings={}, state=state, step=1, total_steps=1, loss=loss, eval_loss=eval_loss, best_step=None
@@ -266,7 +266,7 @@ def test_a_changed_setting_of_a_job_cannot_be_resumed(here, tmp_path):
         list(events_of("one.toml", str(tmp_path), resumed=True))
 
 
-def test_meetings_are_told_as_they_happen(here):
+def test_rungs_are_reported_as_they_happen(here):
     met = [e for e in events_of("halving.toml", "met", overwrite=True) if isinstance(e, RungDone)]
     assert [(m.share, len(m.kept), len(m.dropped)) for m in met] == [(0.2, 4, 4), (0.6, 2, 2)]
     assert not set(met[1].kept) - set(met[0].kept)

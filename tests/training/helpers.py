@@ -31,7 +31,7 @@ def examples(count: int, seed: int = 0, vocabulary: int = 300) -> list[Example]:
 
 
 def rows(train: list[Example], held_out: list[Example], tokens_per_row: int = 64, seed: int = 0) -> Rows:
-    """Packed rows of both."""
+    """Packed rows of training and held-out examples."""
     return Rows(
         lambda epoch: rows_of_epoch(train, tokens_per_row, 0, seed=seed, epoch=epoch),
         rows_of_epoch(held_out, tokens_per_row, 0, seed=0, epoch=0) if held_out else [],
@@ -39,7 +39,7 @@ def rows(train: list[Example], held_out: list[Example], tokens_per_row: int = 64
 
 
 def model_with_adapter(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **lora):
-    """A small model whose adapter has a B that is not zero, so that every gradient flows."""
+    """A small model with an adapter whose B is not zero, so that every gradient flows."""
     model = build(name, seed, dtype)
     attach(model, LoraConfig(**({"r": 4, "lora_alpha": 8} | lora)), name="default", seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -50,12 +50,12 @@ def model_with_adapter(name: str = "llama", seed: int = 0, dtype: torch.dtype = 
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
-    """Path to Parameter of everything that trains."""
+    """Path -> trained Parameter."""
     return {path: p for path, p in model.named_parameters() if p.requires_grad}
 
 
 def loss_and_gradients(model, forward, row) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Of everything that trains, on one row; the model is left without gradients."""
+    """The loss of one row and the gradients of all trained parameters, which are then removed from the model."""
     with forward.installed():
         loss = row_loss(forward, row)
         loss.backward()

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments: the same course as PyTorch's, a quarter of the memory, resumed to the bit."""
+"""AdamW with 8-bit moments: close to PyTorch's AdamW, a quarter of the memory, resumed to the bit."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def trained(optim: str, steps: int, **settings: float) -> list[nn.Parameter]:
     return params
 
 
-def test_in_8_bits_it_takes_the_same_course():
-    """What 8 bits cost over gradients of four decades.
+def test_8_bit_moments_give_nearly_the_same_updates():
+    """The error of 8 bits over gradients of four decades.
 
-    The k-th decade below a block's largest value has 64 / 2^k values of either sign, evenly spaced over 0.9 of it, so
-    a moment is off by up to 0.9 / 2 / (64 / 2^k) of its decade's top: 0.7 % in the highest, 11 % in the fourth below.
-    Errors of many steps partly cancel. So the ways end within a twentieth of their length of each other.
+    The k-th decade below a block's largest value has 64 / 2^k codes of either sign, evenly spaced over 0.9 of it. So
+    a moment's error is up to 0.9 / 2 / (64 / 2^k) of its decade's top: 0.7 % in the highest, 11 % four decades below.
+    Errors of many steps partly cancel, so the results differ by less than a twentieth of the path.
     """
     start, ours, theirs = (
         torch.cat([p.detach().view(-1) for p in params])
         for params in (parameters(), trained("adamw_8bit", 50), trained("adamw", 50))
     )
     apart = float((ours - theirs).norm() / (theirs - start).norm())
-    assert 0 < apart < 0.05  # 0.014; were small second moments lost, it would be above 1
+    assert 0 < apart < 0.05  # 0.014; above 1 if small second moments became zero
 
 
 @pytest.mark.parametrize("book", [dynamic_book(CPU), root_book(CPU)], ids=["first", "root"])
@@ -91,7 +91,7 @@ def test_8_bit_moments_take_a_quarter_of_float32s():
     assert held == 2 * params[0].numel() * (BLOCK + 4) // BLOCK
 
 
-def test_what_has_no_gradient_gets_no_state():
+def test_a_parameter_without_a_gradient_gets_no_state():
     params = parameters()
     optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
     give_gradients(params[:1], 0)
@@ -99,7 +99,7 @@ def test_what_has_no_gradient_gets_no_state():
     assert list(optimizer.state) == params[:1]
 
 
-def test_a_state_that_was_saved_goes_on_to_the_bit():
+def test_a_saved_state_continues_to_the_bit():
     params = parameters()
     config = TrainConfig(optim="adamw_8bit", learning_rate=1e-2)
     optimizer = optimizer_of(params, config)
@@ -117,7 +117,7 @@ def test_a_state_that_was_saved_goes_on_to_the_bit():
 
 
 def test_a_step_that_is_skipped_on_the_device_changes_nothing():
-    """As a recorded update has it: the gradients are not numbers, `found_inf` says so, and every bit stays."""
+    """As in a recorded update: the gradients are NaN, `found_inf` is 1, and every bit stays."""
     params = parameters()
     optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
     give_gradients(params, 0)

@@ -1,4 +1,4 @@
-"""The step that can be recorded computes what `train_step` does; recording itself is tested in tests/gpu."""
+"""The step that a GPU records equals `train_step`; tests/gpu tests the recording itself."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def assert_same(a, b, atol=1e-8):
 @pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_equals_train_step(micro_steps, name):
-    """Rows of different borders and different numbers of trained tokens, with clipping at work."""
+    """Rows with different boundaries and different numbers of trained tokens, with clipping at work."""
     rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
     assert_same(run(rows, True, name), run(rows, False, name))
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_dropout_is_that_of_train_step_in_modules_and_fused(micro_steps, name):
-    """One stream for all: rows of a step and steps are keyed apart, and who computes them makes no difference."""
+def test_dropout_equals_train_step_in_modules_and_fused_layers(micro_steps, name):
+    """One stream of dropout for all execution paths, with a separate key for each step and row."""
     rows = [[make_row(examples(3), 256, 0)] * micro_steps] * 3
     expected = run(rows, False, name, lora_dropout=0.3)
     assert_same(run(rows, True, name, lora_dropout=0.3), expected)
@@ -66,26 +66,26 @@ def test_dropout_is_that_of_train_step_in_modules_and_fused(micro_steps, name):
         assert_same(run(rows, False, name, fused=True, lora_dropout=0.3), expected, atol=1e-6)
 
 
-def test_the_same_row_is_dropped_anew_in_each_step_and_micro_step():
+def test_dropout_differs_between_steps_and_micro_steps():
     row = make_row(examples(3), 256, 0)
     model = model_with_adapter("llama", dtype=torch.float64, lora_dropout=0.3)
     forward, parameters = prepare(model), list(trainable(model).values())
     assert fuse(forward)
     for module in model.modules():
         module.training = hasattr(module, "lora_dropout")
-    resting = torch.optim.SGD(parameters, lr=0.0)
+    no_update = torch.optim.SGD(parameters, lr=0.0)
 
     def losses(rows, keys):
         with forward.installed():
-            return [train_step(forward, rows, parameters, resting, max_grad_norm=0.0, key=key).loss for key in keys]
+            return [train_step(forward, rows, parameters, no_update, max_grad_norm=0.0, key=key).loss for key in keys]
 
     first, other, again = losses([row], (1, 2, 1))
     assert first == again != other
-    assert losses([row, row], (1,))[0] != pytest.approx(first, rel=1e-9)  # or the second would have the first's masks
+    assert losses([row, row], (1,))[0] != pytest.approx(first, rel=1e-9)  # the second row has its own masks
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
-def test_clipping_and_updating_as_one_changes_nothing(micro_steps):
+def test_the_joint_update_changes_nothing(micro_steps):
     rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(4)]
     assert_same(run(rows, True, joint=True), run(rows, False))
 
@@ -116,8 +116,8 @@ def test_a_non_finite_gradient_changes_nothing():
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_rows_laid_out_ahead_change_nothing(micro_steps):
-    """Announced and taken, announced and not taken, of another length: each step computes the rows it is given."""
+def test_rows_prepared_ahead_change_nothing(micro_steps):
+    """Announced rows that come, that do not come, or of another length: each step computes the given rows."""
     rows = [[make_row(examples(1 + n + m, seed=n), 256, 0) for m in range(micro_steps)] for n in range(5)]
     rows.append([make_row(examples(4, seed=m), 200, 0) for m in range(micro_steps)])
     announced = [rows[1], rows[4], (), rows[4], rows[5], ()]
@@ -129,6 +129,6 @@ def test_rows_laid_out_ahead_change_nothing(micro_steps):
         with step._forward.installed():
             return [step(now, later) for now, later in zip(rows, ahead, strict=True)], parameters
 
-    plain, told = run_announcing([()] * 6), run_announcing(announced)
-    assert plain[0] == told[0]
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], told[1], strict=True))
+    plain, announcing = run_announcing([()] * 6), run_announcing(announced)
+    assert plain[0] == announcing[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], announcing[1], strict=True))

@@ -1,4 +1,4 @@
-"""Whole runs in memory: repeatable, resumable to the bit, orderly in every way of ending."""
+"""Whole runs in memory: repeatable, resumable to the bit, and with a defined end in every case."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_learns():
     ],
 )
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim, fused):
-    """With dropout. The process dies without warning after some step; the run goes on from the last checkpoint."""
+    """With dropout. The process dies without warning after some step; the run continues from the last checkpoint."""
     every = {"save_every_steps": 3, "eval_every_steps": 5}
     settings = config(max_steps=14, gradient_accumulation_steps=2, optim=optim, **every)
     whole = make_loop(settings, tmp_path / "whole", fused=fused)
@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim, fus
     killed = make_loop(settings, tmp_path / "killed", fused=fused)
     for event in killed.run():
         if isinstance(event, StepDone) and event.step == killed_at:
-            break  # the generator is dropped where it stands, as in a crash
+            break  # the generator is abandoned, as in a crash
     del killed
 
     newest = checkpoint.newest(tmp_path / "killed")
@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim, fus
     assert resumed.progress.trained_tokens == whole.progress.trained_tokens
 
 
-def test_keeps_the_newest_and_the_best_checkpoint(tmp_path):
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     settings = config(max_steps=20, eval_every_steps=4, save_every_steps=2)
     loop = make_loop(settings, tmp_path)
     list(loop.run())
@@ -151,7 +151,7 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_held_out_loss_that_is_not_a_number_is_never_the_best(monkeypatch, at):
-    """Neither as the first of a run, where it once stayed the best to the end, nor later."""
+    """Neither as the first loss of a run nor later."""
     settings = config(max_steps=12, eval_every_steps=3)
     loop, count = make_loop(settings), itertools.count()
 
@@ -185,9 +185,11 @@ def test_dropout_does_not_touch_the_callers_random_state():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_fused_layers_take_the_same_course_as_the_modules():
-    """With dropout; float32, in which sums of other orders part slowly."""
+def test_fused_layers_train_like_the_modules():
+    """With dropout. In float32, sums in another order diverge slowly."""
     modules, fused = (losses_of(list(make_loop(config(max_steps=6), fused=fused).run())) for fused in (False, True))
     assert fused == pytest.approx(modules, rel=1e-4)
     other = losses_of(list(make_loop(config(max_steps=6), model=model_with_adapter()).run()))
-    assert max(abs(a - b) for a, b in zip(modules, other, strict=True)) > 1e-3 * modules[0]  # dropout is seen at all
+    assert (
+        max(abs(a - b) for a, b in zip(modules, other, strict=True)) > 1e-3 * modules[0]
+    )  # dropout has a visible effect

@@ -1,4 +1,4 @@
-"""The schedule's shape, from its definition; and the update of all parameters as one beside PyTorch's."""
+"""The shape of the schedule, and the joint update compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rates(**settings):
     return [learning_rate(step, TOTAL, config) for step in range(TOTAL)]
 
 
-def test_warm_up_rises_in_equal_steps_and_wastes_none():
+def test_warm_up_rises_in_equal_steps_from_above_zero():
     values = rates(warmup_ratio=0.1, lr_scheduler_type="constant")
     assert values[0] == pytest.approx(1e-3 / 20)
     assert values[19] == pytest.approx(1e-3)
@@ -41,8 +41,8 @@ def test_a_run_of_one_step_trains_at_the_full_rate():
     assert learning_rate(0, 1, TrainConfig(learning_rate=1e-3, warmup_ratio=0.03)) == 1e-3
 
 
-def test_the_joint_update_leaves_the_state_that_pytorchs_leaves():
-    """Values to float32 rounding, the very names and shapes: a checkpoint of one goes on with the other."""
+def test_the_joint_update_leaves_the_state_of_pytorch():
+    """Equal values up to float32 rounding, equal names and shapes: each can resume the other's checkpoint."""
     start = [torch.randn(shape) for shape in ((8, 30), (30, 8), (5,))]
     ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
     settings = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -50,7 +50,7 @@ def test_the_joint_update_leaves_the_state_that_pytorchs_leaves():
     kept = {name: plain.defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
     joint = JointAdamW(ours, **kept)
     for _ in range(20):
-        for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third is never reached
+        for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third gets no gradient
             a.grad = torch.randn(a.shape)
             b.grad = a.grad.clone()
         joint.step()
@@ -66,4 +66,4 @@ def test_the_joint_update_leaves_the_state_that_pytorchs_leaves():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert [never_updated(joint, parameter) for parameter in ours] == [False, False, True]
     pieces = {joint.state[p][m].untyped_storage().data_ptr() for p in ours[:2] for m in ("exp_avg", "exp_avg_sq")}
-    assert len(pieces) == 1  # many small ones would keep the allocator from giving pages back to a recording
+    assert len(pieces) == 1  # many small tensors would keep the allocator from returning pages to a recording

@@ -1,4 +1,4 @@
-"""When work runs as it is, is recorded or replayed, with graphs that are stood in for; real ones in tests/gpu."""
+"""When work runs directly, is recorded or replayed, with fake graphs; tests/gpu tests real ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratune.training.recordings import Recordings, _cause
 
 
 class Replayed:
-    """Stands in for a CUDA graph."""
+    """Replaces a CUDA graph."""
 
     def __init__(self, log, key):
         self.log, self.key = log, key
@@ -23,7 +23,7 @@ class Replayed:
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """`Recordings` that keeps a log of what it does; a layout below 0 cannot be recorded."""
+    """`Recordings` with a log of its actions; a layout below 0 cannot be recorded."""
     made, log = Recordings(), []
 
     def record(part, layout, work):
@@ -42,18 +42,18 @@ def recordings(monkeypatch):
 
 
 def ran(recordings, *layouts):
-    """What happens at each of these, one after the other."""
+    """The log of running these layouts in order."""
     recordings.log.clear()
     for layout in layouts:
         recordings.run("row", layout, lambda layout=layout: recordings.log.append(("ran", layout)))
     return recordings.log
 
 
-def test_as_it_is_then_recorded_then_replayed(recordings):
+def test_work_runs_then_is_recorded_then_replayed(recordings):
     assert ran(recordings, 1, 1, 1) == [("ran", 1), ("recorded", 1), ("replayed", 1), ("replayed", 1)]
 
 
-def test_a_new_layout_finds_no_recording_beside_it_and_an_old_one_is_recorded_again_at_once(recordings):
+def test_a_new_layout_frees_all_recordings_and_an_old_one_is_recorded_again_at_once(recordings):
     ran(recordings, 1, 1)
     held = []
     recordings.run("row", 2, lambda: held.append(dict(recordings.graphs)))
@@ -63,7 +63,7 @@ def test_a_new_layout_finds_no_recording_beside_it_and_an_old_one_is_recorded_ag
     ]  # fmt: skip
 
 
-def test_what_was_given_back_is_recorded_again_and_after_a_restart_all_work_is_new(recordings):
+def test_freed_work_is_recorded_again_and_after_a_restart_all_work_is_new(recordings):
     ran(recordings, 1, 1)
     recordings.free()
     assert ran(recordings, 1) == [("recorded", 1), ("replayed", 1)]
@@ -71,12 +71,12 @@ def test_what_was_given_back_is_recorded_again_and_after_a_restart_all_work_is_n
     assert ran(recordings, 1) == [("ran", 1)]
 
 
-def test_after_a_recording_has_failed_all_work_runs_as_it_is(recordings):
+def test_after_a_failed_recording_all_work_runs_directly(recordings):
     assert ran(recordings, -1, -1, -1, 3) == [("ran", -1), ("recorded", -1), ("ran", -1), ("ran", -1), ("ran", 3)]
 
 
 def test_no_graph_is_held_by_the_module():
-    """The state of recordings belongs to their object: two models in two threads share none."""
+    """Two models in two threads share no state of recordings."""
     shared = [name for name, value in vars(recordings_module).items() if isinstance(value, list | dict | set)]
     assert [name for name in shared if not name.startswith("__")] == []
 
@@ -88,7 +88,7 @@ def failed(*errors):
     return errors[-1]
 
 
-def test_the_reason_is_what_failed_first_and_memory_before_all():
+def test_the_reason_is_the_first_failure_and_memory_comes_before_all():
     text = "the recording could not be ended"
     assert _cause(failed(RuntimeError("it waits"), RuntimeError(text))) == ("it waits", False)
     assert _cause(failed(torch.OutOfMemoryError("no room"), RuntimeError(text))) == ("no room", True)

@@ -1,4 +1,4 @@
-"""One optimizer step: packed = unpacked, k micro-steps = one, and nothing happens on a bad gradient."""
+"""One optimizer step: packed = unpacked, k micro-steps = one step, and a bad gradient changes nothing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_packed_equals_a_loop_with_transformers_alone():
 
 
 def test_micro_steps_equal_one_step():
-    """However unevenly trained tokens fall into rows."""
+    """Even if trained tokens are spread unevenly over the rows."""
     model = model_with_adapter("llama")
     documents = examples(12)
     one = [make_row(documents, sum(map(len, documents)), 0)]
@@ -153,7 +153,7 @@ def test_evaluate_loss_is_the_mean_over_trained_tokens():
 
 @pytest.mark.parametrize("name", sorted(CAUSAL))
 def test_every_architecture_trains(name):
-    """A few steps on a repeating pattern lower the loss, whatever the architecture."""
+    """A few steps on a repeating pattern lower the loss, for every architecture."""
     model = model_with_adapter(name, target_modules="all-linear")
     parameters = trainable(model)
     optimizer = adamw(parameters.values(), config(learning_rate=5e-3))

@@ -29,7 +29,7 @@ from benchmarks.ladder import CASES, measure, release
 from benchmarks.shapes import SHAPES
 from loratune.ops import layer
 from loratune.ops.low_rank import down_project
-from loratune.ops.measure import PAD_COLUMNS, Measure, behind, measured
+from loratune.ops.measure import PAD_COLUMNS, Measure, row_statistics, statistics_of
 from loratune.ops.projection import StackedAdapters
 from loratune.precision import fp8, fp8_kernels, fp8_rows
 from loratune.precision.fp8_projection import Fp8Projection, refresher
@@ -64,7 +64,7 @@ def timed(run: Callable[[], object]) -> float:
 def padded(x: Tensor, asked: Measure) -> Tensor:
     """x with the row maximum in the padding columns."""
     out = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
-    behind(out, x.shape[1]).copy_(measured(x, asked))
+    statistics_of(out, x.shape[1]).copy_(row_statistics(x, asked))
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from loratune.ops.dispatch import unit_stride
 from loratune.ops.layer import ACTIVATIONS, ActivationKind
 from loratune.ops.measure import PIECES, Measure
-from loratune.ops.measure_kernels import leave, measure_arguments, scaled, warps
+from loratune.ops.measure_kernels import measure_arguments, scaled, store_statistics, warps
 
 
 @triton.jit
@@ -57,7 +57,9 @@ def _activation(
     tl.store(out_ptr + column, out, mask=inside)
     if MEASURE > 0:
         value = scaled(out, out_ptr, column, inside, False)
-        leave(out_ptr + width, tl.max(tl.abs(value)), tl.sum(value * value), tl.program_id(1), tl.num_programs(1))
+        store_statistics(
+            out_ptr + width, tl.max(tl.abs(value)), tl.sum(value * value), tl.program_id(1), tl.num_programs(1)
+        )
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _activation_backward(
         if GATED:
             b = scaled(d_up, scale_ptr, width + column, inside, MEASURE == 2)
             largest, squares, columns = tl.maximum(largest, tl.abs(b)), squares + b * b, 2 * width
-        leave(d_x_ptr + columns, tl.max(largest), tl.sum(squares), tl.program_id(1), tl.num_programs(1))
+        store_statistics(d_x_ptr + columns, tl.max(largest), tl.sum(squares), tl.program_id(1), tl.num_programs(1))
 
 
 def _columns(width: int) -> dict[str, int]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loratune.ops.dispatch import half_on_gpu, wide, with_kernel
-from loratune.ops.measure import Measure, leave
+from loratune.ops.measure import Measure, store_statistics
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh")
@@ -385,5 +385,5 @@ def _slope(x: Tensor, active: Tensor, kind: ActivationKind) -> Tensor:
 def _padded(x: Tensor, pad: int, measure: Measure | None) -> Tensor:
     padded = functional.pad(x, (0, pad)) if pad else x
     if measure is not None:
-        leave(padded, x.shape[1], measure)
+        store_statistics(padded, x.shape[1], measure)
     return padded

@@ -1,24 +1,23 @@
-"""What a pass leaves behind each row that it writes, so that a product in 8 bits knows the row's scale beforehand.
+"""Statistics that a pass stores behind each row it writes, so that a product in 8 bits knows the row's scale.
 
-A row goes into 8 bits over a scale t, and where an adapter rides in the product (`precision.fp8`) t covers its
-columns too:
-inner = row Aᵀ times a factor that both operands know. So t would be known only when all of inner is, and the row
-would be read twice: once for inner, once to be quantised. Instead t is taken from what the pass that writes the row
-has in its registers anyhow, the largest magnitude and the sum of squares, since by Cauchy and Schwarz
+A row is quantised to 8 bits with a scale t. If an adapter is part of the product (`precision.fp8`), t covers the
+adapter columns too: low_rank = row Aᵀ, times a factor that both operands share. An exact t needs all of low_rank, so
+the row would be read twice, once for the low-rank product and once for quantising. Instead t comes from two numbers
+that the pass has in registers when it writes the row, its absolute maximum and its sum of squares. By Cauchy-Schwarz
 
-    |factor · inner| <= bound · |row|₂        bound = factor · the largest |A_r|₂, one number a projection and step
-    t = largest / 448 · 2^k                   with the least k >= 0 for which 448 t >= bound · |row|₂
+    |factor · low_rank| <= bound · |row|₂      bound = factor · max |A_r|₂, one number per projection and step
+    t = maximum / 448 · 2^k                    with the smallest k >= 0 for which 448 t >= bound · |row|₂
 
-Nothing can saturate, whatever A and B grow to, and with k a whole number the largest element stays one that 8 bits
-hold exactly, which rows that few elements dominate live on. With A as it is initialised inner is about
-|row|₂ / sqrt(3 d), so the bound is high by sqrt(d), six binary orders at d = 4096. Compared with `largest` it is
-three or four orders higher where a row has no outliers, and none where it has; e4m3 has fifteen above the point where
-it gets coarse. So products err by 2.6 % of their norm as with the exact maximum, until factor and A have grown a
-hundredfold (tests/ops/test_measure.py). A bound of max|row| · |A_r|₁ would be high by as much again, and moving
-magnitude from A to B would take from B what A gains.
+So no element saturates, however large A and B grow. Because k is an integer, the largest element stays exactly
+representable, which matters for rows that a few elements dominate. With the initial A, low_rank is about
+|row|₂ / sqrt(3 d), so the bound is too high by sqrt(d): six powers of two at d = 4096. Compared with the maximum it
+is three or four powers higher for rows without outliers and no higher for rows with them. e4m3 has fifteen powers
+above the point where it loses precision. So products keep the error of the exact maximum, 2.6 % of their norm, until
+factor and A have grown a hundredfold (tests/ops/test_measure.py). The alternative bound max|row| · |A_r|₁ is higher
+by another sqrt(d), and moving magnitude from A to B costs B the precision that A gains.
 
-Numbers ride in the room behind the row (`ops.layer`), as float32: `PIECES` maxima and as many sums of squares, since
-wide rows are written in pieces by programs that do not wait for one another. Unused ones are zero.
+Storage: float32 numbers in the padding columns behind the row (`ops.layer`): `PIECES` maxima, then `PIECES` sums of
+squares, because independent programs write the pieces of a wide row. Unused numbers are zero.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST = 448.0
-"""The largest number of e4m3."""
-PER_MOST = 1 / MOST
-"""Scales are found by multiplying: PyTorch divides by a number on a CPU, and multiplies by its inverse on a GPU."""
-LEAST = 2.0**-50
-"""The smallest scale, for rows of zeros. Numbers whose squares vanish in float32, below 2^-63, are far below it."""
+E4M3_MAX = 448.0
+"""Largest finite number of float8 e4m3."""
+INVERSE_E4M3_MAX = 1 / E4M3_MAX
+"""Scales are computed with this factor, because PyTorch divides by a scalar on a CPU and multiplies on a GPU."""
+MIN_SCALE = 2.0**-50
+"""Smallest scale, for rows of zeros. Elements whose squares underflow float32, below 2^-63, are far below it."""
 PIECES = 16
 PAD_COLUMNS = 64
-"""Columns behind a row: of two bytes these are 32 numbers in float32, and rows still begin on a cache line."""
+"""Padding columns for the statistics: 64 of two bytes hold 32 float32 numbers and keep rows on cache lines."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """That a row is to be measured, and what its columns are multiplied by first."""
+    """Column scales to apply before the statistics of a row are taken."""
 
     scale: Tensor | None = None
-    """(K,), or None for ones."""
+    """(K,), any float dtype; None for ones."""
 
 
-def measured(x: Tensor, measure: Measure) -> Tensor:
-    """(N, K) -> (N, 2 PIECES) float32, maxima and sums of squares of the rows, here in one piece."""
+def row_statistics(x: Tensor, measure: Measure) -> Tensor:
+    """Absolute maxima and sums of squares of rows, as one piece; (N, K) -> (N, 2 PIECES) float32."""
     wide = x.float() if measure.scale is None else x.float() * measure.scale.float()
     found = wide.new_zeros(x.shape[0], 2 * PIECES)
     found[:, 0] = wide.abs().amax(-1)
@@ -56,23 +55,26 @@ def measured(x: Tensor, measure: Measure) -> Tensor:
     return found
 
 
-def leave(padded: Tensor, width: int, measure: Measure) -> None:
-    """Measures (N, width + at least PAD_COLUMNS) and writes what is found behind the first `width` columns."""
-    behind(padded, width).copy_(measured(padded[:, :width], measure))
+def store_statistics(padded: Tensor, width: int, measure: Measure) -> None:
+    """Stores the statistics of `padded`, (N, width + at least PAD_COLUMNS), behind its first `width` columns."""
+    statistics_of(padded, width).copy_(row_statistics(padded[:, :width], measure))
 
 
-def behind(padded: Tensor, width: int) -> Tensor:
-    """(N, 2 PIECES) float32, a view of what was left behind the rows."""
+def statistics_of(padded: Tensor, width: int) -> Tensor:
+    """The stored statistics, a view: (N, 2 PIECES) float32."""
     return padded[:, width:].view(torch.float32)[:, : 2 * PIECES]
 
 
 def scales(found: Tensor, bound: Tensor | float) -> Tensor:
-    """(N, 2 PIECES) -> (N, 1) float32, of which neither the row nor bound · |row|₂ is more than `MOST`."""
-    largest = found[:, :PIECES].amax(1, keepdim=True).clamp_min(MOST * LEAST)
+    """Scales of rows: neither the row nor bound · |row|₂, divided by its scale, exceeds `E4M3_MAX`.
+
+    (N, 2 PIECES) -> (N, 1) float32.
+    """
+    largest = found[:, :PIECES].amax(1, keepdim=True).clamp_min(E4M3_MAX * MIN_SCALE)
     norm = found[:, PIECES:].sum(1, keepdim=True).sqrt()
-    return largest * PER_MOST * upward((norm * bound / largest).clamp_min(1.0))
+    return largest * INVERSE_E4M3_MAX * power_of_two_above((norm * bound / largest).clamp_min(1.0))
 
 
-def upward(v: Tensor) -> Tensor:
-    """The smallest powers of two that are not below v, positive normal float32."""
+def power_of_two_above(v: Tensor) -> Tensor:
+    """Smallest powers of two not below v; v is positive normal float32."""
     return ((v.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)

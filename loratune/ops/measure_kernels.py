@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, import-not-found, import-untyped"
-"""What `ops.measure` says, inside a Triton kernel."""
+"""Device functions of `ops.measure` for Triton kernels, and the launch arguments that kernels share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from loratune.ops import measure
 
 PIECES = tl.constexpr(measure.PIECES)
-MOST = tl.constexpr(measure.MOST)
-PER_MOST = tl.constexpr(measure.PER_MOST)
-LEAST = tl.constexpr(measure.LEAST)
+E4M3_MAX = tl.constexpr(measure.E4M3_MAX)
+INVERSE_E4M3_MAX = tl.constexpr(measure.INVERSE_E4M3_MAX)
+MIN_SCALE = tl.constexpr(measure.MIN_SCALE)
 
 
 def measure_arguments(asked: measure.Measure | None, unused: Tensor) -> tuple[Tensor, int]:
@@ -29,7 +29,7 @@ def warps(block: int) -> int:
 
 @triton.jit
 def scaled(value, scale_ptr, column, inside, SCALED: tl.constexpr):
-    """What is measured of a value that is stored; float32, zero outside."""
+    """Stored value times its column scale, float32; zero outside the mask."""
     value = value.to(tl.float32)
     if SCALED:
         value *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -37,8 +37,8 @@ def scaled(value, scale_ptr, column, inside, SCALED: tl.constexpr):
 
 
 @triton.jit
-def leave(behind_ptr, largest, squares, piece, pieces):
-    """Writes the numbers of one piece behind the row; the first piece also clears those that nobody writes."""
+def store_statistics(behind_ptr, largest, squares, piece, pieces):
+    """Stores the statistics of one piece behind the row. The first piece also clears the numbers of unused pieces."""
     found_ptr = behind_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     slot = tl.arange(0, PIECES)
     own = slot == piece
@@ -48,20 +48,20 @@ def leave(behind_ptr, largest, squares, piece, pieces):
 
 
 @triton.jit
-def upward(v):
-    """The smallest powers of two that are not below v."""
+def power_of_two_above(v):
+    """Smallest powers of two not below v."""
     return ((v.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scales(largest, squares, bound):
-    """The scales of rows."""
-    largest = tl.maximum(largest, MOST * LEAST)
+    """Scales of rows, as `ops.measure.scales`."""
+    largest = tl.maximum(largest, E4M3_MAX * MIN_SCALE)
     ratio = tl.div_rn(tl.sqrt_rn(squares) * bound, largest)
-    return largest * PER_MOST * upward(tl.maximum(ratio, 1.0))
+    return largest * INVERSE_E4M3_MAX * power_of_two_above(tl.maximum(ratio, 1.0))
 
 
 @triton.jit
 def one_over(scale):
-    """Rounded as PyTorch rounds."""
+    """1 / scale with IEEE rounding, as PyTorch divides."""
     return tl.div_rn(1.0, scale)

@@ -19,7 +19,7 @@ from torch import Tensor
 from loratune.ops.dispatch import unit_stride
 from loratune.ops.layer import IDENTITY, NormSpec
 from loratune.ops.measure import Measure
-from loratune.ops.measure_kernels import leave, measure_arguments, scaled, warps
+from loratune.ops.measure_kernels import measure_arguments, scaled, store_statistics, warps
 
 _KINDS = ("none", "rms", "layer")
 _LAYER = tl.constexpr(2)
@@ -142,7 +142,7 @@ def _norm(
         tl.store(out_ptr + column, out, mask=inside)
         if MEASURE > 0:
             value = scaled(out, out_ptr, column, inside, False)
-            leave(out_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
+            store_statistics(out_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
 
 
 def _launch_norm(
@@ -249,7 +249,7 @@ def _norm_backward(
     tl.store(d_x_ptr + column, d_x, mask=inside)
     if MEASURE > 0:
         value = scaled(d_x, scale_ptr, column, inside, MEASURE == 2)
-        leave(d_x_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
+        store_statistics(d_x_ptr + d, tl.max(tl.abs(value)), tl.sum(value * value), 0, 1)
     if OUT:
         out = _biased(weighted(unit, weight, kind, FORM), bias_ptr, column, d, FORM)
         tl.store(out_ptr + at, out.to(kind), mask=inside)

@@ -24,7 +24,7 @@ from torch import Tensor
 from loratune.ops.dispatch import unit_stride
 from loratune.ops.layer import HeadSpec
 from loratune.ops.measure import PIECES, Measure
-from loratune.ops.measure_kernels import leave, measure_arguments, scaled, warps
+from loratune.ops.measure_kernels import measure_arguments, scaled, store_statistics, warps
 from loratune.ops.norm_kernels import form_of, load_weight, weighted
 
 _PER_HEAD, _WHOLE = tl.constexpr(1), tl.constexpr(2)
@@ -303,7 +303,7 @@ def _rotate_backward(
         if REST > 0:
             c = scaled(c, scale_ptr, column + rest, behind, MEASURE == 2)
             largest, squares = tl.maximum(largest, tl.max(tl.abs(c))), squares + tl.sum(c * c)
-        leave(out_ptr + heads * DIM, largest, squares, tl.program_id(1), tl.num_programs(1))
+        store_statistics(out_ptr + heads * DIM, largest, squares, tl.program_id(1), tl.num_programs(1))
 
 
 def rotate_heads_backward(

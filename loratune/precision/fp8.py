@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from loratune.ops.frozen import DenseWeight, FrozenWeight
-from loratune.ops.measure import LEAST, PER_MOST, upward
+from loratune.ops.measure import INVERSE_E4M3_MAX, MIN_SCALE, power_of_two_above
 from loratune.ops.products import MatrixProduct, mm
 from loratune.precision.fp8_rows import E4M3, QuantisedRows, adapter_columns, product, quantise_rows, transposed
 
@@ -71,7 +71,8 @@ class Fp8Weight:
         """From a matrix, (d_out, d_in), whose shape `fits`."""
         largest = weight.abs().amax(1, keepdim=True).float()
         # A row of zeros has no scale of its own, and a scale far below the others would push B over it out of range.
-        scale = upward(largest.clamp_min(largest.max() * _SMALLEST_ROW) * PER_MOST).clamp_min(LEAST)
+        least = largest.clamp_min(largest.max() * _SMALLEST_ROW)
+        scale = power_of_two_above(least * INVERSE_E4M3_MAX).clamp_min(MIN_SCALE)
         values = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
         for part in range(0, weight.shape[0], _PART):  # the float32 copy is of a few rows at a time
             rows = slice(part, part + _PART)

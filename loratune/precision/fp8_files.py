@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import ModelError
-from loratune.ops.measure import LEAST
+from loratune.ops.measure import MIN_SCALE
 from loratune.precision.fp8 import Fp8Weight, fits
 from loratune.precision.fp8_rows import E4M3
 from loratune.precision.tensors import StoredTensor, set_frozen_form
@@ -93,7 +93,7 @@ class Scaled8:
         values, scale = self.values.to(device), self.scale.float().to(device)
         dense = _dense(values, scale, self.block, dtype or torch.float32, self.name)
         if self.take_over and _by_rows(scale, values.shape) and fits(values.shape):
-            each = scale.reshape(-1, 1).expand(values.shape[0], 1).clamp_min(LEAST).contiguous()
+            each = scale.reshape(-1, 1).expand(values.shape[0], 1).clamp_min(MIN_SCALE).contiguous()
             set_frozen_form(dense, Fp8Weight(values, each, dense.dtype))
         return dense
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from loratune.ops import measure, measure_kernels
 from loratune.ops.buffers import KernelBuffers
 from loratune.ops.low_rank_kernels import add_parts, split_count, through_registers, tile_rows
-from loratune.ops.measure_kernels import LEAST, PER_MOST, one_over, scales, upward
+from loratune.ops.measure_kernels import INVERSE_E4M3_MAX, MIN_SCALE, one_over, power_of_two_above, scales
 from loratune.precision.fp8_rows import E4M3, MARGIN, QuantisedRows, adapter_columns
 
 WARPS = 4
@@ -43,7 +43,7 @@ def _quantise(
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         x *= tl.load(columns_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x)) * PER_MOST, LEAST)
+    scale = tl.maximum(tl.max(tl.abs(x)) * INVERSE_E4M3_MAX, MIN_SCALE)
     tl.store(out_ptr + row * width + column, (x * one_over(scale)).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + row, scale)
 
@@ -70,7 +70,7 @@ def _measure(x_ptr, columns_ptr, found_ptr, width, stride, SCALED: tl.constexpr,
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0)
     x = measure_kernels.scaled(x, columns_ptr, column, inside, SCALED)
     behind_ptr = found_ptr + row * 2 * _MEASURED
-    measure_kernels.leave(behind_ptr, tl.max(tl.abs(x)), tl.sum(x * x), piece, tl.num_programs(1))
+    measure_kernels.store_statistics(behind_ptr, tl.max(tl.abs(x)), tl.sum(x * x), piece, tl.num_programs(1))
 
 
 def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
@@ -279,8 +279,8 @@ def _factors(table_ptr, found_ptr, BLOCK: tl.constexpr):
     first, ranks = tl.load(entry + 1), tl.load(entry + 2)
     rank = tl.arange(0, BLOCK)
     at, inside = found_ptr + (first + rank) * 4, rank < ranks
-    of_a = tl.maximum(upward(tl.max(tl.load(at, mask=inside, other=0.0)) * PER_MOST), LEAST)
-    of_b = tl.maximum(upward(tl.max(tl.load(at + 2, mask=inside, other=0.0)) * PER_MOST), 1.0)
+    of_a = tl.maximum(power_of_two_above(tl.max(tl.load(at, mask=inside, other=0.0)) * INVERSE_E4M3_MAX), MIN_SCALE)
+    of_b = tl.maximum(power_of_two_above(tl.max(tl.load(at + 2, mask=inside, other=0.0)) * INVERSE_E4M3_MAX), 1.0)
     tl.store(factors_ptr, of_b)
     tl.store(factors_ptr + 1, _MARGIN * of_b * tl.max(tl.load(at + 1, mask=inside, other=0.0)))
     tl.store(factors_ptr + 2, of_a)

@@ -27,7 +27,7 @@ from torch.nn.functional import linear, pad
 from loratune.ops import measure
 from loratune.ops.buffers import KernelBuffers
 from loratune.ops.dispatch import on_gpu, with_kernel
-from loratune.ops.measure import LEAST, PER_MOST, Measure, behind, scales, upward
+from loratune.ops.measure import INVERSE_E4M3_MAX, MIN_SCALE, Measure, power_of_two_above, scales, statistics_of
 
 E4M3 = torch.float8_e4m3fn
 MARGIN = 1.02
@@ -62,7 +62,7 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None) -> QuantisedRows:
         columns: (K,) float32 or bfloat16, a factor for each column.
     """
     wide = x.float() if columns is None else x.float() * columns.float()
-    scale = (wide.abs().amax(-1, keepdim=True) * PER_MOST).clamp_min(LEAST)
+    scale = (wide.abs().amax(-1, keepdim=True) * INVERSE_E4M3_MAX).clamp_min(MIN_SCALE)
     return QuantisedRows((wide * scale.reciprocal()).to(E4M3), scale)
 
 
@@ -80,14 +80,14 @@ def quantise_augmented(
     Returns: (N, K + adapter columns), the latter [hi, lo, hi] and zeros up to `adapter_columns(R)`; x thin, (N, R).
     """
     width = thin.shape[0]
-    found = behind(x, width) if x.shape[1] > width else measured_rows(x, columns)
+    found = statistics_of(x, width) if x.shape[1] > width else measured_rows(x, columns)
     return augment_rows(x[:, :width], found, thin, columns, factors, buffers)
 
 
 @with_kernel(_is_on_gpu, _KERNELS)
 def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
-    """`ops.measure.measured` for an x that no pass has measured."""
-    return measure.measured(x, Measure(columns))
+    """`ops.measure.row_statistics` for an x that no pass has measured."""
+    return measure.row_statistics(x, Measure(columns))
 
 
 @with_kernel(_is_on_gpu, _KERNELS)
@@ -124,8 +124,8 @@ def adapter_factors(lora_A: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
         behind dy.
     """
     a, b = lora_A.float(), lora_B.float() / scale
-    of_b, of_a = (upward(m.abs().amax() * PER_MOST) for m in (b, a))
-    of_b, of_a = of_b.clamp_min(1.0), of_a.clamp_min(LEAST)
+    of_b, of_a = (power_of_two_above(m.abs().amax() * INVERSE_E4M3_MAX) for m in (b, a))
+    of_b, of_a = of_b.clamp_min(1.0), of_a.clamp_min(MIN_SCALE)
     return torch.stack([of_b, MARGIN * of_b * a.norm(dim=1).max(), of_a, MARGIN * of_a * b.norm(dim=0).max()])
 
 

@@ -61,9 +61,9 @@ def test_a_quantised_row_and_its_low_rank_product_in_one_reading(tokens, width, 
         bound = over.norm(dim=0).max()
         numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8_rows.MARGIN * bound])
         asked = Measure(scale)
-        found = measure.measured(x, asked)
+        found = measure.row_statistics(x, asked)
         padded = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
-        measure.behind(padded, width).copy_(found)
+        measure.statistics_of(padded, width).copy_(found)
         rows, inner = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
         for _ in range(RUNS):
             again, same = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
@@ -112,8 +112,8 @@ def test_passes_leave_what_is_measured_in_what_they_wrote_and_write_what_they_di
         with_measure, without = (r if isinstance(r, tuple) else (r,) for r in (with_measure, without))
         for index, (a, b) in enumerate(zip(with_measure, without, strict=True)):
             assert torch.equal(a[:, :width_of] if index == at else a, b), function.__name__
-        found = measure.behind(with_measure[at], width_of)
-        expected = measure.measured(without[at], asked)
+        found = measure.statistics_of(with_measure[at], width_of)
+        expected = measure.row_statistics(without[at], asked)
         assert torch.equal(found[:, : measure.PIECES].amax(1), expected[:, 0]), function.__name__
         torch.testing.assert_close(found[:, measure.PIECES :].sum(1), expected[:, measure.PIECES], rtol=1e-5, atol=0)
 
@@ -251,7 +251,7 @@ def test_unmeasured_rows_of_any_width_are_measured_by_the_kernel():
         scale = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
         for columns in (None, scale):
             found = fp8_kernels.measured_rows(x, columns)
-            expected = measure.measured(x, Measure(columns))
+            expected = measure.row_statistics(x, Measure(columns))
             assert torch.equal(found[:, : measure.PIECES].amax(1), expected[:, 0])
             torch.testing.assert_close(
                 found[:, measure.PIECES :].sum(1), expected[:, measure.PIECES], rtol=1e-5, atol=0

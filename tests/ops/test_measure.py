@@ -1,4 +1,4 @@
-"""The scale of a row before its low-rank part is known: never too small, exact where it can be, and free."""
+"""Scale of a row from its maximum and norm: never too small, and as accurate as the exact maximum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import torch
 
 from loratune.ops import layer
 from loratune.ops.layer import IDENTITY, HeadSpec, NormSpec
-from loratune.ops.measure import LEAST, MOST, PAD_COLUMNS, PIECES, Measure, behind, measured, scales, upward
+from loratune.ops.measure import (
+    E4M3_MAX,
+    MIN_SCALE,
+    PAD_COLUMNS,
+    PIECES,
+    Measure,
+    power_of_two_above,
+    row_statistics,
+    scales,
+    statistics_of,
+)
 from loratune.precision.fp8 import Fp8Weight
 from loratune.precision.fp8_rows import E4M3, adapter_factors, quantise_augmented
 from tests.ops.twins import compare, needs_triton
@@ -17,25 +27,25 @@ def off(got, exact):
     return float((got.double() - exact.double()).norm() / exact.double().norm())
 
 
-def test_upward_gives_the_next_power_of_two():
+def test_the_next_power_of_two():
     v = torch.tensor([1.0, 1.0000001, 1.5, 2.0, 448.0, 2.0**-40, 3e-9])
-    assert torch.equal(upward(v), v.double().log2().ceil().exp2().float())
+    assert torch.equal(power_of_two_above(v), v.double().log2().ceil().exp2().float())
 
 
 def test_the_largest_element_is_one_that_8_bits_hold():
     x = torch.randn(50, 64) * torch.logspace(-8, 8, 50)[:, None]
-    found = measured(x, Measure())
+    found = row_statistics(x, Measure())
     for bound in (0.0, 0.3, 20.0):
         t = scales(found, bound)
-        assert bool((x.norm(dim=1, keepdim=True) * bound <= MOST * t * (1 + 1e-6)).all())
+        assert bool((x.norm(dim=1, keepdim=True) * bound <= E4M3_MAX * t * (1 + 1e-6)).all())
         top = (x / t).abs().amax(1).to(E4M3).float()
-        assert torch.equal(top, MOST / upward(MOST / top))
-    assert torch.equal(scales(measured(torch.zeros(2, 8), Measure()), 5.0), torch.full((2, 1), LEAST))
+        assert torch.equal(top, E4M3_MAX / power_of_two_above(E4M3_MAX / top))
+    assert torch.equal(scales(row_statistics(torch.zeros(2, 8), Measure()), 5.0), torch.full((2, 1), MIN_SCALE))
 
 
 @pytest.mark.parametrize("grown", [1.0, 30.0, 1e4])
 def test_nothing_saturates_even_where_x_points_along_a_row_of_A(grown):
-    """The worst there is, by Cauchy and Schwarz: x parallel to A_r. And both sides agree on it to 2^-8."""
+    """The worst case of Cauchy-Schwarz: x parallel to A_r. The pair of 8-bit columns holds low_rank to 2^-8."""
     torch.manual_seed(0)
     lora_A, lora_B = torch.randn(4, 1024) * grown / 32, torch.randn(1024, 4) * grown
     weight = Fp8Weight.quantised(torch.randn(1024, 1024) * 0.02)
@@ -47,7 +57,7 @@ def test_nothing_saturates_even_where_x_points_along_a_row_of_A(grown):
     ):
         rows, inner = quantise_augmented(x, thin, columns, two)
         hi, lo = rows.values.float()[:, 1024:1028], rows.values.float()[:, 1028:1032]
-        assert bool((rows.values.float().abs() < MOST * 1.001).all())
+        assert bool((rows.values.float().abs() < E4M3_MAX * 1.001).all())
         held = (hi + lo) * rows.scale / two[0]
         torch.testing.assert_close(held.diagonal(), inner.diagonal(), rtol=2.0**-8, atol=0)
 
@@ -55,8 +65,10 @@ def test_nothing_saturates_even_where_x_points_along_a_row_of_A(grown):
 @pytest.mark.parametrize("outlier", [1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("size", [0.0, 1e-2, 1.0])
 def test_the_bound_costs_the_products_nothing(outlier, size):
-    """Within a tenth of the error with the scale from the exact maximum of all that goes into the row; B of up to ten
-    times W's largest element, rows with and without outliers."""
+    """Within a tenth of the error with the exact maximum of the whole row, adapter columns included.
+
+    B is up to ten times the largest element of W; rows have outliers or none.
+    """
     torch.manual_seed(0)
     weight = Fp8Weight.quantised(torch.randn(1024, 4096) * 0.02)
     x = torch.randn(64, 4096)
@@ -64,7 +76,7 @@ def test_the_bound_costs_the_products_nothing(outlier, size):
     lora_A, lora_B = (torch.rand(16, 4096) * 2 - 1) / 64, torch.randn(1024, 16) * size
     numbers = adapter_factors(lora_A, lora_B, weight.scale)
     rows, inner = quantise_augmented(x, lora_A.T, None, numbers[:2])
-    largest = torch.maximum(x.abs().amax(1), (inner * numbers[0]).abs().amax(1))[:, None] / MOST
+    largest = torch.maximum(x.abs().amax(1), (inner * numbers[0]).abs().amax(1))[:, None] / E4M3_MAX
     exact = x.double() @ weight.dense().double().T
     ours = (rows.values[:, :4096].float() * rows.scale) @ weight.dense().T
     theirs = ((x / largest).to(E4M3).float() * largest) @ weight.dense().T
@@ -91,9 +103,9 @@ def test_passes_store_the_statistics_of_their_rows():
         (layer.rotate_heads_backward(*heads.split(rows), cos, sin, None, heads, PAD_COLUMNS, scaled), 96, scaled),
     ):
         assert padded.shape[1] == width + PAD_COLUMNS
-        found = behind(padded, width)
+        found = statistics_of(padded, width)
         assert found.shape[1] == 2 * PIECES
-        assert torch.equal(found, measured(padded[:, :width].contiguous(), measure))
+        assert torch.equal(found, row_statistics(padded[:, :width].contiguous(), measure))
 
 
 COMPARE = """
@@ -107,7 +119,7 @@ def half(*shape):
     return torch.randn(*shape).half()
 
 def check(got, width, asked):
-    found, expected = measure.behind(got, width), measure.measured(got[:, :width], asked)
+    found, expected = measure.statistics_of(got, width), measure.row_statistics(got[:, :width], asked)
     assert torch.equal(found[:, :measure.PIECES].amax(1), expected[:, 0])
     squares = found[:, measure.PIECES:].sum(1)
     torch.testing.assert_close(squares, expected[:, measure.PIECES], rtol=1e-5, atol=0)

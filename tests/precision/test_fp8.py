@@ -7,7 +7,7 @@ import torch
 
 from loratune.fused.ledger import LayerShape
 from loratune.ops.low_rank import gradients
-from loratune.ops.measure import MOST, PAD_COLUMNS
+from loratune.ops.measure import E4M3_MAX, PAD_COLUMNS
 from loratune.ops.projection import StackedAdapters
 from loratune.precision.fp8 import Fp8Weight, quantise_rows
 from loratune.precision.fp8_projection import Fp8Projection
@@ -31,7 +31,7 @@ def a_weight(d_out, d_in, seed=0):
 def test_every_element_is_within_half_a_step_and_the_largest_is_at_the_top():
     x = a_weight(20, 96)
     rows = quantise_rows(x)
-    assert torch.equal(rows.values.float().abs().amax(1), torch.full((20,), MOST))
+    assert torch.equal(rows.values.float().abs().amax(1), torch.full((20,), E4M3_MAX))
     smallest = 2.0**-6 * rows.scale  # below it e4m3's steps stop shrinking
     assert bool(((rows.dense(torch.float32) - x).abs() <= HALF_STEP * torch.maximum(x.abs(), smallest)).all())
 
@@ -105,7 +105,7 @@ def test_adapter_columns_have_the_precision_of_bfloat16(size, both_ways):
         (projection.forward(x)[0], (x @ lora_A.T) @ lora_B.T),
         (d_input(projection, dy), (dy @ lora_B) @ lora_A),
     ):
-        assert off(got, exact) < 2 * 2.0**-8 + 2.0**-10 / size * 0.02 / MOST * r
+        assert off(got, exact) < 2 * 2.0**-8 + 2.0**-10 / size * 0.02 / E4M3_MAX * r
 
 
 def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
@@ -183,10 +183,10 @@ for tall in (5, 1030):  # 1030: tiles of 64 rows
         rows = (x if scales is None else x / scales).half()
         across = (thin if scales is None else thin * scales[:, None]).half()
         padded = torch.nn.functional.pad(rows, (0, measure.PAD_COLUMNS))
-        measure.leave(padded, 96, measure.Measure(scales))
+        measure.store_statistics(padded, 96, measure.Measure(scales))
         for bound in (0.0, 3.0):
             numbers = torch.tensor([2.0, bound])
-            for found in (fp8_kernels.measured_rows(rows, scales), measure.behind(padded, 96)):
+            for found in (fp8_kernels.measured_rows(rows, scales), measure.statistics_of(padded, 96)):
                 expected, inner = fp8_rows.augment_rows(rows, found, across, scales, numbers)
                 (values, scale), got = fp8_kernels.augment_rows(padded[:, :96], found, across, scales, numbers)
                 assert torch.equal(scale, expected.scale)

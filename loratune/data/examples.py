@@ -345,7 +345,7 @@ def _example(source: str, ids: list[int], spans: list[tuple[int, int]]) -> Examp
 
 
 def _fit(example: Example, job: RenderJob, batch: Batch) -> None:
-    """Adds the example to the batch if it fits, or with truncate its beginning."""
+    """Adds the example to the batch. One that is too long is cut (truncate) or reported."""
     if job.max_tokens is not None and len(example) > job.max_tokens:
         if not job.truncate:
             batch.too_long.append((len(example), example.source))

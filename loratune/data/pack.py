@@ -89,7 +89,7 @@ def make_row(examples: Sequence[Example], capacity: int, pad_id: int) -> Row:
     """Joins documents to one row and pads it.
 
     Args:
-        examples: documents of together at most `capacity` tokens.
+        examples: documents with at most `capacity` tokens in total.
         capacity: T, tokens in the row.
         pad_id: any valid token id. No document attends to padding, and its weight is 0.
     """

@@ -1,12 +1,13 @@
-"""Log-probabilities of given tokens straight from hidden states, never tokens x vocabulary at once.
+"""Log-probabilities of given tokens from hidden states, without a tensor of tokens x vocabulary.
 
-The output head is the widest product of a language model: 8,192 tokens by a vocabulary of 152,000 are 2.3 GiB in
-bf16, and a softmax over them costs several such buffers. So the head runs in chunks of tokens, and because the
-log-probability of one token depends on that token's hidden state alone, its whole gradient is known during the
-forward: d logp / d h = J^T (W[target] - softmax(z) W), with J the derivative of the head's elementwise tail. It is
-kept (the size of the hidden states) and the backward is one multiplication by whatever gradient arrives. Any
-objective that is a function of log-probabilities therefore costs the head exactly two products, as little as
-fused cross-entropy losses need for the one objective they know.
+The output head is the widest product of a language model. The logits of 8,192 tokens over a vocabulary of 152,000 are
+2.3 GiB in bfloat16, and their softmax takes several such buffers. So the head runs in chunks of tokens. The
+log-probability of a token depends on its own hidden state alone, so its whole gradient is known in the forward:
+
+    d logp / d h = Jᵀ (W[target] - softmax(z) W)        J: derivative of the elementwise tail of the head
+
+The forward saves this gradient, which has the size of the hidden states. The backward multiplies it by the incoming
+gradient. Every objective on log-probabilities therefore costs the head two products, as a fused cross-entropy does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from loratune.ops.dispatch import on_gpu, wide, with_kernel
 from loratune.ops.products import MatrixProduct, mm
 
-MAX_CHUNK_ELEMENTS = 1 << 22  # logits held at once; 16 MiB in float32, small enough for a CPU's cache
+MAX_CHUNK_ELEMENTS = 1 << 22  # logits of one chunk; 16 MiB in float32, which fits a CPU's cache
 MAX_CHUNK_ELEMENTS_GPU = 1 << 26  # 128 MiB in bfloat16, or `MIN_CHUNK_ROWS` where a vocabulary is very large
 MIN_CHUNK_ROWS = 512  # enough to fill a product that is as wide as a vocabulary
 
@@ -75,7 +76,7 @@ def _half_on_gpu(logits: Tensor, *_: object) -> bool:
 
 @with_kernel(_half_on_gpu, "ops.logprobs_kernels")
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, whose place it may take."""
+    """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, which it may overwrite."""
     tail = _tail(wide(logits), scale, softcap)
     chosen = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_normaliser = tail.logsumexp(-1, keepdim=True)
@@ -97,7 +98,7 @@ def _on_gpu(
     logprobs: Tensor,
     gradient: Tensor | None,
 ) -> None:
-    """Fills `logprobs` and `gradient`; the same in chunks of equal size, each one kernel between two products."""
+    """Fills `logprobs` and `gradient` in chunks of equal size, each one kernel between two products."""
     step = chunk_rows(hidden.shape[0], weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
@@ -105,11 +106,11 @@ def _on_gpu(
         logprobs[rows], slope = logprobs_of(logits, targets[rows], scale, softcap)
         if gradient is not None:
             mm(slope, weight, out=gradient[rows])
-        del logits, slope  # or the next chunk would be made beside them
+        del logits, slope  # before the next chunk allocates its own
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows in one chunk on a GPU: all chunks of a step are of one size, but for the last."""
+    """Rows of a chunk on a GPU. All chunks of a step have one size, except the last."""
     most = max(MIN_CHUNK_ROWS, MAX_CHUNK_ELEMENTS_GPU // vocabulary)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
@@ -130,11 +131,11 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for indices that do not repeat, whose gradient is therefore a copy and needs no sorting.
+    """x[index] for unique indices. Its gradient is then a copy, without the sort that repeated indices need.
 
     Args:
         x: (T, d).
-        index: (N,) int64 from 0 to T; T, which may repeat, is a blank: any row, without a gradient.
+        index: (N,) int64 from 0 to T. T marks padding and may repeat: any row, without a gradient.
     """
     taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
@@ -154,11 +155,11 @@ def token_logprobs(
     `tail(z)` is `scale * z`, and with a soft cap `softcap * tanh(scale * z / softcap)` (Gemma 2).
 
     Args:
-        hidden: (N, d), the hidden states that are to predict; leave out those nobody asks about.
-        head: the output head, (..., d) -> (..., V). A frozen `nn.Linear` takes the two-product path; anything else,
-            such as a head with an adapter, runs chunk by chunk under activation checkpointing.
+        hidden: (N, d), hidden states of trained positions only.
+        head: the output head, (..., d) -> (..., V). A frozen `nn.Linear` takes the path of two products. Other heads,
+            such as one with an adapter, run chunk by chunk under activation checkpointing.
         targets: (N,) int64, 0 <= target < V.
-        scale: dimensionless factor on the logits.
+        scale: factor of the logits, dimensionless.
         softcap: bound of the logits, or None.
         mm: the product of matrices; a forward passes its chosen kernels (`ops.products`).
 
@@ -186,7 +187,7 @@ def token_logprobs(
 
 
 def _tail(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The elementwise end of a head, in place on freshly made logits."""
+    """The elementwise tail of a head."""
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

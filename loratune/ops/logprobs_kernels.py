@@ -21,12 +21,16 @@ def _logprobs_of(
     LANES: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """One program, one row. Each of its lanes has `EACH` neighbours at once, so that what it has summed is brought to
-    a new maximum once for all of them: exponentials take as long here as memory does."""
+    """log p(target) of a row of logits, and its gradient in place of the logits.
+
+    One program takes a row. A first loop finds the normaliser with a running maximum, a second writes the gradient.
+    Each of LANES lanes keeps its own maximum for EACH neighbouring logits and rescales its sum once for all of them,
+    because exponentials are as much of a bound here as memory. Moves 6 bytes for each logit.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary
     target = tl.load(targets_ptr + row)
-    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale  # before the gradient takes its place
+    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale  # before the gradient overwrites it
     if CAP:
         chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
     column = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None]
@@ -55,7 +59,7 @@ def _logprobs_of(
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """As `ops.logprobs.logprobs_of`; the gradient takes the place of the logits."""
+    """As `ops.logprobs.logprobs_of`; the gradient overwrites the logits."""
     logprobs = torch.empty(logits.shape[0], device=logits.device)
     lanes = min(4096, max(32, triton.next_power_of_2(logits.shape[1]) // 8))
     _logprobs_of[(logits.shape[0],)](

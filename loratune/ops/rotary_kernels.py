@@ -7,7 +7,7 @@ values into rows for the projection. Terms used here:
     slot    a head's place in memory within its token's row
     head    its number in the order queries, keys, values; equal to the slot unless heads are grouped
     pair    two elements rotated together: tiles `a` and `b` hold the first and the second elements of all pairs,
-            tile `c` the elements behind `rotary_dim`
+            tile `c` the elements from `rotary_dim` on
 
 Sizes that are not powers of two are masked.
 """
@@ -39,7 +39,7 @@ class _Pairs(NamedTuple):
     HALF: int
     """PAIRS, rounded up to a power of two."""
     REST: int
-    """Elements behind the pairs, rounded up to a power of two; 0 for none."""
+    """Elements after the pairs, rounded up to a power of two; 0 for none."""
     ROTATE: bool
     INTERLEAVED: bool
     EACH: int
@@ -68,7 +68,7 @@ def _pairs_of(heads: HeadSpec) -> _Pairs:
 
 def _sizes(heads: HeadSpec, slots: int, block: int, measured: bool) -> tuple[int, dict[str, int]]:
     """Programs for each token, their slots (`block`, or more where a norm or a measure wants it) and their warps."""
-    if measured:  # as many programs as leave a measure each
+    if measured:  # a row has space for the statistics of PIECES programs
         block = max(block, triton.next_power_of_2(triton.cdiv(slots, PIECES)))
     if heads.norm is not None and heads.whole_width:
         block = triton.next_power_of_2(slots)
@@ -216,7 +216,7 @@ def _through_norm(
     a, b, c, x_ptr, weight_ptr, first, second, rest, inside, behind, head, queries, keys, eps, offset,
     DIM: tl.constexpr, REST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of heads before their norm, from the gradients behind it; pointers are those of the heads."""
+    """Gradients of heads before their norm, from gradients after it; pointers point at the heads of the tile."""
     normed = inside & (head < queries + keys)
     x_a = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
     x_b = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)

@@ -65,7 +65,7 @@ def test_bf16_is_as_good_as_autograd_in_bf16(case):
     assert errors[0] <= 2 * errors[1]
 
 
-def test_no_gradient_is_made_when_none_is_asked_for(case):
+def test_without_autograd_no_gradient_is_computed(case):
     hidden, head, targets = case
     with torch.no_grad():
         got = token_logprobs(hidden, head, targets)

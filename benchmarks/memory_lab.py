@@ -18,7 +18,7 @@ from loratune.errors import TrainingError
 from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.memory.budget import CONTEXT, RowSetting
-from loratune.memory.survey import ModelSurvey, ranks_of, survey
+from loratune.memory.survey import ModelSurvey, survey, trained_in
 from loratune.ops.host import is_mapped
 from loratune.training.graph import GraphStep
 from loratune.training.optim import FusedAdamW, adamw, masters_on_host, set_rate
@@ -60,7 +60,7 @@ def surveyed(forward: PackedForward) -> ModelSurvey:
     """Prepares the forward as `memory.fit` does."""
     model = forward.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return survey(model, ranks_of(model), trainable, "auto", model.dtype, on_gpu=True)
+    return survey(model, trained_in(model), trainable, fit=forward.fused)
 
 
 def cap_at(gib: float) -> None:

@@ -16,9 +16,8 @@ from loratune.box import TASKS, data_file
 from loratune.config import DataConfig, LoraConfig, TrainConfig
 from loratune.data.feed import rows_of_epoch
 from loratune.lora.inject import attach
-from loratune.many.capacity import free_bytes
 from loratune.memory.budget import RowSetting, choose, largest
-from loratune.memory.devices import named
+from loratune.memory.devices import free_bytes, named
 from loratune.memory.survey import ModelSurvey
 from loratune.runs.run import dataset_of
 from loratune.training.course import Rows, StepDone

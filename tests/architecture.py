@@ -32,8 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fused",),
     ("base",),
     ("training",),
-    ("many",),
     ("memory",),
+    ("many",),
     ("infer",),
     ("adapters",),
     ("export",),
@@ -47,8 +47,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Packages and top-level modules from the lowest to the highest. A module imports from its own layer or lower ones.
 
 `data` is low because records and rows do not depend on models. `precision` is below `lora`, since an adapter layer
-asks the frozen weight for its products. `training` is below `many`, which applies the same step to a bank, and below
-`memory`, which verifies a plan by a real training step. `demo` is above `screen`, which shows its progress.
+asks the frozen weight for its products. `training` is below `memory`, which verifies a plan by a real training step,
+and below `many`, which applies the same step to a bank. `many` asks `memory` for the free bytes. `demo` is above
+`screen`, which shows its progress.
 """
 
 TABLES = (NAME, f"{NAME}.tables", f"{NAME}.cli.dispatch")

@@ -17,16 +17,14 @@ from tests.architecture import CHECKS, Package, Violation
 ROOT = Path(__file__).parent.parent
 
 ALLOWED = {
+    "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction": "set by --memory, restored afterwards",
     "loratune.globals() is changed": "the package keeps a public name that it has imported on first use (PEP 562)",
     "loratune.ops.attention.flash._package is cached": "a module is imported once per process, and so is its failure",
     "loratune.ops.products._library is cached": "the handle of a library that PyTorch has loaded into the process",
     "loratune.hub.find is cached": "the hub is asked once per name; without a network each question takes seconds",
 }
 
-KNOWN: set[str] = {
-    "loratune.memory.budget._layer is cached",
-    "loratune.memory.fit uses torch.cuda.set_per_process_memory_fraction",
-}
+KNOWN: set[str] = set()
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+
+from loratune.memory.devices import free_bytes
 
 _SATURATED = {"cpu": 2048, "cuda": 4096}
 """Tokens in a row beyond which the base's products do not get faster per token."""
@@ -41,15 +40,3 @@ def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) ->
     width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     free = free_bytes(model.device) - 17 * tokens * width * layers * model.dtype.itemsize
     return max(1, min(len(sizes), int(0.9 * free) // (18 * max(sizes))))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU. On a CPU, the available memory that Linux reports, elsewhere half of all memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        if available is not None:
-            return int(available[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

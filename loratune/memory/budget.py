@@ -1,31 +1,32 @@
-"""How much memory a run will take at its highest, by cause, how fast it will be, and what to keep so that it fits.
+"""Peak memory of a run by cause, its speed, and the fastest plan of activations that fits.
 
-Everything in a run is of one shape, so its memory is arithmetic: weights, adapters, optimizer state and a row's
-buffers are there all the time; activations grow layer by layer to the head and shrink on the way back, while the
-gradients of the adapters grow. `peak` walks along that line with the ledger of one layer (`fused.ledger`) and takes
-the highest sum. It is never to be below what is measured: `_SLACK` covers what the ledger leaves out.
+Every row of a run has the same shape, so its memory is arithmetic. Weights, adapters, optimizer state and the buffers
+of a row are always there. Activations grow layer by layer up to the head and shrink on the way back, while the
+gradients of the adapters grow. `peak` follows that line with the bytes of each layer (`memory.ledger`) and takes the
+highest sum. It must never be below a measured peak: `_SLACK` covers whatever the ledger does not count.
 
-Speed is less exact: the arithmetic of the frozen products at the rate that they reach on the device, attention, and
-passes over memory. It is there to rank plans, and to say whether a run takes an hour or a day.
+Speed is less exact: the arithmetic of the frozen products at the rate that a device reaches, attention, and passes
+over memory. It ranks plans, and tells a run of an hour from one of a day.
 
-`choose` takes the fastest plan that fits. Plans differ in what they compute twice, so of two that fit the one that
-keeps more is the faster; between policies the frontier is filled by giving the first layers the frugal one.
+`choose` takes the fastest plan that fits. Plans differ in the work that they do twice, so of two plans the one that
+saves more is faster. Between two levels, the first layers get the frugal one.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from loratune.fused.ledger import Footprint, footprint, rounded
 from loratune.fused.policy import TILE, ActivationPlan, Level, tiles
 from loratune.memory.devices import DeviceSpec
+from loratune.memory.ledger import LayerBytes, LayerRun, LayerWidths
 from loratune.memory.simulate import SimulatedBytes
 from loratune.memory.survey import ModelSurvey
 from loratune.ops.logprobs import chunk_rows
+from loratune.ops.meter import rounded
 from loratune.precision.contract import weight_format
 
 _MIB = 1 << 20
@@ -33,43 +34,43 @@ CONTEXT = 520 * _MIB
 """CUDA's context, kernels and libraries, outside of PyTorch's allocator."""
 _WORKSPACES = 2 * 32 * _MIB
 """cuBLAS: one for the thread of the forward and one for that of the backward. A recording has its own, and those of
-eager work are let go of before it (`training.graph`)."""
+eager work are freed before it is made (`training.graph`)."""
 _SLACK = 0.015
-"""Share of the peak that is added for what the ledger does not know."""
+"""Share of the peak added for everything that the ledger does not count."""
 _FRAGMENTS = 0.06
 """Share of the activations that the allocator holds and cannot use."""
 _LOOSE = 0.08
-"""The same where activations are counted and not told by a ledger: kernels may take memory of their own."""
+"""The same for layers that run as modules: their kernels may take memory of their own."""
 _HOLES = 320 * _MIB
-"""What the allocator holds beside that, whatever the size of the run: pages of 20 MiB that are in use in part, on
-either side of a recording. While one is made, the allocator cannot give back pages as it does elsewhere."""
-Family = Callable[[int], ActivationPlan]
-"""Number of frugal layers to a plan."""
+"""Held by the allocator whatever the size of the run: pages of 20 MiB that are partly used, on either side of a
+recording. While one is made, the allocator cannot give pages back as it does elsewhere."""
+PlanFamily = Callable[[int], ActivationPlan]
+"""Number of frugal layers -> a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
 
 
 @dataclass(frozen=True)
 class RowSetting:
-    """What a run sees at a time, apart from its plan."""
+    """The rows of a step and the optimizer, apart from the plan."""
 
     tokens: int
     """In a row."""
     rows: int = 1
     """In a step, one after the other."""
     optimizer_bytes: float = 8.0
-    """State for each trained parameter."""
+    """State of each trained parameter."""
     even: bool = False
-    """All documents of a row are of one length. Otherwise a row is taken to hold one for each 128 tokens."""
+    """All documents of a row have the same length. Otherwise a row is assumed to hold one for each 128 tokens."""
 
     @property
     def documents(self) -> int:
-        """As in `fused.ledger.footprint`; a recording is made for a power of two (`training.graph`)."""
+        """Documents of different lengths, a power of two as recordings have it; 0 if the documents are even."""
         return 0 if self.even else 1 << (max(2, self.tokens // 128) - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Memory of the device at its highest, by cause."""
+    """Memory of the device at the highest moment, by cause, in bytes."""
 
     base: int
     adapters: int
@@ -77,11 +78,11 @@ class PeakMemory:
     gradients: int
     optimizer: int
     kept: int
-    """Activations from the forward to the backward, at the highest moment."""
+    """Activations saved for the backward."""
     temporary: int
-    """What lives for a moment then: the widest products and their gradients, the head, a row's buffers."""
+    """Short-lived: the widest products and their gradients, the head, the buffers of a row."""
     slack: int
-    """What the allocator holds and nobody uses, and what is not known."""
+    """Held by the allocator without use, and uncertainty."""
     context: int
 
     @property
@@ -91,13 +92,13 @@ class PeakMemory:
 
     @property
     def total(self) -> int:
-        """Of the device, as other programs see it."""
+        """Memory of the device as other programs see it."""
         named = self.base + self.adapters + self.gradients + self.optimizer + self.kept + self.temporary
         return named + self.slack + self.context
 
 
 def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> PeakMemory:
-    """The highest moment of a run on a GPU with fused layers."""
+    """The highest moment of a run on a GPU whose layers run fused."""
     moments = list(_moments(survey, setting, plan))
     gradients, kept, temporary = max(moments, key=sum)
     if setting.rows > 1:
@@ -107,14 +108,14 @@ def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Peak
     base = survey.base_bytes - (survey.embedding_bytes if plan.embeddings_on_host else 0)
     buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
     temporary += buffers + _WORKSPACES
+    copies = survey.copies_bytes(hold_transposed=False)
     if plan.both_ways:
-        assert survey.shape is not None
-        base += survey.layers * survey.shape.bytes_both_ways
-    fixed = base + masters + survey.copies_bytes + optimizer
+        base += survey.copies_bytes(hold_transposed=True) - copies
+    fixed = base + masters + copies + optimizer
     slack = _HOLES + int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
     return PeakMemory(
         base=base,
-        adapters=masters + survey.copies_bytes,
+        adapters=masters + copies,
         gradients=gradients,
         optimizer=optimizer,
         kept=kept,
@@ -151,87 +152,100 @@ def peak_of_modules(
 
 
 def _moments(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Iterator[tuple[int, int, int]]:
-    """(gradients, kept, temporary) along one row, wherever the sum may be highest."""
-    assert survey.shape is not None
+    """(gradients, saved, temporary) along one row, wherever the sum may be highest."""
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
-    layers = [_layer(survey, setting, level, plan.tile, plan.both_ways) for level in plan.levels]
-    below, leaving = 0, [0, 0]  # of the two layers before, see `ops.host`
+    layers = _layers(survey, setting, plan)
+    below, leaving = 0, [0, 0]  # bytes of the last two layers that `ops.host` is still copying out
     for layer in layers:
         yield 0, below, layer.forward + stream + sum(leaving)
-        below += layer.kept
+        below += layer.saved
         leaving = [leaving[1], layer.away]
     chunk = chunk_rows(setting.tokens, survey.vocabulary) * survey.vocabulary * survey.element_bytes
     yield 0, below, 4 * stream + sum(leaving) + rounded(chunk)
     yield 0, below, 6 * stream + sum(leaving)
     gradients = 0
     for index, layer in reversed(list(enumerate(layers))):
-        below -= layer.kept
+        below -= layer.saved
         coming = layers[index - 1].away if index else 0
-        yield gradients, below + layer.kept, layer.backward - layer.kept + coming
+        yield gradients, below + layer.saved, layer.backward - layer.saved + coming
         gradients += 4 * survey.layer_trainable
         yield gradients, below, 2 * stream
 
 
-@functools.lru_cache(maxsize=256)
-def _layer(survey: ModelSurvey, setting: RowSetting, level: Level, tile: int, both_ways: bool = False) -> Footprint:
-    assert survey.shape is not None
-    return footprint(replace(survey.shape, both_ways=both_ways), setting.tokens, level, tile, setting.documents)
+def _layers(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> list[LayerBytes]:
+    """Bytes of each layer under the plan. Levels that save gate and up have one tile, whatever the plan says."""
+
+    def run(level: Level) -> LayerRun:
+        tile = max(setting.tokens, TILE) if level.keeps_gate_up else min(plan.tile, max(setting.tokens, 1))
+        return LayerRun(setting.tokens, setting.documents, level, tile, plan.both_ways)
+
+    return [ledger(run(level)) for ledger, level in zip(survey.ledgers, plan.levels, strict=True)]
 
 
 def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
-    """One optimizer step; 0 where the device's rates are not known. `setting.tokens` are taken as one document."""
-    if device.flops == 0 or survey.shape is None:
+    """Seconds of one optimizer step; 0 where the device's rates are unknown. A row is taken as one document."""
+    if device.flops == 0 or not survey.ledgers:
         return 0.0
-    shape, tokens, cost = survey.shape, setting.tokens, weight_format(survey.quantised).cost
+    widths, tokens, cost = survey.ledgers[0].widths, setting.tokens, weight_format(survey.quantised).cost
     forward = 2.0 * tokens * survey.layer_elements
-    attention = 2.0 * tokens * min(tokens, 4096) * shape.query / 2
-    passes = tokens * survey.element_bytes * (14 * shape.width + 4 * shape.heads + 8 * shape.mlp)
+    attention = 2.0 * tokens * min(tokens, 4096) * widths.query / 2
+    columns = 14 * widths.stream + 4 * widths.heads + 2 * widths.up + 4 * widths.mlp
+    passes = tokens * survey.element_bytes * columns
     unpacking = cost.unpack * survey.layer_elements / device.bytes_per_second
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
     if not plan.both_ways:
         once += cost.transpose * survey.layer_elements / device.bytes_per_second
-    # Each further tile reads (and unpacks) the MLP's weights again: three forward, two recomputed, three backward.
-    mlp = 8 * shape.mlp * shape.width * (survey.element_bytes + cost.unpack)
+    # Each further tile reads, and unpacks, the MLP's weights again: in the forward, in the recomputation of the first
+    # projection, and in the backward.
+    mlp = (2 * widths.mlp_elements + widths.up * widths.stream) * (survey.element_bytes + cost.unpack)
     tiling = (len(tiles(tokens, plan.tile)) - 1) * mlp / device.bytes_per_second
     total = crossing = 0.0
-    for level in plan.levels:
-        again = _again(survey, level)
+    for level, layer in zip(plan.levels, _layers(survey, setting, plan), strict=True):
+        again = _again(widths, level)
         total += once + tokens * again / device.flops + 1.05 * unpacking * again / (2.0 * survey.layer_elements)
         if not level.keeps_gate_up:
             total += tiling
         if level >= Level.FULL:
             total += 2 * attention / device.flops
-        crossing += _layer(survey, setting, level, plan.tile, plan.both_ways).away / (
-            device.host_bytes_per_second or 1.0
-        )
-    # Copies hide behind the forward, a third of what a step computes once, as far as they fit there.
+        crossing += layer.away / (device.host_bytes_per_second or 1.0)
+    # Copies hide behind the forward, a third of the work that a step does once, as far as they fit there.
     total += max(0.0, crossing - 0.9 * survey.layers * once / 3) + 0.02 * crossing
-    head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
+    return setting.rows * (total + _head_seconds(survey, setting, plan, device)) + _update(
+        survey, setting, plan, device
+    )
+
+
+def _head_seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
+    """The head of one row, and its embeddings if these are on the host."""
+    head = 4.0 * setting.tokens * survey.width * survey.vocabulary / device.flops
+    if plan.embeddings_on_host:
+        head += setting.tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
+    return head
+
+
+def _update(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
+    """The optimizer, and a millisecond for everything that does not depend on sizes."""
     update = 30 * survey.trainable / device.bytes_per_second
     if plan.optimizer_on_host:
         update = (24 + 4 * setting.rows) * survey.trainable / device.host_bytes_per_second
-    if plan.embeddings_on_host:
-        head += tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
-    return setting.rows * (total + head) + update + 1e-3
+    return update + 1e-3
 
 
-def _again(survey: ModelSurvey, level: Level) -> float:
-    """Multiplications and additions a token that a layer does once more."""
-    shape = survey.shape
-    assert shape is not None
+def _again(widths: LayerWidths, level: Level) -> float:
+    """Multiplications and additions per token that a layer does a second time."""
     products = 0
     if not level.keeps_gate_up:
-        products += 2 * shape.mlp * shape.width
+        products += widths.up * widths.stream
     if not level.keeps_heads:
-        products += shape.heads * shape.width
+        products += widths.heads * widths.stream
     if not level.keeps_attended:
-        products += shape.query * shape.width
+        products += widths.query * widths.stream
     return 2.0 * products
 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan, what it takes and how long."""
+    """A plan with its memory and speed."""
 
     plan: ActivationPlan
     bytes: PeakMemory
@@ -240,8 +254,8 @@ class PlanChoice:
 
 
 def host_bytes(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> int:
-    """What waits in the host's memory, pinned."""
-    waiting = sum(_layer(survey, setting, level, plan.tile).away for level in plan.levels)
+    """Pinned host memory: activations, and whatever else the plan moves to the host."""
+    waiting = sum(layer.away for layer in _layers(survey, setting, plan))
     embeddings = survey.embedding_bytes if plan.embeddings_on_host else 0
     return waiting + embeddings + (int((4 + setting.optimizer_bytes) * survey.trainable) * plan.optimizer_on_host)
 
@@ -249,43 +263,47 @@ def host_bytes(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -
 def choose(
     survey: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int, host_limit: int | None = None
 ) -> PlanChoice | None:
-    """The fastest plan whose total is within `limit` bytes; None if even the most frugal is not.
+    """The fastest plan whose total is within `limit` bytes; None if even the most frugal plan takes more.
 
     Args:
-        host_limit: bytes of the host's memory that may be pinned; None for any number.
+        host_limit: bytes of host memory that may be pinned; None for any number.
     """
     best: PlanChoice | None = None
     ways = (True, False) if weight_format(survey.quantised).holds_transposed else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
-        for family, both_ways in itertools.product(_families(survey.layers), ways):
-
-            def plan_of(first: int, family: Family = family, both_ways: bool = both_ways) -> ActivationPlan:
-                plan = replace(family(first), both_ways=both_ways)
-                return replace(plan, embeddings_on_host=embeddings, optimizer_on_host=optimizer)  # noqa: B023
-
-            def fits(first: int, plan_of: Callable[[int], ActivationPlan] = plan_of) -> bool:
-                return peak(survey, setting, plan_of(first)).total <= limit
-
-            # The fewer layers are frugal the faster, and the more memory it takes: the fewest that fit.
-            first = bisect_left(range(survey.layers), True, key=fits)
-            plan = plan_of(first)
-            needed = peak(survey, setting, plan)
-            if needed.total > limit:
-                continue
-            if host_limit is not None and host_bytes(survey, setting, plan) > host_limit:
-                continue  # and so it is with more frugal layers, of which more waits on the host
-            found = PlanChoice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
-            if best is None or (found.seconds, needed.total) < (best.seconds, best.bytes.total):
-                best = found
+        for both_ways in ways:
+            extras = _Extras(embeddings, optimizer, both_ways)
+            for family in _families(survey.layers):
+                found = _best_of(survey, setting, device, limit, functools.partial(_with_extras, family, extras))
+                if found is None:
+                    continue
+                if host_limit is not None and host_bytes(survey, setting, found.plan) > host_limit:
+                    continue  # with more frugal layers even more bytes would go to the host
+                if best is None or (found.seconds, found.bytes.total) < (best.seconds, best.bytes.total):
+                    best = found
+                if set(found.plan.levels) == {Level.NONE}:
+                    break  # everything is saved, so no other family is faster
         if best is not None and not best.plan.levels[0].on_host:
             break
     return best
 
 
+class _Extras(NamedTuple):
+    """The fields of a plan that do not depend on layers."""
+
+    embeddings_on_host: bool
+    optimizer_on_host: bool
+    both_ways: bool
+
+
+def _with_extras(family: PlanFamily, extras: _Extras, first: int) -> ActivationPlan:
+    return replace(family(first), **extras._asdict())
+
+
 def largest(
     survey: ModelSurvey, device: DeviceSpec, limit: int, host_limit: int | None = None, step: int = 256
 ) -> tuple[int, PlanChoice] | None:
-    """The longest document, a multiple of `step` tokens, that is estimated to fit into one row, and its plan.
+    """The longest document, a multiple of `step` tokens, whose row is estimated to fit, and the plan for it.
 
     Returns: None if not even `step` tokens fit.
     """
@@ -304,15 +322,28 @@ def largest(
     return count * step, choice
 
 
+def _best_of(
+    survey: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int, plan_of: PlanFamily
+) -> PlanChoice | None:
+    """The plan of a family with the fewest frugal layers that fits: fewer are faster and take more memory."""
+    first = bisect_left(range(survey.layers), True, key=lambda n: peak(survey, setting, plan_of(n)).total <= limit)
+    plan = plan_of(first)
+    needed = peak(survey, setting, plan)
+    if needed.total > limit:
+        return None
+    return PlanChoice(plan, needed, seconds(survey, setting, plan, device) or _recomputed(survey, plan))
+
+
 def _recomputed(survey: ModelSurvey, plan: ActivationPlan) -> float:
-    """A stand-in for time where rates are unknown: only the order matters."""
-    return sum(_again(survey, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
+    """Replaces the time where rates are unknown: only the order of plans counts."""
+    widths = survey.ledgers[0].widths
+    return sum(_again(widths, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
 
 
-def _families(layers: int) -> Iterator[Family]:
-    """Ways to fill the frontier: a frugal level for the first so many layers, a more generous one for the rest.
+def _families(layers: int) -> Iterator[PlanFamily]:
+    """Families of plans: a frugal level for the first layers, a more generous level for the rest.
 
-    The host's link is idle for half of a step of staged layers, so some of these may send their heads as well.
+    The link to the host is idle for half of a step of staged layers, so some of these may send their heads as well.
     """
     for tile in _TILES:
         for frugal in Level:

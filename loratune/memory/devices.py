@@ -1,14 +1,16 @@
-"""What a device can do, for estimates of speed: rates that products, memory and the host link reach in practice.
+"""Accelerators and their rates, for estimates of speed, and the free memory of a device.
 
 A step of LoRA is mostly frozen products, so its time is their arithmetic over a rate, plus traffic over a bandwidth.
-The rates here are those *reached* by large products and copies, not those of data sheets: measured for the H200
-(benchmarks/NOTES.md), for other devices the data sheet's figure times the share that the H200 reaches of its own.
-Estimates of memory do not depend on this file.
+Rates here are *reached* by large products and copies: measured on an H200 (docs/lab), and for other devices the data
+sheet's figure times the share that the H200 reaches of its own. Estimates of memory do not use the rates.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,13 +28,13 @@ class DeviceSpec:
 
     name: str
     memory_bytes: int
-    """What programs can allocate in all."""
+    """Memory that programs can allocate in all."""
     flops: float
-    """Multiplications and additions a second in bf16 products; 0 if unknown."""
+    """Multiplications and additions per second in bf16 products; 0 if unknown."""
     bytes_per_second: float
-    """Read and written, by passes over memory."""
+    """Reads and writes of passes over memory."""
     host_bytes_per_second: float
-    """Copied to or from pinned host memory, each way."""
+    """Copies to or from pinned host memory, each way."""
 
 
 def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> DeviceSpec:
@@ -56,9 +58,9 @@ _KNOWN = (
 
 
 def named(text: str) -> DeviceSpec:
-    """A device by a part of its name ("H100", "rtx 4090"), or of nothing but a size ("24GiB").
+    """A device by part of its name ("H100", "rtx 4090"), or by its size alone ("24GiB").
 
-    Raises: ConfigError: neither a size nor a name that is known.
+    Raises: ConfigError: neither a size nor a known name.
     """
     words = text.lower().split()
     found = [device for device in _KNOWN if all(word in device.name.lower() for word in words)]
@@ -74,7 +76,7 @@ def named(text: str) -> DeviceSpec:
 
 
 def present(device: torch.device) -> DeviceSpec:
-    """The device at hand, with its free and our own memory; rates as of the known device of that name."""
+    """This device, with its free memory and that of this process; rates of the known device with its name."""
     if device.type != "cuda":
         return DeviceSpec("CPU", 0, 0.0, 0.0, 0.0)
     name = torch.cuda.get_device_name(device)
@@ -89,3 +91,15 @@ def present(device: torch.device) -> DeviceSpec:
 def at_hand() -> DeviceSpec:
     """The first GPU, or the CPU."""
     return present(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU. On a CPU, the available memory that Linux reports, elsewhere half of all memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        if available is not None:
+            return int(available[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

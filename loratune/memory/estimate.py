@@ -1,11 +1,10 @@
-"""What a run will need, from the model's configuration alone: bytes by cause, speed, and what would make it fit.
+"""Memory and speed of a run, from the model's configuration alone, and the settings that would make it fit.
 
-The model is built on PyTorch's "meta" device, where tensors have shapes and no data, so nothing is downloaded but a
-configuration, and a model of 70 billion parameters takes a second. The adapter is selected on it as on the real one,
-and `memory.budget` does the arithmetic; before training the same code looks at the model in memory.
+The model is built on PyTorch's "meta" device, where tensors have shapes and no data. Nothing but a configuration is
+downloaded, and a model of 70 billion parameters takes a second. The adapter is selected on it as on the real model,
+and `memory.budget` does the arithmetic. Before training the same code reads the model in memory.
 
-What does not fit comes with the changes that would make it fit, each computed and not guessed, in the order of what
-they cost in speed.
+A run that does not fit comes with settings that would make it fit. Each is computed, and the fastest comes first.
 """
 
 from __future__ import annotations
@@ -18,20 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from loratune import hub
 from loratune.base import load as base
 from loratune.config import LoraConfig, Precision
 from loratune.errors import ModelError
+from loratune.fused.fit import recipe_fits
 from loratune.fused.policy import TILE, ActivationPlan, Level
-from loratune.lora.inject import attach
+from loratune.lora.build import build
+from loratune.lora.inject import add, attach
 from loratune.lora.select import select
 from loratune.memory.budget import PeakMemory, PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds
 from loratune.memory.devices import DeviceSpec
 from loratune.memory.simulate import simulate, without_data
-from loratune.memory.survey import ModelSurvey, survey
-from loratune.precision.contract import smallest_format
+from loratune.memory.survey import LayerCopy, ModelSurvey, survey, without_values
+from loratune.precision.contract import smallest_format, weight_format
+from loratune.precision.linear import quantise_linears
+from loratune.tables import PRECISIONS
 
 _POLICIES = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
 
@@ -49,7 +53,7 @@ class EstimateRequest:
 
 @dataclass(frozen=True)
 class SuggestedChange:
-    """One change of the settings, or several, and what they lead to."""
+    """One or several changed settings, and the run that they give."""
 
     what: str
     choice: PlanChoice
@@ -57,31 +61,32 @@ class SuggestedChange:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run takes on a device."""
+    """Memory and speed of a run on a device."""
 
     survey: ModelSurvey
-    wish: EstimateRequest
+    request: EstimateRequest
     device: DeviceSpec
     limit: int
-    """Bytes that it may take; 0 for no limit, on a CPU."""
+    """Bytes that the run may take; 0 for no limit, on a CPU."""
     choice: PlanChoice
-    """As it was asked for; with `auto` the fastest that fits, or the most frugal if none does."""
+    """The requested plan. With `auto` the fastest plan that fits, or the most frugal if none does."""
     changes: tuple[SuggestedChange, ...]
-    """What makes it fit, fastest first; empty if it fits."""
+    """Changes that make the run fit, fastest first; empty if it fits."""
 
     @property
     def fits(self) -> bool:
-        """True if the run takes no more than it may."""
+        """True if the run takes no more than the limit."""
         return self.choice.bytes.total <= self.limit or self.limit == 0
 
     @property
     def tokens_per_second(self) -> float:
-        """0 if the device's rates are not known."""
-        return self.wish.setting.tokens * self.wish.setting.rows / self.choice.seconds if self.choice.seconds else 0.0
+        """0 if the device's rates are unknown."""
+        tokens = self.request.setting.tokens * self.request.setting.rows
+        return tokens / self.choice.seconds if self.choice.seconds else 0.0
 
 
 def model_from_config(model: str, precision: Precision) -> PreTrainedModel:
-    """`model` without any data, from its configuration; a folder needs to hold no more than config.json.
+    """`model` without data, from its configuration. A folder needs to hold no more than config.json.
 
     Raises: ModelError: there is no usable configuration of a causal language model.
     """
@@ -93,61 +98,94 @@ def model_from_config(model: str, precision: Precision) -> PreTrainedModel:
         raise ModelError(f"{model}: no causal language model can be made of this configuration: {error}") from error
 
 
-def estimate(model: PreTrainedModel, wish: EstimateRequest, device: DeviceSpec, limit: int) -> RunEstimate:
-    """What training an adapter on `model` takes, which may be an imagined one.
+def estimate(model: PreTrainedModel, request: EstimateRequest, device: DeviceSpec, limit: int) -> RunEstimate:
+    """Memory and speed of training an adapter on `model`, which may be without data.
 
     Raises: AdapterError: the adapter's settings do not fit the model.
     """
-    what = survey_of(model, wish)
-    choice = _choice(what, wish, device, limit, model)
-    found = RunEstimate(what, wish, device, limit, choice, ())
-    if found.fits:
-        return found
+    found = survey_of(model, request)
+    choice = _choice(found, request, device, limit, model)
+    estimated = RunEstimate(found, request, device, limit, choice, ())
+    if estimated.fits:
+        return estimated
     changes = [
         SuggestedChange(text, made)
-        for text, other, on in _changes(model, wish, what)
+        for text, other, on in _changes(model, request, found)
         if (made := _choice(on, other, device, limit, model)).bytes.total <= limit
     ]
     changes.sort(key=lambda change: change.choice.seconds)
-    return replace(found, changes=tuple(changes))
+    return replace(estimated, changes=tuple(changes))
 
 
-def survey_of(model: PreTrainedModel, wish: EstimateRequest) -> ModelSurvey:
-    """What the model and the adapter on it are made of. Raises: AdapterError: the settings do not fit the model."""
-    selection = select(model, wish.lora)
-    ranks = {target.base: target.r for target in selection.targets}
-    trainable = sum(target.parameters for target in selection.targets)
-    trainable += sum(p.numel() for place in selection.saved for p in place.module.parameters())
-    fuses = wish.on_gpu and all(target.variant.low_rank_sum for target in selection.targets)
-    return survey(model, ranks, trainable, wish.precision, model.dtype, on_gpu=fuses)
+def survey_of(model: PreTrainedModel, request: EstimateRequest) -> ModelSurvey:
+    """Sizes of the model and of the requested adapter. Raises: AdapterError: the settings do not fit the model."""
+    selection = select(model, request.lora)
+    trained = {target.base: target.parameters for target in selection.targets}
+    trainable = sum(trained.values())
+    trainable += sum(p.numel() for entry in selection.saved for p in entry.module.parameters())
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    fuses = request.on_gpu and half and all(target.is_low_rank_sum for target in selection.targets)
+    fit = next((fit for fit in recipe_fits(model) if fit.why_not(model) is None), None) if fuses else None
+    paths = [target.path for target in selection.targets]
+    made = _layer_copy(request, paths)
+    return survey(model, trained, trainable, precision=request.precision, fit=fit, layer_copy=made)
+
+
+def _layer_copy(request: EstimateRequest, targets: list[str]) -> LayerCopy:
+    """Copies decoder layers as they will train: in the requested precision, with the requested adapter."""
+
+    def made(path: str, layer: nn.Module) -> nn.Module:
+        tree = _tree(path, without_values(layer))
+        if request.precision in PRECISIONS:
+            quantise_linears(tree, weight_format(request.precision).quantise)
+        inside = [target for target in targets if target.startswith(f"{path}.")]
+        if inside:
+            settings = replace(request.lora, target_modules=inside, modules_to_save=None, bias="none")
+            selection = select(tree, settings, strict=False)
+            add(tree, "estimate", lambda: (selection, build(tree, settings, selection, None)))
+        return tree.get_submodule(path)
+
+    return made
+
+
+def _tree(path: str, module: nn.Module) -> nn.Module:
+    """A module that holds nothing but `module`, at `path`."""
+    root = nn.Module()
+    *parents, name = path.split(".")
+    parent = root
+    for each in parents:
+        child = nn.Module()
+        parent.add_module(each, child)
+        parent = child
+    parent.add_module(name, module)
+    return root
 
 
 def _choice(
-    what: ModelSurvey, wish: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
 ) -> PlanChoice:
-    if what.shape is None:
-        return _choice_of_modules(what, wish, device, limit, model)
-    if wish.activations == "auto":
-        best = choose(what, wish.setting, device, limit)
+    if not found.ledgers:
+        return _choice_of_modules(found, request, device, limit, model)
+    if request.activations == "auto":
+        best = choose(found, request.setting, device, limit)
         if best is not None:
             return best
-    level = _POLICIES.get(wish.activations, Level.OFFLOAD)
-    plan = ActivationPlan.uniform(level, what.layers, TILE)
-    if wish.activations == "auto":
-        plan = ActivationPlan((level,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
-    return PlanChoice(plan, peak(what, wish.setting, plan), seconds(what, wish.setting, plan, device))
+    plan = ActivationPlan.smallest(found.layers)
+    if request.activations != "auto":
+        plan = ActivationPlan.uniform(_POLICIES[request.activations], found.layers, TILE)
+    return PlanChoice(plan, peak(found, request.setting, plan), seconds(found, request.setting, plan, device))
 
 
 def _choice_of_modules(
-    what: ModelSurvey, wish: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
 ) -> PlanChoice:
-    """The first policy that fits, or the last; on a CPU `auto` keeps everything."""
+    """The first level that fits, or the last; on a CPU `auto` saves everything."""
     on_cpu = device.memory_bytes == 0
-    levels = [_POLICIES[wish.activations]] if wish.activations != "auto" else list(_POLICIES.values())
+    levels = [_POLICIES[request.activations]] if request.activations != "auto" else list(_POLICIES.values())
     choice: PlanChoice | None = None
     for level in levels[:1] if on_cpu else levels:
-        plan = ActivationPlan.uniform(level, what.layers)
-        needed = module_bytes(model, what, wish, plan, resident_bytes() if on_cpu else None)
+        plan = ActivationPlan.uniform(level, found.layers)
+        needed = module_bytes(model, found, request, plan, resident_bytes() if on_cpu else None)
         choice = PlanChoice(plan, needed, 0.0)
         if needed.total <= limit:
             break
@@ -156,14 +194,17 @@ def _choice_of_modules(
 
 
 def module_bytes(
-    model: PreTrainedModel, what: ModelSurvey, wish: EstimateRequest, plan: ActivationPlan, baseline: int | None
+    model: PreTrainedModel,
+    found: ModelSurvey,
+    request: EstimateRequest,
+    plan: ActivationPlan,
+    baseline: int | None,
 ) -> PeakMemory:
-    """What a model whose layers are not fused takes; see `memory.budget.peak_of_modules`."""
-    dtype = model.dtype
-    copy = without_data(model.config, dtype)
-    attach(copy, wish.lora, name="estimate", seed=0)
-    activations = simulate(copy, wish.setting.tokens, plan, on_gpu=baseline is None)
-    return peak_of_modules(what, wish.setting, activations, baseline)
+    """Peak memory of a model whose layers are not fused; see `memory.budget.peak_of_modules`."""
+    copy = without_data(model.config, model.dtype)
+    attach(copy, request.lora, name="estimate", seed=0)
+    activations = simulate(copy, request.setting.tokens, plan, on_gpu=baseline is None)
+    return peak_of_modules(found, request.setting, activations, baseline)
 
 
 def resident_bytes() -> int:
@@ -176,29 +217,27 @@ def resident_bytes() -> int:
 
 
 def _changes(
-    model: PreTrainedModel, wish: EstimateRequest, what: ModelSurvey
+    model: PreTrainedModel, request: EstimateRequest, found: ModelSurvey
 ) -> Iterator[tuple[str, EstimateRequest, ModelSurvey]]:
-    """Single changes and pairs of them, each with its settings."""
-    auto = replace(wish, activations="auto")
-    if wish.activations != "auto":
-        yield "--activations auto", auto, what
-    shorter = [
-        (f"--tokens-per-row {tokens} --gradient-accumulation-steps {wish.setting.rows * factor}", tokens, factor)
-        for factor in (2, 4, 8)
-        if (tokens := wish.setting.tokens // factor) >= 128
-    ]
-    for text, tokens, factor in shorter:
-        setting = replace(wish.setting, tokens=tokens, rows=wish.setting.rows * factor)
-        yield text, replace(auto, setting=setting), what
-    for precision in (smallest_format().name,):
-        if what.quantised == precision:
-            continue
+    """Single changes and pairs of changes, each with its settings and sizes."""
+    auto, setting = replace(request, activations="auto"), request.setting
+    if request.activations != "auto":
+        yield "--activations auto", auto, found
+    shorter: list[tuple[str, RowSetting]] = []
+    for factor in (2, 4, 8):
+        tokens, rows = setting.tokens // factor, setting.rows * factor
+        if tokens >= 128:
+            text = f"--tokens-per-row {tokens} --gradient-accumulation-steps {rows}"
+            shorter.append((text, replace(setting, tokens=tokens, rows=rows)))
+    for text, less in shorter:
+        yield text, replace(auto, setting=less), found
+    precision: Any = smallest_format().name
+    if found.quantised != precision:
         smaller = replace(auto, precision=precision)
         on = survey_of(model, smaller)
         yield f"--precision {precision}", smaller, on
-        for text, tokens, factor in shorter:
-            setting = replace(wish.setting, tokens=tokens, rows=wish.setting.rows * factor)
-            yield f"--precision {precision} {text}", replace(smaller, setting=setting), on
+        for text, less in shorter:
+            yield f"--precision {precision} {text}", replace(smaller, setting=less), on
 
 
 def _config(model: str) -> Any:

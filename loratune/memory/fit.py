@@ -1,14 +1,13 @@
-"""Whether a run fits, found out before its data are rendered: a plan is chosen, and one step of full size tried.
+"""Chooses the activations that layers save, and runs one step of full size before any data are rendered.
 
-Every row has the same shape, so a row of arbitrary tokens needs what every row will need. The dry step runs forward
-and backward with the optimizer's state put in as ballast, and changes nothing: neither the adapter nor the state of
-a random generator. Where steps will be one CUDA graph it makes that graph too, which takes more than the work by
-itself: another pool of memory, from which nothing can be given back on the way. A plan without room for it is passed
-over for the next; if none has room, the first that fits without a graph is taken.
+Every row has the same shape, so a row of arbitrary tokens takes the memory of every row. The dry step runs forward
+and backward with a buffer in place of the optimizer's state. It changes neither the adapter nor a random generator.
+Where steps will be one CUDA graph it records that graph too, which takes more memory than the work itself: a second
+pool, from which nothing can be given back before the recording ends. A plan without memory for its recording is
+skipped. If no plan can be recorded, the first that fits runs without a recording.
 
-If the device is too small, that is an error after seconds, with what is missing and what to set, and not one after
-hours. Where layers are not fused their memory is not arithmetic (`memory.budget`), and `auto` tries the policies
-themselves, from fast to frugal.
+So a device that is too small is an error after seconds, with the missing bytes and the settings that help. Where
+layers are not fused, `auto` tries the levels themselves, from fast to frugal.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from loratune.data.pack import Row
 from loratune.errors import TrainingError
 from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.fused.recipes import decoder_layers
-from loratune.many.capacity import free_bytes
+from loratune.lora.contract import AdaptedLayer
 from loratune.memory import budget, devices
 from loratune.memory.budget import PeakMemory, RowSetting
-from loratune.memory.devices import DeviceSpec
-from loratune.memory.survey import ModelSurvey, ranks_of, survey
+from loratune.memory.devices import DeviceSpec, free_bytes
+from loratune.memory.survey import ModelSurvey, survey, trained_in
 from loratune.precision.contract import smallest_format
 from loratune.training.graph import GraphStep
 from loratune.training.optim import STATE_BYTES, masters_on_device, masters_on_host
@@ -40,47 +39,47 @@ from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
 _CLOSER = (1.03, 1.0, 0.97, 0.93, 0.88)
-"""Shares of the limit to plan for, one after the other, until a dry step fits. What is estimated is never below what
-is measured and up to so much above it, hence the first."""
+"""Shares of the limit to plan for, one after the other, until a dry step fits. Estimates are never below measured
+peaks and up to 3 % above, hence the first share."""
 _QUICK = 5.0
-"""Seconds of a step up to which it is worth a dry step to find out whether a plan fits that is estimated not to."""
+"""Longest step, in seconds, for which a dry step of a plan that is estimated not to fit pays."""
 _OF_THE_HOST = 0.8
 """Share of the host's free memory that may be pinned."""
 
 
 @dataclass(frozen=True)
 class FittedPlan:
-    """What layers keep, and what that takes."""
+    """The chosen plan and its memory."""
 
     plan: ActivationPlan
     expected: PeakMemory | None
-    """By arithmetic, where layers run fused on a GPU."""
+    """Estimate, where layers run fused on a GPU."""
     limit: int
     """Bytes that the run may take on the device; 0 on a CPU."""
     tried: int
-    """Most that was allocated during the dry step; 0 on a CPU, which has none."""
+    """Most bytes allocated during the dry step; 0 on a CPU, which has none."""
 
 
 @dataclass(frozen=True)
 class DryStep:
-    """A dry step that had room."""
+    """A dry step that fitted."""
 
     tried: int
     """As in `FittedPlan`."""
     recorded: bool
-    """Steps may be CUDA graphs: there is room for one, or no graph can be made of this model anyhow."""
+    """Steps may be CUDA graphs: the recording fitted too, or the model has none anyhow."""
 
 
 def fit(
     forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: TrainConfig, tokens: int
 ) -> FittedPlan:
-    """Chooses what layers keep, tries it, and leaves `forward.plan` at it.
+    """Chooses a plan, tries it under `memory_cap`, and leaves `forward.plan` at it.
 
     Args:
-        parameters: what trains.
-        tokens: of a row.
+        parameters: trained parameters by name.
+        tokens: length of a row.
 
-    Raises: TrainingError: the device is too small for every policy that the settings allow.
+    Raises: TrainingError: the device is too small for every plan that the settings allow.
     """
     layers = len(decoder_layers(forward.model))
     device = forward.model.device
@@ -90,7 +89,7 @@ def fit(
     limit, forward.record = _limit(config, device), True
     trainable = sum(parameter.numel() for parameter in parameters.values())
     setting = RowSetting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
-    what = _survey(forward, trainable)
+    found = survey(forward.model, trained_in(forward.model), trainable, fit=forward.fused)
 
     def trial(plan: ActivationPlan) -> DryStep | None:
         forward.plan = plan
@@ -99,23 +98,24 @@ def fit(
         ballast = 0 if plan.optimizer_on_host else int(setting.optimizer_bytes * trainable)
         return _dry_step(forward, parameters, setting, ballast)
 
-    found = first_with_room(_plans(what, setting, config, device, limit, layers), trial)
-    if found is None:
-        raise TrainingError(too_small(what, setting, config, devices.present(device), limit))
-    forward.plan, forward.record = found[0], found[1].recorded
+    with memory_cap(config, device):
+        fitted = first_that_fits(_plans(found, setting, config, device, limit), trial)
+    if fitted is None:
+        raise TrainingError(too_small(found, setting, config, devices.present(device), limit))
+    forward.plan, forward.record = fitted[0], fitted[1].recorded
     if not forward.plan.optimizer_on_host:
         masters_on_device(parameters.values())
-    expected = None if what.shape is None else budget.peak(what, setting, forward.plan)
-    return FittedPlan(forward.plan, expected, limit, found[1].tried)
+    expected = budget.peak(found, setting, forward.plan) if found.ledgers else None
+    return FittedPlan(forward.plan, expected, limit, fitted[1].tried)
 
 
-def first_with_room(
+def first_that_fits(
     plans: Iterable[ActivationPlan], trial: Callable[[ActivationPlan], DryStep | None]
 ) -> tuple[ActivationPlan, DryStep] | None:
-    """The first plan that has room for a recorded step, else the first that has room without; None if none has.
+    """The first plan whose step can be recorded, else the first that fits without a recording; None if none fits.
 
     Args:
-        trial: tries a plan; None if there is no room at all. Each plan is tried once.
+        trial: tries a plan; None if it does not fit. Each plan is tried once.
     """
     plain: tuple[ActivationPlan, DryStep] | None = None
     seen: set[ActivationPlan] = set()
@@ -131,43 +131,54 @@ def first_with_room(
     return plain
 
 
+@contextmanager
+def memory_cap(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Inside, PyTorch allocates no more on the device than `--memory` allows. Without that setting nothing changes.
+
+    PyTorch has one cap for all models of a process. A lower cap of the user's stays, and the cap from before comes
+    back on exit.
+    """
+    if config.memory is None or device.type != "cuda":
+        yield
+        return
+    before, whole = torch.cuda.get_per_process_memory_fraction(device), torch.cuda.mem_get_info(device)[1]
+    share = max(0.0, (_limit(config, device) - budget.CONTEXT) / whole)
+    torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
 def _limit(config: TrainConfig, device: torch.device) -> int:
-    """Bytes that may be taken on the device, CUDA's context included; enforced from here on if the user set it."""
+    """Bytes that the run may take on the device, CUDA's context included."""
     free, whole = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
-    if config.memory is None:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return free + ours + budget.CONTEXT
-    limit = min(bytes_of(config.memory), free + ours + budget.CONTEXT)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (limit - budget.CONTEXT) / whole)), device)
-    return limit
-
-
-def _survey(forward: PackedForward, trainable: int) -> ModelSurvey:
-    model = forward.model
-    ranks = ranks_of(model)
-    return survey(model, ranks, trainable, "auto", model.dtype, on_gpu=forward.fused is not None)
+    available = free + torch.cuda.memory_reserved(device)
+    available = min(available, int(torch.cuda.get_per_process_memory_fraction(device) * whole)) + budget.CONTEXT
+    return available if config.memory is None else min(bytes_of(config.memory), available)
 
 
 def _plans(
-    what: ModelSurvey, setting: RowSetting, config: TrainConfig, device: torch.device, limit: int, layers: int
+    found: ModelSurvey, setting: RowSetting, config: TrainConfig, device: torch.device, limit: int
 ) -> Iterator[ActivationPlan]:
-    """What to try, the fastest first."""
+    """Plans to try, the fastest first."""
     if config.activations != "auto":
         level = LEVELS[config.activations]
-        yield from (ActivationPlan.uniform(level, layers, tile) for tile in ((TILE, 1024) if level else (TILE,)))
-    elif what.shape is None:
-        yield from (ActivationPlan.uniform(level, layers) for level in LEVELS.values())
+        yield from (
+            ActivationPlan.uniform(level, found.layers, tile) for tile in ((TILE, 1024) if level else (TILE,))
+        )
+    elif not found.ledgers:
+        yield from (ActivationPlan.uniform(level, found.layers) for level in LEVELS.values())
     else:
-        yield from by_estimate(what, setting, devices.present(device), limit)
-        yield ActivationPlan((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+        yield from by_estimate(found, setting, devices.present(device), limit)
+        yield ActivationPlan.smallest(found.layers)
 
 
-def by_estimate(what: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int) -> Iterator[ActivationPlan]:
+def by_estimate(found: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int) -> Iterator[ActivationPlan]:
     """Plans that are estimated to fit into `limit` bytes or nearly so, the fastest first."""
     pinned = int(_OF_THE_HOST * free_bytes(torch.device("cpu")))
     for share in _CLOSER:
-        choice = budget.choose(what, setting, device, int(share * limit), pinned)
+        choice = budget.choose(found, setting, device, int(share * limit), pinned)
         if choice is not None and (share <= 1 or choice.seconds <= _QUICK):
             yield choice.plan
 
@@ -175,7 +186,7 @@ def by_estimate(what: ModelSurvey, setting: RowSetting, device: DeviceSpec, limi
 def _dry_step(
     forward: PackedForward, parameters: Mapping[str, nn.Parameter], setting: RowSetting, ballast_bytes: int
 ) -> DryStep | None:
-    """Runs one row forward and backward, and once more as it is recorded; None if there is no room for it."""
+    """Runs one row forward and backward, and once more as it is recorded; None if it runs out of memory."""
     device = forward.model.device
     _clear(parameters)
     torch.cuda.reset_peak_memory_stats(device)
@@ -207,54 +218,56 @@ def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
 
 @contextmanager
 def _dropping(model: nn.Module) -> Iterator[None]:
-    """Dropout of the adapter as in training, since in modules its masks take memory too."""
-    modules = [m for m in model.modules() if getattr(m, "lora_dropout", 0.0) > 0.0 and not m.training]
-    for module in modules:
-        module.training = True
+    """Dropout of the adapter as in training, since its masks take memory where layers run as modules."""
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer) and not module.training]
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        for module in modules:
-            module.training = False
+        for layer in layers:
+            layer.training = False
 
 
 def _any_row(tokens: int, documents: int) -> Row:
-    """So many documents of different lengths, of which seven eighths are trained: what takes the most memory of all
-    rows of this length, since trained positions are gathered unless they are nearly all of a row."""
+    """A row that takes as much memory as any of its length: documents of different lengths, seven eighths trained.
+
+    Trained positions are gathered unless they are nearly all of a row.
+    """
     documents = min(documents, tokens)
     first = max(1, 2 * tokens // 5)
     ends = [first + index * (tokens - first) // (documents - 1) for index in range(documents)]
-    borders = torch.tensor([0, *ends], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     weights = torch.ones(tokens)
     weights[: -(-tokens // 8)] = 0.0
     weights[-1] = 0.0
-    positions = torch.cat([torch.arange(length) for length in borders.diff().tolist()])
+    positions = torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()])
     ids = torch.zeros(tokens, dtype=torch.int64)
-    return Row(tokens=ids, position_ids=positions, cu_seqlens=borders, targets=ids, weights=weights)
+    return Row(tokens=ids, position_ids=positions, cu_seqlens=cu_seqlens, targets=ids, weights=weights)
 
 
-def too_small(what: ModelSurvey, setting: RowSetting, config: TrainConfig, device: DeviceSpec, limit: int) -> str:
-    """The message for a run that does not fit into `limit` bytes: by how much, and what to set."""
+def too_small(found: ModelSurvey, setting: RowSetting, config: TrainConfig, device: DeviceSpec, limit: int) -> str:
+    """The message for a run that does not fit into `limit` bytes: the missing bytes, and settings that help."""
     shorter = f"--tokens-per-row {max(2, setting.tokens // 2)} --gradient-accumulation-steps {2 * setting.rows}"
-    if what.shape is None:
+    if not found.ledgers:
         return f"out of GPU memory: {size(limit)} are free and a row of {setting.tokens} does not fit; try {shorter}"
-    plan = ActivationPlan((Level.OFFLOAD,) * what.layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
+    plan = ActivationPlan.smallest(found.layers)
     if config.activations != "auto":
-        plan = ActivationPlan.uniform(LEVELS[config.activations], what.layers)
-    needed = budget.peak(what, setting, plan).total
+        plan = ActivationPlan.uniform(LEVELS[config.activations], found.layers)
+    needed = budget.peak(found, setting, plan).total
     fixes = [] if config.activations in ("auto", "offload") else ["--activations auto"]
     for factor in (2, 4, 8):
         tokens = setting.tokens // factor
         less = RowSetting(tokens, setting.rows * factor, setting.optimizer_bytes)
-        if tokens and budget.choose(what, less, device, limit) is not None:
+        if tokens and budget.choose(found, less, device, limit) is not None:
             fixes.append(f"--tokens-per-row {tokens} --gradient-accumulation-steps {less.rows}")
             break
-    if not what.quantised:
+    if not found.quantised:
         fixes.append(f"--precision {smallest_format().name}")
     if not fixes:
         fixes.append("a larger device, or a smaller model")
     return (
-        f"out of GPU memory: a row of {setting.tokens} tokens takes {size(needed)}, of which {size(what.base_bytes)} "
-        f"are the base model, and {size(limit)} may be taken: {size(max(0, needed - limit))} are missing. "
-        f"Set {' or '.join(fixes)}"
+        f"out of GPU memory: a row of {setting.tokens} tokens takes {size(needed)}, of which "
+        f"{size(found.base_bytes)} are the base model, and {size(limit)} may be taken: "
+        f"{size(max(0, needed - limit))} are missing. Set {' or '.join(fixes)}"
     )

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loratune.base import one_pass, recompute
 from loratune.fused.policy import ActivationPlan
-from loratune.memory.meter import StorageMeter
 from loratune.ops.attention import documents as attention
 from loratune.ops.host import HostOffload
 from loratune.ops.logprobs import token_logprobs
+from loratune.ops.meter import StorageMeter
 from loratune.ops.state import ForwardState
 
 

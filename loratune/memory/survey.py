@@ -1,95 +1,163 @@
-"""What a model is made of, as far as memory and speed go; read off a model in memory or one without any data.
+"""Sizes of a model and its adapter that memory and speed depend on, read from a model with or without data.
 
-A model on PyTorch's "meta" device has every module and every shape and not a byte of weights, so the estimate of a
-model that was never downloaded and the one of a model about to train are made by the same code.
+A model on PyTorch's meta device has every module and every shape and no weights. So the estimate of a model that was
+never downloaded and that of a model about to train are computed by the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from loratune.fused.fit import RecipeFit, recipe_fits
-from loratune.fused.ledger import LayerShape, rounded
+from loratune.fused.fit import RecipeFit
 from loratune.fused.recipes import decoder_layers
-from loratune.lora.contract import adapter_tensors_of, rank_of
-from loratune.precision.contract import weight_format
-from loratune.precision.linear import QuantisedLinear, formats_in, frozen_of
+from loratune.lora.contract import adapter_tensors_of
+from loratune.memory.ledger import LayerLedger
+from loratune.ops.meter import rounded
+from loratune.precision.contract import format_of, weight_format
+from loratune.precision.linear import QuantisedLinear, formats_in
 from loratune.tables import PRECISIONS
+
+LayerCopy = Callable[[str, nn.Module], nn.Module]
+"""Path and decoder layer -> the layer on the meta device, with its adapters, in the precision that will train."""
 
 
 @dataclass(frozen=True)
 class ModelSurvey:
-    """A model and the adapter that is to be trained on it."""
+    """A model and the adapter that will train on it."""
 
     base_bytes: int
-    """The frozen weights, each as it is held."""
+    """Frozen weights in the form in which they are held."""
     trainable: int
-    """Parameters that are trained; their masters are float32."""
-    copies_bytes: int
-    """The adapters once more in the compute dtype, stacked as the fused layers want them; 0 without fused layers."""
+    """Trained parameters; their masters are float32."""
     layer_trainable: int
-    """Parameters that are trained in one layer, at most."""
+    """Trained parameters of one layer, at most."""
     layers: int
-    shape: LayerShape | None
-    """Of the widest layer, where layers run fused; None where they run as modules."""
+    ledgers: tuple[LayerLedger, ...]
+    """One for each decoder layer, shared by layers of the same shape. Empty where layers run as modules."""
     layer_elements: int
-    """Elements of the frozen products of one layer."""
+    """Elements of the frozen products of one layer, at most."""
     width: int
     vocabulary: int
     rotary_dim: int
     element_bytes: int
     quantised: str
-    """"", "nf4" or "fp8"."""
+    """Precision of the base; "" for floating point."""
     embedding_bytes: int = 0
-    """The table of input embeddings, if the head does not share it."""
+    """Table of input embeddings; 0 if the head shares it."""
+
+    def copies_bytes(self, *, hold_transposed: bool = False) -> int:
+        """Working copies of the adapters of all fused layers, with transposed weights if these are held."""
+        return sum(ledger.copies_bytes(hold_transposed=hold_transposed) for ledger in self.ledgers)
 
 
 def survey(
     model: PreTrainedModel,
-    ranks: Mapping[nn.Module, int],
+    trained: Mapping[nn.Module, int],
     trainable: int,
-    precision: str,
-    dtype: torch.dtype,
     *,
-    on_gpu: bool,
+    precision: str = "auto",
+    fit: RecipeFit | None = None,
+    layer_copy: LayerCopy | None = None,
 ) -> ModelSurvey:
-    """Reads a model, on any device.
+    """Reads a model on any device.
 
     Args:
-        ranks: adapted layer -> rank.
-        trainable: parameters that train.
-        precision: of the base as it will be held, as in `RunConfig`; "auto" is as it is.
-        dtype: of the products.
-        on_gpu: fused layers are for GPUs.
+        trained: adapted layer -> trained parameters.
+        trainable: trained parameters of the model.
+        precision: of the base while it trains, as in `RunConfig`; "auto" for its present form.
+        fit: recipe of the fused decoder layers; None if they run as modules.
+        layer_copy: by default `without_values`, for a model that has its adapters and its precision.
     """
     layers = decoder_layers(model)
-    quantised = precision if precision in PRECISIONS else _quantised(layers)
-    on_half_gpu = on_gpu and dtype in (torch.bfloat16, torch.float16)
-    fit = next((fit for fit in recipe_fits(model) if fit.why_not(model) is None), None) if on_half_gpu else None
-    per_layer = [_trained_in(layer, ranks) for layer in layers]
-    shapes = [] if fit is None else [_shape(layer, fit, ranks, quantised, dtype) for layer in layers]
+    quantised = precision if precision in PRECISIONS else next((form.name for form in formats_in(layers)), "")
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight = cast(Tensor, head.weight if isinstance(head, nn.Module) else model.get_input_embeddings().weight)
     return ModelSurvey(
         base_bytes=_base_bytes(model, layers, quantised),
         trainable=trainable,
-        copies_bytes=sum(shape.adapter_bytes for shape in shapes),
-        layer_trainable=max(per_layer, default=0),
+        layer_trainable=max((sum(trained.get(m, 0) for m in layer.modules()) for layer in layers), default=0),
         layers=len(layers),
-        shape=max(shapes, key=lambda shape: sum(shape.ranks)) if shapes else None,
-        layer_elements=max((sum(_elements(m) for m in layer.modules()) for layer in layers), default=0),
+        ledgers=() if fit is None else _ledgers(model, layers, trained, fit, layer_copy or _with_values_dropped),
+        layer_elements=max((sum(map(_elements, layer.modules())) for layer in layers), default=0),
         width=weight.shape[1],
         vocabulary=weight.shape[0],
         rotary_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        element_bytes=dtype.itemsize,
+        element_bytes=model.dtype.itemsize,
         quantised=quantised,
         embedding_bytes=_own_table(model, head),
+    )
+
+
+def trained_in(model: nn.Module) -> dict[nn.Module, int]:
+    """Adapted layer -> parameters of the active adapter."""
+    return {
+        m: sum(p.numel() for p in adapter_tensors_of(m).values()) for m in model.modules() if adapter_tensors_of(m)
+    }
+
+
+def without_values(layer: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device; nothing of the size of a weight is copied."""
+    memo: dict[int, object] = {}
+    for parameter in layer.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in layer.buffers()}
+    made = copy.deepcopy(layer, memo)
+    for module in made.modules():
+        if isinstance(module, QuantisedLinear):
+            frozen = module.frozen
+            dense = torch.empty(frozen.shape, dtype=frozen.dtype, device="meta")
+            module.frozen = format_of(frozen).quantise(dense)
+    return made
+
+
+def _with_values_dropped(_: str, layer: nn.Module) -> nn.Module:
+    return without_values(layer)
+
+
+def _ledgers(
+    model: PreTrainedModel, layers: nn.ModuleList, trained: Mapping[nn.Module, int], fit: RecipeFit, make: LayerCopy
+) -> tuple[LayerLedger, ...]:
+    """One ledger for each layer; layers with the same shapes and adapters share one."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    known: dict[object, LayerLedger] = {}
+
+    def ledger(layer: nn.Module) -> LayerLedger:
+        def source() -> tuple[nn.Module, RecipeFit]:
+            made = make(paths[id(layer)], layer)
+            return made, _refitted(fit, layer, made)
+
+        return LayerLedger(source)
+
+    return tuple(known.setdefault(_shapes(layer, trained), ledger(layer)) for layer in layers)
+
+
+def _shapes(layer: nn.Module, trained: Mapping[nn.Module, int]) -> object:
+    """Equal for two layers that take the same memory."""
+    found = []
+    for path, module in layer.named_modules():
+        tensors = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
+        frozen = module.frozen.shape if isinstance(module, QuantisedLinear) else None
+        found.append((path, tensors, frozen, trained.get(module, 0)))
+    return tuple(found)
+
+
+def _refitted(fit: RecipeFit, layer: nn.Module, made: nn.Module) -> RecipeFit:
+    """The recipe of `layer` for a copy of it."""
+    recipe, (old, new) = fit.recipe, (layer.get_submodule, made.get_submodule)
+    return replace(
+        fit,
+        norms={new(path): fit.norms[old(path)] for path in recipe.norms},
+        activations={new(recipe.activation): fit.activations[old(recipe.activation)]},
+        attention={},
     )
 
 
@@ -99,34 +167,17 @@ def _own_table(model: PreTrainedModel, head: nn.Module | None) -> int:
     return 0 if shared else rounded(table.numel() * table.element_size())
 
 
-def ranks_of(model: nn.Module) -> dict[nn.Module, int]:
-    """Adapted layer -> rank, of the adapter in use."""
-    return {module: rank for module in model.modules() if (rank := rank_of(module))}
-
-
-def _quantised(layers: nn.ModuleList) -> str:
-    return next((form.name for form in formats_in(layers)), "")
-
-
 def _elements(module: nn.Module) -> int:
-    """Of a linear layer's weight; 0 for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.weight.numel()
-    return module.in_features * module.out_features if isinstance(module, QuantisedLinear) else 0
-
-
-def _trained_in(layer: nn.Module, ranks: Mapping[nn.Module, int]) -> int:
-    total = 0
-    for module in layer.modules():
-        if module in ranks and isinstance(module, nn.Linear | QuantisedLinear):
-            total += ranks[module] * (module.in_features + module.out_features)
-    return total
+    """Elements of a linear layer's weight; 0 for other modules."""
+    if isinstance(module, QuantisedLinear):
+        return module.in_features * module.out_features
+    return sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "weight" and p.dim() == 2)
 
 
 def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -> int:
-    """Every parameter and buffer once, as it is or will be quantised."""
+    """Every parameter and buffer once, in the form in which it will be held."""
     to_quantise = {
-        id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear) and quantised
+        id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | Conv1D) and quantised
     }
     total, seen = 0, set()
     for module in model.modules():
@@ -142,26 +193,3 @@ def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -
             else:
                 total += rounded(tensor.element_size() * tensor.numel())
     return total
-
-
-def _shape(
-    layer: nn.Module, fit: RecipeFit, ranks: Mapping[nn.Module, int], quantised: str, dtype: torch.dtype
-) -> LayerShape:
-    recipe, heads = fit.recipe, fit.head_spec(layer)
-    projections = (recipe.query_key_value, (recipe.output,), recipe.up, (recipe.down,))
-    of_each = [sum(ranks.get(layer.get_submodule(path), 0) for path in paths) for paths in projections]
-    width, mlp = frozen_of(layer.get_submodule(recipe.down)).shape
-    return LayerShape(
-        width=width,
-        query_heads=heads.query,
-        key_value_heads=heads.key_value,
-        head_dim=heads.dim,
-        mlp=mlp,
-        head_norm=heads.norm is not None,
-        ranks=(of_each[0], of_each[1], of_each[2], of_each[3]),
-        element_bytes=dtype.itemsize,
-        bordered=not quantised,
-        carried=quantised != "fp8",
-        in_8_bits=quantised == "fp8",
-        in_4_bits=quantised == "nf4",
-    )

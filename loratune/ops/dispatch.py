@@ -4,7 +4,7 @@ A reference runs anywhere and defines the result. Its twin has the same name and
 precision. No setting chooses: the arguments' device, dtype and shape do.
 
 PyTorch's meta device, where tensors have shapes and no data, behaves like a GPU here. The memory of a step is counted
-on it (`memory.meter`), so a function with a twin allocates the outputs of the twin, and none of the temporaries that
+on it (`ops.meter`), so a function with a twin allocates the outputs of the twin, and none of the temporaries that
 the reference has and the twin keeps in registers.
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from loratune.ops.meter import outputs_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +43,7 @@ def with_kernel(usable: Callable[..., bool], module: str) -> Callable[[Callable[
             if not usable(*args, **kwargs):
                 return reference(*args, **kwargs)
             if _first_tensor(args).is_meta:
-                return _outputs_of(reference, args, kwargs)
+                return outputs_only(reference, args, kwargs)
             # Imported here because Triton is installed with PyTorch for CUDA only.
             kernels = importlib.import_module(f"loratune.{module}")
             twin: Callable[P, R] = getattr(kernels, reference.__name__)
@@ -60,28 +60,6 @@ def _first_tensor(args: object) -> Tensor:
         assert isinstance(args, Sequence)
         args = args[0]
     return args
-
-
-def _outputs_of(reference: Callable[..., R], args: Sequence[object], kwargs: Mapping[str, object]) -> R:
-    """Calls `reference` unseen by dispatch modes, then allocates its outputs where modes see them.
-
-    Returns: meta tensors like the reference's outputs. An output in the memory of an argument stays there.
-    """
-    with _disable_current_modes(), torch.no_grad():
-        found = reference(*args, **kwargs)
-    given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-
-    made: dict[int, Tensor] = {}  # a function may return one tensor twice
-
-    def allocated(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage() in given:
-            return tensor
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return made[id(tensor)]
-
-    outputs: R = tree_map_only(Tensor, allocated, found)
-    return outputs
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -23,7 +23,7 @@ from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
 from loratune.many.rate import RateChoice, RateTrial, choose_rate
-from loratune.memory.fit import FittedPlan, fit
+from loratune.memory.fit import FittedPlan, fit, memory_cap
 from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
 from loratune.runs.evaluation import pad_id
@@ -247,11 +247,12 @@ def _train(
         torch.cuda.reset_peak_memory_stats(model.device)
     model.eval()
     best: dict[str, torch.Tensor] = {}  # in memory, for runs without a folder
-    for event in loop.run():
-        recorder.record(event)
-        if out is None and isinstance(event, Evaluated) and event.best:
-            best = {path: parameter.detach().clone() for path, parameter in parameters.items()}
-        yield Note(event.why) if isinstance(event, RunsSlower) else event
+    with memory_cap(config.training, model.device):
+        for event in loop.run():
+            recorder.record(event)
+            if out is None and isinstance(event, Evaluated) and event.best:
+                best = {path: parameter.detach().clone() for path, parameter in parameters.items()}
+            yield Note(event.why) if isinstance(event, RunsSlower) else event
     with torch.no_grad():
         for path, values in best.items():
             parameters[path].copy_(values)

@@ -11,7 +11,7 @@ from loratune.base.forward import prepare
 from loratune.errors import TrainingError
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.memory.budget import CONTEXT
-from loratune.memory.fit import fit
+from loratune.memory.fit import fit, memory_cap
 from loratune.ops import layer
 from loratune.ops.host import is_mapped
 from loratune.training import loop as loop_module
@@ -269,11 +269,12 @@ def test_auto_takes_the_frugal_plan_only_where_it_has_to():
 
 @pytest.mark.usefixtures("_no_cap")
 def test_what_fit_has_chosen_is_recorded_and_keeps_to_the_limit():
-    """Rows of several layouts under the cap that `fit` set; the dry step itself leaves nothing behind."""
+    """Rows of several layouts under the cap of the run; the dry step itself leaves nothing behind."""
     model, tokens = small(), 32768
     forward, parameters = prepare(model), trainable(model)
     before = reserved_now()
-    found = fit(forward, parameters, config(memory="1900MiB"), tokens)
+    settings = config(memory="1900MiB")
+    found = fit(forward, parameters, settings, tokens)
     assert reserved_now() <= before + 64 * MIB  # a row takes ten times that; weights may lie less close
     assert found.plan.levels[0] > Level.NONE
     assert forward.record
@@ -283,13 +284,29 @@ def test_what_fit_has_chosen_is_recorded_and_keeps_to_the_limit():
     if found.plan.optimizer_on_host:
         optimizer.move_moments_to_host()
     step = GraphStep(forward, values, optimizer, 1.0)
-    with forward.installed():
+    with forward.installed(), memory_cap(settings, torch.device("cuda")):
         for lengths in [(20000, 12000)] * 3 + [(500,) * 60] * 3 + [(20000, 12000)] * 2:
             set_rate(optimizer, 1e-4)
             step([a_row(lengths, tokens=tokens)])
     assert step.why_not is None, step.why_not
     assert step._graphs
     assert torch.cuda.max_memory_reserved() + CONTEXT <= found.limit
+
+
+@pytest.mark.usefixtures("_no_cap")
+@pytest.mark.parametrize("memory", [None, "1900MiB"])
+def test_a_cap_of_the_users_own_stays(memory):
+    """`fit` and the cap of a run change it for --memory alone, and never upwards."""
+    model, device = small(), torch.device("cuda")
+    torch.cuda.set_per_process_memory_fraction(0.4)
+    settings = config(memory=memory)
+    found = fit(prepare(model), trainable(model), settings, 1024)
+    assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(0.4)
+    assert found.limit <= 0.4 * torch.cuda.mem_get_info()[1] + CONTEXT
+    with memory_cap(settings, device):
+        inside = torch.cuda.get_per_process_memory_fraction()
+        assert inside == pytest.approx(0.4) if memory is None else inside < 0.4
+    assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(0.4)
 
 
 @pytest.mark.usefixtures("_no_cap")

@@ -7,10 +7,9 @@ import torch
 import transformers as tf
 
 from loratune.config import LoraConfig
-from loratune.fused.ledger import footprint
 from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.memory.budget import RowSetting, _moments, choose, host_bytes, largest, peak, seconds
+from loratune.memory.budget import RowSetting, _layers, _moments, choose, host_bytes, largest, peak, seconds
 from loratune.memory.devices import named
 from loratune.memory.estimate import EstimateRequest, estimate, model_from_config, survey_of
 from loratune.memory.simulate import simulate, without_data
@@ -93,12 +92,12 @@ def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, genero
     """Walks the layers as `ops.host` does and adds up what the device holds on its way: never above the estimate."""
     setting, layers = RowSetting(8192, even=True), 32
     plan = ActivationPlan.mixed(Level.STAGED, layers - generous, Level.NONE, layers)
-    of_each = [footprint(surveyed.shape, 8192, level, plan.tile) for level in plan.levels]
+    of_each = _layers(surveyed, setting, plan)
     held: dict[int, int] = {}
     highest = kept = 0
     for index, layer in enumerate(of_each):
         highest = max(highest, kept + sum(held.values()) + layer.forward)
-        kept += layer.kept
+        kept += layer.saved
         if plan.levels[index].on_host:
             held[index] = layer.away
         held = {other: size for other, size in held.items() if other > index - 2}
@@ -106,8 +105,8 @@ def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, genero
         held.pop(index, None)  # counted in `backward`
         if index and plan.levels[index - 1].on_host:
             held[index - 1] = of_each[index - 1].away
-        highest = max(highest, kept + layer.backward - layer.kept + sum(held.values()))
-        kept -= layer.kept
+        highest = max(highest, kept + layer.backward - layer.saved + sum(held.values()))
+        kept -= layer.saved
     assert highest <= sum(max(_moments(surveyed, setting, plan), key=sum))
 
 
@@ -133,12 +132,12 @@ def test_the_longest_document_fits_and_the_next_does_not(surveyed):
 
 
 def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):
-    wish = EstimateRequest("auto", LoraConfig(), RowSetting(8192), "none")
-    found = estimate(seven_billion, wish, named("24GiB"), 24 * GIB)
+    request = EstimateRequest("auto", LoraConfig(), RowSetting(8192), "none")
+    found = estimate(seven_billion, request, named("24GiB"), 24 * GIB)
     assert not found.fits
     assert "--activations auto" in {change.what for change in found.changes}
     assert all(change.choice.bytes.total <= 24 * GIB for change in found.changes)
-    tight = estimate(seven_billion, wish, named("12GiB"), 12 * GIB)
+    tight = estimate(seven_billion, request, named("12GiB"), 12 * GIB)
     assert all("nf4" in change.what for change in tight.changes)
 
 

@@ -13,7 +13,7 @@ from loratune.fused.policy import ActivationPlan, Level, tiles
 from loratune.memory.budget import RowSetting, peak
 from loratune.memory.devices import named
 from loratune.memory.estimate import EstimateRequest, survey_of
-from loratune.memory.fit import DryStep, _any_row, by_estimate, first_with_room, fit, too_small
+from loratune.memory.fit import DryStep, _any_row, by_estimate, first_that_fits, fit, too_small
 from loratune.memory.simulate import without_data
 from loratune.training.graph import layout_for
 from tests.training.helpers import config, model_with_adapter, trainable
@@ -66,7 +66,7 @@ def test_tiles_cover_a_row_and_are_no_wider_than_asked(tokens, tile):
 
 
 def plans_and_trials(*outcomes):
-    """`first_with_room` over one plan for each outcome; the plan that it takes, and the plans that it tried."""
+    """`first_that_fits` over one plan for each outcome; the plan that it takes, and the plans that it tried."""
     plans = [ActivationPlan.uniform(level, 2) for level in Level][: len(outcomes)]
     tried = []
 
@@ -75,7 +75,7 @@ def plans_and_trials(*outcomes):
         outcome = outcomes[plans.index(plan)]
         return None if outcome is None else DryStep(0, outcome)
 
-    found = first_with_room([plans[0], *plans], trial)  # the first comes twice, as a closer share may choose it again
+    found = first_that_fits([plans[0], *plans], trial)  # the first comes twice, as a closer share may choose it again
     return (None if found is None else plans.index(found[0])), tried
 
 

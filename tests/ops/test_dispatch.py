@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.memory.meter import StorageMeter, rounded
 from loratune.ops.dispatch import half_on_gpu, with_kernel
+from loratune.ops.meter import StorageMeter, rounded
 
 
 @with_kernel(half_on_gpu, "ops.norm_kernels")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.fused.ledger import LayerShape
 from loratune.ops.low_rank import gradients
-from loratune.ops.measure import E4M3_MAX, PAD_COLUMNS
+from loratune.ops.measure import E4M3_MAX
 from loratune.ops.projection import StackedAdapters
 from loratune.precision.fp8 import Fp8Weight, quantise_rows
 from loratune.precision.fp8_projection import Fp8Projection
@@ -121,20 +120,6 @@ def test_rows_of_zeros_in_the_weight_leave_the_adapter_as_exact_as_it_is():
     held.values.view(torch.uint8).zero_()
     x = torch.randn(9, 1024)
     assert off(projection.forward(x)[0], (x @ lora_A.T) @ lora_B.T) < 2 * 2.0**-8
-
-
-@pytest.mark.parametrize(
-    ("ranks", "width", "mlp"),
-    [((48, 16, 32, 16), 4096, 11008), ((384, 128, 0, 2), 4096, 11008), ((6,) * 4, 512, 1024)],
-)
-def test_the_ledger_knows_the_borders(ranks, width, mlp):
-    shape = LayerShape(width, 8, 8, width // 8, mlp, False, ranks, bordered=False, in_8_bits=True)
-    for nth, rank in enumerate(ranks):
-        d_in, d_out = shape.sides(nth)
-        weight = Fp8Weight(torch.empty(d_out, d_in, dtype=torch.uint8), torch.ones(d_out, 1), torch.float32)
-        held = Fp8Weight.joined([weight], rank)
-        assert shape.border(nth) == (0 if held.augmented is None else held.augmented.shape[1] - d_in)
-        assert shape.room(nth) == (PAD_COLUMNS if held.augmented is not None else 0)
 
 
 def test_an_adapter_of_high_rank_is_added_afterwards():

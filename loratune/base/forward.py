@@ -90,8 +90,8 @@ class PackedForward:
     _copies: Copies | None = None
     _contained: bool = False
     """As in `ops.attention.documents.document_attention`: where adapters share a row."""
-    _heard: dict[nn.Module, AttentionOptions] | None = None
-    """Receives the options of attention layers, while they are asked for."""
+    _collected: dict[nn.Module, AttentionOptions] | None = None
+    """Receives the options of attention layers during `attention_options`."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -118,18 +118,18 @@ class PackedForward:
         self._copies = None
 
     def attention_options(self) -> dict[nn.Module, AttentionOptions]:
-        """Options that each attention layer passes to the attention function, heard during a short row.
+        """Options that each attention layer passes to the attention function, collected during a short row.
 
         Attributes would not do: a window, for example, is in the layer for one architecture, in its configuration
         for another.
         """
-        heard = self._heard = {}
+        collected = self._collected = {}
         try:
             with torch.no_grad(), self.installed():
                 self.hidden_states(*probe_row(self.model))
         finally:
-            self._heard = None
-        return heard
+            self._collected = None
+        return collected
 
     def logprobs(
         self,
@@ -200,8 +200,8 @@ class PackedForward:
             row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             row |= {"max_length_q": longest, "max_length_k": longest}
             row |= {"spans": DocumentSpans(cu_seqlens, self.state.flash), "contained": self._contained}
-            if self._heard is not None:
-                row["heard"] = self._heard
+            if self._collected is not None:
+                row["collected"] = self._collected
         return call(**row).squeeze(0)
 
 
@@ -286,7 +286,7 @@ def why_not_packed(model: PreTrainedModel) -> str:
 
 
 def _find_path(model: PreTrainedModel, expected: Tensor) -> ExecutionPath:
-    """The first path that reproduces `expected`; the last one must run."""
+    """The first path that reproduces `expected`. Raises: ModelError: not even the last path runs."""
     *packed, last = PATHS
     for path in packed:
         if _agrees(PackedForward(model, path, None), expected):
@@ -358,7 +358,7 @@ def _embeddings_to_host(model: PreTrainedModel) -> None:
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that ends at the hidden states."""
+    """The model without its head."""
     decoder = model.get_decoder()
     inner = getattr(model, model.base_model_prefix, None)
     found = decoder if isinstance(decoder, nn.Module) and decoder is not model else inner

@@ -1,4 +1,4 @@
-"""One pass for a norm, and for a gated activation, in decoder layers of any architecture that are not fused.
+"""Norms and gated activations in one pass each, for decoder layers that are not fused.
 
 transformers writes an RMS norm as eight operators with float32 in between, and autograd saves all of it. While rows
 run, replacement modules compute norms and gated MLPs of a known formula (`fused.formulas`) with `ops.passes`, which

@@ -1,4 +1,4 @@
-"""Short rows that show whether two ways to run a model compute the same."""
+"""Compares two ways to run a model on a short row, with random adapters where adapters matter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProbeResult(NamedTuple):
     gradients: Tensor
 
     def agrees_with(self, expected: ProbeResult, model: PreTrainedModel) -> bool:
-        """True if both results differ by no more than rounding explains."""
+        """True if both results are equal up to rounding."""
         most = tolerance(expected.states.dtype, model)
         if relative_error(self.states, expected.states) > most:
             return False

@@ -1,4 +1,4 @@
-"""A decoder layer with LoRA as one autograd node, with a choice of the activations it saves for its backward.
+"""A decoder layer with LoRA as one autograd node that saves as many activations as it is asked to.
 
 Written as modules, a layer is about a hundred autograd nodes. As one node (`fused.structure` gives the formula):
 
@@ -7,9 +7,9 @@ Written as modules, a layer is about a hundred autograd nodes. As one node (`fus
     - Norms and activations are not saved. The pass that computes their gradient computes them again.
     - The host has almost no work.
 
-What else is saved is a choice (`fused.policy`). At most: the residual streams, query, key and value, attention's
-output, and the output of `up`. At least: the layer's input. Dropped activations are recomputed by the very calls of
-the forward, so the gradients are the same to the bit.
+A policy (`fused.policy`) chooses the saved activations. At most: the residual streams, query, key and value,
+attention's output, and the output of `up`. At least: the layer's input. The rest is recomputed by the same calls as
+in the forward, so gradients have the same bits.
 
 Gradients are written by hand. The modules are their reference (tests/fused/test_layer).
 """
@@ -205,7 +205,10 @@ def _backward(
 def _recompute_stream(
     x: Tensor, attended: Tensor, saved: SavedActivations, structure: LayerStructure
 ) -> list[Tensor]:
-    """Fills in the output projection's results where they were not saved; the MLP's operand if that makes it."""
+    """Computes the stream between the halves if it was not saved.
+
+    Returns: the MLP's operand, which the same pass makes, in a list of one; an empty list if nothing was computed.
+    """
     attention = structure.attention
     if structure.parallel or saved.stream is not None:
         return []

@@ -39,7 +39,7 @@ F = TypeVar("F")
 
 @dataclass
 class RecipeFit:
-    """A recipe and the model's modules as it sees them."""
+    """A recipe that fits a model, with the formulas of the model's norms and activations."""
 
     recipe: LayerRecipe
     norms: Mapping[nn.Module, NormForm]
@@ -79,7 +79,7 @@ class RecipeFit:
         )
 
     def head_spec(self, layer: nn.Module) -> HeadSpec:
-        """How the columns of query, key and value divide into heads. `rotary_dim` is that of a full rotation."""
+        """Division of the query, key and value columns into heads. `rotary_dim` is the whole head here."""
         recipe, get = self.recipe, layer.get_submodule
         dim = _attribute(layer, recipe.head_dim, 0)
         columns = sum(frozen_of(get(path)).shape[0] for path in recipe.query_key_value)
@@ -153,7 +153,7 @@ def recipe_fits(model: PreTrainedModel) -> Iterator[RecipeFit]:
 
 
 def fusible(model: PreTrainedModel) -> bool:
-    """True if the decoder layers fit a recipe, in use now. Whether they compute as it says is not tested here."""
+    """True if the decoder layers fit a recipe and may be replaced now. Nothing is run."""
     return any(fit.why_not(model) is None for fit in recipe_fits(model))
 
 
@@ -168,7 +168,7 @@ def _found(find: Callable[[nn.Module], F | None], modules: Iterator[nn.Module]) 
 
 
 def _is_sound(layer: nn.Module, recipe: LayerRecipe, norms: Mapping[nn.Module, NormForm]) -> bool:
-    """Conditions on the layer's numbers, apart from its children."""
+    """True if the layer's attributes and norms suit the recipe."""
     if not isinstance(_attribute(layer, recipe.head_dim, None), int):
         return False
     if not isinstance(_attribute(layer, recipe.residual_multiplier, 1.0), float | int):

@@ -43,7 +43,7 @@ class NormForm:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """True if code outside of the class takes part in the module's forward: a hook, or a replaced `forward`."""
+    """True if the module has a hook, or a `forward` that replaces its class's."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks)) or "forward" in vars(module)
 
@@ -74,16 +74,6 @@ def norm_form(module: nn.Module) -> NormForm | None:
     return min(forms, key=lambda form: relative_error(got, layer.norm(x, form.spec(half))))
 
 
-def norm_spec(module: nn.Module) -> NormSpec | None:
-    """The norm that `module` computes, with its own weights, or None."""
-    form = norm_form(module)
-    if form is None:
-        return None
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    assert weight is not None
-    return form.spec(weight.detach(), None if bias is None else bias.detach())
-
-
 @torch.no_grad()
 def activation_kind(module: nn.Module) -> ActivationKind | None:
     """The activation that `module` computes, or None."""
@@ -101,7 +91,7 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
 def result_of_copy(
     module: nn.Module, parameters: Mapping[str, Tensor], children: Mapping[str, nn.Module], x: Tensor
 ) -> Tensor | None:
-    """Result, of x's shape, of a copy of the module with these parameters and children; None if it refuses."""
+    """Result of a copy of the module with these parameters and children; None if it fails or has another shape."""
     trial = copy.copy(module)
     frozen = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters.items()}
     missing = {name: None for name, tensor in module._parameters.items() if tensor is None}
@@ -125,7 +115,7 @@ def is_same(got: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def _forms(eps: float, given: Mapping[str, Tensor]) -> list[NormForm]:
-    """Candidates, the rounding aside: it does not show in float32."""
+    """Candidates. Where a norm rounds is found later, since float32 does not show it."""
     layer_norm = NormForm(eps, "layer")
     if "bias" in given:
         return [layer_norm]

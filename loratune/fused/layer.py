@@ -57,7 +57,7 @@ class FusedLayer(nn.Module):
         below: LayerLink,
         state: ForwardState,
     ) -> FusedLayer:
-        """The replacement of `base`, a decoder layer of the model that `fit` is of.
+        """The replacement of `base`, a decoder layer of the model that `fit` describes.
 
         Args:
             copies: receives the working copies of the adapters.

@@ -23,7 +23,7 @@ from loratune.ops.measure import Measure
 
 
 class OperandFormat(NamedTuple):
-    """How a pass writes the operand of a projection. A projection takes rows without padding as well."""
+    """Format in which a pass writes the operand of a projection. Projections accept unpadded rows too."""
 
     pad: int = 0
     """Padding columns behind each row (`precision.projection`)."""
@@ -78,13 +78,13 @@ class ResidualBranch:
         return not self.reads_output and self.scale == 1.0
 
     def join(self, stream: Tensor, y: Tensor) -> Tensor:
-        """The new stream, (T, d), which may be y, overwritten, where the gradient does not depend on y."""
+        """The new stream, (T, d). It overwrites y unless the gradient depends on y."""
         if self.reads_output:
             return layer.post_norm_add(stream, y, self.norm, self.scale)
         return (y if self.scale == 1.0 else y.mul_(self.scale)).add_(stream)
 
     def join_and_read(self, stream: Tensor, y: Tensor, reader: StreamReader) -> tuple[Tensor, Tensor]:
-        """The new stream, (T, d), and `reader.read` of it in the same pass, (T, d + pad)."""
+        """The new stream, (T, d), and the operand that `reader` reads from it, (T, d + pad), in one pass."""
         if self.reads_output:
             return layer.post_norm_add_norm(stream, y, self.norm, reader.norm, *reader.operand, scale=self.scale)
         return layer.add_norm(stream, y, reader.norm, *reader.operand, scale=self.scale)
@@ -115,12 +115,12 @@ class LayerLink:
     """The stream, its version, and the upper layer's first operand."""
 
     def send_gradient(self, gradient: Tensor, width: int) -> Tensor:
-        """(T, width + pad) -> its first `width` columns, to be returned to autograd."""
+        """Stores a gradient, (T, width + pad); returns its first `width` columns for autograd."""
         self._buffer = gradient
         return gradient[:, :width]
 
     def receive_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient that autograd delivered, (T, d), with its padding if it is the tensor that was sent."""
+        """The gradient from autograd, (T, d); with its padding if it is the tensor that was sent."""
         buffer, self._buffer = self._buffer, None
         if buffer is None or buffer.data_ptr() != gradient.data_ptr() or buffer.stride() != gradient.stride():
             return gradient
@@ -135,7 +135,7 @@ class LayerLink:
         return total
 
     def take_operand(self, stream: Tensor) -> Tensor | None:
-        """The first operand of the upper layer, if the lower layer sent this very stream. Given once."""
+        """The first operand of the upper layer if the lower layer sent this stream, else None. Returned once."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return None

@@ -1,4 +1,4 @@
-"""Recipes: how a kind of decoder layer is built, as a table of the roles of its children.
+"""Recipes of decoder layers: the role of each child of a layer.
 
 A recipe fits a layer that has the named children and no others, except dropout. Heads, ranks, formulas of norms and
 activations are read from the modules, so one recipe serves every model of its kind. Names prove little about use:
@@ -27,9 +27,9 @@ class LayerRecipe:
     """Three projections, or one whose columns are all queries, all keys, all values."""
     output: str = "self_attn.o_proj"
     head_norms: tuple[str, str] | None = None
-    """Norms of query and key: of each head, or of all columns. Their weights show which."""
+    """Norms of query and key. The size of their weights decides between each head and all columns."""
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Gate and up, or one projection. It holds both if it has twice the columns that `down` reads."""
+    """Gate and up, or one projection. One with twice the columns that `down` reads holds gate and up."""
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
     attention_norm: str | None = "input_layernorm"
@@ -45,7 +45,7 @@ class LayerRecipe:
     interleaved: bool = False
     """Rotation turns neighbouring elements of a head, not its halves."""
     grouped: bool = False
-    """The one projection of query, key and value goes head by head."""
+    """The single projection of query, key and value has their columns head by head."""
 
     @property
     def attention(self) -> str:

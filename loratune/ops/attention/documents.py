@@ -84,7 +84,7 @@ def document_attention(
     max_length_q: int | None = None,
     spans: DocumentSpans | None = None,
     contained: bool = False,
-    heard: dict[nn.Module, AttentionOptions] | None = None,
+    collected: dict[nn.Module, AttentionOptions] | None = None,
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -104,7 +104,7 @@ def document_attention(
         spans: of the same boundaries, shared by all layers of a forward; without it each layer makes its own.
         contained: a document that is not finite must leave the others unchanged to the bit. This excludes
             FlashAttention 4, which reads past a document's end and adds zero times the values there.
-        heard: receives the options that `module` passes, by module.
+        collected: receives the options that `module` passes, by module.
         position_bias: not supported.
 
     Returns: (1, T, heads, head_dim), and None for the attention weights.
@@ -114,8 +114,10 @@ def document_attention(
         return _on_meta(query, key, value, softcap, s_aux, cu_seq_lens_q, max_length_q), None
     if position_bias is not None or cu_seq_lens_q is None or attention_mask is not None:
         raise NotImplementedError("document_attention needs cu_seq_lens_q; it takes no mask and no position bias")
-    if heard is not None:
-        heard[module] = AttentionOptions(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+    if collected is not None:
+        collected[module] = AttentionOptions(
+            scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and max_length_q is not None and _has_kernel(query, key, value):
         if softcap is None and s_aux is None:

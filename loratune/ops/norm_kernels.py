@@ -265,8 +265,8 @@ def _launch_norm_backward(
     measure: Measure | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and its norm if there is a residual gradient."""
-    rows, d = x.shape
-    d_out, x = unit_stride(d_out), x.contiguous()
+    rows, d = d_out.shape
+    d_out, x = unit_stride(d_out), x if spec.kind == "none" else x.contiguous()  # an identity does not read x
     residual = d_out if d_residual is None else unit_stride(d_residual)
     written = d_residual is not None and spec.kind != "none"
     d_x, out = d_out.new_empty(rows, d + pad), torch.empty_like(x) if written else x

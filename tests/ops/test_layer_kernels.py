@@ -73,6 +73,8 @@ for scale in (1.0, 0.22):
     assert torch.equal(total, x + y * scale)
 assert total is not out
 assert norm_kernels.norm(x, IDENTITY) is x
+assert norm_kernels.norm_backward(y, strided, strided, IDENTITY)[1] is strided
+both(norm_kernels, "post_norm_backward", strided, strided, IDENTITY, 0.22)
 total, out = norm_kernels.post_norm_add_norm(x, y, NormSpec(half(d), EPS), IDENTITY)
 assert total is out
 

@@ -257,3 +257,45 @@ def test_adapter_columns_in_8_bits_are_written_sixteen_at_a_time(aligned):
     constants = {"ALIGNED": aligned, "RANKS": 64, "BLOCK": 64}
     kernel = compiled(fp8_kernels._adapter_columns, constants, OF_FP8)
     assert ("st.global.v4.b32" in kernel.asm["ptx"]) == aligned
+
+
+FLOATS = dict.fromkeys(("eps", "offset", "post_eps", "post_offset", "scale"), "fp32")
+LLAMA = 1 + 4 + 32  # `form_of` an RMS norm with a weight that rounds first
+NORM = {"FORM": LLAMA, "POST": 0, "ADD": 0, "SCALE": 0, "OUT": 1, "MEASURE": 0, "ROWS": 1, "BLOCK": 2048}
+ACTIVATION = {"KIND": 0, "GATED": 1, "OUT": 1, "MEASURE": 0, "BLOCK": 2048}
+HEADS = {
+    "DIM": 128,
+    "PAIRS": 64,
+    "HALF": 64,
+    "REST": 0,
+    "ROTATE": 1,
+    "INTERLEAVED": 0,
+    "EACH": 0,
+    "NORM": 0,
+    "FORM": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "constants", "loads", "stores"),
+    [
+        ("norm_kernels", "_norm", NORM, 2, 1),
+        ("norm_kernels", "_norm", NORM | {"ADD": 1}, 3, 2),
+        ("norm_kernels", "_norm_backward", NORM | {"RESIDUAL": 1}, 4, 2),
+        ("activation_kernels", "_activation", ACTIVATION, 2, 1),
+        ("activation_kernels", "_activation_backward", ACTIVATION, 3, 3),
+        ("rotary_kernels", "_rotate_backward", HEADS | {"MEASURE": 0, "HEADS": 16}, 6, 2),
+    ],
+)
+def test_a_pass_of_a_llama_layer_reads_and_writes_nothing_else(module, name, constants, loads, stores):
+    """Features of other layers are compiled away.
+
+    A thread takes 16 elements of a row, two vectors, or 8 of each half of the heads, one vector.
+    """
+    import importlib
+
+    kernel = compiled(getattr(importlib.import_module(f"loratune.ops.{module}"), name), constants, FLOATS)
+    vectors = 1 if module == "rotary_kernels" else 2
+    found = [len(re.findall(rf"{kind}\.global(?:\.\w+)*\.v4\.b32", kernel.asm["ptx"])) for kind in ("ld", "st")]
+    assert found == [vectors * loads, vectors * stores]
+    assert len(re.findall(r"(?:ld|st)\.global", kernel.asm["ptx"])) == sum(found)

@@ -1,8 +1,8 @@
 """Loads a frozen base model and its tokenizer from a local folder or a hub id.
 
-transformers does the loading; this module adds what a user needs to trust it: every problem that can be seen in the
-folder is reported before a weight is read (no configuration, no tokenizer, pickled weights, an adapter where a model
-is meant), and a checkpoint that lacks tensors is an error rather than a model with random layers.
+transformers does the loading. This module adds two checks. Every problem visible in the folder is reported before a
+weight is read: no configuration, no tokenizer, pickled weights, an adapter instead of a model. And a checkpoint with
+missing tensors is an error instead of a model with random layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from loratune.precision.loading import form_of_files, load_quantised
 from loratune.tables import PRECISIONS
 
 POCKET = "loratune/pocket"
-"""The name of the model in the box, usable wherever a model is asked for."""
+"""Name of the bundled model, accepted in place of a folder or hub id."""
 
 _MARKER = "loratune"  # an answer to find again in rendered text
 
@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve(model: str) -> str:
-    """The local folder or hub id that `model` stands for, checked as far as that costs nothing.
+    """The local folder or hub id of `model`, after every check that reads no weight.
 
     A hub id becomes the folder it was downloaded to where the hub cannot be reached.
 
@@ -81,10 +81,10 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     Args:
         model: a local folder, a hub id, or `POCKET`.
         precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU. "nf4"
-            quantises linear layers to 4 bits as they are read, "fp8" to 8 bits, which a GPU of compute capability
-            8.9 or newer multiplies as they are; everything else is then bfloat16 on a GPU (float16 if the files are)
-            and float32 on a CPU. Files that bitsandbytes has quantised to 4 bits stay so, and files in 8 bits with a
-            scale for each row stay so under "fp8".
+            quantises linear layers to 4 bits while they are read, "fp8" to 8 bits, which GPUs of compute capability
+            8.9 and newer multiply directly. All other tensors are then bfloat16 on a GPU (float16 if the files are)
+            and float32 on a CPU. Files in bitsandbytes' 4 bits stay so. Files in 8 bits with a scale for each row
+            stay so under "fp8".
         device: by default the first GPU, else the CPU.
 
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
@@ -129,7 +129,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
 def _load_dense(
     source: str, config: Any, precision: Precision, where: torch.device
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model as transformers loads it, and the names of what its files lack."""
+    """The model as transformers loads it, and the names of missing tensors."""
     dtype: torch.dtype | str = DTYPES.get(precision, "auto")
     if precision == "auto" and where.type == "cpu":
         dtype = torch.float32
@@ -149,7 +149,7 @@ def _load_dense(
 
 
 def _compute_dtype(precision: Precision, where: torch.device, config: Any) -> torch.dtype:
-    """That of the products with quantised weights and of everything that is not quantised."""
+    """Dtype of products with quantised weights, and of all tensors that are not quantised."""
     if precision in DTYPES:
         return DTYPES[precision]
     if where.type == "cpu":
@@ -226,7 +226,7 @@ def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def max_document_tokens(config: Any) -> int | None:
-    """The longest document that a model's positions allow, or None if its configuration does not say."""
+    """The longest document that a model's positions allow, in tokens; None if its configuration has no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -244,12 +244,12 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _check_causal(model: str, config: Any) -> None:
-    """Raises ModelError for an encoder and the like, also one whose family has a causal variant (BERT)."""
+    """Raises ModelError for models that are not causal, also where the family has a causal variant (BERT)."""
     made_as = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if type(config) not in AutoModelForCausalLM._model_mapping or (made_as and not causal.intersection(made_as)):
-        what = made_as[0] if made_as else config.model_type
-        raise ModelError(f"{model}: {what} is not a causal language model, which train and chat need")
+        kind = made_as[0] if made_as else config.model_type
+        raise ModelError(f"{model}: {kind} is not a causal language model, which train and chat need")
 
 
 def _template_of(file: str) -> str:

@@ -50,7 +50,7 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the masters' values: one launch on a GPU, and what `WeightFormat.refresher` adds."""
+        """Copies the masters' values: one launch on a GPU, and the launches of `WeightFormat.refresher`."""
         if not self.masters:
             return
         self._cast()

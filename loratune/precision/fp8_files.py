@@ -1,16 +1,16 @@
-"""How checkpoints hold weights in 8-bit floating point, and what becomes of one of them.
+"""Checkpoints with weights in 8-bit floating point: their forms, and how each is read.
 
-Beside a weight `proj.weight` in e4m3, (d_out, d_in), stands what its numbers are to be multiplied with:
+Beside a weight `proj.weight` in e4m3, (d_out, d_in), a file holds the factors of its numbers:
 
-    proj.weight_scale_inv   (d_out / 128, d_in / 128) a block each, as DeepSeek and Qwen write them; despite its name
-                            a factor. config.json has quant_method "fp8" and weight_block_size
-    proj.weight_scale       (d_out, 1) a row each, or () or (1,) for all, or blocks again: compressed-tensors.
+    proj.weight_scale_inv   (d_out / 128, d_in / 128), one per block, as DeepSeek and Qwen write them; despite its
+                            name a factor. config.json has quant_method "fp8" and weight_block_size
+    proj.weight_scale       (d_out, 1), one per row, or () or (1,) for all, or blocks: compressed-tensors.
                             config.json has config_groups whose weights are of type "float" in 8 bits
 
-`Fp8Weight` has a scale for each row. So a weight with one for each row or for all is taken over as it is, to the bit.
-Blocks do not fit it: they are made dense, one weight at a time, and quantised by rows, which rounds once more. Each
-rounding is to 3 bits of mantissa, 2.6 % of a weight's norm for numbers of all sizes, so that the two together are
-3.7 % from the weight that the checkpoint was made of. Experts that transformers merges into one tensor are dense.
+`Fp8Weight` has a scale for each row. A weight with one scale per row, or one for all, is therefore used unchanged, to
+the bit. Blocks do not fit: they are made dense, one weight at a time, and quantised by rows, which rounds once more.
+Each rounding is to 3 bits of mantissa, 2.6 % of a weight's norm. Both together are 3.7 % away from the weight that
+the checkpoint was made from. Experts that transformers merges into one tensor become dense.
 
 Source: transformers' FineGrainedFP8Config (5.17 to 5.23); compressed-tensors' `float-quantized` format.
 """
@@ -37,16 +37,16 @@ _OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "q_scale",
 
 @dataclass(frozen=True)
 class Scheme:
-    """What config.json says about all weights in 8 bits."""
+    """Form of all 8-bit weights of a checkpoint, from its config.json."""
 
     suffix: str
-    """Of the scale's name, behind that of the weight."""
+    """Suffix of the scale's name behind that of the weight."""
     block: tuple[int, int] | None
-    """Rows and columns that share a scale, where scales stand in a grid."""
+    """Rows and columns that share a scale, where scales form a grid."""
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Scheme | None:
-        """From a `quantization_config`; None if it says something else than the two forms above."""
+        """From a `quantization_config`; None if it describes neither of the two forms above."""
         method = how.get("quant_method")
         if method == "fp8" and how.get("expert_dtype", "fp8") == "fp8":
             return cls("_scale_inv", _pair(how.get("weight_block_size")))
@@ -61,22 +61,22 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Unread:
-    """One weight in its file, in place of a tensor in transformers' loader."""
+    """One weight in its file; an entry for transformers' loader."""
 
     values: StoredTensor
     scale: StoredTensor
     block: tuple[int, int] | None
     take_over: bool
-    """Whether the codes are wanted, and not only the dense weight."""
+    """True if the codes are wanted, and not only the dense weight."""
 
     def __getitem__(self, everything: object) -> Scaled8:
-        """Its parts, in CPU memory."""
+        """Values and scales, in CPU memory."""
         return Scaled8(self.values.read(), self.scale.read(), self.block, self.take_over, self.values.name)
 
 
 @dataclass(frozen=True)
 class Scaled8:
-    """A weight as a checkpoint holds it."""
+    """Values and scales of one weight of a checkpoint."""
 
     values: Tensor
     """(..., d_out, d_in) e4m3"""
@@ -137,7 +137,7 @@ def _dense(values: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: 
 
 
 def _by_rows(scale: Tensor, shape: Sequence[int]) -> bool:
-    """Whether there is one scale for each row of a matrix, or for all."""
+    """True for one scale for each row of a matrix, or one for all."""
     return len(shape) == 2 and (scale.numel() == 1 or tuple(scale.shape) in ((shape[0],), (shape[0], 1)))
 
 

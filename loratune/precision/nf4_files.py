@@ -1,15 +1,15 @@
-"""How bitsandbytes writes one 4-bit weight into a checkpoint, read and written without bitsandbytes.
+"""bitsandbytes' form of a 4-bit weight in a checkpoint, read and written without bitsandbytes.
 
 For a layer `proj` the file holds, each under `proj.`:
 
     weight                                     (elements / 2, 1) uint8, two codes a byte, the first in the high half
-    weight.absmax                              (blocks,) uint8 if the absmax are quantised themselves, else float32
+    weight.absmax                              (blocks,) uint8 if the absmax are quantised too, else float32
     weight.quant_map                           (16,) float32, the code book
-    weight.nested_absmax, .nested_quant_map    (groups,) and (256,) float32, if they are
+    weight.nested_absmax, .nested_quant_map    (groups,) and (256,) float32, in that case
     weight.quant_state.bitsandbytes__nf4       JSON as bytes: shape, dtype, blocksize, and nested_offset and so on
 
-and config.json has a `quantization_config` with `load_in_4bit`. This is the state_dict of bitsandbytes' Params4bit
-and what transformers saves (0.50 and 5.23; `QuantState.as_dict(packed=True)`).
+and config.json has a `quantization_config` with `load_in_4bit`. These are the tensors in the state_dict of
+bitsandbytes' Params4bit, which transformers saves (0.50 and 5.23; `QuantState.as_dict(packed=True)`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loratune.errors import ModelError
 from loratune.precision.nf4 import NestedScales, Nf4Weight
 
 _STATE = "weight.quant_state.bitsandbytes__"
-_KINDS = ("nf4", "fp4")  # both are a table of 16 values, which the file brings along
+_KINDS = ("nf4", "fp4")  # both are a table of 16 values, which the file contains
 
 
 def pack(weight: Nf4Weight) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Nf4
     """One weight from its tensors, named as by `pack`.
 
     Args:
-        dtype: of the products.
+        dtype: compute dtype.
         where: the layer's path, for errors.
 
     Raises: ModelError: a tensor is missing, or they do not fit each other.
@@ -84,12 +84,12 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Nf4
 
 
 def is_part(name: str) -> bool:
-    """Whether a tensor of a checkpoint is part of a 4-bit weight but not its codes."""
+    """True for tensors of a checkpoint that belong to a 4-bit weight, its codes excepted."""
     return any(f".weight.{part}" in name for part in ("absmax", "quant_map", "nested_", "quant_state."))
 
 
 def quantization_config(compute: torch.dtype, nested: bool) -> dict[str, Any]:
-    """What config.json says about such a checkpoint, in transformers' words."""
+    """The `quantization_config` of such a checkpoint's config.json."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

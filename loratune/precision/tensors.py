@@ -1,8 +1,8 @@
-"""Reads the tensors of a safetensors checkpoint one at a time, so that no more than one of them is in host memory.
+"""Reads the tensors of a safetensors checkpoint one at a time, so that at most one of them is in host memory.
 
-Mapping the files, as is usual, lets every page that was ever read count as this process's memory until the file is
-closed: 13.5 GB for a model of 7 billion parameters. Here a tensor is read where the file's header says that it lies,
-by several threads, into memory that the GPU can copy from at full speed, and let go of after use.
+With mapped files, the usual way, every page that was read counts as this process's memory until the file is closed:
+13.5 GB for a model of 7 billion parameters. Here several threads read a tensor at its offset in the file into memory
+from which a GPU copies at full speed. It is freed after use.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, then the bytes of all tensors).
 """
@@ -47,7 +47,7 @@ def frozen_form(dense: Tensor) -> FrozenWeight | None:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, not read yet. `stored[...]` reads it, as transformers asks for one."""
+    """One tensor of a file, not read yet. transformers' loader reads it with `stored[...]`."""
 
     file: Path
     name: str
@@ -103,7 +103,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """The one file, or those that the index names, in its order; as transformers chooses them."""
+        """The single file, or the files of the index in its order; the choice of transformers."""
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         if single.exists():
             return [single]

@@ -1,4 +1,4 @@
-"""Loading: what comes back, and that problems in a folder are seen before its weights are read."""
+"""Loading: the model, and problems of a folder that are found before its weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every form of a frozen weight adds its products onto a tensor, and to a matrix so that small numbers arrive."""
+"""Every form of a frozen weight adds its products onto a tensor; in floating point small numbers are not lost."""
 
 from __future__ import annotations
 

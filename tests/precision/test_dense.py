@@ -1,4 +1,4 @@
-"""Weights with a border: the same values for whoever reads them, and a product that carries the low-rank part."""
+"""Augmented weights: Parameters keep their values, and one product computes the frozen and the low-rank part."""
 
 from __future__ import annotations
 

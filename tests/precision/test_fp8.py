@@ -1,4 +1,4 @@
-"""8-bit weights: what a row keeps, one stored copy for both directions, and adapters that stay exact beside it."""
+"""8-bit weights: precision of a row, one stored copy for both directions, and exact adapters beside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_row_of_zeros_stays_zero():
 
 
 def test_one_stored_copy_serves_forward_and_backward():
-    """Against the very numbers that are stored, either product errs by what its other operand loses: 2^-4 at most."""
+    """Against the stored numbers, either product errs by the rounding of its other operand: 2^-4 at most."""
     weight = a_weight(80, 96)
     held = Fp8Weight.quantised(weight)
     exact = held.dense().double()
@@ -79,8 +79,8 @@ def d_input(projection, dy):
 def test_adapter_columns_have_the_precision_of_bfloat16(size, both_ways):
     """The adapter's part of y and dx, whatever the size of B, even far above that of W.
 
-    It can be seen alone where W is zero. Allowed: 2^-8 of that part for each of the two factors, and what 8 bits
-    below the top of a row cannot show, 2^-10 of a scale a term, which next to the wide product's error is nothing.
+    It can be seen alone where W is zero. Allowed: 2^-8 of that part for each of the two factors, and 2^-10 of a
+    scale per term, which 8 bits below the top of a row cannot hold. The wide product's error is far larger.
     """
     torch.manual_seed(0)
     d_out, d_in, r = 1024, 1152, 6

@@ -1,4 +1,4 @@
-"""Checkpoints that come in 8-bit floating point: what each becomes, and which are refused."""
+"""Checkpoints in 8-bit floating point: the weights that each gives, and the refused ones."""
 
 from __future__ import annotations
 
@@ -268,5 +268,5 @@ def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("quantise", [by_rows, as_a_whole])
 def test_a_low_rank_part_rides_along_with_any_scale(quantise):
-    """2.6 % for x or dy in 8 bits; the low-rank part has 8 bits of mantissa, and W is what the file says."""
+    """2.6 % for x or dy in 8 bits; the low-rank part has 8 bits of mantissa, and W is exactly the file's."""
     assert max(products_with_a_border(quantise)) < 0.035

@@ -1,4 +1,4 @@
-"""Quantised layers under adapters, in every part of the house that asks a layer for its weight."""
+"""Quantised layers under adapters, in every part of the package that uses a layer's weight."""
 
 from __future__ import annotations
 

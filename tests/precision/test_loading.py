@@ -1,4 +1,4 @@
-"""A model that is quantised while it is read: what comes back, what it takes, and which files are refused."""
+"""Models that are quantised while they are read: values, memory, and refused files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_shards_are_read_like_one_file(tmp_path):
 
 
 def test_tensors_are_read_to_the_bit_and_one_at_a_time(tmp_path):
-    """No mapping of a file is left in the process, so that what was read does not count as its memory."""
+    """No mapping of a file is left in the process, so pages that were read do not count as its memory."""
     tensors = {
         "a": torch.randn(3, 5),
         "b": torch.arange(7),

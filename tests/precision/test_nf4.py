@@ -1,6 +1,6 @@
 """4-bit weights: bitsandbytes' numbers to the bit, and a frozen weight like any other.
 
-The recorded digests are of what bitsandbytes 0.50.2 gives on a CPU for `sample()`: `functional.quantize_4bit` with
+The recorded digests are of bitsandbytes 0.50.2 on a CPU, for `sample()`: `functional.quantize_4bit` with
 quant_type "nf4", with and without compress_statistics, then `dequantize_4bit`. Where bitsandbytes is installed,
 random weights are compared as well.
 """

@@ -1,4 +1,4 @@
-"""Quantised weights in pieces: each row or column once, and no piece larger than what may be dense at a time."""
+"""Pieces of quantised weights: each row or column once, and no piece above the bound of dense elements."""
 
 from __future__ import annotations
 

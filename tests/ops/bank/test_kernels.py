@@ -65,7 +65,7 @@ pool.tables = None
 pool.segments = SEGMENTS
 room = torch.randn(TOKENS, D_IN + 16).to(half)
 x, dy = room[:, :D_IN], torch.randn(TOKENS, sum(OUTS)).to(half)
-for a, b in ((150, 192), (220, 320)):  # what lies between segments reaches no loss
+for a, b in ((150, 192), (220, 320)):  # tokens between segments reach no loss
     dy[a:b] = 0
 expected = run(p, x, dy)
 

@@ -14,7 +14,7 @@ from tests.precision.test_fp8_files import (
     by_rows,
     logits,
     off,
-    products_with_a_border,
+    products_with_adapter_columns,
     write,
 )
 
@@ -50,4 +50,4 @@ def test_a_checkpoint_in_8_bits_is_never_dense_on_the_device(kind, tmp_path):
 @pytest.mark.parametrize("quantise", [by_rows, as_a_whole])
 def test_products_take_any_scale(quantise):
     """Scales of files are no powers of two and do not fit bfloat16, so kernels take float32 scales."""
-    assert max(products_with_a_border(quantise, "cuda", torch.bfloat16)) < 0.035
+    assert max(products_with_adapter_columns(quantise, "cuda", torch.bfloat16)) < 0.035

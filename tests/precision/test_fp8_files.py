@@ -248,7 +248,7 @@ def test_files_that_do_not_fit_their_configuration_are_an_error(tmp_path):
             load(str(tmp_path), "fp8", "cpu")
 
 
-def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
+def products_with_adapter_columns(quantise, device="cpu", dtype=torch.float32):
     """Errors of x (W + B A)ᵀ and dy (W + B A) with the low-rank part inside, for a weight that was taken over."""
     torch.manual_seed(0)
     values, scale, dense = (tensor.to(device) for tensor in quantise(torch.randn(1536, 1024)))
@@ -267,6 +267,6 @@ def products_with_a_border(quantise, device="cpu", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("quantise", [by_rows, as_a_whole])
-def test_a_low_rank_part_rides_along_with_any_scale(quantise):
+def test_adapter_columns_work_with_any_scale(quantise):
     """2.6 % for x or dy in 8 bits; the low-rank part has 8 bits of mantissa, and W is exactly the file's."""
-    assert max(products_with_a_border(quantise)) < 0.035
+    assert max(products_with_adapter_columns(quantise)) < 0.035

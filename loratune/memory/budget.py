@@ -179,7 +179,9 @@ def _layers(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> l
         tile = max(setting.tokens, TILE) if level.keeps_gate_up else min(plan.tile, max(setting.tokens, 1))
         return LayerRun(setting.tokens, setting.documents, level, tile, plan.both_ways)
 
-    return [ledger(run(level)) for ledger, level in zip(survey.ledgers, plan.levels, strict=True)]
+    layers = list(zip(survey.ledgers, plan.levels, strict=True))
+    known = {(ledger, level): ledger(run(level)) for ledger, level in set(layers)}
+    return [known[layer] for layer in layers]
 
 
 def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:

@@ -1,4 +1,4 @@
-"""The estimate's arithmetic: what it must satisfy whatever the numbers are. Against measurements: tests/gpu."""
+"""Properties of the estimate's arithmetic that hold for any numbers. Measured peaks: tests/memory/test_ledger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def surveyed(seven_billion):
     return survey_of(seven_billion, EstimateRequest("auto", LoraConfig(), RowSetting(8192)))
 
 
-def test_what_is_there_all_the_time_is_counted_to_the_parameter(seven_billion, surveyed):
+def test_weights_and_optimizer_state_are_counted_to_the_parameter(seven_billion, surveyed):
     parameters = sum(p.numel() for p in seven_billion.parameters())
     assert parameters == 6_738_415_616
     assert surveyed.base_bytes == pytest.approx(2 * parameters, rel=1e-4)  # and rotary frequencies, rounded to 512
@@ -88,8 +88,8 @@ def test_nothing_is_chosen_where_even_the_weights_do_not_fit(surveyed):
 
 
 @pytest.mark.parametrize("generous", [0, 1, 2, 5])
-def test_what_waits_on_the_host_is_counted_as_the_host_holds_it(surveyed, generous):
-    """Walks the layers as `ops.host` does and adds up what the device holds on its way: never above the estimate."""
+def test_tensors_on_their_way_to_the_host_are_counted(surveyed, generous):
+    """Walks the layers as `ops.host` does and adds up the bytes on the device: never above the estimate."""
     setting, layers = RowSetting(8192, even=True), 32
     plan = ActivationPlan.mixed(Level.STAGED, layers - generous, Level.NONE, layers)
     of_each = _layers(surveyed, setting, plan)
@@ -131,7 +131,7 @@ def test_the_longest_document_fits_and_the_next_does_not(surveyed):
     assert largest(surveyed, H200, 13 * GIB) is None
 
 
-def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):
+def test_a_run_that_does_not_fit_comes_with_changes_that_do(seven_billion):
     request = EstimateRequest("auto", LoraConfig(), RowSetting(8192), "none")
     found = estimate(seven_billion, request, named("24GiB"), 24 * GIB)
     assert not found.fits
@@ -142,7 +142,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(seven_billion):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_an_imagined_row_holds_what_a_real_one_holds(name):
+def test_a_simulated_row_saves_the_bytes_of_a_real_one(name):
     """The bytes that autograd saves for the backward on a CPU, within 15 percent."""
     config = build(name).config
     copy, real = without_data(config, torch.float32), build(name)
@@ -167,7 +167,7 @@ def test_an_imagined_row_holds_what_a_real_one_holds(name):
 
 @pytest.mark.parametrize("name", ["gemma2", "gptoss"])
 def test_soft_caps_and_sinks_take_no_square_of_scores_in_half_precision(name):
-    """Their kernel holds what grows with T alone; a square of scores would be 16 times as much."""
+    """Their kernel saves tensors that grow with T alone; a square of scores would be 16 times as large."""
     model = without_data(build(name).config, torch.bfloat16)
     attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), name="default", seed=0)
     short, long = (

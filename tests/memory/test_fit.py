@@ -1,4 +1,4 @@
-"""What a run keeps on a CPU, and what a user reads if a GPU is too small; the dry step is tested in tests/gpu."""
+"""The plan of a run on a CPU, and the message for a GPU that is too small. The dry step is tested in tests/gpu."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_on_a_cpu_the_setting_is_the_plan(activations, level):
     assert set(found.plan.levels) == {level}
 
 
-def test_the_error_says_by_how_much_and_what_to_set():
+def test_the_error_names_the_missing_bytes_and_the_settings_that_help():
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
     what = survey_of(
         without_data(tf.LlamaConfig(**shape), torch.bfloat16), EstimateRequest("auto", LoraConfig(), RowSetting(1))
@@ -53,7 +53,7 @@ def test_a_device_is_found_by_a_part_of_its_name_or_made_of_a_size():
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "a lot"])
-def test_a_size_that_is_none_is_refused_with_the_setting(text):
+def test_a_text_that_is_no_size_is_an_error_with_the_setting(text):
     with pytest.raises(ConfigError, match=r"memory: .*24GiB"):
         config(memory=text)
 
@@ -66,7 +66,7 @@ def test_tiles_cover_a_row_and_are_no_wider_than_asked(tokens, tile):
 
 
 def plans_and_trials(*outcomes):
-    """`first_that_fits` over one plan for each outcome; the plan that it takes, and the plans that it tried."""
+    """`first_that_fits` over one plan for each outcome; the chosen plan, and the plans that were tried."""
     plans = [ActivationPlan.uniform(level, 2) for level in Level][: len(outcomes)]
     tried = []
 
@@ -79,19 +79,19 @@ def plans_and_trials(*outcomes):
     return (None if found is None else plans.index(found[0])), tried
 
 
-def test_the_first_plan_with_room_for_a_recording_is_taken_and_no_plan_tried_twice():
+def test_the_first_plan_whose_recording_fits_is_taken_and_no_plan_tried_twice():
     assert plans_and_trials(True, True) == (0, [0])
     assert plans_and_trials(None, False, True, True) == (2, [0, 1, 2])
 
 
-def test_without_room_for_any_recording_the_fastest_plan_that_fits_is_taken():
+def test_if_no_recording_fits_the_fastest_plan_that_fits_is_taken():
     assert plans_and_trials(None, False, False) == (1, [0, 1, 2])
     assert plans_and_trials(None, None) == (None, [0, 1])
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 64, 384, 640, 1024, 5000])
-def test_the_row_that_is_tried_asks_for_as_much_as_any_of_its_length(tokens):
-    """Uneven documents, as many as are reckoned with, and trained positions that are gathered."""
+def test_the_trial_row_takes_as_much_memory_as_any_of_its_length(tokens):
+    """Uneven documents, as many as the estimate assumes, and trained positions that are gathered."""
     row = _any_row(tokens, RowSetting(tokens).documents)
     layout = layout_for(row, {})
     assert int(row.cu_seqlens[-1]) == tokens == len(row.position_ids) == len(row.weights)

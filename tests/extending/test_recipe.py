@@ -19,6 +19,7 @@ from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import attach, merge, trainable_parameters
 from loratune.memory.budget import RowSetting
 from loratune.memory.estimate import EstimateRequest, survey_of
+from loratune.memory.ledger import LayerRun
 from loratune.training.optim import adamw, set_rate
 from loratune.training.step import train_step
 from tests.extending.toy_recipe import toy_model
@@ -84,6 +85,8 @@ def test_it_trains_saves_and_merges(tmp_path: Path) -> None:
 def test_it_is_estimated_as_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     request = EstimateRequest("auto", LoraConfig(r=4), RowSetting(256, 1))
     model = toy_model(torch.bfloat16, "meta")
-    assert survey_of(model, request).shape is not None
+    found = survey_of(model, request)
+    assert len(found.ledgers) == found.layers
+    assert all(ledger(LayerRun(256, 0, Level.SELECTIVE, 128)).saved > 0 for ledger in found.ledgers)
     monkeypatch.delitem(tables.RECIPES, "toy")
-    assert survey_of(model, request).shape is None
+    assert not survey_of(model, request).ledgers

@@ -3,7 +3,7 @@
 
 Each is one launch that reads its inputs once and writes its outputs once; the memory bandwidth is its bound. A gate
 and its factor may be halves of one tensor or two tensors: kernels take two pointers and two row strides.
-torch.compile splits a pass that writes two halves of one buffer into several (benchmarks/NOTES.md).
+torch.compile splits a pass that writes two halves of one buffer into several (docs/lab/2026-11-24-single-adapter.md).
 """
 
 from __future__ import annotations

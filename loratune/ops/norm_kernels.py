@@ -3,7 +3,8 @@
 
 Each twin is one launch that reads its inputs once and writes its outputs once, so the memory bandwidth is its bound.
 Sums are in float32. Features that a layer does not use are compiled away: they are constants of the kernel.
-torch.compile makes the same norms, but costs ten seconds at the start of a run (benchmarks/NOTES.md).
+torch.compile makes the same norms, but costs ten seconds at the start of a run
+(docs/lab/2026-11-24-single-adapter.md).
 
 Arguments are those of the references, and tests compare the two in Triton's interpreter on a CPU. This module is
 imported on GPUs only, because Triton is not installed elsewhere.

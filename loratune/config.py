@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune.errors import ConfigError, nearest
-from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS
+from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
 from loratune.units import bytes_of
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def check_values(
             raise ConfigError(f'{where}: unknown setting "{name}".{hint}')
         expected = hints[name]
         if is_dataclass(expected) and isinstance(value, Mapping):
-            section = typing.cast(type[Any], expected)
+            section = _section(typing.cast(type[Any], expected), value)
             built[name] = from_dict(section, value, f"{where} [{name}]", root or kind)
         elif is_dataclass(expected) and not is_dataclass(value):
             raise ConfigError(f"{where}: {name} = {value!r} is a value, but {name} is a section: [{name}]")
@@ -288,6 +288,13 @@ def check_values(
         else:
             raise ConfigError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
     return built
+
+
+def _section(expected: type[Any], values: Mapping[str, Any]) -> type[Any]:
+    """Class of a section. The section of `LoraConfig` has the fields of the variant that its values choose."""
+    chosen = chosen_variants(values) if expected is LoraConfig else []
+    settings: type[Any] = load_entry(VARIANTS[chosen[0]]).settings if chosen else expected
+    return settings
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is imported here, so help and argument errors stay fast. An extension is one fil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -46,6 +47,16 @@ name is for readers: a recipe is chosen by the modules of a layer."""
 VARIANTS: dict[str, str] = {}
 """Variants of LoRA (`loratune.lora.layer.LoraVariant`). The name is the configuration field that chooses the variant
 when it is true, for example "use_dora", or a field and its value, for example "init_lora_weights=pissa"."""
+
+
+def chosen_variants(values: Mapping[str, object]) -> list[str]:
+    """Names in `VARIANTS` that the values of a configuration's fields choose."""
+    chosen = []
+    for name in VARIANTS:
+        field, _, value = name.partition("=")
+        if values.get(field) == value if value else values.get(field):
+            chosen.append(name)
+    return chosen
 
 
 def load_entry(location: str) -> Any:

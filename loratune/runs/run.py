@@ -209,7 +209,8 @@ def _train(
     model = forward.model
     (name,) = active(model)
     if attached is not None and attached.left_out:
-        yield Note(f"{len(attached.left_out)} layers are not adapted: {attached.left_out[0]}")
+        more = len(attached.left_out) - 1
+        yield Note(f"not adapted: {attached.left_out[0]}" + (f" (and {more} more)" if more else ""))
     if (share := mostly_dense(model)) is not None:
         yield Note(share)
     for text in dataset.notes:

@@ -31,6 +31,7 @@ from loratune.ops.dropout import dropout_key, row_key
 from loratune.precision.linear import quantise_linears
 from loratune.training.optim import adamw, set_rate
 from loratune.training.step import row_loss, train_step
+from tests.cli_lab import CHAT, SHORT, loratune, small_model, write_jsonl
 from tests.conftest import build
 from tests.extending.toy_variant import GATED, ORTHOGONAL, GatedConfig, GatedLora, OrthogonalConfig
 from tests.lora.helpers import fill, make, run
@@ -142,6 +143,25 @@ def test_without_the_table_entry_its_file_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.delitem(tables.VARIANTS, "use_gate")
     with pytest.raises(AdapterError, match=r"use_gate = true .an unknown field"):
         load_adapter(make("llama"), tmp_path / "a")
+
+
+def test_every_verb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_model(tmp_path / "base")
+    write_jsonl(tmp_path / "chat.jsonl", CHAT)
+    (tmp_path / "run.toml").write_text('[lora]\nuse_gate = true\ntarget_modules = ["q_proj", "up_proj"]\n')
+    words = ["base", "chat.jsonl", "--config", "run.toml", *SHORT]
+    trained = loratune("train", *words, "--max-steps", "2", "--out", "run")
+    assert trained.status == 0, trained.err
+    assert read_config("run").use_gate
+    shown = loratune("inspect", "run")
+    assert shown.status == 0, shown.err
+    assert "GatedLora" in shown.out
+    assert "in full" not in shown.out
+    measured = loratune("eval", "run", "chat.jsonl", "--limit", "2", "--no-generate", "--json")
+    assert measured.status == 0, measured.err
+    merged = loratune("merge", "run", "--out", "merged")
+    assert merged.status == 0, merged.err
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -34,14 +34,9 @@ def values_of(field: str) -> set[str]:
 
 
 def _variant(values: Mapping[str, object]) -> LoraVariant:
-    chosen = [choice for choice in tables.VARIANTS if _chooses(values, choice)]
+    chosen = tables.chosen_variants(values)
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} choose two variants of LoRA; set one of them")
     variant = tables.load_entry(tables.VARIANTS[chosen[0]]) if chosen else PLAIN
     assert isinstance(variant, LoraVariant)
     return variant
-
-
-def _chooses(values: Mapping[str, object], choice: str) -> bool:
-    field, _, value = choice.partition("=")
-    return values.get(field) == value if value else bool(values.get(field))

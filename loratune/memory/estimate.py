@@ -124,7 +124,7 @@ def survey_of(model: PreTrainedModel, request: EstimateRequest) -> ModelSurvey:
     trainable = sum(trained.values())
     trainable += sum(p.numel() for entry in selection.saved for p in entry.module.parameters())
     half = model.dtype in (torch.bfloat16, torch.float16)
-    fuses = request.on_gpu and half and all(target.is_low_rank_sum for target in selection.targets)
+    fuses = request.on_gpu and half and all(target.variant.low_rank_sum for target in selection.targets)
     fit = next((fit for fit in recipe_fits(model) if fit.why_not(model) is None), None) if fuses else None
     paths = [target.path for target in selection.targets]
     made = _layer_copy(request, paths)

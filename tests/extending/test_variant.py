@@ -238,6 +238,11 @@ def test_it_is_estimated_with_its_tensors_and_as_modules() -> None:
     assert gated.trainable > plain.trainable
 
 
+def test_an_adapted_embedding_leaves_the_layers_fused_in_the_estimate() -> None:
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    assert survey_of(build("llama", dtype=torch.bfloat16), EstimateRequest("auto", lora, RowSetting(256, 1))).ledgers
+
+
 def test_embeddings_cannot_have_it() -> None:
     with pytest.raises(AdapterError, match=r"embed_tokens.*GatedLora is for linear layers"):
         attach(build("llama"), _gated(target_modules=["embed_tokens"]))

@@ -209,8 +209,7 @@ def _train(
     model = forward.model
     (name,) = active(model)
     if attached is not None and attached.left_out:
-        more = len(attached.left_out) - 1
-        yield Note(f"not adapted: {attached.left_out[0]}" + (f" (and {more} more)" if more else ""))
+        yield Note(f"not adapted, first of {len(attached.left_out)} reasons: {attached.left_out[0]}")
     if (share := mostly_dense(model)) is not None:
         yield Note(share)
     for text in dataset.notes:

@@ -2,8 +2,8 @@
 
     python examples/training_loop.py [--model loratune/pocket] [--data FILE] [--steps 60] [--out adapter]
 
-`lt.train` does the same with checkpoints, resuming, recording on a GPU and a model card. This version shows the values
-that pass from stage to stage:
+`lt.train` does the same with checkpoints, resuming, recording on a GPU and a model card. This version shows the
+values that pass from stage to stage:
 
     Record -> Example(token_ids, weights) -> Row -> log-probabilities -> loss -> adapter files
 """

@@ -1,7 +1,7 @@
 """Matrix products with the fastest cuBLASLt kernel, found by trial.
 
 cuBLAS selects a kernel by rule from the sizes alone. On an H200 its selection is up to 10 % slower than the best of
-the eight kernels that cuBLASLt offers for the same product (benchmarks/NOTES.md, 26 November), and no simple rule of
+the eight kernels that cuBLASLt offers for the same product (docs/lab, 26 November), and no simple rule of
 ours would select better. A training step computes the same dozen products thousands of times. So each kind of product
 is tried once, at its first call inside `ProductKernels.choosing`, on its own operands: ten to a hundred milliseconds.
 

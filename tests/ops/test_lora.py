@@ -16,7 +16,7 @@ D_IN, D_OUT, R, SCALING = 6, 5, 3, 1.7
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ON = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 ROUNDED = pytest.mark.xfail(
-    reason="on an H100 0.22 arrives: cuBLAS rounds before it adds (benchmarks/NOTES.md)", strict=True
+    reason="on an H100 0.22 arrives: cuBLAS rounds before it adds (docs/lab)", strict=True
 )
 ON_WITH_ROUNDING = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU, ROUNDED])]
 

@@ -2,7 +2,7 @@
 
 PyTorch's variable-length kernel is FlashAttention 2, written for the generation before, and cuDNN's takes documents
 of one length only. `pip install 'loratune[flash]'` brings the package flash-attn-4 (Dao-AILab/flash-attention,
-`flash_attn.cute`). It takes half the time of FlashAttention 2 and 5 to 15 % less than cuDNN (benchmarks/NOTES.md).
+`flash_attn.cute`). It takes half the time of FlashAttention 2 and 5 to 15 % less than cuDNN (docs/lab).
 It compiles each kernel at its first use, three seconds each.
 
 The package is young and compiles on the user's machine, and some of its kernels were seen to be wrong without an

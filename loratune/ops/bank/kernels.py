@@ -389,7 +389,7 @@ class BankTables:
                 )  # fmt: skip
 
 
-# Sizes of a program's piece, chosen by measuring (benchmarks/NOTES.md, "Many adapters").
+# Sizes of a program's piece, chosen by measuring (docs/lab, "Many adapters").
 DOWN: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 4}
 UP: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 2}
 GRADIENTS: dict[str, int] = {"width": 256, "num_warps": 4, "num_stages": 3}

@@ -3,7 +3,7 @@
     python examples/custom_objective.py [--steps 20]
 
 Two neighbouring documents of a row are a pair: the same question with the right and with a wrong answer. The
-objective sees the log-probability of every trained token and the document it belongs to. """
+objective sees the log-probability of every trained token and the document it belongs to."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ from loratune.ops.lora import lora_linear
 D_IN, D_OUT, R, SCALING = 6, 5, 3, 1.7
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ON = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-ROUNDED = pytest.mark.xfail(
-    reason="on an H100 0.22 arrives: cuBLAS rounds before it adds (docs/lab)", strict=True
-)
+ROUNDED = pytest.mark.xfail(reason="on an H100 0.22 arrives: cuBLAS rounds before it adds (docs/lab)", strict=True)
 ON_WITH_ROUNDING = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU, ROUNDED])]
 
 

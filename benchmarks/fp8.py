@@ -68,7 +68,7 @@ def padded(x: Tensor, asked: Measure) -> Tensor:
     return out
 
 
-def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8Projection:
+def a_projection(d_out: int, d_in: int, members: int, *, hold_transposed: bool) -> Fp8Projection:
     """Random weights with adapters of `members` layers."""
     ranks = RANK * members
     weight = torch.randn(d_out, d_in, device="cuda", dtype=BF16) * 0.02
@@ -76,7 +76,7 @@ def a_projection(d_out: int, d_in: int, members: int, *, both_ways: bool) -> Fp8
     adapter = torch.randn(ranks, d_in, device="cuda", dtype=BF16) / d_in**0.5
     other = torch.randn(d_out, ranks, device="cuda", dtype=BF16) * 1e-3
     member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
-    return Fp8Projection.of(held, None, (adapter, other), member, hold_transposed=both_ways)
+    return Fp8Projection.of(held, None, (adapter, other), member, hold_transposed=hold_transposed)
 
 
 def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) -> dict[str, object]:
@@ -155,10 +155,10 @@ def kernels(shape: str, tokens: int) -> list[dict[str, object]]:
     )  # fmt: skip
     dim = int(str(config.get("head_dim", width // heads)))
     projections = {
-        "qkv": a_projection((heads + 2 * key_value) * dim, width, 3, both_ways=False),
-        "o": a_projection(width, heads * dim, 1, both_ways=False),
-        "gate_up": a_projection(2 * mlp, width, 2, both_ways=False),
-        "down": a_projection(width, mlp, 1, both_ways=False),
+        "qkv": a_projection((heads + 2 * key_value) * dim, width, 3, hold_transposed=False),
+        "o": a_projection(width, heads * dim, 1, hold_transposed=False),
+        "gate_up": a_projection(2 * mlp, width, 2, hold_transposed=False),
+        "down": a_projection(width, mlp, 1, hold_transposed=False),
     }
     all_layers = refresher(list(projections.values()) * layers)  # one layer's, over and over
     all_layers()

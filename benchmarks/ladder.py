@@ -42,7 +42,7 @@ CASES = [
 def measure(
     shape: str, batch: int, tokens: int, precision: str, both_ways: bool, variant: str, steps: int
 ) -> dict[str, object]:
-    """One variant on one shape; `both_ways` as in `fused.policy.ActivationPlan`."""
+    """One variant on one shape; `both_ways` is `ActivationPlan.hold_transposed`."""
     import torch
     import transformers
 
@@ -75,7 +75,7 @@ def measure(
     if variant in ("modules", "separate"):
         forward.one_pass = False
     if both_ways:
-        forward.plan = ActivationPlan((Level.NONE,) * model.config.num_hidden_layers, both_ways=True)
+        forward.plan = ActivationPlan((Level.NONE,) * model.config.num_hidden_layers, hold_transposed=True)
     torch.cuda.synchronize()
     prepared = time.perf_counter() - started
     parameters = [p for p in model.parameters() if p.requires_grad]

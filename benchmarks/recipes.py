@@ -35,6 +35,9 @@ from loratune.training.optim import adamw, set_rate
 
 LAYERS, WIDTH, MLP, HEADS, VOCABULARY = 16, 2048, 8192, 16, 32000
 DOCUMENTS, TOKENS, STEPS = 2, 2048, 12
+_GRANITE = {  # of Granite 3; an attention multiplier of 1, the default, saturates every softmax
+    "attention_multiplier": 1 / 128, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+}  # fmt: skip
 _ALL = {
     "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
     "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "pad_token_id": 0,
@@ -49,7 +52,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_HEAD_DIM)),
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**_FEW_KEYS)),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_FEW_KEYS)),
-    "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**_FEW_KEYS, residual_multiplier=0.22)),
+    "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**_FEW_KEYS, **_GRANITE)),
     "glm4": lambda: tf.Glm4ForCausalLM(tf.Glm4Config(**_HEAD_DIM)),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_ALL)),
     "gpt2": lambda: tf.GPT2LMHeadModel(

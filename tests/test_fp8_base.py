@@ -85,7 +85,7 @@ def one_step(model, forward, plan):
     with forward.installed():
         carried = forward._copies.refreshed
         assert len(carried) == 2 * 4
-        assert all((p.transposed is not None) == (plan is not None and plan.both_ways) for p in carried)
+        assert all((p.transposed is not None) == (plan is not None and plan.hold_transposed) for p in carried)
         loss = row_loss(forward, a_row())
         loss.backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]
@@ -94,7 +94,7 @@ def one_step(model, forward, plan):
     return loss.detach(), found
 
 
-def test_what_layers_keep_changes_nothing_not_even_weights_kept_both_ways(folder):
+def test_what_layers_keep_changes_nothing_not_even_weights_kept_hold_transposed(folder):
     model = lt.load(folder, "fp8", "cpu")
     attach(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"), name="default", seed=0)
     for path, parameter in model.named_parameters():
@@ -105,10 +105,10 @@ def test_what_layers_keep_changes_nothing_not_even_weights_kept_both_ways(folder
     loss, gradients = one_step(model, forward, None)
     assert all(bool(gradient.any()) for gradient in gradients)
     for levels in ((Level.NONE, Level.NONE), (Level.WIDE, Level.SELECTIVE), (Level.FULL, Level.STAGED)):
-        for both_ways in (False, True):
-            again, same = one_step(model, forward, ActivationPlan(levels, both_ways=both_ways))
+        for hold_transposed in (False, True):
+            again, same = one_step(model, forward, ActivationPlan(levels, hold_transposed=hold_transposed))
             assert torch.equal(again, loss)
-            assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True)), (levels, both_ways)
+            assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True)), (levels, hold_transposed)
 
 
 def test_fused_layers_drop_what_the_modules_drop(folder):

@@ -121,7 +121,7 @@ def installed(
     layers = decoder_layers(model)
     originals = list(layers)
     plan = plan or ActivationPlan.uniform(Level.NONE, len(originals))
-    copies, host, below = Copies(state=state, both_ways=plan.both_ways), HostOffload(), LayerLink()
+    copies, host, below = Copies(state=state, hold_transposed=plan.hold_transposed), HostOffload(), LayerLink()
     try:
         for index, (base, level) in enumerate(zip(originals, plan.levels, strict=True)):
             policy = SavePolicy(level, plan.tile, index, host)

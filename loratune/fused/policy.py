@@ -80,7 +80,7 @@ class ActivationPlan:
     """The table of input embeddings is in host memory, unless the head shares it. A row reads its own entries."""
     optimizer_on_host: bool = False
     """The adapters' masters and moments are in host memory, read and written once per step."""
-    both_ways: bool = False
+    hold_transposed: bool = False
     """Weights with adapters are held transposed as well, in precisions whose backward needs the transposed weight."""
 
     @classmethod
@@ -119,7 +119,7 @@ class ActivationPlan:
         extras = {
             "embeddings on the host": self.embeddings_on_host,
             "optimizer on the host": self.optimizer_on_host,
-            "weights kept both ways": self.both_ways,
+            "weights kept both ways": self.hold_transposed,
         }
         return ", ".join(words + [word for word, chosen in extras.items() if chosen])
 

@@ -39,7 +39,7 @@ class Copies:
     """The bank's, if the layers hold one; it has working copies of its own, made when a row is set."""
     state: ForwardState = field(default_factory=ForwardState)
     """Of the forward that runs the layers."""
-    both_ways: bool = False
+    hold_transposed: bool = False
     """Hold transposed copies of the weights, for precisions that can."""
     stacked: list[nn.Module] = field(default_factory=list)
     """Layers whose weights are stacked."""
@@ -115,7 +115,7 @@ def projection_of(members: Sequence[nn.Module], copies: Copies) -> Projection:
     weight = _stack(members, copies, sum(adapter.r for adapter in adapters if adapter is not None))
     layout = _layout(members, adapters)
     made = format_of(weight).project(
-        weight, _bias(members, weight), layout, state=copies.state, hold_transposed=copies.both_ways
+        weight, _bias(members, weight), layout, state=copies.state, hold_transposed=copies.hold_transposed
     )
     if made.refreshed:
         copies.refreshed.append(made.projection)

@@ -109,7 +109,7 @@ def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Peak
     buffers = rounded(40 * setting.tokens) + 2 * rounded(setting.tokens * survey.rotary_dim * survey.element_bytes)
     temporary += buffers + _WORKSPACES
     copies = survey.copies_bytes(hold_transposed=False)
-    if plan.both_ways:
+    if plan.hold_transposed:
         base += survey.copies_bytes(hold_transposed=True) - copies
     fixed = base + masters + copies + optimizer
     slack = _HOLES + int(_SLACK * fixed + (_SLACK + _FRAGMENTS) * (gradients + kept + temporary))
@@ -177,7 +177,7 @@ def _layers(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> l
 
     def run(level: Level) -> LayerRun:
         tile = max(setting.tokens, TILE) if level.keeps_gate_up else min(plan.tile, max(setting.tokens, 1))
-        return LayerRun(setting.tokens, setting.documents, level, tile, plan.both_ways)
+        return LayerRun(setting.tokens, setting.documents, level, tile, plan.hold_transposed)
 
     layers = list(zip(survey.ledgers, plan.levels, strict=True))
     known = {(ledger, level): ledger(run(level)) for ledger, level in set(layers)}
@@ -195,7 +195,7 @@ def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
     passes = tokens * survey.element_bytes * columns
     unpacking = cost.unpack * survey.layer_elements / device.bytes_per_second
     once = (2 * forward + 3.5 * 2 * attention) / device.flops + passes / device.bytes_per_second + 2 * unpacking
-    if not plan.both_ways:
+    if not plan.hold_transposed:
         once += cost.transpose * survey.layer_elements / device.bytes_per_second
     # Each further tile reads, and unpacks, the MLP's weights again: in the forward, in the recomputation of the first
     # projection, and in the backward.
@@ -273,8 +273,8 @@ def choose(
     best: PlanChoice | None = None
     ways = (True, False) if weight_format(survey.quantised).holds_transposed else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
-        for both_ways in ways:
-            extras = _Extras(embeddings, optimizer, both_ways)
+        for hold_transposed in ways:
+            extras = _Extras(embeddings, optimizer, hold_transposed)
             for family in _families(survey.layers):
                 found = _best_of(survey, setting, device, limit, functools.partial(_with_extras, family, extras))
                 if found is None:
@@ -295,7 +295,7 @@ class _Extras(NamedTuple):
 
     embeddings_on_host: bool
     optimizer_on_host: bool
-    both_ways: bool
+    hold_transposed: bool
 
 
 def _with_extras(family: PlanFamily, extras: _Extras, first: int) -> ActivationPlan:

@@ -141,6 +141,7 @@ def memory_cap(config: TrainConfig, device: torch.device) -> Iterator[None]:
     if config.memory is None or device.type != "cuda":
         yield
         return
+    device = _numbered(device)
     before, whole = torch.cuda.get_per_process_memory_fraction(device), torch.cuda.mem_get_info(device)[1]
     share = max(0.0, (_limit(config, device) - budget.CONTEXT) / whole)
     torch.cuda.set_per_process_memory_fraction(min(before, share), device)
@@ -152,10 +153,16 @@ def memory_cap(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 def _limit(config: TrainConfig, device: torch.device) -> int:
     """Bytes that the run may take on the device, CUDA's context included."""
+    device = _numbered(device)
     free, whole = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)
     available = min(available, int(torch.cuda.get_per_process_memory_fraction(device) * whole)) + budget.CONTEXT
     return available if config.memory is None else min(bytes_of(config.memory), available)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its index, which PyTorch's memory caps ask for."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def _plans(

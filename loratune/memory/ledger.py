@@ -42,7 +42,7 @@ class LayerRun:
     tile: int
     """As in `fused.policy.ActivationPlan`."""
     hold_transposed: bool = False
-    """As `both_ways` in the plan."""
+    """As `hold_transposed` in the plan."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _BuiltLayer:
 
 
 def _built(source: LayerSource, hold_transposed: bool) -> _BuiltLayer:
-    meter, copies = StorageMeter(), Copies(both_ways=hold_transposed)
+    meter, copies = StorageMeter(), Copies(hold_transposed=hold_transposed)
     with meter:
         module, fit = source()
         before = meter.live

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -22,6 +23,9 @@ import torch
 _MAX_RECORDINGS = 4
 _CAPTURE = "thread_local"
 """Calls that spoil a recording are errors in its own thread only: another model may train in another thread."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a recording is made or freed. Both wait for the whole device, which CUDA forbids during a recording of
+any thread."""
 
 
 class Recordings:
@@ -63,7 +67,7 @@ class Recordings:
         # and a workspace made in a recording would outlive it and hold its memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=_CAPTURE):
+            with _ONE_AT_A_TIME, torch.cuda.graph(graph, pool=self._pool, capture_error_mode=_CAPTURE):
                 work()
         except RuntimeError as error:
             failure, self.out_of_memory = _cause(error)
@@ -78,7 +82,9 @@ class Recordings:
 
     def free(self) -> None:
         """Frees the memory of all recordings. Known work is recorded again when it comes back."""
-        if self.graphs:
+        if not self.graphs:
+            return
+        with _ONE_AT_A_TIME:
             torch.cuda.synchronize()  # they may be running
             self.graphs.clear()
             self._pool = None  # a pool without users must not be used again
@@ -104,12 +110,13 @@ class Recordings:
             torch._C._cuda_releasePool(device, pool)
             _never_free(graph)
         gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        # The device's generator stays in its recording state until a recording ends well.
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_CAPTURE):
-            torch.zeros(1, device="cuda")
-        torch.cuda.empty_cache()
+        with _ONE_AT_A_TIME:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            # The device's generator stays in its recording state until a recording ends well.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_CAPTURE):
+                torch.zeros(1, device="cuda")
+            torch.cuda.empty_cache()
 
 
 def _never_free(graph: torch.cuda.CUDAGraph) -> None:

@@ -241,7 +241,7 @@ def test_the_memory_of_a_step_in_8_bits_is_estimated(tokens):
     model = small()
     found = fit(prepare(model), trainable(model), config(), tokens)
     assert found.expected is not None
-    assert found.plan.both_ways
+    assert found.plan.hold_transposed
     assert found.tried <= found.expected.allocated
 
 

@@ -68,18 +68,18 @@ def test_the_choice_fits_and_is_faster_than_any_uniform_plan_that_fits(surveyed,
             assert choice.seconds <= seconds(surveyed, setting, plan, H200)
 
 
-def test_weights_in_8_bits_are_kept_both_ways_where_they_fit(seven_billion):
+def test_weights_in_8_bits_are_kept_hold_transposed_where_they_fit(seven_billion):
     eight = survey_of(seven_billion, EstimateRequest("fp8", LoraConfig(), RowSetting(8192)))
     setting = RowSetting(8192)
-    one, two = (ActivationPlan((Level.NONE,) * 32, both_ways=both) for both in (False, True))
+    one, two = (ActivationPlan((Level.NONE,) * 32, hold_transposed=both) for both in (False, True))
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert peak(eight, setting, two).base - peak(eight, setting, one).base == pytest.approx(weights, rel=0.05)
     assert seconds(eight, setting, two, H200) < seconds(eight, setting, one, H200)
     whole = peak(eight, setting, two).total
-    for limit, both_ways in ((whole, True), (whole - 4 * GIB, False)):
+    for limit, hold_transposed in ((whole, True), (whole - 4 * GIB, False)):
         choice = choose(eight, setting, H200, limit)
         assert choice is not None
-        assert choice.plan.both_ways == both_ways
+        assert choice.plan.hold_transposed == hold_transposed
         assert choice.bytes.total <= limit
 
 

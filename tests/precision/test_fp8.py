@@ -60,12 +60,12 @@ def test_stacked_weights_give_each_members_products():
     assert again.values.data_ptr() == together.values[32:].data_ptr()
 
 
-def a_projection(d_out, d_in, lora_A, lora_B, both_ways=False):
+def a_projection(d_out, d_in, lora_A, lora_B, hold_transposed=False):
     r = lora_A.shape[0]
     held = Fp8Weight.joined([Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
     assert held.augmented is not None
     member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
-    projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=both_ways)
+    projection = Fp8Projection.of(held, None, (lora_A, lora_B), member, hold_transposed=hold_transposed)
     projection.refresh()
     return projection
 
@@ -74,9 +74,9 @@ def d_input(projection, dy):
     return projection.backward(dy).d_input()
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("hold_transposed", [False, True])
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
-def test_adapter_columns_have_the_precision_of_bfloat16(size, both_ways):
+def test_adapter_columns_have_the_precision_of_bfloat16(size, hold_transposed):
     """The adapter's part of y and dx, whatever the size of B, even far above that of W.
 
     It can be seen alone where W is zero. Allowed: 2^-8 of that part for each of the two factors, and 2^-10 of a
@@ -85,7 +85,7 @@ def test_adapter_columns_have_the_precision_of_bfloat16(size, both_ways):
     torch.manual_seed(0)
     d_out, d_in, r = 1024, 1152, 6
     lora_A, lora_B = torch.randn(r, d_in) / d_in**0.5, torch.randn(d_out, r) * size
-    projection = a_projection(d_out, d_in, lora_A, lora_B, both_ways)
+    projection = a_projection(d_out, d_in, lora_A, lora_B, hold_transposed)
     x, dy = torch.randn(9, d_in), torch.randn(9, d_out)
     y, inner = projection.forward(x)
     exact = x.double() @ projection.frozen.dense().double().T
@@ -185,28 +185,28 @@ lora_A = (torch.randint(-8, 8, (6, 300)) * 2.0**-4).half()
 for factor in (torch.tensor([1.0]), torch.tensor([2.0**-6])):
     same(fp8_kernels.transposed(bytes_, lora_A, factor), fp8_rows.transposed(bytes_, lora_A, factor))
 
-def projections(both_ways):
+def projections(hold_transposed):
     torch.manual_seed(1)
     for d_out, d_in, r in ((1024, 1040, 6), (2064, 1024, 16)):
         weight = fp8.Fp8Weight.joined([fp8.Fp8Weight.quantised(torch.randn(d_out, d_in) * 0.02)], r)
         adapter = (torch.randint(-8, 8, (r, d_in)) / 64).half(), (torch.randint(-8, 8, (d_out, r)) / 2).half()
         member = StackedAdapters([slice(0, d_out)], [slice(0, r)], [1.0])
-        yield Fp8Projection.of(weight, None, adapter, member, hold_transposed=both_ways)
+        yield Fp8Projection.of(weight, None, adapter, member, hold_transposed=hold_transposed)
 
-for both_ways in (False, True):
-    expected, got = list(projections(both_ways)), list(projections(both_ways))
+for hold_transposed in (False, True):
+    expected, got = list(projections(hold_transposed)), list(projections(hold_transposed))
     for p in expected:
         p.refresh()
     RefreshAll([
         AdapterTensors(p.lora_A, p.lora_B, p.frozen.scale, p.augmented[:, p.frozen.shape[1]:],
-                p.transposed[:, p.frozen.shape[0]:] if both_ways else None, p.factors)
+                p.transposed[:, p.frozen.shape[0]:] if hold_transposed else None, p.factors)
         for p in got
     ])()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.factors, b.factors, rtol=1e-6, atol=0)
         assert bool((b.factors > 0).all())
         same(a.augmented, b.augmented)
-        if both_ways:
+        if hold_transposed:
             same(a.transposed, b.transposed)
 """
 

@@ -99,6 +99,38 @@ def _columns(j, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def _load_pairs(
+    ptr, at, column, inside, both_inside, HEADS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """First and second elements of all pairs, (HEADS, HALF) float32, from heads at `ptr + at`.
+
+    Interleaved pairs are loaded as one tile of neighbouring columns and divided in registers. Two loads of every second
+    element would read each line twice.
+    """
+    if INTERLEAVED:
+        x = tl.load(ptr + at + column, mask=both_inside, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+    else:
+        a = tl.load(ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(ptr + at + column + PAIRS, mask=inside, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(
+    ptr, at, column, a, b, inside, both_inside, HEADS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Stores what `_load_pairs` loads."""
+    if INTERLEAVED:
+        tl.store(ptr + at + column, tl.reshape(tl.join(a, b), (HEADS, 2 * HALF)), mask=both_inside)
+    else:
+        tl.store(ptr + at + column, a, mask=inside)
+        tl.store(ptr + at + column + PAIRS, b, mask=inside)
+
+
+@triton.jit
 def _angles(cos_ptr, sin_ptr, token, j, inside, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """cos and sin of both elements of each pair, float32."""
     at = token * 2 * PAIRS + j
@@ -150,9 +182,12 @@ def _rotate(
     if PAIRS != HALF:
         inside = inside & (j < PAIRS)
     first, second = _columns(j, PAIRS, INTERLEAVED)
+    column, both_inside = first, inside
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF)[None, :]
+        both_inside = (slot < heads) & (column < 2 * PAIRS)
     at = (token * heads + slot) * DIM
-    a0 = tl.load(x_ptr + at + first, mask=inside, other=0.0).to(tl.float32)
-    b0 = tl.load(x_ptr + at + second, mask=inside, other=0.0).to(tl.float32)
+    a0, b0 = _load_pairs(x_ptr, at, column, inside, both_inside, HEADS, PAIRS, HALF, INTERLEAVED)
     a, b = a0, b0
     if NORM > 0:
         kind = out_ptr.dtype.element_ty
@@ -175,8 +210,8 @@ def _rotate(
     if ROTATE:
         cos_a, cos_b, sin_a, sin_b = _angles(cos_ptr, sin_ptr, token, j, j < PAIRS, PAIRS, HALF, INTERLEAVED)
         a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    tl.store(out_ptr + at + first, tl.where(head < rotated, a, a0), mask=inside)
-    tl.store(out_ptr + at + second, tl.where(head < rotated, b, b0), mask=inside)
+    a, b = tl.where(head < rotated, a, a0), tl.where(head < rotated, b, b0)
+    _store_pairs(out_ptr, at, column, a, b, inside, both_inside, HEADS, PAIRS, HALF, INTERLEAVED)
 
 
 def rotate_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec) -> Tensor:
@@ -260,12 +295,15 @@ def _rotate_backward(
     if PAIRS != HALF:
         inside = inside & (j < PAIRS)
     first, second = _columns(j, PAIRS, INTERLEAVED)
+    column, both_inside = first, inside
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF)[None, :]
+        both_inside = (slot < heads) & (column < 2 * PAIRS)
     from_at = _gradient_at(
-        d_query_ptr, d_key_ptr, d_value_ptr, token, head, first, queries, keys,
+        d_query_ptr, d_key_ptr, d_value_ptr, token, head, column, queries, keys,
         query_token, query_head, key_token, key_head, value_token, value_head,
     )  # fmt: skip
-    a0 = tl.load(from_at, mask=inside, other=0.0).to(tl.float32)
-    b0 = tl.load(from_at + (second - first), mask=inside, other=0.0).to(tl.float32)
+    a0, b0 = _load_pairs(from_at, 0, 0, inside, both_inside, HEADS, PAIRS, HALF, INTERLEAVED)
     a, b = a0, b0
     if ROTATE:
         cos_a, cos_b, sin_a, sin_b = _angles(cos_ptr, sin_ptr, token, j, j < PAIRS, PAIRS, HALF, INTERLEAVED)
@@ -287,21 +325,20 @@ def _rotate_backward(
             eps, offset, DIM, REST, NORM, FORM,
         )  # fmt: skip
     out_ptr += token * (heads * DIM + pad)
-    column = slot.to(tl.int64) * DIM
+    to = slot.to(tl.int64) * DIM
     kind = out_ptr.dtype.element_ty
     a, b = tl.where(head < rotated, a, a0).to(kind), tl.where(head < rotated, b, b0).to(kind)
-    tl.store(out_ptr + column + first, a, mask=inside)
-    tl.store(out_ptr + column + second, b, mask=inside)
+    _store_pairs(out_ptr, to, column, a, b, inside, both_inside, HEADS, PAIRS, HALF, INTERLEAVED)
     if REST > 0:
         c = tl.where(head < rotated, c, c0).to(kind)
-        tl.store(out_ptr + column + rest, c, mask=behind)
+        tl.store(out_ptr + to + rest, c, mask=behind)
     if MEASURE > 0:
         there = inside & (j < PAIRS)
-        a = scaled(a, scale_ptr, column + first, there, MEASURE == 2)
-        b = scaled(b, scale_ptr, column + second, there, MEASURE == 2)
+        a = scaled(a, scale_ptr, to + first, there, MEASURE == 2)
+        b = scaled(b, scale_ptr, to + second, there, MEASURE == 2)
         largest, squares = tl.max(tl.maximum(tl.abs(a), tl.abs(b))), tl.sum(a * a + b * b)
         if REST > 0:
-            c = scaled(c, scale_ptr, column + rest, behind, MEASURE == 2)
+            c = scaled(c, scale_ptr, to + rest, behind, MEASURE == 2)
             largest, squares = tl.maximum(largest, tl.max(tl.abs(c))), squares + tl.sum(c * c)
         store_statistics(out_ptr + heads * DIM, largest, squares, tl.program_id(1), tl.num_programs(1))
 

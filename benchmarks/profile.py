@@ -1,6 +1,7 @@
 """Milliseconds of one step by part, beside the bound of the frozen products.
 
     python -m benchmarks.profile SHAPE BATCH TOKENS [bf16|nf4|fp8]
+    python -m benchmarks.profile MODEL                                  a model of `benchmarks.recipes`
 
 Kernels of an eager step (a graph replays the same ones), grouped by purpose. The bound of the frozen products is
 their arithmetic at 692 TFLOP/s; other groups show their number of launches.
@@ -15,6 +16,7 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.recipes import DOCUMENTS, TOKENS, random_model
 from benchmarks.shapes import limit_tok_s, model_of, row_of
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
@@ -34,11 +36,12 @@ PARTS = (
 
 
 def main() -> None:
-    shape, batch, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    recipe = len(sys.argv) == 2
+    shape, batch, tokens = sys.argv[1], *((DOCUMENTS, TOKENS) if recipe else map(int, sys.argv[2:4]))
     precision = sys.argv[4] if len(sys.argv) > 4 else "bf16"
-    model = model_of(shape, form=weight_format(precision).quantise if precision in PRECISIONS else None)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    attach(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets), name="default", seed=0)
+    form = weight_format(precision).quantise if precision in PRECISIONS else None
+    model = random_model(shape) if recipe else model_of(shape, form=form)
+    attach(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"), name="default", seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward = prepare(model)
     step = GraphStep(forward, parameters, adamw(parameters, TrainConfig()), 1.0, record=False)
@@ -60,7 +63,7 @@ def main() -> None:
         "shape": shape, "batch": batch, "tokens": tokens, "precision": precision,
         "parts_ms_and_launches": {part: [round(ms, 3), count] for part, (ms, count) in parts.items()},
         "total_ms": round(sum(ms for ms, _ in parts.values()), 2),
-        "bound_ms": round(1e3 * batch * tokens / limit_tok_s(shape, batch, tokens, precision), 2),
+        "bound_ms": None if recipe else round(1e3 * batch * tokens / limit_tok_s(shape, batch, tokens, precision), 2),
         "kernels": [[e.key[:90], e.count, round(e.device_time_total / 1e3, 3)] for e in kernels[:32]],
     }  # fmt: skip
     print(json.dumps(result))

@@ -105,8 +105,8 @@ def _load_pairs(
 ):  # fmt: skip
     """First and second elements of all pairs, (HEADS, HALF) float32, from heads at `ptr + at`.
 
-    Interleaved pairs are loaded as one tile of neighbouring columns and divided in registers. Two loads of every second
-    element would read each line twice.
+    Interleaved pairs are loaded as one tile of neighbouring columns and divided in registers. Two loads of every
+    second element would read each line twice.
     """
     if INTERLEAVED:
         x = tl.load(ptr + at + column, mask=both_inside, other=0.0).to(tl.float32)

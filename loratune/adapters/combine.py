@@ -35,6 +35,8 @@ from loratune.adapters.updates import (
     AdapterUpdates,
     Update,
     check_out,
+    check_rank,
+    narrow_line,
     read_updates,
     same_base,
     selection_fields,
@@ -98,6 +100,8 @@ class Combined:
     """Of methods that cut to a rank: relative Frobenius error of all layers together; else None."""
     errors: dict[str, float] = field(default_factory=dict)
     """The same for each layer."""
+    narrow: tuple[str, ...] = ()
+    """Layers in which the rank adds nothing, because their smaller side is below it."""
 
     def __str__(self) -> str:
         parts = " + ".join(f"{weight:g} x {Path(folder).name}" for folder, weight in self.sources.items())
@@ -108,7 +112,7 @@ class Combined:
                 f"  rank {self.rank} leaves out {self.error:.2%} of it (Frobenius norm); most at {worst}, "
                 f"{self.errors[worst]:.2%}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + narrow_line(self.rank, self.narrow))
 
 
 def combine(
@@ -151,12 +155,14 @@ def combine(
             )
     base = same_base(sources, model)
     on = torch.device(device)
+    shapes = {path: update.shape for source in sources for path, update in source.layers.items()}
+    narrow = check_rank(rank, shapes) if rank is not None else []
     parts = [({path: to_device(u, on) for path, u in source.layers.items()}, w) for source, w in _zip(sources, named)]
     layers, errors, error = combine_layers(parts, recipe)
     fields = sources[0].fields | selection_fields(sources, layers) | {"base_model_name_or_path": base}
     report = _report("combine", named, error, errors) | {"recipe": vars(recipe)}
     written = write_updates(target, layers, fields, report, overwrite=overwrite)
-    return Combined(target, named, recipe, written, len(layers), error, errors)
+    return Combined(target, named, recipe, written, len(layers), error, errors, tuple(narrow))
 
 
 def resize(
@@ -167,12 +173,12 @@ def resize(
     A larger rank is the same update up to rounding. The additional rows of A are random and the additional columns
     of B zero, as in a new adapter, so that they can be trained. Modules and biases trained in full are copied.
 
-    Raises: ConfigError: rank below 1. AdapterError: no adapter. OutputError: `out` is taken or cannot be written.
+    Raises: ConfigError: the rank is below 1 or above the smaller side of every layer. AdapterError: no adapter.
+        OutputError: `out` is taken or cannot be written.
     """
-    if rank < 1:
-        raise ConfigError(f"rank is {rank}; a rank is at least 1")
     target = check_out(out, [folder], overwrite=overwrite)
     source = read_updates(folder)
+    narrow = check_rank(rank, {path: update.shape for path, update in source.layers.items()})
     generator = torch.Generator().manual_seed(0)
     layers, missed, norms = {}, {}, {}
     for path, update in source.layers.items():
@@ -185,7 +191,8 @@ def resize(
     errors, error = _relative(missed, norms)
     report = _report("resize", {str(folder): 1.0}, error, errors) | {"rank": rank}
     write_updates(target, layers, source.fields, report, others=source.others, overwrite=overwrite)
-    return Combined(target, {str(folder): 1.0}, CombineRecipe("svd", rank), rank, len(layers), error, errors)
+    recipe, sources = CombineRecipe("svd", rank), {str(folder): 1.0}
+    return Combined(target, sources, recipe, rank, len(layers), error, errors, tuple(narrow))
 
 
 def _make_trainable(lora_A: Tensor, lora_B: Tensor, used: int, generator: torch.Generator) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loratune.adapters.lowrank import decompose
-from loratune.adapters.updates import Update, check_out, write_updates
+from loratune.adapters.updates import Update, check_out, check_rank, narrow_line, write_updates
 from loratune.base.load import load_config, resolve
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError
@@ -58,6 +58,8 @@ class Extracted:
     path: Path
     rank: int
     layers: dict[str, LayerError]
+    narrow: tuple[str, ...] = ()
+    """Layers in which the rank adds nothing, because their smaller side is below it."""
     left_out: dict[str, float] = field(default_factory=dict)
     """Changed tensor that is not in the adapter -> relative size of its change."""
 
@@ -82,6 +84,7 @@ class Extracted:
             ),
             f"  most is left out at {worst}: {self.layers[worst].errors[self.rank]:.2%}",
         ]
+        lines += narrow_line(self.rank, self.narrow)
         if self.left_out:
             largest = sorted(self.left_out, key=lambda key: -self.left_out[key])
             named = ", ".join(f"{key} ({self.left_out[key]:.2%})" for key in largest[:_MAX_LISTED])
@@ -109,7 +112,8 @@ def extract(
         device: to compute on; by default the GPU if there is one.
 
     Raises:
-        ConfigError: rank below 1. ModelError: a checkpoint is missing, incomplete or quantised, or the two do not fit
+        ConfigError: the rank is below 1 or above the smaller side of every layer.
+        ModelError: a checkpoint is missing, incomplete or quantised, or the two do not fit
             each other. AdapterError: the layers do not differ. OutputError: `out` is taken or cannot be written.
     """
     if rank < 1:
@@ -119,11 +123,12 @@ def extract(
     model = _empty(base)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
     targets = select(model, config, strict=False).targets
+    narrow = check_rank(rank, {t.path: (t.features[1], t.features[0]) for t in targets})
     with ExitStack() as stack:
         before, after = (WeightReader(name, stack) for name in (base, tuned))
         updates, layers = _updates(before, after, targets, rank, on)
         left_out = dict(_left_out(before, after, {f"{path}.weight" for t in targets for path in t.paths}))
-    extracted = Extracted(target, rank, layers, left_out)
+    extracted = Extracted(target, rank, layers, tuple(narrow), left_out)
     write_updates(
         target, updates, _adapter_fields(model, config, targets, base), _report(extracted, tuned), overwrite=overwrite
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 from loratune import atomic
 from loratune.adapters.lowrank import padded
 from loratune.config import LoraConfig
-from loratune.errors import AdapterError, OutputError
+from loratune.errors import AdapterError, ConfigError, OutputError
 from loratune.lora import peft_config
 from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
 from loratune.lora.layers import KEY_PAIRS, LoraEmbedding
@@ -153,6 +153,33 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
+def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Paths of the layers in which `rank` adds nothing, because their smaller side is below it.
+
+    Args:
+        shapes: path of a layer -> (d_out, d_in).
+
+    Raises: ConfigError: the rank is below 1, or above the smaller side of every layer.
+    """
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}; a rank is at least 1")
+    widest = max(shapes, key=lambda path: min(shapes[path]))
+    d_out, d_in = shapes[widest]
+    if rank > min(d_out, d_in):
+        raise ConfigError(
+            f'rank {rank} is larger than every layer: the widest, "{widest}", is {d_in} -> {d_out}, so the largest '
+            f"useful rank is {min(d_out, d_in)}"
+        )
+    return [path for path, shape in shapes.items() if rank > min(shape)]
+
+
+def narrow_line(rank: int, narrow: Sequence[str]) -> list[str]:
+    """A line of a report that names layers whose smaller side is below `rank`; none without such layers."""
+    if not narrow:
+        return []
+    return [f"  note: {len(narrow)} layers are narrower than rank {rank} and padded with zeros, first {narrow[0]}"]
+
+
 def check_out(out: str | Path, sources: Iterable[str | Path], *, overwrite: bool) -> Path:
     """The folder to write to. Raises OutputError: it is taken, cannot be written, or is one of the sources."""
     folder = Path(out)
@@ -173,7 +200,6 @@ def write_updates(
     overwrite: bool = False,
 ) -> int:
     """Writes an ordinary adapter to `out`, whole or not at all, and `report` beside it. Returns its rank.
-
     Args:
         fields: adapter_config.json; fields of ranks and scalings are set here.
 

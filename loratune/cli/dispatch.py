@@ -17,14 +17,13 @@ from loratune.tables import load_entry
 from loratune.version import __version__
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 
 class Verb(NamedTuple):
     """A command of the table: where its function is, and its line in the overview."""
 
     function: str
-    """"module:function"; the function takes the words after the verb."""
+    """"module:function"; the function takes the words after the verb and may return an exit status."""
     summary: str
 
 
@@ -50,19 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     | status | meaning                                                                                        |
     |--------|------------------------------------------------------------------------------------------------|
-    | 0      | done; also when Ctrl-C or SIGTERM stopped a training run after it had saved everything          |
+    | 0      | done                                                                                            |
     | 2      | an error that the message explains                                                              |
-    | 130    | Ctrl-C before anything could be saved                                                           |
+    | 130    | stopped by Ctrl-C or SIGTERM; train and sweep have saved everything if they say so              |
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(words)
+        return _dispatch(words) or 0
     except LoratuneError as error:
         process.print_error(str(error))
         return USAGE_ERROR
     except KeyboardInterrupt:
         process.print_error("interrupted")
-        return INTERRUPTED
+        return process.INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # the system refuses an operation that no check covers, such as reading a folder
@@ -71,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(words: list[str]) -> None:
+def _dispatch(words: list[str]) -> int | None:
     if not words or words[0] in ("-h", "--help", "help"):
         _print_overview()
     elif words[0] in ("-V", "--version"):
         print(f"loratune {__version__}")
     elif words[0] in VERBS:
-        run: Callable[[list[str]], None] = load_entry(VERBS[words[0]].function)
-        run(words[1:])
+        run: Callable[[list[str]], int | None] = load_entry(VERBS[words[0]].function)
+        return run(words[1:])
     else:
         raise ConfigError(f'unknown command "{words[0]}".{nearest(words[0], VERBS)} See loratune --help')
+    return None
 
 
 def _print_overview() -> None:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+INTERRUPTED = 130
+"""Exit status after a signal, as shells have it for Ctrl-C: `train && merge` then does not merge."""
 NOT_FOR_TEXT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torchvision")
 """Packages that transformers imports if they are installed. It uses them for audio, images and assisted decoding."""
 

@@ -55,8 +55,8 @@ class SweepArguments:
             raise ConfigError(f"at_once is {self.at_once}; it is at least 1")
 
 
-def run(words: list[str]) -> None:
-    """Trains all jobs and shows the ranking."""
+def run(words: list[str]) -> int:
+    """Trains all jobs and shows the ranking. Returns the exit status."""
     given = parse_arguments(words)
     from loratune.sweep.plan import read_plan
 
@@ -78,7 +78,9 @@ def run(words: list[str]) -> None:
             stop=stop,
             cache_dir=process.cache_dir(plan.jobs[0].config.dataset.cache_dir),
         )
-        screen.summary(screen.watch(events, console), console)
+        result = screen.watch(events, console)
+        screen.summary(result, console)
+    return 0 if result.complete else process.INTERRUPTED
 
 
 def parse_arguments(words: list[str]) -> SweepArguments:

@@ -28,14 +28,14 @@ class TrainArguments(RunConfig):
     training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
-def run(words: list[str]) -> None:
-    """Trains an adapter and shows its progress, or prints the settings."""
+def run(words: list[str]) -> int:
+    """Trains an adapter and shows its progress, or prints the settings. Returns the exit status."""
     print_config = "--print-config" in words
     config = parse_config([word for word in words if word != "--print-config"])
     process.grow_cuda_segments()
     if print_config:
         print(to_toml(config), end="")
-        return
+        return 0
     ahead.read_ahead(config.model)
     with process.library_imports():
         from loratune.runs.run import run as train
@@ -44,7 +44,9 @@ def run(words: list[str]) -> None:
     console = process.console()
     with process.stop_on_signals(console) as stop:
         events = train(config, stop, process.cache_dir(config.dataset.cache_dir))
-        progress.summary(progress.watch(events, console), console)
+        result = progress.watch(events, console)
+        progress.summary(result, console)
+    return process.INTERRUPTED if result.reason == "interrupted" else 0
 
 
 def parse_config(words: list[str]) -> RunConfig:

@@ -239,6 +239,7 @@ def _mistakes() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
         "density 0": (ConfigError, "0 < density <= 1", {"method": "ties_svd", "density": 0.0}),
         "rank": (ConfigError, '"cat" adds the ranks up', {"rank": 4}),
         "rank 0": (ConfigError, "at least 1", {"method": "svd", "rank": 0}),
+        "rank 10000": (ConfigError, r"the largest useful rank is \d\d$", {"method": "svd", "rank": 10_000}),
     }
 
 
@@ -291,6 +292,21 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
         with pytest.raises(OutputError):
             action()
     assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_rank_that_no_layer_can_use_is_an_error(tmp_path: Path) -> None:
+    """A rank above the smaller side of a layer adds nothing to it; the largest useful one is accepted."""
+    folder = _saved(tmp_path / "a")
+    sides = [min(update.shape) for update in read_updates(folder).layers.values()]
+    said = rf'rank 10000 is larger than every layer: the widest, "model.+", .*useful rank is {max(sides)}$'
+    for rank in (10_000, max(sides) + 1):
+        with pytest.raises(ConfigError, match=said.replace("10000", str(rank))):
+            resize(folder, tmp_path / "b", rank)
+    assert not (tmp_path / "b").exists()
+    done = resize(folder, tmp_path / "b", max(sides))
+    narrow = [path for path, update in read_updates(folder).layers.items() if min(update.shape) < max(sides)]
+    assert list(done.narrow) == narrow != []
+    assert f"{len(narrow)} layers are narrower than rank {max(sides)}" in str(done)
 
 
 def test_resizing_to_a_larger_rank_keeps_the_output(tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def test_mistakes(tmp_path: Path) -> None:
         extract(base, base, tmp_path / "out", rank=2)
     with pytest.raises(ConfigError, match="rank is 0"):
         extract(tuned, base, tmp_path / "out", rank=0)
+    with pytest.raises(ConfigError, match=r"rank 10000 is larger than every layer: .*largest useful rank is \d+$"):
+        extract(tuned, base, tmp_path / "out", rank=10_000)
     with pytest.raises(ModelError, match="no such folder"):
         extract(str(tmp_path / "tune"), base, tmp_path / "out", rank=2)
     with pytest.raises(ModelError, match=r"has no tensor model.layers.0.self_attn.q_proj.weight"):

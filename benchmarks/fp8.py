@@ -5,10 +5,10 @@
 One JSON object per row. For each projection and direction of one layer, medians over rounds with a cold cache:
 
     separate_us    the low-rank product, and the rows quantised in a pass of their own
-    laid_us        both in one reading, by number of warps
+    augmented_us   both in one reading, by number of warps
     unmeasured_us  the same if no pass has measured the row maximum (attention's output)
     product_us     the frozen product that follows
-    turned_us      the weight transposed for the backward, with and without adapter columns
+    transposed_us  the weight transposed for the backward, with and without adapter columns
 
 Then the passes with and without row maxima, the adapter columns of all layers together (`refresh_us`), and the
 step: `benchmarks.ladder` for l7b 4 x 2048 and q8b 2 x 2048, weights stored once and twice.
@@ -83,28 +83,28 @@ def of_a_product(name: str, p: Fp8Projection, tokens: int, *, backward: bool) ->
     """Timings of one projection in one direction."""
     d_out, d_in = p.frozen.shape
     width = d_out if backward else d_in
-    thin, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
+    matrix, columns = (p.lora_B, p.frozen.row_scale) if backward else (p.lora_A.T, None)
     numbers = p.factors[2:] if backward else p.factors[:2]
     x = torch.randn(tokens, width, device="cuda", dtype=BF16)
     with_measure = padded(x, Measure(columns))
     found: dict[str, object] = {"projection": name, "direction": "backward" if backward else "forward"}
-    found["separate_us"] = timed(lambda: (down_project(x, thin), fp8_rows.quantise_rows(x, columns)))
-    found["thin_us"] = timed(lambda: down_project(x, thin))
+    found["separate_us"] = timed(lambda: (down_project(x, matrix), fp8_rows.quantise_rows(x, columns)))
+    found["low_rank_us"] = timed(lambda: down_project(x, matrix))
     by_warps = {}
     before = fp8_kernels.WARPS
     for fp8_kernels.WARPS in (4, 8):
         by_warps[str(fp8_kernels.WARPS)] = timed(
-            lambda: fp8_rows.quantise_augmented(with_measure, thin, columns, numbers)
+            lambda: fp8_rows.quantise_augmented(with_measure, matrix, columns, numbers)
         )
     fp8_kernels.WARPS = before
-    found["laid_us"] = by_warps
-    found["unmeasured_us"] = timed(lambda: fp8_rows.quantise_augmented(x, thin, columns, numbers))
-    rows, _ = fp8_rows.quantise_augmented(with_measure, thin, columns, numbers)
+    found["augmented_us"] = by_warps
+    found["unmeasured_us"] = timed(lambda: fp8_rows.quantise_augmented(x, matrix, columns, numbers))
+    rows, _ = fp8_rows.quantise_augmented(with_measure, matrix, columns, numbers)
     if backward:
-        turned = fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1])
-        found["turned_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1]))
-        found["turned_alone_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values))
-        found["product_us"] = timed(lambda: fp8_rows.product(rows, turned, p.frozen.column_scale, BF16))
+        transposed = fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1])
+        found["transposed_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values, p.lora_A, numbers[:1]))
+        found["transposed_alone_us"] = timed(lambda: fp8_rows.transposed(p.frozen.values))
+        found["product_us"] = timed(lambda: fp8_rows.product(rows, transposed, p.frozen.column_scale, BF16))
     else:
         found["product_us"] = timed(lambda: fp8_rows.product(rows, p.augmented, p.frozen.scale[:, 0], BF16))
     return found

@@ -276,7 +276,7 @@ def test_a_run_killed_after_its_last_step_is_finished(here: Path) -> None:
     assert (here / "late/README.md").exists()
 
 
-def test_a_complete_run_can_be_told_to_go_on(here: Path) -> None:
+def test_a_complete_run_can_be_extended(here: Path) -> None:
     """More steps, and the data file at another path: only its content counts."""
     shutil.copytree(here / "whole", here / "longer")
     shutil.copy(here / "chat.jsonl", here / "moved.jsonl")

@@ -83,9 +83,9 @@ def one_step(model, forward, plan):
     """Loss and gradients of one row."""
     forward.plan = plan
     with forward.installed():
-        carried = forward._copies.refreshed
-        assert len(carried) == 2 * 4
-        assert all((p.transposed is not None) == (plan is not None and plan.hold_transposed) for p in carried)
+        projections = forward._copies.refreshed
+        assert len(projections) == 2 * 4
+        assert all((p.transposed is not None) == (plan is not None and plan.hold_transposed) for p in projections)
         loss = row_loss(forward, a_row())
         loss.backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]

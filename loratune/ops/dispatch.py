@@ -72,7 +72,7 @@ def half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
     return on_gpu(x) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= MAX_ROW
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in the precision of sums: float64 stays, other dtypes become float32."""
     return x if x.dtype == torch.float64 else x.float()
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loratune.ops.dispatch import half_on_gpu, wide, with_kernel
+from loratune.ops.dispatch import at_least_float32, half_on_gpu, with_kernel
 from loratune.ops.measure import Measure, store_statistics
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh"]
@@ -159,7 +159,7 @@ def norm_backward(
         d_residual: (N, d), gradient of x along the residual stream; rows may be strided.
     Returns: gradient of x, (N, d + pad), and norm(x), (N, d).
     """
-    d_x = _through_norm(wide(d_out), x, spec) + wide(d_residual)
+    d_x = _through_norm(at_least_float32(d_out), x, spec) + at_least_float32(d_residual)
     return _padded(d_x.to(x.dtype), pad, measure), norm(x, spec)
 
 
@@ -173,7 +173,7 @@ def post_norm_backward(
         d_h: (N, d), gradient of h; rows may be strided.
         y: (N, d); not read if `post` is the identity.
     """
-    d_normed = wide(d_h) if scale == 1.0 else wide(d_h) * scale
+    d_normed = at_least_float32(d_h) if scale == 1.0 else at_least_float32(d_h) * scale
     return _padded(_through_norm(d_normed, y, post).to(d_h.dtype), pad, measure)
 
 
@@ -197,21 +197,21 @@ def gated_backward(
 @with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_product(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
     """activation(gate) * up, (N, m), for gate and up in tensors of their own; rows may be strided."""
-    return _active(wide(gate), kind).to(gate.dtype) * up
+    return _active(at_least_float32(gate), kind).to(gate.dtype) * up
 
 
 @with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_product_backward(d_out: Tensor, gate: Tensor, up: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (N, m) each."""
-    x, d = wide(gate), wide(d_out)
+    x, d = at_least_float32(gate), at_least_float32(d_out)
     active = _active(x, kind)
-    return (d * wide(up) * _slope(x, active, kind)).to(gate.dtype), (d * active).to(up.dtype)
+    return (d * at_least_float32(up) * _slope(x, active, kind)).to(gate.dtype), (d * active).to(up.dtype)
 
 
 @with_kernel(half_on_gpu, "ops.activation_kernels")
 def activation(x: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None) -> Tensor:
     """activation(x), (N, m) -> (N, m + pad), for MLPs without a gate."""
-    return _padded(_active(wide(x), kind).to(x.dtype), pad, measure)
+    return _padded(_active(at_least_float32(x), kind).to(x.dtype), pad, measure)
 
 
 @with_kernel(half_on_gpu, "ops.activation_kernels")
@@ -219,9 +219,9 @@ def activation_backward(
     x: Tensor, d_out: Tensor, kind: ActivationKind, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, (N, m + pad), and `activation(x)` again, (N, m)."""
-    x_wide = wide(x)
-    active = _active(x_wide, kind)
-    d_x = wide(d_out) * _slope(x_wide, active, kind)
+    x32 = at_least_float32(x)
+    active = _active(x32, kind)
+    d_x = at_least_float32(d_out) * _slope(x32, active, kind)
     return _padded(d_x.to(x.dtype), pad, measure), active.to(x.dtype)
 
 
@@ -243,7 +243,7 @@ def rotate_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadS
     query, key, value = heads.split(x)
     if heads.norm is not None:
         query, key = _normalised_heads(query, key, heads, heads.norm)
-    rotated = _rotated(wide(torch.cat([query, key], 1)), cos, sin, heads, transposed=False).to(x.dtype)
+    rotated = _rotated(at_least_float32(torch.cat([query, key], 1)), cos, sin, heads, transposed=False).to(x.dtype)
     query, key = rotated.split([heads.query, heads.key_value], 1)
     out = heads.join(query, key, value)
     return x.copy_(out) if heads.norm is None else out
@@ -270,7 +270,7 @@ def rotate_heads_backward(
         d_query, d_key, d_value: (T, heads of each, dim); tokens and heads may be strided.
         x: (T, heads.total, dim), the argument of `rotate_heads`; read only if there is a norm.
     """
-    d_heads = _rotated(wide(torch.cat([d_query, d_key], 1)), cos, sin, heads, transposed=True)
+    d_heads = _rotated(at_least_float32(torch.cat([d_query, d_key], 1)), cos, sin, heads, transposed=True)
     if heads.norm is not None:
         assert x is not None
         query, key, _ = heads.split(x)
@@ -285,32 +285,32 @@ def _normalised(x: Tensor, spec: NormSpec) -> Tensor:
         return x
     if spec.kind == "layer":
         return functional.layer_norm(x, x.shape[-1:], spec.weight, spec.bias, spec.eps)
-    x_wide = wide(x)
-    unit = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + spec.eps)
+    x32 = at_least_float32(x)
+    unit = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + spec.eps)
     if spec.weight is None:
         return unit.to(x.dtype)
     if spec.round_first:
         weight = spec.weight + spec.offset if spec.offset else spec.weight
         return (weight * unit.to(x.dtype)).to(x.dtype)
-    return (unit * _wide_weight(spec.weight, spec)).to(x.dtype)
+    return (unit * _norm_weight(spec.weight, spec)).to(x.dtype)
 
 
 def _through_norm(d_out: Tensor, x: Tensor, spec: NormSpec) -> Tensor:
     """Gradient of x from the gradient of its norm, both in the precision of sums."""
     if spec.kind == "none":
         return d_out
-    x_wide = wide(x)
-    d_unit = d_out if spec.weight is None else d_out * _wide_weight(spec.weight, spec)
+    x32 = at_least_float32(x)
+    d_unit = d_out if spec.weight is None else d_out * _norm_weight(spec.weight, spec)
     if spec.kind == "layer":
-        x_wide = x_wide - x_wide.mean(-1, keepdim=True)
+        x32 = x32 - x32.mean(-1, keepdim=True)
         d_unit = d_unit - d_unit.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + spec.eps)
-    unit = x_wide * inverse
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + spec.eps)
+    unit = x32 * inverse
     return inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
 
 
-def _wide_weight(weight: Tensor, spec: NormSpec) -> Tensor:
-    return wide(weight) + spec.offset if spec.offset else wide(weight)
+def _norm_weight(weight: Tensor, spec: NormSpec) -> Tensor:
+    return at_least_float32(weight) + spec.offset if spec.offset else at_least_float32(weight)
 
 
 def _sum(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -344,15 +344,15 @@ def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec,
     """(T, heads, dim) times the rotation matrix of each token, or its transpose; in the precision of sums."""
     if cos is None or sin is None or heads.rotary_dim == 0:
         return x
-    turning, rest = x[..., : heads.rotary_dim], x[..., heads.rotary_dim :]
-    cosine, sine = (wide(table)[:, None] for table in (cos, sin))
+    pairs, rest = x[..., : heads.rotary_dim], x[..., heads.rotary_dim :]
+    cosine, sine = (at_least_float32(table)[:, None] for table in (cos, sin))
     if heads.interleaved:
         cosine, sine = (t[..., : heads.rotary_dim // 2].repeat_interleave(2, -1) for t in (cosine, sine))
     if transposed:
-        turned = turning * cosine - _quarter_turn(turning * sine, heads.interleaved)
+        rotated = pairs * cosine - _quarter_turn(pairs * sine, heads.interleaved)
     else:
-        turned = turning * cosine + _quarter_turn(turning, heads.interleaved) * sine
-    return torch.cat([turned, rest], -1)
+        rotated = pairs * cosine + _quarter_turn(pairs, heads.interleaved) * sine
+    return torch.cat([rotated, rest], -1)
 
 
 def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loratune.ops.dispatch import on_gpu, wide, with_kernel
+from loratune.ops.dispatch import at_least_float32, on_gpu, with_kernel
 from loratune.ops.products import MatrixProduct, mm
 
 MAX_CHUNK_ELEMENTS = 1 << 22  # logits of one chunk; 16 MiB in float32, which fits a CPU's cache
@@ -77,7 +77,7 @@ def _half_on_gpu(logits: Tensor, *_: object) -> bool:
 @with_kernel(_half_on_gpu, "ops.logprobs_kernels")
 def logprobs_of(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """log p(target), (n,), and d log p / d logits, (n, V) in the dtype of the logits, which it may overwrite."""
-    tail = _tail(wide(logits), scale, softcap)
+    tail = _tail(at_least_float32(logits), scale, softcap)
     chosen = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_normaliser = tail.logsumexp(-1, keepdim=True)
     logprobs = torch.where(chosen, tail, 0.0).sum(-1) - log_normaliser[:, 0]

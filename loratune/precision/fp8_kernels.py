@@ -87,9 +87,9 @@ def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
 
 @triton.jit
 def _augment(
-    wide_ptr, thin_ptr, columns_ptr, found_ptr, factors_ptr, out_ptr, scale_ptr, low_rank_ptr, partial_ptr,
+    x_ptr, matrix_ptr, columns_ptr, found_ptr, factors_ptr, out_ptr, scale_ptr, low_rank_ptr, partial_ptr,
     counter_ptr,
-    rows, terms, ranks, adapter, wide_row, found_row, thin_term, thin_rank,
+    rows, terms, ranks, adapter, x_row, found_row, matrix_term, matrix_rank,
     TERMS_EACH: tl.constexpr, PIECES: tl.constexpr, SCALED: tl.constexpr, SPARE: tl.constexpr, ROWS: tl.constexpr,
     TERMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +108,14 @@ def _augment(
     for first in range(0, TERMS_EACH, TERMS):
         term = piece * TERMS_EACH + first + tl.arange(0, TERMS)
         inside = there & (term < terms)[None, :]
-        wide = tl.load(wide_ptr + row[:, None] * wide_row + term[None, :], mask=inside, other=0.0)
-        value = wide.to(tl.float32) * inverse[:, None]
+        x = tl.load(x_ptr + row[:, None] * x_row + term[None, :], mask=inside, other=0.0)
+        value = x.to(tl.float32) * inverse[:, None]
         if SCALED:
             value *= tl.load(columns_ptr + term, mask=term < terms, other=0.0).to(tl.float32)[None, :]
         tl.store(out_at + term[None, :], value.to(kind), mask=inside & (part == 0))
-        thin_at = term[:, None].to(tl.int64) * thin_term + rank[None, :] * thin_rank
-        thin = tl.load(thin_ptr + thin_at, mask=(term < terms)[:, None] & (rank < ranks)[None, :], other=0.0)
-        total = tl.dot(through_registers(wide, there), thin, total)
+        matrix_at = term[:, None].to(tl.int64) * matrix_term + rank[None, :] * matrix_rank
+        matrix = tl.load(matrix_ptr + matrix_at, mask=(term < terms)[:, None] & (rank < ranks)[None, :], other=0.0)
+        total = tl.dot(through_registers(x, there), matrix, total)
     done = True
     if PIECES > 1:
         counted = block * tl.num_programs(2) + part
@@ -141,7 +141,7 @@ def _augment(
 def augment_rows(
     x: Tensor,
     found: Tensor,
-    thin: Tensor,
+    matrix: Tensor,
     columns: Tensor | None,
     factors: Tensor,
     buffers: KernelBuffers | None = None,
@@ -149,7 +149,7 @@ def augment_rows(
     """As `precision.fp8_rows.augment_rows`; bound by reading x once and writing it in 8 bits."""
     buffers = buffers or KernelBuffers()
     x = x if x.stride(1) == 1 else x.contiguous()
-    (rows, terms), ranks = x.shape, thin.shape[1]
+    (rows, terms), ranks = x.shape, matrix.shape[1]
     adapter = adapter_columns(ranks)
     spare = adapter - 3 * ranks
     step, stages = TILES[columns is not None]
@@ -161,9 +161,9 @@ def augment_rows(
     out = torch.empty(rows, terms + adapter, dtype=E4M3, device=x.device)
     scale, low_rank = torch.empty(rows, 1, device=x.device), x.new_empty(rows, ranks)
     _augment[(blocks, pieces, parts)](
-        x, thin, x if columns is None else columns, found, factors, out, scale, low_rank, partial,
+        x, matrix, x if columns is None else columns, found, factors, out, scale, low_rank, partial,
         buffers.counters(x.device),
-        rows, terms, ranks, adapter, x.stride(0), found.stride(0), thin.stride(0), thin.stride(1),
+        rows, terms, ranks, adapter, x.stride(0), found.stride(0), matrix.stride(0), matrix.stride(1),
         TERMS_EACH=terms_each, PIECES=pieces, SCALED=columns is not None,
         SPARE=triton.next_power_of_2(spare) if spare else 0, ROWS=tall, TERMS=step, RANKS=width,
         num_warps=WARPS, num_stages=stages,

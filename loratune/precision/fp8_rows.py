@@ -67,21 +67,21 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None) -> QuantisedRows:
 
 
 def quantise_augmented(
-    x: Tensor, thin: Tensor, columns: Tensor | None, factors: Tensor, buffers: KernelBuffers | None = None
+    x: Tensor, matrix: Tensor, columns: Tensor | None, factors: Tensor, buffers: KernelBuffers | None = None
 ) -> tuple[QuantisedRows, Tensor]:
     """Rows in 8 bits with adapter columns behind them, and the low-rank product that these columns hold.
 
     Args:
         x: (N, K), or padded and measured with the same `columns`; without a measure it is read once more.
-        thin: (K, R), Aᵀ or B.
+        matrix: (K, R), Aᵀ or B.
         columns: (K,), a factor for each column of the quantised row, but not of the product; None for ones.
         factors: (2,) float32, the factor of the adapter columns and a bound as in `ops.measure`.
         buffers: of the forward that calls, as for `ops.low_rank.down_project`.
-    Returns: (N, K + adapter columns), the latter [hi, lo, hi] and zeros up to `adapter_columns(R)`; x thin, (N, R).
+    Returns: (N, K + adapter columns), the latter [hi, lo, hi] and zeros up to `adapter_columns(R)`; x matrix, (N, R).
     """
-    width = thin.shape[0]
+    width = matrix.shape[0]
     found = statistics_of(x, width) if x.shape[1] > width else measured_rows(x, columns)
-    return augment_rows(x[:, :width], found, thin, columns, factors, buffers)
+    return augment_rows(x[:, :width], found, matrix, columns, factors, buffers)
 
 
 @with_kernel(_is_on_gpu, _KERNELS)
@@ -94,13 +94,13 @@ def measured_rows(x: Tensor, columns: Tensor | None) -> Tensor:
 def augment_rows(
     x: Tensor,
     found: Tensor,
-    thin: Tensor,
+    matrix: Tensor,
     columns: Tensor | None,
     factors: Tensor,
     buffers: KernelBuffers | None = None,
 ) -> tuple[QuantisedRows, Tensor]:
     """`quantise_augmented` of x, (N, K), with the measure `found` of its rows."""
-    low_rank = x @ thin
+    low_rank = x @ matrix
     scale = scales(found, factors[1])
     inverse = scale.reciprocal()
     wide = x.float() if columns is None else x.float() * columns.float()

@@ -149,7 +149,7 @@ def test_plain_text_gets_the_tokenizers_bos_and_eos_once() -> None:
     assert [trained_text(example) for example in examples] == [["the dog</s>"]] * 2 + [[" dog</s>"]] * 2
 
 
-def test_no_token_spans_the_border_between_prompt_and_completion() -> None:
+def test_no_token_spans_the_boundary_between_prompt_and_completion() -> None:
     """ "the" + " " + "dog" would be tokenised as "the", " dog"; in inference " " ends the prompt."""
     (example,) = rendered([Record("f:1", prompt="the ", completion="dog")]).examples
     prompt = TOKENIZER("the ")["input_ids"]

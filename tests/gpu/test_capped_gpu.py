@@ -30,11 +30,11 @@ def case(heads, softcap, with_sinks, tokens=TOKENS):
     sinks = torch.randn(heads[0], device="cuda", dtype=BF16) * 2 if with_sinks else None
     d_out = torch.randn(1, tokens, heads[0], heads[2], device="cuda", dtype=BF16)
 
-    def run(dtype, borders, longest, window):
+    def run(dtype, cu_seqlens, longest, window):
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
         asked = {"softcap": softcap, "s_aux": sinks, "sliding_window": window}
-        borders = {"cu_seq_lens_q": borders, "max_length_q": longest}
-        out, _ = document_attention(torch.nn.Module(), *inputs, None, **asked, **borders)
+        boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
+        out, _ = document_attention(torch.nn.Module(), *inputs, None, **asked, **boundaries)
         return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(dtype))]
 
     return run
@@ -114,12 +114,12 @@ def test_it_is_faster_than_the_scores_written_out(heads, softcap, with_sinks, to
     run = case(heads, softcap, with_sinks, tokens)
     bounds = torch.arange(0, tokens + 1, 512, dtype=torch.int32)
 
-    def milliseconds(borders, longest):
-        run(BF16, borders, longest, None)
+    def milliseconds(bounds, longest):
+        run(BF16, bounds, longest, None)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):
-            run(BF16, borders, longest, None)
+            run(BF16, bounds, longest, None)
         torch.cuda.synchronize()
         return 100 * (time.perf_counter() - start)
 

@@ -54,19 +54,19 @@ def differing(a, b):
 def test_a_quantised_row_and_its_low_rank_product_in_one_reading(tokens, width, ranks):
     """To the bit except `lo`, where the compiler fuses a subtraction with a product: few bytes and signs of zero."""
     torch.manual_seed(0)
-    x, thin_matrix = random(tokens, width), random(width, ranks, size=width**-0.5)
+    x, matrix = random(tokens, width), random(width, ranks, size=width**-0.5)
     columns = 2.0 ** torch.randint(-14, -8, (width,), device="cuda").to(BF16)
     for scale in (None, columns):
-        over = thin_matrix.float() if scale is None else thin_matrix.float() / scale.float()[:, None]
+        over = matrix.float() if scale is None else matrix.float() / scale.float()[:, None]
         bound = over.norm(dim=0).max()
         numbers = torch.stack([torch.full_like(bound, 4.0), 4.0 * fp8_rows.MARGIN * bound])
         asked = Measure(scale)
         found = measure.row_statistics(x, asked)
         padded = torch.nn.functional.pad(x, (0, PAD_COLUMNS))
         measure.statistics_of(padded, width).copy_(found)
-        rows, inner = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
+        rows, inner = fp8_rows.quantise_augmented(padded, matrix, scale, numbers)
         for _ in range(RUNS):
-            again, same = fp8_rows.quantise_augmented(padded, thin_matrix, scale, numbers)
+            again, same = fp8_rows.quantise_augmented(padded, matrix, scale, numbers)
             assert differing(rows.values, again.values) == 0.0
             assert torch.equal(inner, same)
         t = measure.scales(found, numbers[1])
@@ -75,13 +75,13 @@ def test_a_quantised_row_and_its_low_rank_product_in_one_reading(tokens, width, 
         wide = x.float() if scale is None else x.float() * scale.float()
         assert differing(rows.values[:, :width], (wide * inverse).to(fp8_rows.E4M3)) == 0.0
         hi, lo = fp8_rows.split(inner.float() * (inverse * numbers[0]))
-        border, expected = rows.values[:, width:], fp8_rows.side_by_side(hi[:, :0], hi, lo, hi)
-        assert float((border.float() != expected.float()).float().mean()) < 1e-3
+        adapter_part, expected = rows.values[:, width:], fp8_rows.side_by_side(hi[:, :0], hi, lo, hi)
+        assert float((adapter_part.float() != expected.float()).float().mean()) < 1e-3
         for exact in (slice(0, ranks), slice(2 * ranks, None)):
-            assert differing(border[:, exact], expected[:, exact]) == 0.0
-        exact = x.double() @ thin_matrix.double()
-        assert off(inner, exact) <= 2 * off(x @ thin_matrix, exact)
-        unmeasured, _ = fp8_rows.quantise_augmented(x, thin_matrix, scale, numbers)
+            assert differing(adapter_part[:, exact], expected[:, exact]) == 0.0
+        exact = x.double() @ matrix.double()
+        assert off(inner, exact) <= 2 * off(x @ matrix, exact)
+        unmeasured, _ = fp8_rows.quantise_augmented(x, matrix, scale, numbers)
         torch.testing.assert_close(unmeasured.scale, t, rtol=1e-6, atol=0)
         assert differing(unmeasured.values[:, :width], rows.values[:, :width]) < 1e-3
 
@@ -127,16 +127,16 @@ def test_a_projection_in_8_bits(d_out, d_in, ranks):
     member = StackedAdapters([slice(0, d_out)], [slice(0, ranks)], [1.0])
     one, two = (Fp8Projection.of(held, None, adapter, member, hold_transposed=both) for both in (False, True))
     one.refresh()
-    border, numbers = one.augmented[:, d_in:].clone(), one.factors.clone()
+    adapter_part, numbers = one.augmented[:, d_in:].clone(), one.factors.clone()
     one.augmented[:, d_in:].view(torch.uint8).zero_()
     refresher([one, two])()
     for p in (one, two):
         torch.testing.assert_close(p.factors, numbers, rtol=1e-5, atol=0)
-    assert differing(one.augmented[:, d_in:], border) == 0.0
+    assert differing(one.augmented[:, d_in:], adapter_part) == 0.0
     assert two.transposed is not None
-    turned = fp8_rows.transposed(held.values, adapter[0], one.factors[2:3])
-    assert differing(turned, two.transposed) == 0.0
-    assert differing(turned[:, :d_out], held.values.T.contiguous()) == 0.0
+    transposed = fp8_rows.transposed(held.values, adapter[0], one.factors[2:3])
+    assert differing(transposed, two.transposed) == 0.0
+    assert differing(transposed[:, :d_out], held.values.T.contiguous()) == 0.0
 
     x, dy = random(700, d_in), random(700, d_out)
     wide, (lora_A, lora_B) = held.dense().double(), (a.double() for a in adapter)

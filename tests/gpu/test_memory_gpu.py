@@ -81,7 +81,7 @@ def _deterministic(monkeypatch):
     [("llama", True, 0.0), ("qwen3", True, 0.0), ("llama", False, 0.0), ("llama", True, 0.1), ("llama", False, 0.1)],
 )
 def test_every_policy_learns_the_same_to_the_bit(name, fused, dropout):
-    """Each plan recorded, against everything kept and launched one by one."""
+    """Each plan recorded, against the plan that saves everything, launched kernel by kernel."""
     expected, adapter, most = trained(name, None, record=False, fused=fused, dropout=dropout)
     for plan in PLANS:
         for record in (False, True):
@@ -200,7 +200,7 @@ def test_a_recording_made_before_one_that_failed_still_replays():
 
 
 def test_rows_of_a_second_layout_do_not_take_the_memory_of_both():
-    """The first row of a layout runs without a recording: the recordings before it must make room for it."""
+    """The first row of a layout runs without a recording: the recordings before it must free memory for it."""
     tokens = 16384
     kinds = [[a_row((9000, 7000), tokens=tokens)], [a_row((400,) * 40, tokens=tokens)]]
     peaks = []
@@ -222,7 +222,7 @@ def test_rows_of_a_second_layout_do_not_take_the_memory_of_both():
     assert peaks[1] < 1.4 * peaks[0], peaks
 
 
-def test_held_out_rows_take_the_place_of_recordings_where_there_is_no_room_beside_them(monkeypatch):
+def test_held_out_rows_take_the_place_of_recordings_where_memory_is_too_small_for_both(monkeypatch):
     model = small()
     rows = Rows(lambda epoch: [row for (row,) in ROWS[:2]], [a_row((200, 300), 99)])
     loop = Loop(prepare(model), "default", trainable(model), rows, config(max_steps=8, eval_every_steps=4), None)
@@ -231,7 +231,7 @@ def test_held_out_rows_take_the_place_of_recordings_where_there_is_no_room_besid
     def evaluate(*args):
         held.append(len(loop._graph._graphs))
         if held[-1]:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("no memory")
         return honest(*args)
 
     monkeypatch.setattr(loop_module, "evaluate_loss", evaluate)
@@ -310,7 +310,7 @@ def test_a_cap_of_the_users_own_stays(memory):
 
 
 @pytest.mark.usefixtures("_no_cap")
-def test_a_plan_without_room_for_its_recording_runs_without_one(monkeypatch):
+def test_a_plan_without_memory_for_its_recording_runs_without_one(monkeypatch):
     """Recording fails for want of memory under every plan: the first that fits is taken, kernel by kernel."""
 
     def no_room(self, part, layout, work):
@@ -327,15 +327,15 @@ def test_a_plan_without_room_for_its_recording_runs_without_one(monkeypatch):
 
 
 def test_heads_that_lie_a_row_apart_are_found_beyond_31_bits():
-    """40 heads, each 2^26 elements behind the one before, as attention of a very long row may lay its gradients."""
+    """40 heads, each 2^26 elements behind the one before, as attention of a very long row may store its gradients."""
     tokens, queries, keys, dim, apart = 4, 40, 8, 64, 1 << 26
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def random(*shape):
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda", generator=generator)
 
-    room = torch.empty((queries - 1) * apart + tokens * dim, dtype=torch.bfloat16, device="cuda")
-    d_query = room.as_strided((tokens, queries, dim), (dim, apart, 1))
+    memory = torch.empty((queries - 1) * apart + tokens * dim, dtype=torch.bfloat16, device="cuda")
+    d_query = memory.as_strided((tokens, queries, dim), (dim, apart, 1))
     d_query.copy_(random(tokens, queries, dim))
     d_key, d_value = random(tokens, keys, dim), random(tokens, keys, dim)
     cos, sin = random(tokens, dim), random(tokens, dim)

@@ -8,7 +8,7 @@ from loratune.ops.products import ProductKernels
 
 pytestmark = pytest.mark.gpu
 
-N, K, M, ROOM = 768, 512, 1024, 64
+N, K, M, PAD = 768, 512, 1024, 64
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def _always_chosen(monkeypatch):
 def operands(kind, dtype):
     """Operands with padding columns, and the memory of the result or None."""
     torch.manual_seed(0)
-    x = torch.randn(N, K + ROOM, device="cuda", dtype=dtype)
-    weight = torch.randn(M + ROOM, K + ROOM, device="cuda", dtype=dtype)
+    x = torch.randn(N, K + PAD, device="cuda", dtype=dtype)
+    weight = torch.randn(M + PAD, K + PAD, device="cuda", dtype=dtype)
     wide = torch.empty(N, 2 * M, device="cuda", dtype=dtype)
     return {
         "forward, augmented": (x, weight[:M].T, None),
         "forward": (x[:, :K], weight[:M, :K].T, None),
-        "backward": (torch.randn(N, M + ROOM, device="cuda", dtype=dtype), weight[:, :K], None),
+        "backward": (torch.randn(N, M + PAD, device="cuda", dtype=dtype), weight[:, :K], None),
         "into columns": (x, weight[:M].T, wide[:, M:]),
         "of columns": (torch.randn(K, N, device="cuda", dtype=dtype).T, weight[:K, :M], None),
     }[kind]

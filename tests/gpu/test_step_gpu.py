@@ -174,16 +174,16 @@ def test_attention(lengths, heads, window):
     k, v = (torch.randn(1, heads[1], TOKENS, heads[2], device="cuda", dtype=BF16) for _ in "kv")
     d_out = torch.randn(1, TOKENS, heads[0], heads[2], device="cuda", dtype=BF16)
 
-    def run(dtype, borders, longest):
+    def run(dtype, cu_seqlens, longest):
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
         out, _ = document_attention(
-            torch.nn.Module(), *inputs, None, sliding_window=window, cu_seq_lens_q=borders, max_length_q=longest
+            torch.nn.Module(), *inputs, None, sliding_window=window, cu_seq_lens_q=cu_seqlens, max_length_q=longest
         )
         return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(dtype))]
 
     exact, plain = run(torch.float64, bounds, None), run(BF16, bounds, None)
-    for borders, longest in ((bounds.cuda(), max(lengths)), (padded, 1024)):
-        for fast, slow, true in zip(run(BF16, borders, longest), plain, exact, strict=True):
+    for cu_seqlens, longest in ((bounds.cuda(), max(lengths)), (padded, 1024)):
+        for fast, slow, true in zip(run(BF16, cu_seqlens, longest), plain, exact, strict=True):
             assert_as_good(fast, slow, true, (lengths, heads, window))
 
 
@@ -256,10 +256,10 @@ def test_elementwise_passes():
 def test_low_rank_products(tokens, d_in, d_outs):
     """Against float64, and with the same bits every time."""
     torch.manual_seed(4)
-    d_out, ranks, room = sum(d_outs), 16 * len(d_outs), 64
-    matrix = torch.randn(d_out + room, d_in + room, device="cuda", dtype=BF16) / 32
+    d_out, ranks, pad = sum(d_outs), 16 * len(d_outs), 64
+    matrix = torch.randn(d_out + pad, d_in + pad, device="cuda", dtype=BF16) / 32
     matrix[d_out + ranks :] = matrix[:, d_in + ranks :] = 0.0
-    x, dy = (torch.randn(tokens, width + room, device="cuda", dtype=BF16) for width in (d_in, d_out))
+    x, dy = (torch.randn(tokens, width + pad, device="cuda", dtype=BF16) for width in (d_in, d_out))
     ends = torch.tensor([0, *d_outs]).cumsum(0).tolist()
     members = low_rank.AdapterSlices(
         [slice(a, b) for a, b in itertools.pairwise(ends)],

@@ -52,7 +52,7 @@ def test_answers_are_compared_and_kept(tokenizer: PreTrainedTokenizerFast, parro
     assert [a.reference for a in result.wrong] == ["ccx"]
 
 
-def test_a_right_answer_always_has_room(tokenizer: PreTrainedTokenizerFast, parrot: LlamaForCausalLM) -> None:
+def test_a_right_answer_always_fits(tokenizer: PreTrainedTokenizerFast, parrot: LlamaForCausalLM) -> None:
     """Without max_new_tokens the limit allows the longest reference; an answer that never stops is wrong."""
     stop = tokenizer("z")["input_ids"]
     result = exact_match(parrot, tokenizer, [tokenizer("a")["input_ids"]], ["a" * 40], stop_ids=stop)

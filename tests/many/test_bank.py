@@ -304,7 +304,7 @@ def test_refusals_name_the_remedy():
 
 
 def test_a_small_update_arrives_as_it_does_for_an_adapter_alone():
-    """In bfloat16; see tests/precision/test_border.py. Added to y after rounding, 0.2 of it would arrive."""
+    """In bfloat16; see `precision.projection`. Added to y after rounding, 0.2 of it would arrive."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(1024, 256, bias=False).bfloat16()
     layer.weight.data = 0.02 * torch.randn(256, 1024, generator=generator).bfloat16()

@@ -86,7 +86,7 @@ def augmented(ranks, rows, scaled, arch=90):
     from loratune.precision import fp8_kernels
 
     terms, stages = fp8_kernels.TILES[scaled]
-    constants = CONSTANTS["_down_project"] | {"SCALED": int(scaled), "RANKS": ranks, "thin_rank": 1}
+    constants = CONSTANTS["_down_project"] | {"SCALED": int(scaled), "RANKS": ranks, "matrix_rank": 1}
     constants |= {"ROWS": low_rank_kernels.tile_rows(rows), "TERMS": terms, "TERMS_EACH": 2 * terms}
     return compiled(fp8_kernels._augment, constants, OF_FP8, fp8_kernels.WARPS, stages, arch)
 

@@ -11,7 +11,7 @@ from loratune.precision.fp8 import Fp8Weight
 
 FORMS = {
     "dense": DenseWeight,
-    "turned": lambda weight: DenseWeight(weight.T.contiguous().T),  # as Conv1D hands it over
+    "transposed": lambda weight: DenseWeight(weight.T.contiguous().T),  # as Conv1D hands it over
     "nf4": nf4.quantise,
     "fp8": Fp8Weight.quantised,
 }
@@ -35,7 +35,7 @@ def test_products_onto_a_tensor_are_the_products_and_the_tensor(form: str, with_
     torch.testing.assert_close(weight.d_input(dy, low.clone()), weight.d_input(dy) + low, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["dense", "turned", "nf4"])
+@pytest.mark.parametrize("form", ["dense", "transposed", "nf4"])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_small_number_arrives_in_a_product_of_half_precision(form: str, with_bias: bool) -> None:
     """Numbers of 1/3000 of the product, a tenth of half a unit of it, and less of one of a large bias.

@@ -28,8 +28,8 @@ def close(got, exact, what):
     assert error < 1e-3, (what, error)  # one rounding to float16 at most: sums are in float32
 
 for rows, terms, ranks in ((1, 40, 3), (35, 900, 21), (1030, 260, 70)):
-    wide, thin_factor = half(rows, terms + 9)[:, :terms], half(ranks, terms).T
-    for factor in (thin_factor, half(terms, ranks + 5)[:, :ranks]):
+    wide, transposed_factor = half(rows, terms + 9)[:, :terms], half(ranks, terms).T
+    for factor in (transposed_factor, half(terms, ranks + 5)[:, :ranks]):
         whole = half(rows, ranks + 17)
         tail, behind = whole[:, : ranks + 5], whole[:, ranks + 5 :].clone()
         exact = wide.double() @ factor.double()

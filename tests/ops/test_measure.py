@@ -51,11 +51,11 @@ def test_nothing_saturates_even_where_x_points_along_a_row_of_A(grown):
     weight = Fp8Weight.quantised(torch.randn(1024, 1024) * 0.02)
     numbers = adapter_factors(lora_A, lora_B, weight.scale)
     ratio = lora_B / weight.scale
-    for x, thin, columns, two in (
+    for x, matrix, columns, two in (
         (lora_A * 3, lora_A.T, None, numbers[:2]),
         ((ratio / weight.scale).T.contiguous(), lora_B, weight.scale[:, 0], numbers[2:]),
     ):
-        rows, inner = quantise_augmented(x, thin, columns, two)
+        rows, inner = quantise_augmented(x, matrix, columns, two)
         hi, lo = rows.values.float()[:, 1024:1028], rows.values.float()[:, 1028:1032]
         assert bool((rows.values.float().abs() < E4M3_MAX * 1.001).all())
         held = (hi + lo) * rows.scale / two[0]

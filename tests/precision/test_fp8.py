@@ -155,10 +155,10 @@ for rows, scales in ((x, None), (x / columns, columns)):
     same(values, expected.values)
 
 # Ranks 0 to 4 take one column of x each, the last one a sum of two that only a pair holds.
-thin = torch.zeros(96, 6)
+matrix = torch.zeros(96, 6)
 for rank in range(5):
-    thin[4 + rank * 7, rank] = 2.0 ** (rank - 3)
-thin[1, 5] = thin[2, 5] = 1.0
+    matrix[4 + rank * 7, rank] = 2.0 ** (rank - 3)
+matrix[1, 5] = matrix[2, 5] = 1.0
 for tall in (5, 1030):  # 1030: tiles of 64 rows
     x = grid(tall, 96, 56, 100)
     x[:, 0] = 448.0
@@ -166,7 +166,7 @@ for tall in (5, 1030):  # 1030: tiles of 64 rows
     x[:, 2] = torch.tensor([0.25, 0.125, 0.0])[torch.randint(3, (tall,))]
     for scales in (None, columns):
         rows = (x if scales is None else x / scales).half()
-        across = (thin if scales is None else thin * scales[:, None]).half()
+        across = (matrix if scales is None else matrix * scales[:, None]).half()
         padded = torch.nn.functional.pad(rows, (0, measure.PAD_COLUMNS))
         measure.store_statistics(padded, 96, measure.Measure(scales))
         for bound in (0.0, 3.0):

@@ -111,7 +111,7 @@ def test_fused_layers_take_codes(name, dropout):
 
 
 def test_a_stack_is_made_once_and_held_once():
-    """Members become parts of the stack, also those of the layers that an adapter stands in for."""
+    """Members become parts of the stack, also those of the layers that an adapter replaces."""
     model = quantised("llama")
     attach(model, LoraConfig(r=4), name="a")
     attention = model.model.layers[0].self_attn
@@ -150,7 +150,7 @@ def test_frozen_of_any_layer_is_what_it_multiplies_with():
     assert float((logits(model) - before).norm() / before.norm()) < 0.3
 
 
-def test_a_model_that_stays_dense_for_the_most_part_is_told():
+def test_a_model_that_stays_mostly_dense_is_reported():
     """Mixtral's experts are in one tensor, which is no linear layer."""
     assert mostly_dense(quantised("llama")) is None
     assert mostly_dense(build("mixtral")) is None

@@ -149,7 +149,7 @@ def test_the_kernel_gives_the_bits_of_the_reference():
 
 
 def test_absmax_halfway_between_two_codes_take_the_even_one():
-    """As bitsandbytes on a GPU: of 101 million absmax of a random 7B, five lay there, all 57 or 58, and were 58."""
+    """As bitsandbytes on a GPU. A random 7B has five such ties in 101 million, between 57 and 58: they give 58."""
     book = nf4.dynamic_book(torch.device("cpu"))
     halves = (book[:-1] + book[1:]) / 2
     codes, scale = nf4._quantise_absmax(torch.cat([torch.ones(1), halves]), book)

@@ -38,7 +38,7 @@ def drawn(dataset: Dataset, rows: EpochRows, *, colour: bool = False, encoding: 
     return buffer.getvalue().decode(encoding)
 
 
-def test_without_colour_trained_stretches_stand_in_brackets(tmp_path: Path) -> None:
+def test_without_colour_trained_stretches_are_in_brackets(tmp_path: Path) -> None:
     text = drawn(*data(tmp_path))
     lines = [line.strip(" │") for line in text.splitlines()]
     start = lines.index("<|im_start|>user↵")

@@ -91,6 +91,6 @@ def failed(*errors):
 def test_the_reason_is_the_first_failure_and_memory_comes_before_all():
     text = "the recording could not be ended"
     assert _cause(failed(RuntimeError("it waits"), RuntimeError(text))) == ("it waits", False)
-    assert _cause(failed(torch.OutOfMemoryError("no room"), RuntimeError(text))) == ("no room", True)
-    assert _cause(failed(RuntimeError("first"), torch.OutOfMemoryError("no room"))) == ("no room", True)
+    assert _cause(failed(torch.OutOfMemoryError("no memory"), RuntimeError(text))) == ("no memory", True)
+    assert _cause(failed(RuntimeError("first"), torch.OutOfMemoryError("no memory"))) == ("no memory", True)
     assert _cause(failed(RuntimeError(text + "\nmore"))) == (text, False)

@@ -43,14 +43,14 @@ class Batches:
         """This batch on `device`."""
         return Batches(self.ids.to(device), self.targets.to(device), self.weights.to(device))
 
-    def room(self, documents: int) -> int:
-        """Largest number of trained tokens in a batch of `count` documents."""
+    def capacity(self, documents: int) -> int:
+        """Largest number of trained tokens in a batch of `documents` documents."""
         return int(self.weights.sum(1).topk(documents).values.sum())
 
-    def pick(self, order: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pick(self, order: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One batch: ids (B, L), and positions, targets and weights of its trained tokens, padded to one size."""
         weights = self.weights[order]
-        positions = weights.flatten().sort(descending=True, stable=True).indices[:room]
+        positions = weights.flatten().sort(descending=True, stable=True).indices[:capacity]
         return self.ids[order], positions, self.targets[order].flatten()[positions], weights.flatten()[positions]
 
 
@@ -176,8 +176,8 @@ class Training:
         self.rates = torch.tensor(rates, device=flat.device)[:, None]
         self.m, self.v = torch.zeros_like(flat), torch.zeros_like(flat)
         self.step_number = torch.zeros((), device=flat.device)
-        self.room = batches.room(order.shape[1])
-        self.now = batches.pick(self.order[0], self.room)
+        self.capacity = batches.capacity(order.shape[1])
+        self.now = batches.pick(self.order[0], self.capacity)
         self.losses = torch.zeros(stack.runs, device=flat.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -186,7 +186,7 @@ class Training:
         seen = []
         start = self.stack.flat.detach().clone()
         for index, picked in enumerate(self.order):
-            for mine, given in zip(self.now, self.batches.pick(picked, self.room), strict=True):
+            for mine, given in zip(self.now, self.batches.pick(picked, self.capacity), strict=True):
                 mine.copy_(given)
             if self.stack.flat.is_cuda and index == 0:
                 self._record(start, beta1, beta2)
@@ -233,7 +233,7 @@ def held_out(stack: Stack, batches: Batches, size: int = 100) -> Tensor:
     total, weight = torch.zeros(stack.runs, device=stack.flat.device), 0.0
     for start in range(0, len(batches.ids), size):
         some = torch.arange(start, min(start + size, len(batches.ids)), device=stack.flat.device)
-        picked = batches.pick(some, batches.room(len(some)))
+        picked = batches.pick(some, batches.capacity(len(some)))
         total += stack.losses(*picked) * picked[3].sum()
         weight += float(picked[3].sum())
     return (total / weight).cpu()

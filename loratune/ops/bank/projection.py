@@ -208,9 +208,9 @@ def add_gradients(p: BankProjection, dy: Tensor, d_low_rank: Tensor, x: Tensor, 
     for segment, member, part, at in _pieces(p):
         tokens = slice(segment.start, segment.stop)
         dropped = _dropped(p.pool, segment, p.layers[member], x[tokens])
-        part.dA.addmm_(dispatch.wide(d_low_rank[at]).T, dispatch.wide(dropped))
-        dy_s = dispatch.wide(dy[tokens, p.rows[member]])
-        part.dB.addmm_(dispatch.wide(low_rank[at]).T, dy_s, alpha=part.scaling)
+        part.dA.addmm_(dispatch.at_least_float32(d_low_rank[at]).T, dispatch.at_least_float32(dropped))
+        dy_s = dispatch.at_least_float32(dy[tokens, p.rows[member]])
+        part.dB.addmm_(dispatch.at_least_float32(low_rank[at]).T, dy_s, alpha=part.scaling)
 
 
 def swiglu(p: BankProjection, gate_up: Tensor, low_rank: Tensor, activation: Activation) -> Tensor:

@@ -39,14 +39,14 @@ def cast(inputs, dtype):
 def compare(bounds, heads, shared, dim, window, softcap, with_sinks):
     inputs, d_out = row(bounds[-1], heads, shared, dim), torch.randn(1, bounds[-1], heads, dim)
     sinks = torch.randn(heads) if with_sinks else None
-    borders = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
 
     def ours(*parts):
-        return attend(*parts, 0.3, window, softcap, sinks, DocumentSpans(borders))
+        return attend(*parts, 0.3, window, softcap, sinks, DocumentSpans(cu_seqlens))
 
     def written_out(*parts):
         wide = parts[0], *(part.repeat_interleave(heads // shared, 1) for part in parts[1:])
-        lengths = borders.diff().tolist()
+        lengths = cu_seqlens.diff().tolist()
         documents = zip(*(part.split(lengths, 2) for part in wide))
         return torch.cat([explicit(*d, 0.3, 0.0, window, softcap, sinks) for d in documents], 2).transpose(1, 2)
 
@@ -149,6 +149,6 @@ def test_sinks_that_train_get_their_gradient(monkeypatch):
     """The kernels compute none, so the reference runs."""
     monkeypatch.setattr("loratune.ops.attention.documents._has_kernel", lambda *_: True)
     q, sinks = torch.randn(1, 2, 5, 8), torch.zeros(2, requires_grad=True)
-    borders = {"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_length_q": 3}
-    out, _ = document_attention(None, q, q, q, None, s_aux=sinks, **borders)
+    boundaries = {"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_length_q": 3}
+    out, _ = document_attention(None, q, q, q, None, s_aux=sinks, **boundaries)
     assert torch.autograd.grad(out.sum(), sinks)[0].ne(0).all()

@@ -130,13 +130,13 @@ class Package:
         return attention.explicit(q, k, v, scale, 0.0, left, None, None)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize(("lengths", "road"), [([7, 7, 7], "even"), ([5, 1, 15], "uneven"), ([21], "even")])
+@pytest.mark.parametrize(("lengths", "path"), [([7, 7, 7], "even"), ([5, 1, 15], "uneven"), ([21], "even")])
 @pytest.mark.parametrize("window", [None, 3, 100])
-def test_its_arguments_give_the_right_attention(monkeypatch, lengths, road, window):
+def test_its_arguments_give_the_right_attention(monkeypatch, lengths, path, window):
     package = Package()
     monkeypatch.setattr(flash, "_package", lambda: (package, None))
     query, key, value = (torch.randn(1, heads, 21, 16) for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     got = flash.attend(query, key, value, 0.3, window, cu_seqlens, max(lengths))
     torch.testing.assert_close(got, attention_of(query, key, value, 0.3, window, cu_seqlens, max(lengths)))
-    assert package.asked == [road]
+    assert package.asked == [path]

@@ -24,8 +24,8 @@ RANKS = {0: (4, 4, 0), 1: (1, 40, 17), 3: (16, 16, 16)}  # a slot without adapte
 
 def a_pool():
     frozen = DenseWeight(torch.zeros(sum(OUTS), D_IN, dtype=half))
-    room = 64 * 200
-    pool = BankPool([slot * room for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
+    capacity = 64 * 200
+    pool = BankPool([slot * capacity for slot in range(SLOTS + 1)], 3, 48, torch.float32, frozen)
     rows, layers, at = [], [], 0
     for index, width in enumerate(OUTS):
         layers.append(BankLayer(index, layer_salt(f"layer.{index}"), D_IN, width))
@@ -63,8 +63,8 @@ def run(p, x, dy):
 pool, p, layers, frozen = a_pool()
 pool.tables = None
 pool.segments = SEGMENTS
-room = torch.randn(TOKENS, D_IN + 16).to(half)
-x, dy = room[:, :D_IN], torch.randn(TOKENS, sum(OUTS)).to(half)
+padded = torch.randn(TOKENS, D_IN + 16).to(half)
+x, dy = padded[:, :D_IN], torch.randn(TOKENS, sum(OUTS)).to(half)
 for a, b in ((150, 192), (220, 320)):  # tokens between segments reach no loss
     dy[a:b] = 0
 expected = run(p, x, dy)
@@ -103,9 +103,9 @@ tables.set_row(tables.prepare_row(pool, pool.segments))
 pool.refresh()
 got = run(p, x, dy)
 
-keep_lanes = [layers[0], BankLayer(1, 5, D_IN, 64, twin_parts), back]
+keep_layers = [layers[0], BankLayer(1, 5, D_IN, 64, twin_parts), back]
 for slot in range(SLOTS):
-    tables.set_slot(pool, slot, keep_lanes)
+    tables.set_slot(pool, slot, keep_layers)
 got_swiglu = run_swiglu()
 for slot in range(SLOTS):
     tables.set_slot(pool, slot, layers)

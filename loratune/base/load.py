@@ -104,7 +104,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     try:
         if wanted is not None or files.reader is not None:
             dtype = _compute_dtype(precision, where, config)
-            loaded, missing = load_quantised(_local(source), config, dtype, where, files, wanted)
+            loaded, missing = load_quantised(local_folder(source), config, dtype, where, files, wanted)
         else:
             loaded, missing = _load_dense(source, config, precision, where)
             if files.dequantised and where.type == "cpu" and precision == "auto":
@@ -157,7 +157,7 @@ def _compute_dtype(precision: Precision, where: torch.device, config: Any) -> to
     return torch.float16 if getattr(config, "dtype", None) == torch.float16 else torch.bfloat16
 
 
-def _local(source: str) -> str:
+def local_folder(source: str) -> str:
     """The folder that holds the files of `source`, downloaded if it is a hub id."""
     return source if Path(source).is_dir() else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
 

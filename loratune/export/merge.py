@@ -25,7 +25,6 @@ and not in the other (one of 112 merges in that survey).
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -39,8 +38,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
-from loratune.base.load import load_config
 from loratune.errors import DataError, ModelError, OutputError
+from loratune.export.dtypes import FileDtypes, dtypes_of_files, record_dtype
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
 from loratune.precision.linear import count_parameters, dense_state_dict, quantised_layers
@@ -148,7 +147,7 @@ def merge_checkpoint(
     Args:
         model: the base with the adapter attached; unchanged afterwards, unless keep_adapter is False.
         prompts: token ids of real prompts; a dozen is enough. The last positions of each are compared.
-        dtype: of the weights on disk; by default the dtype of the base's own files.
+        dtype: of the weights on disk; by default each tensor's dtype in the base's own files.
         keep_adapter: False merges irreversibly, which needs no second copy of the adapted layers while writing.
         sources: folders that must not be overwritten, such as the adapter's own; the base's folder is always one.
         card: makes README.md from the verification.
@@ -164,25 +163,25 @@ def merge_checkpoint(
     _check_prompts(prompts)
     _check_destination(model, folder, overwrite, sources)
     adapter = require(model).get(name)
-    written_dtype = dtype or _dtype_of_files(model)
+    dtypes = dtypes_of_files(model) if dtype is None else FileDtypes(dtype)
     dequantised = len(list(quantised_layers(model)))
-    _check_space(model, folder, written_dtype)
+    _check_space(model, folder, dtypes.main)
     reference, adapter_effect = _reference(model, name, prompts)
     rounded = {f"{path}.weight" for path in adapter.layers}
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
         merge(model, name, reversible=keep_adapter)
         try:
-            rounded |= _write(model, tokenizer, temporary, written_dtype)
+            rounded |= _write(model, tokenizer, temporary, dtypes)
         finally:
             if keep_adapter:
                 unmerge(model)
-        verification = _verify(model, temporary, prompts, reference, adapter_effect, rounded, written_dtype)
+        verification = _verify(model, temporary, prompts, reference, adapter_effect, rounded, dtypes)
         if not verification.passed:
             raise ModelError(_refusal(folder, verification))
         if card is not None:
             (temporary / "README.md").write_text(card(verification), encoding="utf-8")
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-    return Merged(folder, _name(written_dtype), file_bytes, verification, dequantised)
+    return Merged(folder, str(dtypes.main).removeprefix("torch."), file_bytes, verification, dequantised)
 
 
 def _reference(
@@ -206,7 +205,7 @@ def _verify(
     reference: list[Tensor],
     adapter_effect: Difference,
     rounded: Collection[str],
-    written_dtype: torch.dtype,
+    dtypes: FileDtypes,
 ) -> Verification:
     """Loads the folder in the precision of the reference, and compares."""
     merged = _reload(model, folder)
@@ -214,7 +213,7 @@ def _verify(
     same_first = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(logits, reference, strict=True))
     positions = sum(len(part) for part in reference)
     difference = _difference(logits, reference)
-    _add_rounding_errors(merged, rounded, torch.finfo(written_dtype).eps)
+    _add_rounding_errors(merged, rounded, dtypes)
     return Verification(
         difference=difference,
         rounding=_difference(_logits(merged, prompts), logits),
@@ -225,9 +224,9 @@ def _verify(
     )
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> set[str]:
-    """Writes checkpoint and tokenizer; returns the names of tensors that `dtype` does not represent exactly."""
-    tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtype)
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtypes: FileDtypes) -> set[str]:
+    """Writes checkpoint and tokenizer; returns the names of tensors that `dtypes` do not represent exactly."""
+    tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtypes)
     try:
         model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
@@ -235,26 +234,24 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
     except ValueError as error:
         raise ModelError(f"{type(model).__name__} cannot be saved: {error}") from error
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["dtype"] = _name(dtype)  # transformers writes the dtype of the model in memory
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    record_dtype(folder, dtypes.main)
     return inexact
 
 
-def _cast(tensors: dict[str, Tensor], source: torch.dtype, target: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors of dtype `source` cast to `target`; others (deliberately float32, integers) unchanged.
+def _cast(tensors: dict[str, Tensor], source: torch.dtype, dtypes: FileDtypes) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors of dtype `source` cast to that of the files; others (deliberately float32, integers) unchanged.
 
     Tied entries stay tied: each storage is cast once.
     """
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    cast: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
     result: dict[str, Tensor] = {}
     inexact: set[str] = set()
     for name, tensor in tensors.items():
+        target = dtypes.of(name)
         if tensor.dtype != source or source == target:
             result[name] = tensor
             continue
-        key = (tensor.data_ptr(), tensor.shape)
+        key = (tensor.data_ptr(), tensor.shape, target)
         if key not in cast:
             cast[key] = tensor.to(target)
         result[name] = cast[key]
@@ -310,26 +307,19 @@ def _difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> Difference:
 
 
 @torch.no_grad()
-def _add_rounding_errors(model: PreTrainedModel, names: Collection[str], written_eps: float) -> None:
+def _add_rounding_errors(model: PreTrainedModel, names: Collection[str], dtypes: FileDtypes) -> None:
     """Moves the named weights by random rounding errors; see the top of this file."""
     generator = torch.Generator(model.device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if name not in names:
             continue
-        eps = max(written_eps, torch.finfo(parameter.dtype).eps)
+        eps = max(torch.finfo(dtypes.of(name)).eps, torch.finfo(parameter.dtype).eps)
         for part in parameter.data.view(-1).split(_CHUNK):
             mantissa, exponent = torch.frexp(part.double() if part.dtype == torch.float64 else part.float())
             unit = torch.ldexp(torch.full_like(mantissa, eps), exponent - 1)
             place = torch.rand(part.shape, generator=generator, device=part.device)
             steps = (place < 1 / 24).to(torch.int8) - (place >= 23 / 24).to(torch.int8)
             part.add_((unit * steps).to(part.dtype))
-
-
-def _dtype_of_files(model: PreTrainedModel) -> torch.dtype:
-    """The dtype recorded in the base's files, or that of the model in memory if none is recorded."""
-    path = model.name_or_path
-    recorded = getattr(load_config(path), "dtype", None) if path else None
-    return recorded if isinstance(recorded, torch.dtype) else model.dtype
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
@@ -362,7 +352,3 @@ def _refusal(folder: Path, v: Verification) -> str:
         f"{v.allowed.largest:.3g} ({v.allowed.rms:.3g}). Please report this with the model's name; the adapter "
         "itself is unharmed and can be used unmerged"
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

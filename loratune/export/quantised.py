@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.errors import AdapterError, ModelError, OutputError
+from loratune.export.dtypes import FileDtypes, dtypes_of_files, record_dtype
 from loratune.lora.state import find
 from loratune.precision.linear import count_parameters, formats_in, quantised_layers
 from loratune.units import size
@@ -48,13 +51,16 @@ def save_quantised(
         out: folder for the checkpoint.
         tokenizer: written to the same folder if given.
 
+    Tensors that are not quantised have the dtype of the base's files, also if the model is float32 on a CPU.
+
     Memory: the quantised model once more, on the host.
     Raises: ModelError: nothing in the model is in 4 bits. AdapterError: it has adapters. OutputError: `out` exists,
         or cannot hold the files.
     """
     folder = Path(out)
     layers = [layer for _, layer in quantised_layers(model)]
-    settings = _quantization_config(model)
+    dtypes = dtypes_of_files(model)
+    settings = _quantization_config(model, dtypes.main)
     if settings is None:
         raise ModelError(f'{model.name_or_path}: nothing in this model is in 4 bits; load it with precision="nf4"')
     if find(model) is not None:
@@ -62,7 +68,8 @@ def save_quantised(
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
         model.config.quantization_config = settings
         try:
-            model.save_pretrained(temporary, state_dict={n: t.cpu() for n, t in model.state_dict().items()})
+            model.save_pretrained(temporary, state_dict=_state_dict(model, dtypes))
+            record_dtype(temporary, dtypes.main)
         except SafetensorError as error:  # raised by its Rust code for a full disk
             raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
         finally:
@@ -73,11 +80,32 @@ def save_quantised(
     return Quantised(folder, file_bytes, len(layers), count_parameters(model))
 
 
-def _quantization_config(model: PreTrainedModel) -> dict[str, Any] | None:
+def _state_dict(model: PreTrainedModel, dtypes: FileDtypes) -> dict[str, Tensor]:
+    """The model's tensors in CPU memory: quantised ones as they are, dense ones no wider than in the base's files."""
+    layers = dict(quantised_layers(model))
+    before = {layer: layer.frozen for layer in layers.values()}
+    for layer, frozen in before.items():  # the files record the dtype of products
+        layer.frozen = frozen.to(frozen.device, dtypes.main)
+    try:
+        tensors: dict[str, Tensor] = model.state_dict()
+    finally:
+        for layer, frozen in before.items():
+            layer.frozen = frozen
+    cast: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # tied tensors stay tied
+    for name, tensor in tensors.items():
+        path, _, _ = name.partition(".weight")
+        wanted = dtypes.of(name) if tensor.is_floating_point() and path not in layers else tensor.dtype
+        dtype = wanted if wanted.itemsize < tensor.dtype.itemsize else tensor.dtype
+        key = (tensor.data_ptr(), tensor.shape, dtype)
+        tensors[name] = cast.setdefault(key, tensor.to("cpu", dtype))
+    return tensors
+
+
+def _quantization_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any] | None:
     """The `quantization_config` of the model's precision; None if it has no files of its own."""
     for form in formats_in(model):
         weights = [layer.frozen for _, layer in quantised_layers(model) if layer.frozen.precision == form.name]
-        settings = form.quantization_config(weights, model.dtype)
+        settings = form.quantization_config(weights, dtype)
         if settings is not None:
             return settings
     return None

@@ -10,6 +10,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON heade
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,15 +59,18 @@ class StoredTensor:
     pinned: bool
     """Read into page-locked memory, from which a GPU copies faster."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
     def __getitem__(self, everything: object) -> Tensor:
         """The tensor, in CPU memory."""
         return self.read()
 
     def read(self) -> Tensor:
         """The tensor, in CPU memory. Raises: ModelError: the file ends before it."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
+        count = self.nbytes
         data = torch.empty(count, dtype=torch.uint8, pin_memory=self.pinned)
         bytes_of = memoryview(data.numpy())  # type: ignore[arg-type]
         file = os.open(self.file, os.O_RDONLY)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -110,13 +111,33 @@ def test_narrow_files_hold_the_rounded_sum(
     assert v.difference.rms < 0.1 * v.adapter_effect.rms
 
 
-def test_the_dtype_of_the_bases_files_is_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A bfloat16 base that runs in float32 (as on a CPU) gives a bfloat16 checkpoint."""
-    build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+def forget_dtype(folder: Path) -> None:
+    """Removes the dtype from a model's configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_dtype_of_the_bases_files_is_kept(
+    name: str, recorded: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A bfloat16 base that runs in float32 (as on a CPU) gives bfloat16; its float32 tensors stay float32."""
+    base = build(name, dtype=torch.bfloat16)
+    last_norm = [module for module in base.modules() if "Norm" in type(module).__name__][-1]
+    last_norm.weight.data = last_norm.weight.data.float()
+    base.save_pretrained(tmp_path / "base")
+    if not recorded:
+        forget_dtype(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     attach(model, LoraConfig(r=4, **RANDOM), name="a")
     result = merge_checkpoint(model, tokenizer, "a", tmp_path / "out", prompts=PROMPTS)
     assert result.dtype == "bfloat16"
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    assert {key: tensor.dtype for key, tensor in after.items()} == {key: t.dtype for key, t in before.items()}
+    assert torch.float32 in {tensor.dtype for tensor in after.values()}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_tied_embeddings_stay_tied_and_are_written_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from loratune.export.quantised import save_quantised
 from loratune.lora.inject import attach
 from loratune.precision.linear import quantised_layers
 from tests.conftest import CAUSAL, build
-from tests.export.test_merge import PROMPTS, logits, tokenizer  # noqa: F401
+from tests.export.test_merge import PROMPTS, forget_dtype, logits, tokenizer  # noqa: F401
 
 # Names and settings of a layer as bitsandbytes 0.50.2 writes them through transformers 5.23 (save_pretrained of a
 # model that was loaded with load_in_4bit, bnb_4bit_quant_type "nf4" and bnb_4bit_use_double_quant).
@@ -59,6 +59,30 @@ def test_a_written_checkpoint_is_read_back_the_same(name, tmp_path):
     assert done.layers == len(list(quantised_layers(model)))
     assert torch.equal(logits(load(str(tmp_path / "out"), device="cpu")), logits(model))
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_tensors_that_stay_dense_keep_the_dtype_of_the_files(tmp_path, recorded):
+    """On a CPU the model is float32 in memory. A tensor in float32 among bfloat16 files stays float32."""
+    base = build("llama", dtype=torch.bfloat16)
+    base.model.norm.weight.data = base.model.norm.weight.data.float()
+    base.save_pretrained(tmp_path / "dense")
+    if not recorded:
+        forget_dtype(tmp_path / "dense")
+    model = load(str(tmp_path / "dense"), "nf4", "cpu")
+    saved = save_quantised(model, tmp_path / "out")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("dense", "out"))
+    dense = [name for name in after if name in before and after[name].dtype != torch.uint8]
+    assert {"model.norm.weight", "model.embed_tokens.weight"} <= set(dense)
+    for name in dense:
+        assert torch.equal(after[name], before[name]), name
+        assert after[name].dtype == before[name].dtype, name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    state = after["model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"]
+    assert json.loads(bytes(state.tolist()))["dtype"] == "bfloat16"
+    assert saved.file_bytes < (tmp_path / "dense" / "model.safetensors").stat().st_size
+    assert torch.equal(logits(load(str(tmp_path / "out"), device="cpu")), logits(model))
 
 
 def test_models_that_cannot_be_saved_are_refused(tmp_path):

@@ -46,7 +46,7 @@ def heads_backward(
 
     Args:
         d_stream: (T, at least d), gradient of the input along the residual connection.
-        d_heads: gradients of query, key and value, (T, heads of each, head_dim); emptied.
+        d_heads: gradients of query, key and value, (T, heads of each, head_dim). The list is emptied to free them.
     """
     half, (cos, sin) = structure.attention, rotation or (None, None)
     d_query, d_key, d_value = d_heads

@@ -1,4 +1,4 @@
-"""A decoder layer with LoRA as one autograd node that saves as many activations as it is asked to.
+"""A decoder layer with LoRA as one autograd node that saves only the activations a policy selects.
 
 Written as modules, a layer is about a hundred autograd nodes. As one node (`fused.structure` gives the formula):
 
@@ -7,9 +7,9 @@ Written as modules, a layer is about a hundred autograd nodes. As one node (`fus
     - Norms and activations are not saved. The pass that computes their gradient computes them again.
     - The host has almost no work.
 
-A policy (`fused.policy`) chooses the saved activations. At most: the residual streams, query, key and value,
-attention's output, and the output of `up`. At least: the layer's input. The rest is recomputed by the same calls as
-in the forward, so gradients have the same bits.
+A policy (`fused.policy`) selects the saved activations. The most generous saves the residual streams, query, key and
+value, attention's output, and the output of `up`; the most frugal saves the layer's input. Missing activations are
+recomputed by the same calls as in the forward, so gradients have the same bits.
 
 Gradients are written by hand. The modules are their reference (tests/fused/test_layer).
 """
@@ -40,13 +40,13 @@ def decoder_layer(
     policy: SavePolicy,
     adapters: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> Tensor:
-    """One residual stream to the next.
+    """The residual stream after one decoder layer.
 
     Args:
         x: (T, d).
         rotation: rotary positions of the tokens; None if heads are not rotated.
         attend: attention by document, see `ops.attention.recorded`.
-        policy: activations to save for the backward; ignored where gradients are off.
+        policy: activations to save for the backward; ignored if gradients are disabled.
         adapters: masters of query, key and value, and of all later projections; A and B of each member in order.
             They receive the gradients.
     Returns: (T, d).
@@ -147,7 +147,7 @@ def _restore(
     low_rank = saved.heads.low_rank
     if spec.norm is None:
         saved.heads = HeadActivations(y, None, low_rank)
-    else:  # rotation is one pass over heads that are here anyway
+    else:  # the heads are on the device before their rotation, which costs one pass
         saved.heads = attention_half.rotate(y, rotation, low_rank, spec)
 
 
@@ -163,8 +163,9 @@ def _backward(
     """Gradients of the input and of all adapters.
 
     Args:
-        d_out: gradient of the output, (T, d) with padding or without, in a list of one that is emptied.
-        needs: whether gradients are needed of the layers below and of the head's adapters; of the input.
+        d_out: list with the gradient of the output, (T, d) with or without padding; emptied to free it.
+        needs: whether a gradient is needed for the layers below or the adapters of query, key and value; whether one
+            is needed for the input.
     """
     x, attention, mlp = saved.x, structure.attention, structure.mlp
     assert x is not None
@@ -207,7 +208,7 @@ def _recompute_stream(
 ) -> list[Tensor]:
     """Computes the stream between the halves if it was not saved.
 
-    Returns: the MLP's operand, which the same pass makes, in a list of one; an empty list if nothing was computed.
+    Returns: a list with the MLP's operand, which the same pass computes; empty if the stream was saved.
     """
     attention = structure.attention
     if structure.parallel or saved.stream is not None:

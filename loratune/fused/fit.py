@@ -1,7 +1,7 @@
 """A recipe applied to a model: formulas of its norms and activations, and the structure of each layer.
 
-Formulas are found once (`recipe_fits`). Adapters, hooks and training modes change between runs, so `why_not` looks
-again whenever fused layers are about to replace modules.
+Formulas are found once (`recipe_fits`). Adapters, hooks and training modes change between runs, so `why_not` checks
+them each time before fused layers replace modules.
 """
 
 from __future__ import annotations

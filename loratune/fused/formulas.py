@@ -1,9 +1,8 @@
 """Formula of a norm or an activation, found by running a copy of the module on a few numbers.
 
 transformers has dozens of classes for RMS norms that differ in two details: whether 1 is added to the weight, and
-where it rounds. Names say nothing about either, so no class is known here by its name. A copy of the module gets
-parameters of ours and its result is compared with each formula of `ops.layer`. A module that does more, or that
-computes anything else, has no formula.
+where values are rounded. Class names do not show either. So a copy of the module gets new parameters, and its result
+is compared with each formula of `ops.layer`. A module whose result equals none of them has no formula.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def norm_form(module: nn.Module) -> NormForm | None:
-    """The formula of a norm with frozen weights and nothing else, or None."""
+    """The formula of a norm with frozen weights; None if the module computes anything else."""
     given = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     weight = given.get("weight")
     if weight is None or weight.dim() != 1 or not set(given) <= {"weight", "bias"}:
@@ -76,7 +75,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
 @torch.no_grad()
 def activation_kind(module: nn.Module) -> ActivationKind | None:
-    """The activation that `module` computes, or None."""
+    """The activation that `module` computes; None if it is none of `ACTIVATIONS`."""
     if is_hooked(module):
         return None
     at = torch.linspace(-6, 6, 97)
@@ -84,7 +83,7 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
     got = result_of_copy(module, {}, {}, at)
     if got is None:
         return None
-    # Written out, 1 + tanh(x) cancels far below zero, so an absolute error is allowed.
+    # Far below zero, 1 + tanh(x) loses its digits to cancellation, so an absolute error is allowed.
     return next((kind for kind in ACTIVATIONS if torch.allclose(got, layer.activation(at, kind), atol=1e-6)), None)
 
 
@@ -110,12 +109,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def is_same(got: Tensor | None, expected: Tensor | None) -> bool:
-    """True if both are results of one formula, in float32."""
+    """True if both results exist and agree within the error of one formula in float32."""
     return got is not None and expected is not None and relative_error(got, expected) <= _SAME_FORMULA
 
 
 def _forms(eps: float, given: Mapping[str, Tensor]) -> list[NormForm]:
-    """Candidates. Where a norm rounds is found later, since float32 does not show it."""
+    """Candidate formulas, without their rounding: a comparison in float32 does not show where a norm rounds."""
     layer_norm = NormForm(eps, "layer")
     if "bias" in given:
         return [layer_norm]

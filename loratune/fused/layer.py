@@ -62,12 +62,12 @@ class FusedLayer(nn.Module):
         Args:
             copies: receives the working copies of the adapters.
             below: link to the layer below.
-            state: of the forward that runs this layer.
+            state: state of the forward that runs this layer.
         """
         layer = cls.__new__(cls)
         layer.__dict__.update(base.__dict__)
         layer.structure, layer._masters = fit.structure(base, copies, below), fit.masters(base)
-        # Segments of a bank count from the start of the row, so its MLP runs in one tile.
+        # Positions in a bank's segments count from the start of the row, so its MLP runs in one tile.
         layer.policy = policy if copies.pool is None else replace(policy, tile=sys.maxsize)
         layer._state = state
         vars(layer)["_attention"] = base.get_submodule(fit.recipe.attention)  # not a second child
@@ -116,7 +116,7 @@ def installed(
     Args:
         fit: a recipe of this model, with `RecipeFit.attention` filled in and no reason against it.
         plan: activations that each layer saves for its backward; None saves all.
-        state: of the forward that runs the layers.
+        state: state of the forward that runs the layers.
     """
     layers = decoder_layers(model)
     originals = list(layers)
@@ -127,7 +127,7 @@ def installed(
             policy = SavePolicy(level, plan.tile, index, host)
             layer = layers[index] = FusedLayer.from_base(base, fit, copies, policy, below, state)
             below = layer.structure.above
-        del layer  # or its matrices would stay alive when `copies.end` separates the weights
+        del layer  # frees its matrices before `copies.end` separates the weights
         yield copies
     finally:
         for index, base in enumerate(originals):

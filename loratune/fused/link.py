@@ -1,13 +1,12 @@
 """Residual stream of fused layers: its sums, its readers, and a side channel between adjacent layers.
 
-Autograd passes one tensor from layer to layer. Two more are worth passing, because a pass over memory has them in
-registers anyway:
+Autograd passes one tensor from layer to layer. Two more tensors are passed beside it, because a pass over memory has
+their values in registers anyway:
 
-    up      the stream as the upper layer's first norm returns it; the sum that ends the lower layer and this norm
-            are one pass
+    up      the result of the upper layer's first norm, computed in one pass with the lower layer's last sum
     down    the gradient with padding columns behind each row, which the lower layer's projection fills
 
-Both are used only if autograd delivers the very tensor that was sent.
+Each is used only if autograd delivers the tensor that was sent, unmodified.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class OperandFormat(NamedTuple):
     pad: int = 0
     """Padding columns behind each row (`precision.projection`)."""
     measure: Measure | None = None
-    """Row statistics to leave in the padding (`ops.measure`)."""
+    """Row statistics to store in the padding (`ops.measure`)."""
 
 
 UNPADDED = OperandFormat()
@@ -112,7 +111,7 @@ class LayerLink:
     """First reader of the stream in the upper layer."""
     _buffer: Tensor | None = None
     _ahead: tuple[Tensor, int, Tensor] | None = None
-    """The stream, its version, and the upper layer's first operand."""
+    """The stream that was sent, its version counter, and the upper layer's first operand."""
 
     def send_gradient(self, gradient: Tensor, width: int) -> Tensor:
         """Stores a gradient, (T, width + pad); returns its first `width` columns for autograd."""
@@ -120,7 +119,7 @@ class LayerLink:
         return gradient[:, :width]
 
     def receive_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient from autograd, (T, d); with its padding if it is the tensor that was sent."""
+        """The gradient from autograd, (T, d). If it is the tensor that was sent, its padding is included."""
         buffer, self._buffer = self._buffer, None
         if buffer is None or buffer.data_ptr() != gradient.data_ptr() or buffer.stride() != gradient.stride():
             return gradient
@@ -135,7 +134,10 @@ class LayerLink:
         return total
 
     def take_operand(self, stream: Tensor) -> Tensor | None:
-        """The first operand of the upper layer if the lower layer sent this stream, else None. Returned once."""
+        """The first operand of the upper layer if the lower layer sent it for this stream, else None.
+
+        The link gives up its reference, so a second call returns None.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return None

@@ -2,7 +2,7 @@
 
     x -> norm -> up (or [gate up]) -> activation -> down
 
-Where the output of `up`, the widest activation of a layer, is not saved, at most a tile of it exists at a time.
+If the output of `up`, the largest activation of a layer, is not saved, only one tile of it exists at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mlp_forward(
     """The layer's output, (T, d); fills in the MLP's part of `saved`.
 
     Args:
-        operand: the input of `up`, (T, d + pad), in a list of one that is emptied once it has been read.
+        operand: list with the input of `up`, (T, d + pad); emptied after it has been read.
         stream: residual stream that the MLP's output joins, (T, d).
         attention_out: attention's output in a parallel layer, (T, d), added to the MLP's.
     """
@@ -71,14 +71,15 @@ def mlp_backward(
     saved: SavedActivations,
     target: OperandFormat,
 ) -> tuple[Tensor, list[Gradients]]:
-    """Gradient of the MLP's input along both ways, (T, d + pad), and of the adapters of `up` and `down`.
+    """Gradient of the MLP's input, through the MLP and along the residual stream, and of the MLP's adapters.
 
     Args:
         dy: (T, d), with padding or without, gradient of the layer's output.
         x: (T, d), the MLP's input before its norm.
-        operand: the input of `up` in a list of one that is emptied, or empty if it has to be computed again.
-        saved: its part of the MLP is freed.
+        operand: list with the input of `up`, emptied here; an empty list recomputes it.
+        saved: saved activations of the layer; those of the MLP are freed.
         target: format of the first result.
+    Returns: (T, d + pad), and the gradients of the adapters of `up` and `down`.
     """
     parts = tiles(x.shape[0], x.shape[0] if saved.up is not None else policy.tile)
     d_stream: Tensor | None = None
@@ -102,14 +103,14 @@ def mlp_backward(
             torch._foreach_add_(sums, found)
         else:
             sums = found
-        del d_part, gradients, found  # or the next tile's would exist beside them
+        del d_part, gradients, found  # freed before the next tile allocates its own
     assert d_stream is not None
     saved.mlp_out = None
     return d_stream, [sums]
 
 
 def evaluated(gradients: Sequence[Gradients]) -> list[Tensor]:
-    """Gradients of the adapters of several projections; those still to be computed take one launch."""
+    """Gradients of the adapters of several projections. All that are given as operands are computed in one launch."""
     made = iter(gradients_of([part for part in gradients if isinstance(part, GradientOperands)]))
     return [tensor for part in gradients for tensor in (next(made) if isinstance(part, GradientOperands) else part)]
 

@@ -10,9 +10,9 @@ multiply-adds per token to compute the activation again):
     stream       2 d            q d
     gate_up      4 m            2 d m
 
-All but attention cost d multiply-adds for two bytes, so no order among them is cheaper than another. The widest
-activation is dropped first, which is simplest. A plan between two levels gives the first layers the frugal level and
-the other layers the generous one.
+All but attention cost d multiply-adds for two bytes, so the order in which they are dropped does not matter. The
+largest is dropped first, which is simplest. A plan between two levels gives the first layers the frugal level and the
+other layers the generous one.
 
     none         saves everything
     wide         drops gate_up, so the MLP can run in tiles of tokens and gate_up is never whole
@@ -71,7 +71,7 @@ TILE = 8192
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """The level of each layer, and everything else a run may move to the host or hold twice."""
+    """The level of each layer, and other memory settings of a run: tensors on the host, weights held twice."""
 
     levels: tuple[Level, ...]
     tile: int = TILE
@@ -92,7 +92,7 @@ class ActivationPlan:
     def spread(
         cls, level: Level, count: int, among: Level, first: int, other: Level, layers: int, tile: int
     ) -> ActivationPlan:
-        """Like `mixed(among, first, other, …)`, with `count` of the first layers, evenly spaced, at `level`."""
+        """As `mixed(among, first, other, …)`, but `count` of the first layers, evenly spaced, have `level`."""
         at = {round((index + 0.5) * first / count) for index in range(count)} if count else set()
         return cls(tuple(level if i in at else among if i < first else other for i in range(layers)), tile)
 
@@ -103,7 +103,7 @@ class ActivationPlan:
 
     @classmethod
     def smallest(cls, layers: int) -> ActivationPlan:
-        """The plan that takes the least memory of all."""
+        """The plan that takes the least memory."""
         return cls((Level.OFFLOAD,) * layers, 1024, embeddings_on_host=True, optimizer_on_host=True)
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
 """Recipes of decoder layers: the role of each child of a layer.
 
 A recipe fits a layer that has the named children and no others, except dropout. Heads, ranks, formulas of norms and
-activations are read from the modules, so one recipe serves every model of its kind. Names prove little about use:
-`base.forward.fuse` compares fused layers with the model's own hidden states and gradients, and takes the first recipe
-that fits and agrees.
+activations are read from the modules, so one recipe serves every model of its kind. The names alone do not prove how
+a layer uses its children. So `base.forward.fuse` compares hidden states and gradients of the fused layers with the
+model's own, and takes the first recipe that fits and agrees.
 
 A new kind of layer is one recipe, in any file, and one line in `tables.RECIPES`.
 """
@@ -24,10 +24,10 @@ class LayerRecipe:
     """Paths of a layer's children, by role. None: the layer has no such child."""
 
     query_key_value: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    """Three projections, or one whose columns are all queries, all keys, all values."""
+    """Three projections, or one with all query columns, then all key columns, then all value columns."""
     output: str = "self_attn.o_proj"
     head_norms: tuple[str, str] | None = None
-    """Norms of query and key. The size of their weights decides between each head and all columns."""
+    """Norms of query and key. The size of their weights shows whether they normalise each head or all columns."""
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Gate and up, or one projection. One with twice the columns that `down` reads holds gate and up."""
     down: str = "mlp.down_proj"
@@ -43,9 +43,9 @@ class LayerRecipe:
     parallel: str | None = None
     """Path of an attribute: whether both halves read the layer's input."""
     interleaved: bool = False
-    """Rotation turns neighbouring elements of a head, not its halves."""
+    """True if rotation pairs neighbouring elements of a head; False if it pairs the halves."""
     grouped: bool = False
-    """The single projection of query, key and value has their columns head by head."""
+    """True if the single projection of query, key and value orders its columns head by head."""
 
     @property
     def attention(self) -> str:

@@ -15,9 +15,10 @@ class HeadActivations:
     """Stacked query, key and value, (T, heads, head_dim)."""
 
     rotated: Tensor | None
-    """As attention reads them; None once freed, or while on the host."""
+    """Heads after the rotation, as attention reads them; None after they are freed, and while they are on the
+    host."""
     unrotated: Tensor | None
-    """As the projection returned them, where the gradient of a norm needs them."""
+    """Heads before norm and rotation; None unless the gradient of a norm needs them."""
     low_rank: Tensor | None
     """Low-rank activation of the projection, (T, R)."""
 
@@ -30,7 +31,7 @@ class HeadActivations:
 
 @dataclass
 class SavedActivations:
-    """Saved activations of one layer. None means: computed again, or on the host."""
+    """Saved activations of one layer. None: recomputed, or in host memory."""
 
     x: Tensor | None = None
     """Input, (T, d)."""
@@ -73,7 +74,7 @@ class SavedActivations:
         policy.host.offload(policy.index, *tensors.values())
 
     def fetch(self, policy: SavePolicy) -> Tensor | None:
-        """Brings the activations back; returns query, key and value as they were sent, if they were saved."""
+        """Copies the activations back. Returns query, key and value in the form that was sent, None if not saved."""
         assert policy.host is not None
         found = dict(zip(self._away, policy.host.fetch(policy.index), strict=True))
         self.x, self.stream = found["x"], found.get("stream")
@@ -83,7 +84,7 @@ class SavedActivations:
         return found.get("heads")
 
     def _heads_to_send(self) -> Tensor | None:
-        """Query, key and value before their norm, from which they can be rotated again; else rotated."""
+        """Query, key and value before their norm if those exist, because they can be rotated again; else rotated."""
         heads = self.heads
         if heads is None:
             return None

@@ -1,10 +1,10 @@
 """Linear layers that read the same input, stacked into one projection with their adapters.
 
-A layer declares its adapter (`lora.contract`), and its weight answers for its precision (`precision.contract`). This
-module joins the two: it stacks the weights, lays out the adapters, and keeps their working copies up to date.
+A layer declares its adapter (`lora.contract`), and its weight declares its precision (`precision.contract`). This
+module uses both: it stacks the weights, orders the adapters, and updates their working copies.
 
-A layer may hold several projections of the model, such as `qkv_proj` or `gate_up_proj`: it is one member, and its
-output has the columns of all of them. Members may come in any order; the output has theirs. A dense weight may be
+A layer such as `qkv_proj` or `gate_up_proj` holds several projections of the model. It is one member, and its output
+has the columns of all of them. The columns of the output follow the order of the members. A dense weight may be
 stored transposed, as in transformers' Conv1D.
 """
 
@@ -36,11 +36,11 @@ class Copies:
     scales: list[float] = field(default_factory=list)
     """Factor of each copy: 1 for A, the scaling for B."""
     pool: BankPool | None = None
-    """The bank's, if the layers hold one; it has working copies of its own, made when a row is set."""
+    """Weights of the bank, if the layers hold one. Its working copies are updated when a row is set."""
     state: ForwardState = field(default_factory=ForwardState)
-    """Of the forward that runs the layers."""
+    """State of the forward that runs the layers."""
     hold_transposed: bool = False
-    """Hold transposed copies of the weights, for precisions that can."""
+    """True to hold transposed copies of the weights, in precisions that support it."""
     stacked: list[nn.Module] = field(default_factory=list)
     """Layers whose weights are stacked."""
     refreshed: list[Projection] = field(default_factory=list)
@@ -86,7 +86,7 @@ def can_stack(module: object) -> bool:
 
 
 def of_one_form(layers: Sequence[nn.Module]) -> bool:
-    """True if layers that `can_stack` may be stacked together."""
+    """True if these layers, each of which `can_stack`, may be stacked together."""
     return len({linear.form_of_layer(layer) for layer in layers}) == 1
 
 
@@ -97,13 +97,13 @@ def dropout_of(module: nn.Module) -> float:
 
 
 def adapter_of(member: nn.Module) -> LowRankSum | None:
-    """The adapter in use at a layer that `can_stack`, if it is a single one."""
+    """The active adapter of a layer that `can_stack`; None if it has none or several."""
     fusion = fusion_of(member)
     return fusion if isinstance(fusion, LowRankSum) else None
 
 
 def holds_bank(model: nn.Module) -> bool:
-    """True if rows of this model hold several adapters' documents."""
+    """True if the model's layers belong to a bank."""
     return any(_bank_sum(module) is not None for module in model.modules())
 
 
@@ -142,7 +142,7 @@ def mlp_of(
 
 
 def masters_of(members: Sequence[nn.Module]) -> list[Tensor]:
-    """Tensors that receive the gradients of these members' projection, in its order."""
+    """Tensors that receive the gradients of the members' projection, in the order of its gradients."""
     pools = [found.pool for found in map(_bank_sum, members) if found is not None]
     if pools:
         return [pools[0].entry]

@@ -118,7 +118,7 @@ class LayerStructure:
     above: LayerLink = field(default_factory=LayerLink)
 
     def rotated_by(self, rotation: Rotation | None) -> LayerStructure:
-        """The same with heads rotated as far as these positions reach: a part of each head, all of it, or none."""
+        """The same layer, rotating as many elements of each head as `rotation` has columns; none if it is None."""
         rotary_dim = 0 if rotation is None else rotation.cos.shape[-1]
         if rotary_dim == self.attention.heads.rotary_dim:
             return self

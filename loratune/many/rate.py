@@ -115,7 +115,7 @@ def _not_at_once(error: Exception) -> ConfigError:
 
 
 def pick(base_loss: float, losses: dict[float, float]) -> float:
-    """The lowest rate with nearly the largest gain. Raises TrainingError: no rate has any."""
+    """The lowest rate with nearly the largest gain. Raises TrainingError: no rate lowers the loss."""
     gains = {rate: math.log(base_loss / loss) for rate, loss in losses.items() if math.isfinite(loss)}
     best = max(gains.values(), default=0.0)
     if best <= 0:

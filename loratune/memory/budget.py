@@ -8,8 +8,8 @@ highest sum. It must never be below a measured peak: `_SLACK` covers whatever th
 Speed is less exact: the arithmetic of the frozen products at the rate that a device reaches, attention, and passes
 over memory. It ranks plans, and tells a run of an hour from one of a day.
 
-`choose` takes the fastest plan that fits. Plans differ in the work that they do twice, so of two plans the one that
-saves more is faster. Between two levels, the first layers get the frugal one.
+`choose` takes the fastest plan that fits. Plans differ in the amount of recomputation: a plan that saves more
+activations is faster. In a plan between two levels, the first layers get the frugal level.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class LayerRun:
     """Documents of different lengths; 0 if all have the same length."""
     level: Level
     tile: int
-    """As in `fused.policy.ActivationPlan`."""
+    """Tokens that pass through the MLP at once."""
     hold_transposed: bool = False
-    """As `hold_transposed` in the plan."""
+    """True if weights with adapters are also held transposed (`fused.policy.ActivationPlan.hold_transposed`)."""
 
 
 @dataclass(frozen=True)

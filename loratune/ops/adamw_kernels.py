@@ -2,7 +2,8 @@
 """Triton twin of `ops.adamw`: three launches for any number of parameters of any sizes.
 
     square sums    one program for each chunk of each gradient
-    settle         one program: sums the chunks in order; norm, check, divisor; counts the update and its corrections
+    settle         one program: sums the chunks in order; norm, finite check, divisor; update count and bias
+        corrections
     update         one program for each chunk
 
 A table on the device holds the addresses of all tensors. A second table assigns a chunk of a tensor to each program,
@@ -27,11 +28,11 @@ from loratune.ops.adamw import AdamWSettings, AdamWState
 
 _CHUNK = 4096
 _BLOCK = 1024
-"""Sums, and tensors, that the settling program loads at once."""
+"""Partial sums, and update counts, that `settle` loads at a time."""
 _COLUMNS = 5
 """Columns of the table: addresses of parameter, first moment, second moment and count; number of elements."""
 _CAPTURES_AHEAD = 8
-"""Pinned rows in reserve, because memory cannot be pinned during a capture. More than one capture uses."""
+"""Pinned rows allocated in advance, because memory cannot be pinned during a capture. One capture uses fewer."""
 
 
 @triton.jit

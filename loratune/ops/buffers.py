@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 COUNTERS = 264
-"""Counters of one device; no launch splits reductions among more thread blocks. Twice the cores of an H200."""
+"""Counters of one device: twice the multiprocessors of an H200. No launch splits reductions among more blocks."""
 
 
 class KernelBuffers:
@@ -35,7 +35,7 @@ class KernelBuffers:
         return self._counters[device]
 
     def table(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Tensors that follow from `key` alone, the device included."""
+        """The result of `make`, called once for each key. The key determines the tensors and their device."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]

@@ -1,6 +1,6 @@
 """Dropout whose every decision is a hash of seed, step, layer, token and feature.
 
-A random generator hands out its numbers in the order of the calls, so the dropout of one adapter would depend on the
+A random generator returns its numbers in the order of the calls, so the dropout of one adapter would depend on the
 other adapters that drew before it. Here the decision about one element is a hash of (seed, step), the layer, the
 token's number in the adapter's own step, and the feature. So the mask is the same for every mixture of adapters in
 the row, for every place of the token in the row, when a backward computes it again, and on a CPU and a GPU. It never

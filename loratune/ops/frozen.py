@@ -9,8 +9,8 @@ form allows, the sum is taken inside the product, so that the total is rounded o
 rounded already loses most of an update smaller than half a unit in its last place. A CPU sums inside the product; on
 an H100, cuBLAS was seen to round the product first, and only the augmented weight (`precision.projection`) avoids it.
 
-The result may reuse the memory of `onto`, so `onto` must not be read afterwards. A bias is added last: added to
-`onto` first, it would round `onto` away.
+The result may reuse the memory of `onto`, so `onto` must not be read afterwards. A bias is added last. Added to
+`onto` first, it could round small values of `onto` to nothing.
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ device holds two or three inputs instead of one for each layer.
     backward   layer i begins -> the saved tensors of layer i - 1 start to return
 
 Layers that save everything on the device also call `layer_done` and `prefetch_below`. Otherwise the last tensors
-offloaded below them would occupy the device until their backward, through the widest moment of the step.
+offloaded below them would occupy the device until their backward, through the memory peak of the step.
 
 Addresses are fixed (a pinned buffer for each tensor), and streams fork and join by events, so a CUDA graph can record
 the copies. `Tensor.record_stream` is not used: in a recording it would keep every block until the recording ends. A
 tensor that another stream reads is held until the main stream has waited for that stream instead. On a CPU the host
 is the device, and nothing moves.
 
-Tensors of which a step touches little need no copy at all. Pinned memory has an address on the device too, and
+A tensor that a step reads only in part needs no copy at all. Pinned memory has an address on the device too, and
 `mapped` makes a CUDA tensor of it. Kernels then access the host through the link, at a tenth of the speed of device
-memory or less. That is nothing for a few rows of an embedding table, and milliseconds for the moments of AdamW.
+memory or less. A few rows of an embedding table cost no measurable time, the moments of AdamW some milliseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 _LEAVING = 2
 """Layers whose tensors may be on their way to the host and still occupy the device."""
 _OWN_PAGES = 1 << 20
-"""Bytes from which an allocation surely has memory pages of its own, which registering requires."""
+"""Size in bytes from which an allocation has memory pages to itself, which registering requires."""
 _MEMORY_TYPE, _HOST_MEMORY = 2, 1
 """CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_MEMORYTYPE_HOST of the CUDA driver."""
 
@@ -152,7 +152,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 class _MappedMemory:
-    """Pinned bytes that present themselves as device memory; a tensor made of them keeps this object alive."""
+    """Pinned bytes with the interface of device memory. A tensor made from them keeps this object alive."""
 
     def __init__(self, size: int) -> None:
         self._buffer = pinned(self, torch.Size([size]), torch.uint8)

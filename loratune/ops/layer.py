@@ -58,7 +58,7 @@ class NormSpec:
 
 IDENTITY = NormSpec(None, 0.0, "none")
 MAX_HEADS = 1 << 15
-"""Elements of a row of heads that one program of a twin normalises over its whole width."""
+"""Largest row of heads, in elements, that one program of a twin can normalise over its whole width."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def post_norm_add_norm(
 def norm_backward(
     d_out: Tensor, d_residual: Tensor, x: Tensor, spec: NormSpec, pad: int = 0, measure: Measure | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x, through its norm and along the residual stream, and the norm again.
+    """Gradient of x, through its norm and along the residual stream, and the recomputed norm.
 
-    The norm is recomputed because that costs less than to save it: the pass reads x anyway.
+    Recomputing the norm costs less than saving it, because the pass reads x anyway.
 
     Args:
         d_out: (N, d), gradient of `norm(x)`; rows may be strided.
@@ -236,8 +236,8 @@ def rotate_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadS
 
     Args:
         x: (T, heads.total, dim).
-        cos, sin: (T, rotary_dim), as the model's rotary module makes them; None if `rotary_dim` is 0. Both halves are
-            read, unless pairs are interleaved: then the first.
+        cos, sin: (T, rotary_dim), as the model's rotary module makes them; None if `rotary_dim` is 0. With
+            interleaved pairs only the first half of the columns is read.
     Returns: (T, heads.total, dim); x itself, overwritten, if there is no norm.
     """
     query, key, value = heads.split(x)

@@ -135,7 +135,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Args:
         x: (T, d).
-        index: (N,) int64 from 0 to T. T marks padding and may repeat: any row, without a gradient.
+        index: (N,) int64 from 0 to T. T marks padding and may repeat; it selects some row, which gets no gradient.
     """
     taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
     return taken

@@ -54,7 +54,7 @@ def lora_linear(
         dropout: probability in [0, 1) of zeroing an element of the adapter's input; 0 outside of training. Follows
             the row key in `state`, or torch's global generator if there is none.
         salt: number of this layer, hashed together with the row key (`ops.dropout.layer_salt`).
-        state: of the forward that this layer is part of; None makes one for this call, which costs a GPU launches.
+        state: state of the current forward; None makes one for this call, which costs additional launches on a GPU.
 
     Returns: (..., d_out), dtype of x.
     Raises: AdapterError: A and B disagree on r, or do not fit W.

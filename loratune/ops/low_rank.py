@@ -5,10 +5,10 @@
     gradients      dA = (dy B)ᵀ x  and  dB = dyᵀ (x Aᵀ)  of all adapters of a projection
 
 They do little arithmetic and are bound by reading the wide operand. Libraries split the long reduction of such a
-product to fill a GPU, with one launch before to clear memory and one behind to add the parts. At 512 tokens these
-launches cost more than the product. So on a GPU in half precision the twins in `ops.low_rank_kernels` run. Each is
-one launch, in which the last thread block adds the parts in their order, so the bits do not depend on the scheduling.
-The gradients of several projections can share a launch.
+product to fill a GPU, with one launch before it to clear memory and one after it to add the parts. At 512 tokens
+these launches cost more than the product. So on a GPU in half precision the twins in `ops.low_rank_kernels` run. Each
+is one launch, in which the last thread block adds the parts in their order, so the bits do not depend on the
+scheduling. The gradients of several projections can share a launch.
 
 With dropout, every adapter of a projection has a mask of its own (`AdapterDropout`), as in PEFT. The kernels mask
 numbers while they are read or before they are written, so neither the masked x nor a mask is stored.
@@ -76,7 +76,7 @@ def down_project(
         keep: True returns memory of its own; False may return columns of `tail`.
         copy: (N, K), filled with `wide` in the same pass.
         drops: dropout of `wide` for each adapter; `factor` holds the adapters' ranks side by side.
-        buffers: of the forward that calls; None makes new ones, which costs a GPU one more launch.
+        buffers: of the current forward (`ops.state`); None makes new ones, which costs a GPU one more launch.
     """
     if drops is None:
         product = wide @ factor

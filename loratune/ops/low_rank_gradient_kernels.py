@@ -78,7 +78,7 @@ def _gradients(
     )  # fmt: skip
     out_at, stride, salt = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
     is_b = which % 2
-    if ALIGNED:  # without this the compiler must take numbers one by one
+    if ALIGNED:  # without this hint the compiler loads elements one by one
         first, end = tl.multiple_of(first, 16), tl.multiple_of(end, 16)
         first_rank, ranks = tl.multiple_of(first_rank, 16), tl.multiple_of(ranks, 16)
     if not DROP:
@@ -132,7 +132,7 @@ class _TileLine(NamedTuple):
     """Place of the tile in the output, and the stride of its rows."""
     stride: int
     salt: int
-    """Of the adapter's dropout; 0 for dB."""
+    """Salt of the adapter's dropout; 0 for dB."""
 
 
 def _tile_lines(projections: Sequence[GradientOperands], columns: int, width: int) -> list[tuple[_TileLine, float]]:
@@ -181,7 +181,7 @@ def _tile_table(
 
 
 def _layout_key(operands: GradientOperands) -> tuple[object, ...]:
-    """Everything that the tiles of a projection depend on."""
+    """Key of a projection's tile table: two projections with equal keys can share it."""
     members, drops = operands.members, operands.drops
     places = tuple((r.start, r.stop, k.start, k.stop) for r, k in zip(members.rows, members.ranks, strict=True))
     return places, tuple(members.scalings), operands.x.shape[1], None if drops is None else tuple(drops.salts)

@@ -30,7 +30,8 @@ from torch import Tensor
 E4M3_MAX = 448.0
 """Largest finite number of float8 e4m3."""
 INVERSE_E4M3_MAX = 1 / E4M3_MAX
-"""Scales are computed with this factor, because PyTorch divides by a scalar on a CPU and multiplies on a GPU."""
+"""Scales are multiplied by this factor. A division by 448 would differ between devices, because on a GPU PyTorch
+multiplies by the reciprocal."""
 MIN_SCALE = 2.0**-50
 """Smallest scale, for rows of zeros. Elements whose squares underflow float32, below 2^-63, are far below it."""
 PIECES = 16

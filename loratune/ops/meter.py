@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 R = TypeVar("R")
 ROUND = 512
-"""PyTorch's allocator hands out multiples of so many bytes."""
+"""Bytes of which every allocation of PyTorch is a multiple."""
 
 
 def rounded(size: float) -> int:
@@ -90,7 +90,7 @@ def outputs_only(function: Callable[..., R], args: Sequence[object], kwargs: Map
 
 
 def _described(value: object, given: list[Tensor]) -> object:
-    """Everything about an argument that the shapes of outputs may depend on; its tensors are added to `given`."""
+    """Key of an argument: equal keys give outputs of equal shapes. Its tensors are appended to `given`."""
     if isinstance(value, Tensor):
         given.append(value)
         return value.shape, value.stride(), value.dtype
@@ -131,7 +131,7 @@ def _recorded(found: object, given: Sequence[Tensor], known: dict[int, _Recorded
 
 
 def _allocated(recorded: object, given: Sequence[Tensor], made: dict[int, Tensor]) -> object:
-    """A result with that structure."""
+    """A result with the structure of `recorded`: new meta tensors, and views of arguments."""
     if isinstance(recorded, _Recorded):
         if id(recorded) not in made:
             made[id(recorded)] = recorded.allocate(given)

@@ -27,7 +27,7 @@ _LAYER = tl.constexpr(2)
 _WEIGHT, _BIAS, _OFFSET, _ROUND = tl.constexpr(4), tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 """A norm's form is a constant of the kernel: its kind plus these flags."""
 _SHORT, _ELEMENTS = 512, 4096
-"""Elements of a short row, such as a head, and of all rows of a program that takes several."""
+"""Elements of the longest row that shares a program with other rows, such as a head; elements of such a program."""
 
 
 def form_of(spec: NormSpec) -> int:
@@ -155,7 +155,10 @@ def _launch_norm(
     measure: Measure | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """x + scale * norm(y; post), or x without a y, and its norm; the same tensor twice without a norm to write."""
+    """The sum x + scale * norm(y; post), or x if y is None, and its norm.
+
+    Without a `spec`, or with an identity that adds no columns, both results are the sum.
+    """
     rows, d = x.shape
     x = x.contiguous()
     y, total = (x, x) if y is None else (y.contiguous(), torch.empty_like(x))
@@ -265,7 +268,7 @@ def _launch_norm_backward(
     pad: int,
     measure: Measure | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and its norm if there is a residual gradient."""
+    """Gradient of x, and norm(x) computed again; x itself in its place without a residual gradient."""
     rows, d = d_out.shape
     d_out, x = unit_stride(d_out), x if spec.kind == "none" else x.contiguous()  # an identity does not read x
     residual = d_out if d_residual is None else unit_stride(d_residual)

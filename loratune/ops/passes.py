@@ -52,7 +52,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: NormSpec) -> Tensor:
         ctx.save_for_backward(x)
         ctx.spec = spec
-        if x.is_meta:  # memory is counted there; the temporaries of the reference must not be
+        if x.is_meta:  # this device counts memory, and the temporaries of the reference must not count
             return torch.empty_like(x)
         order = MemoryOrder(x)
         return order.restored(layer.norm(order.rows(x), spec))

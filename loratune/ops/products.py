@@ -39,7 +39,8 @@ _SAMPLE = 8
 _FASTER, _FASTER_IN_OTHER_BITS = 0.99, 0.95
 """Largest time of a chosen kernel as a fraction of PyTorch's, for equal bits and for different bits."""
 _ROUNDS, _BEST, _ROUND_MS, _MOST_RUNS = 2, 3, 0.3, 20
-"""Rounds of about `_ROUND_MS` for all candidates; the best three then run three times as many beside PyTorch's."""
+"""All candidates run `_ROUNDS` rounds of about `_ROUND_MS`, at most `_MOST_RUNS` products each. The `_BEST` of them
+then run three times as many rounds, alternating with PyTorch's kernel."""
 _AHEAD = 400_000
 """Clock cycles that the device waits before a measurement, so that launch overhead on the host is not measured."""
 
@@ -106,7 +107,7 @@ class _BlasKernel:
     library: ctypes.CDLL
     descriptors: _Descriptors
     found: _HeuristicResult
-    """cuBLASLt reads its first field."""
+    """Result of cuBLASLt's heuristic; its first field, the algorithm, is passed back to run the kernel."""
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor) -> bool:
         """Fills `out`; False if the kernel refuses the operands."""
@@ -132,7 +133,7 @@ class ProductKernels:
 
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:
-        """Inside, kinds of product that are new are tried."""
+        """Context in which new kinds of products are tried at their first call."""
         before, self._is_choosing = self._is_choosing, True
         try:
             yield
@@ -222,7 +223,7 @@ def _milliseconds(work: Callable[[], object], runs: int) -> float:
 
 
 def _candidates(a: Tensor, b: Tensor, out: Tensor) -> list[_BlasKernel]:
-    """cuBLASLt's kernels for a b that need no workspace, its favourite first."""
+    """cuBLASLt's kernels for a b that need no workspace, in its order of preference."""
     left, right, result = blas_layout(b), blas_layout(a), blas_layout(out)
     library = _library()
     same = a.dtype == b.dtype == out.dtype and a.dtype in _TYPES

@@ -9,8 +9,8 @@ a bank of adapters or a sharded weight changes a layer's arithmetic by providing
     precision.fp8_projection  adapters of one run, in 8 bits
     ops.bank.projection       several adapters, each with its own tokens
 
-An MLP has an activation between two projections. `LinkedActivation` is that activation with both neighbours in view,
-since some projections leave their low-rank part for the activation's kernel to add.
+An MLP has an activation between two projections. A `LinkedActivation` knows both projections, because the
+activation's kernel may add their low-rank parts.
 
 All methods are plain functions of tensors without autograd; `fused.block` calls them from its autograd nodes.
 """
@@ -67,11 +67,11 @@ class Projection(Protocol):
 
     @property
     def measure_x(self) -> Measure | None:
-        """Measure of each row to leave behind x; None for none."""
+        """Statistics to store in the padding columns of x; None for none."""
 
     @property
     def measure_dy(self) -> Measure | None:
-        """Measure of each row to leave behind dy; None for none."""
+        """Statistics to store in the padding columns of dy; None for none."""
 
     def with_dropout(self, row: Tensor) -> Projection:
         """The projection with its adapters' dropout in the row of key `row` (`ops.dropout.row_key`)."""

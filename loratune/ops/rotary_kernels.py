@@ -35,7 +35,7 @@ class _Pairs(NamedTuple):
 
     DIM: int
     PAIRS: int
-    """Pairs of a head. Without a rotation its halves, which then only divide it into tiles."""
+    """Pairs in a head. Without a rotation, half of its elements, so that tiles still divide a head."""
     HALF: int
     """PAIRS, rounded up to a power of two."""
     REST: int
@@ -43,11 +43,11 @@ class _Pairs(NamedTuple):
     ROTATE: bool
     INTERLEAVED: bool
     EACH: int
-    """Query heads of each key head where heads are grouped; 0 where they are not."""
+    """Query heads for each key head if heads are grouped, else 0."""
     NORM: int
     """0, `_PER_HEAD` or `_WHOLE`."""
     FORM: int
-    """Of the norm, see `ops.norm_kernels`."""
+    """Form of the norm (`ops.norm_kernels.form_of`); 0 without a norm."""
 
 
 def _pairs_of(heads: HeadSpec) -> _Pairs:
@@ -67,7 +67,7 @@ def _pairs_of(heads: HeadSpec) -> _Pairs:
 
 
 def _sizes(heads: HeadSpec, slots: int, block: int, measured: bool) -> tuple[int, dict[str, int]]:
-    """Programs for each token, their slots (`block`, or more where a norm or a measure wants it) and their warps."""
+    """Programs for each token; slots and warps of a program. A norm or a measure may need more slots than `block`."""
     if measured:  # a row has space for the statistics of PIECES programs
         block = max(block, triton.next_power_of_2(triton.cdiv(slots, PIECES)))
     if heads.norm is not None and heads.whole_width:
@@ -251,7 +251,7 @@ def _through_norm(
     a, b, c, x_ptr, weight_ptr, first, second, rest, inside, behind, head, queries, keys, eps, offset,
     DIM: tl.constexpr, REST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of heads before their norm, from gradients after it; pointers point at the heads of the tile."""
+    """Gradients of heads before their norm, from gradients after it. Pointers are those of the tile's heads."""
     normed = inside & (head < queries + keys)
     x_a = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
     x_b = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)

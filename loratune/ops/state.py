@@ -37,7 +37,7 @@ class ForwardState:
 
     @contextmanager
     def dropout(self, row: Tensor | None) -> Iterator[None]:
-        """Inside, adapters draw their dropout from `row`, a `row_key` on the row's device."""
+        """Context in which adapters draw their dropout from `row`, a `row_key` on the row's device."""
         before, self.dropout_row = self.dropout_row, row
         try:
             yield

@@ -22,7 +22,7 @@ class Concatenated:
 
     @property
     def precision(self) -> str:
-        """Of all members."""
+        """Precision of all members."""
         return self.weights[0].precision
 
     @property

@@ -36,7 +36,7 @@ _DENSE = "loratune.precision.dense:DenseFormat"
 
 @dataclass(frozen=True)
 class ProductCost:
-    """Memory traffic of a product beside its operands, in bytes for each element of the weight."""
+    """Memory traffic of a product in addition to its operands, in bytes for each element of the weight."""
 
     unpack: float = 0.0
     """For a dense copy, made in the forward and again in the backward."""
@@ -69,7 +69,7 @@ class CheckpointReader(Protocol):
 
     @property
     def keeps_precision(self) -> bool:
-        """True if the weights stay in this precision whatever is asked for; False if they are dense unless it is."""
+        """True if the weights stay in this precision under any `--precision`; False if others make them dense."""
 
     def entries(
         self, stored: Mapping[str, StoredTensor], dtype: torch.dtype, wanted: bool
@@ -87,11 +87,11 @@ class WeightFormat:
     """One precision. Methods that take weights are given weights of this precision only."""
 
     name: ClassVar[str]
-    """As in `--precision`."""
+    """Value of `--precision`."""
     label: ClassVar[str]
-    """For a person, such as "4 bits (NF4)"."""
+    """Name in messages, such as "4 bits (NF4)"."""
     forward_tolerance: ClassVar[float | None] = None
-    """Relative error allowed between two ways to compute one row; None for that of the compute dtype."""
+    """Relative error allowed between two ways to compute one row; None for the error of the compute dtype."""
     cost: ClassVar[ProductCost] = ProductCost()
     holds_transposed: ClassVar[bool] = False
     """True if `project` can hold a transposed copy of W, which makes the backward faster."""
@@ -125,7 +125,7 @@ class WeightFormat:
         return None
 
     def has_adapter_columns(self, joined: FrozenWeight, ranks: int) -> bool:
-        """True if `join` would reserve no more adapter columns for `ranks` than the weight has."""
+        """True if the weight has at least as many adapter columns as `join` would reserve for `ranks`."""
         return True
 
     def augment(self, weight: FrozenWeight, lora_A: Tensor, lora_B: Tensor) -> AugmentedWeight | None:
@@ -151,8 +151,8 @@ class WeightFormat:
 
         Args:
             bias: (D,) or None.
-            state: of the forward that runs the projection; None makes one.
-            hold_transposed: spend memory on a transposed copy, where `holds_transposed`.
+            state: state of the forward that runs the projection; None makes one.
+            hold_transposed: hold a transposed copy of W as well; ignored unless `holds_transposed`.
         """
         state = state or ForwardState()
         if not adapters.total:
@@ -177,12 +177,12 @@ class WeightFormat:
         return None
 
     def reader(self, quantization_config: Mapping[str, Any]) -> CheckpointReader | None:
-        """Reader of checkpoints that config.json describes so; None for other checkpoints."""
+        """Reader of checkpoints with this `quantization_config`; None if it describes another precision."""
         return None
 
 
 def weight_format(precision: str) -> WeightFormat:
-    """The format behind a name of `--precision`; that of floating point for every name that quantises nothing."""
+    """The format of a value of `--precision`. Values that quantise nothing give the format of floating point."""
     found: WeightFormat = load_entry(PRECISIONS.get(precision, _DENSE))()
     return found
 
@@ -193,10 +193,10 @@ def format_of(weight: FrozenWeight) -> WeightFormat:
 
 
 def smallest_format() -> WeightFormat:
-    """The format with the fewest bytes per weight, to suggest where memory is short."""
+    """The format with the fewest bytes per weight, for messages about too little memory."""
     return min(quantised_formats(), key=lambda form: form.bytes_held((4096, 4096), 2))
 
 
 def quantised_formats() -> list[WeightFormat]:
-    """All formats of the table but floating point."""
+    """All formats of the table except floating point."""
     return [weight_format(name) for name in PRECISIONS]

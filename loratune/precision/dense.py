@@ -5,7 +5,8 @@
 
 `precision.projection` explains the purpose. While the matrix is in use the Parameters are views of it with unchanged
 values. Afterwards each has memory of its own again, because some code that saves models cannot handle such views.
-Both ways one projection is copied at a time, so a model is never held twice. On a GPU this takes milliseconds.
+In both directions one projection is copied at a time, so a model is never held twice. This takes milliseconds on a
+GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from loratune.precision.contract import WeightFormat
 from loratune.precision.projection import AugmentedWeight
 
 _TILE = 64
-"""Terms of a sum that a GPU's product takes at once. A multiple of it also keeps rows aligned."""
+"""Terms in one tile of a GPU's product. Rows of a multiple of it are also aligned."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DenseFormat(WeightFormat):
         return matrix[d_out : d_out + ranks, :d_in], matrix[:d_out, d_in : d_in + ranks]
 
     def augment(self, weight: FrozenWeight, lora_A: Tensor, lora_B: Tensor) -> AugmentedWeight | None:
-        """The matrix that the weight and both copies are views of."""
+        """The augmented matrix, of which the weight and both working copies are views."""
         return AugmentedMatrix(cast(StackedMatrix, weight).matrix, weight.shape)
 
 

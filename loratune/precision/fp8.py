@@ -9,8 +9,8 @@
 
 In the backward s lies along the contraction, where no product can apply it. dy is therefore multiplied with s before
 its own rows are quantised, and the one stored Q serves both directions. Tensor cores want both operands contiguous
-along the contraction. Q is so in the forward. For the backward it is transposed for the length of one product: two
-passes over a byte per element, about 1 % of a step, where a second copy would cost as much memory as the first.
+along the contraction. In the forward Q is. For the backward it is transposed for the length of one product. That
+costs two passes over a byte per element, about 1 % of a step; a second copy would cost as much memory as the first.
 
 Everything trained stays in 16 and 32 bits; only operands of products with W have 8. Three bits of mantissa give a
 relative error of at most 2^-4 per element, and about 4 % of the norm of a product of random operands.
@@ -37,7 +37,8 @@ _MULTIPLE = 16  # of both dimensions of a product, required by the hardware
 _PART = 1024  # rows that are quantised at once
 _SMALLEST_ROW = 2.0**-12  # of the largest; a smaller row uses fewer of e4m3's binary orders
 _WIDEST = 8
-"""Adapter columns are at most this part of the weight's smaller side. Beyond, a separate sum is cheaper."""
+"""A weight gets adapter columns only if they are at most 1 / `_WIDEST` of its smaller side. With more columns, a
+separate sum is cheaper."""
 
 
 def supported(device: torch.device) -> bool:
@@ -70,11 +71,11 @@ class Fp8Weight:
     def quantised(cls, weight: Tensor) -> Fp8Weight:
         """From a matrix, (d_out, d_in), whose shape `fits`."""
         largest = weight.abs().amax(1, keepdim=True).float()
-        # A row of zeros has no scale of its own, and a scale far below the others would push B over it out of range.
+        # A row of zeros has no scale of its own, and B / scale would overflow if one scale were far below the others.
         least = largest.clamp_min(largest.max() * _SMALLEST_ROW)
         scale = power_of_two_above(least * INVERSE_E4M3_MAX).clamp_min(MIN_SCALE)
         values = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-        for part in range(0, weight.shape[0], _PART):  # the float32 copy is of a few rows at a time
+        for part in range(0, weight.shape[0], _PART):  # copies only a few rows to float32 at a time
             rows = slice(part, part + _PART)
             values[rows] = (weight[rows].float() / scale[rows]).to(E4M3)
         return cls(values, scale, weight.dtype)
@@ -124,7 +125,7 @@ class Fp8Weight:
         return self.values.numel() + self.scale.nbytes
 
     def has_adapter_columns(self, ranks: int) -> bool:
-        """True if `joined` would make no more adapter columns for so many ranks."""
+        """True if there are at least as many adapter columns as `joined` would make for `ranks`."""
         width = 0 if self.augmented is None else self.augmented.shape[1] - self.shape[1]
         return width >= _columns_that_pay(ranks, self.shape)
 
@@ -151,7 +152,7 @@ class Fp8Weight:
 
     @property
     def column_scale(self) -> Tensor:
-        """(d_in,) ones, the scale of the backward's columns."""
+        """(d_in,) ones: in the backward no factor belongs to the columns of the result."""
         return self.scale.new_ones(self.shape[1]) if self._ones is None else self._ones
 
 

@@ -2,8 +2,8 @@
 
 Beside a weight `proj.weight` in e4m3, (d_out, d_in), a file holds the factors of its numbers:
 
-    proj.weight_scale_inv   (d_out / 128, d_in / 128), one per block, as DeepSeek and Qwen write them; despite its
-                            name a factor. config.json has quant_method "fp8" and weight_block_size
+    proj.weight_scale_inv   (d_out / 128, d_in / 128), one per block, as DeepSeek and Qwen write them. Despite the
+                            name it is a factor. config.json has quant_method "fp8" and weight_block_size
     proj.weight_scale       (d_out, 1), one per row, or () or (1,) for all, or blocks: compressed-tensors.
                             config.json has config_groups whose weights are of type "float" in 8 bits
 
@@ -67,7 +67,7 @@ class Unread:
     scale: StoredTensor
     block: tuple[int, int] | None
     take_over: bool
-    """True if the codes are wanted, and not only the dense weight."""
+    """True if the codes are used unchanged; False if only the dense weight is used."""
 
     def __getitem__(self, everything: object) -> Scaled8:
         """Values and scales, in CPU memory."""
@@ -86,7 +86,7 @@ class Scaled8:
     name: str
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, made on the device; with its `frozen_form` where that is wanted.
+        """The dense weight, made on the device. Its `frozen_form` is set if the codes are used unchanged.
 
         Raises: ModelError: the scales do not fit the weight.
         """
@@ -99,7 +99,10 @@ class Scaled8:
 
 
 def entries(stored: Mapping[str, StoredTensor], scheme: Scheme, take_over: bool) -> dict[str, StoredTensor | Unread]:
-    """The tensors of a checkpoint by name, each weight in 8 bits as one. Raises: ModelError: one has no scale."""
+    """Tensors of a checkpoint by name, an 8-bit weight and its scale as one entry.
+
+    Raises: ModelError: a weight has no scale.
+    """
     made: dict[str, StoredTensor | Unread] = {}
     scales = {name + scheme.suffix for name, tensor in stored.items() if tensor.dtype == E4M3}
     for name, tensor in stored.items():
@@ -142,7 +145,7 @@ def _by_rows(scale: Tensor, shape: Sequence[int]) -> bool:
 
 
 def _pair(block: Any) -> tuple[int, int] | None:
-    """[128, 128] or "128x128"."""
+    """Block size from [128, 128] or "128x128"; None for anything else."""
     if block is None:
         return None
     rows, columns = block.split("x") if isinstance(block, str) else block

@@ -1,4 +1,4 @@
-"""The precision "fp8": 8-bit weights of `precision.fp8`, multiplied as they are."""
+"""The precision "fp8": 8-bit weights of `precision.fp8`, multiplied in 8 bits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Fp8Format(WeightFormat):
     name = "fp8"
     label = "8 bits (FP8)"
     forward_tolerance = 0.3
-    """A last bit that differs moves some elements behind it to the other neighbour, an eighth away. After a few
-    layers the roundings of two runs are independent."""
+    """A difference in the last bit rounds some later elements to the other neighbouring value, an eighth away. After
+    a few layers the rounding errors of two runs are independent."""
     cost = ProductCost(transpose=2.0)
     holds_transposed = True
 
@@ -78,18 +78,18 @@ class Fp8Format(WeightFormat):
         return StackedProjection(projection, *copies, refreshed=True)
 
     def refresher(self, projections: Sequence[Projection]) -> Callable[[], None]:
-        """Updates factors and adapter columns; a few launches for all projections on a GPU."""
+        """A function that updates factors and adapter columns, on a GPU in a few launches for all projections."""
         return fp8_projection.refresher(cast("Sequence[Fp8Projection]", projections))
 
     def reader(self, quantization_config: Mapping[str, Any]) -> CheckpointReader | None:
-        """For the checkpoints that `precision.fp8_files` describes."""
+        """Reader of the checkpoints that `precision.fp8_files` describes; None for others."""
         scheme = fp8_files.Scheme.of(quantization_config)
         return None if scheme is None else Fp8Reader(scheme)
 
 
 @dataclass(frozen=True)
 class Fp8Reader:
-    """Reads checkpoints in 8 bits. Weights stay so if "fp8" is asked for and each row has one scale."""
+    """Reads checkpoints in 8 bits. Weights stay in 8 bits if `--precision` is fp8 and each row has one scale."""
 
     scheme: fp8_files.Scheme
     keeps_precision: bool = False

@@ -2,8 +2,8 @@
 """Triton twins of `precision.fp8_rows`: quantised rows, adapter columns, transposed weights.
 
 `augment_rows` is the low-rank product of `ops.low_rank_kernels`, which has each tile of x in registers. It writes the
-tile in 8 bits at once, since the row's scale is known beforehand. Without adapter columns, one program holds a whole
-row, so that x is read from memory once. Reading wide rows twice, the second time from the cache, was slower.
+tile in 8 bits at once, because the row's scale is known before x is read. Without adapter columns, one program holds
+a whole row, so that x is read from memory once. Reading wide rows twice, the second time from the cache, was slower.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from loratune.ops.measure_kernels import INVERSE_E4M3_MAX, MIN_SCALE, one_over, 
 from loratune.precision.fp8_rows import E4M3, MARGIN, QuantisedRows, adapter_columns
 
 WARPS = 4
-"""Of `augment_rows`."""
+"""Warps of `augment_rows`."""
 TILES = {False: (128, 3), True: (256, 2)}
-"""Of `augment_rows`, by whether columns have factors: terms of a tile, and pipeline stages (measured)."""
+"""Terms of a tile and pipeline stages of `augment_rows`, without and with column factors (measured)."""
 _TILE = 128
 _GROUP = 16
-"""Ranks whose norms one program computes. Of B they are one memory sector in each row."""
+"""Ranks whose norms one program computes. Their columns of B are one memory sector in each row."""
 _MEASURED = tl.constexpr(measure.PIECES)
 _MARGIN = tl.constexpr(MARGIN)
 
@@ -196,7 +196,7 @@ def _transpose(
     elif ADAPTER > 0:
         kind = like_ptr.dtype.element_ty
         place = tl.arange(0, ADAPTER)[None, :]
-        # A few columns for each program, or this would cost the transpose its registers, and end long after it.
+        # Each program takes few columns. With more, the transpose would run out of registers and wait for these.
         beside = (first + (tl.program_id(0) - tiles) * FEW + tl.arange(0, FEW))[:, None]
         at = beside * low_step_n + place % ranks * low_step_r
         v = tl.load(low_ptr + at, mask=(beside < width) & (place < 3 * ranks), other=0.0).to(tl.float32)
@@ -308,7 +308,7 @@ def _adapter_columns(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS
         v *= one_over(by)[:, None]
         hi = v.to(kind_ptr.dtype.element_ty)
         out_at = out_ptr + row[:, None] * out_step + rank
-        if ALIGNED:  # without this the compiler must write bytes one by one
+        if ALIGNED:  # without this hint the compiler writes bytes one by one
             out_at = tl.max_contiguous(tl.multiple_of(out_at, [1, 16]), [1, 16])
         tl.store(out_at, hi, mask=inside)
         tl.store(out_at + ranks, hi, mask=inside)
@@ -316,9 +316,9 @@ def _adapter_columns(table_ptr, like_ptr, kind_ptr, ALIGNED: tl.constexpr, RANKS
 
 
 class RefreshAll:
-    """Factors and adapter columns of many adapters, from the present values of A and B: three launches.
+    """Updates factors and adapter columns of many adapters from the current A and B, in three launches.
 
-    Adapter columns behind the first 3 R are zero and stay so.
+    Adapter columns after the first 3 R are zero and stay zero.
     """
 
     def __init__(self, adapters: Sequence[AdapterTensors]) -> None:

@@ -5,10 +5,10 @@ columns for the low-rank activation. Here they leave a measure of each row in th
 `fp8_rows.quantise_augmented` derives the row's scale from the measure. It then computes x Aᵀ and the row in 8 bits,
 with x Aᵀ behind it, in one reading. An x or dy without a measure, such as attention's output, is read once more.
 
-A and B change between steps only. Everything derived from them alone is computed then, for all projections
-(`refresh`): factors and bounds, B's adapter columns beside W, and A's beside W transposed where that copy is held.
-Where it is not, it is made for the length of one product. That costs two passes over a byte for each element of W,
-instead of as much memory as W.
+A and B change only between steps. `refresh` then updates everything derived from them alone, for all projections:
+factors and bounds, B's adapter columns beside W, and A's adapter columns beside W transposed if that copy is held. If
+it is not held, it is made for the length of one product. That costs two passes over a byte for each element of W, and
+saves as much memory as W.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Fp8Projection:
     """(d_in, D + adapter columns) e4m3, a held copy of W transposed with A; None to make it for each backward."""
     pad_columns: int = PAD_COLUMNS
     state: ForwardState = field(default_factory=ForwardState)
-    """Of the forward that this projection is part of."""
+    """State of the forward that runs this projection."""
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class Fp8Projection:
         hold_transposed: bool,
         state: ForwardState | None = None,
     ) -> Fp8Projection:
-        """Over a weight with adapter columns. `refresh` must run before its first use."""
+        """A projection over a weight with adapter columns. `refresh` must run before its first use."""
         lora_A, lora_B = copies
         factors = torch.zeros(4, device=frozen.device)
         assert frozen.augmented is not None
@@ -76,26 +76,26 @@ class Fp8Projection:
         return cls(frozen, bias, lora_A, lora_B, adapters, factors, held, state=state or ForwardState())
 
     def with_dropout(self, row: Tensor) -> Fp8Projection:
-        """Unchanged: adapters with dropout get a `precision.projection.LowRankProjection`."""
+        """Returns itself: adapters with dropout have a `precision.projection.LowRankProjection` instead."""
         return self
 
     def from_token(self, first: int) -> Fp8Projection:
-        """Unchanged: nothing depends on a token's number without dropout."""
+        """Returns itself: without dropout, the result does not depend on a token's number."""
         return self
 
     @property
     def measure_x(self) -> Measure:
-        """Rows of x, unscaled."""
+        """Statistics of the rows of x, without column scales."""
         return Measure()
 
     @property
     def measure_dy(self) -> Measure:
-        """Rows of dy times the weight's row scales."""
+        """Statistics of the rows of dy, whose columns are multiplied by the weight's row scales."""
         return Measure(self.frozen.row_scale)
 
     @property
     def augmented(self) -> Tensor:
-        """(D, d_in + adapter columns) e4m3, W and as many adapter columns as R ranks take."""
+        """(D, d_in + adapter columns) e4m3: W and the adapter columns of R ranks."""
         assert self.frozen.augmented is not None
         return self.frozen.augmented[:, : self.frozen.shape[1] + adapter_columns(self.lora_A.shape[0])]
 
@@ -109,7 +109,7 @@ class Fp8Projection:
         return Fp8Backward(self, dy)
 
     def refresh(self) -> None:
-        """Brings factors and adapter columns up to A and B; on a GPU `refresher` does it for many at once."""
+        """Updates factors and adapter columns after a change of A and B. `refresher` does so for many projections."""
         d_out, d_in = self.frozen.shape
         self.factors.copy_(adapter_factors(self.lora_A, self.lora_B, self.frozen.scale))
         write_adapter_columns(self.lora_B, self.frozen.scale[:, 0], self.factors[0], self.augmented[:, d_in:])
@@ -120,7 +120,7 @@ class Fp8Projection:
 class Fp8Backward:
     """Backward of an `Fp8Projection`; implements `ops.projection.ProjectionBackward`.
 
-    dy is quantised when the first result is asked for, and freed by `d_input`, so that it is held briefly.
+    dy is quantised when the first result is requested, and freed by `d_input`, so that it is held briefly.
     """
 
     def __init__(self, projection: Fp8Projection, dy: Tensor) -> None:
@@ -158,7 +158,7 @@ class Fp8Backward:
 
 
 def refresher(projections: Sequence[Fp8Projection]) -> Callable[[], None]:
-    """A function to call whenever the working copies have changed."""
+    """A function that updates all projections; call it whenever the working copies have changed."""
     if projections[0].lora_A.is_cuda:
         from loratune.precision.fp8_kernels import AdapterTensors, RefreshAll  # imports Triton
 

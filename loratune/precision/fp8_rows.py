@@ -2,14 +2,14 @@
 
 A product in 8 bits has a scale for each row of both operands, and sums in float32.
 
-The low-rank part stays in 16 bits and is still computed in the wide product. A number v is written as hi + lo, both
-e4m3: hi is the nearest to v, lo the nearest to the rest. Together they have the 8 bits of mantissa of bfloat16. With
-adapter columns [hi, lo, hi] behind x and [hi, hi, lo] behind W, the wide sum gains hi hi + lo hi + hi lo, which is
-(x Aᵀ) Bᵀ up to 2^-8. The row's scale covers the adapter columns too, so nothing saturates on that side. On the other
-side B may outgrow its row of W; one factor for all of B, known to both operands, keeps it below 448.
+The low-rank part keeps the precision of 16 bits although the 8-bit product computes it. A number v is written as
+hi + lo, both e4m3: hi is the nearest to v, lo the nearest to the rest. Together they have the 8 bits of mantissa of
+bfloat16. With adapter columns [hi, lo, hi] behind x and [hi, hi, lo] behind W, the product gains hi hi + lo hi + hi
+lo, which is (x Aᵀ) Bᵀ up to 2^-8. A row's scale covers its adapter columns too, so x Aᵀ does not saturate. B may
+outgrow its row of W; one factor for all of B, known to both operands, keeps it below 448.
 
-x Aᵀ reads x, and so does quantising. `augment_rows` does both in one reading, since the scale is known beforehand: it
-follows from the measure that the pass that wrote x left behind the row (`ops.measure`). Factors are powers of two, so
+x Aᵀ reads x, and so does quantising. `augment_rows` does both in one reading, because the scale is known before x is
+read: the pass that wrote x stored the row's statistics behind it (`ops.measure`). Factors are powers of two, so
 dividing by them is exact.
 
 The CPU multiplies the numbers that the 8 bits represent, which is the reference. On GPUs the products are
@@ -33,7 +33,7 @@ E4M3 = torch.float8_e4m3fn
 MARGIN = 1.02
 """Factor of bounds over exact arithmetic: x Aᵀ is rounded to 2^-8, and sums are rounded."""
 _LINE = 128
-"""Bytes of a cache line and of a tile of the sum. A row that ends elsewhere makes the product a fifth slower."""
+"""Bytes of a cache line and of a tile of the product. Rows of another length make the product a fifth slower."""
 _KERNELS = "precision.fp8_kernels"
 
 
@@ -56,10 +56,10 @@ def _is_on_gpu(x: Tensor, *_: object) -> bool:
 
 @with_kernel(_is_on_gpu, _KERNELS)
 def quantise_rows(x: Tensor, columns: Tensor | None = None) -> QuantisedRows:
-    """Each row of x, (N, K), times `columns` where given, in e4m3 with the largest magnitude at 448.
+    """Rows of x, (N, K), in e4m3, each scaled so that its largest magnitude is 448.
 
     Args:
-        columns: (K,) float32 or bfloat16, a factor for each column.
+        columns: (K,) float32 or bfloat16, a factor for each column; None for ones.
     """
     wide = x.float() if columns is None else x.float() * columns.float()
     scale = (wide.abs().amax(-1, keepdim=True) * INVERSE_E4M3_MAX).clamp_min(MIN_SCALE)
@@ -76,7 +76,7 @@ def quantise_augmented(
         matrix: (K, R), Aᵀ or B.
         columns: (K,), a factor for each column of the quantised row, but not of the product; None for ones.
         factors: (2,) float32, the factor of the adapter columns and a bound as in `ops.measure`.
-        buffers: of the forward that calls, as for `ops.low_rank.down_project`.
+        buffers: as for `ops.low_rank.down_project`.
     Returns: (N, K + adapter columns), the latter [hi, lo, hi] and zeros up to `adapter_columns(R)`; x matrix, (N, R).
     """
     width = matrix.shape[0]
@@ -99,7 +99,7 @@ def augment_rows(
     factors: Tensor,
     buffers: KernelBuffers | None = None,
 ) -> tuple[QuantisedRows, Tensor]:
-    """`quantise_augmented` of x, (N, K), with the measure `found` of its rows."""
+    """`quantise_augmented` of an unpadded x, (N, K), with the statistics `found` of its rows."""
     low_rank = x @ matrix
     scale = scales(found, factors[1])
     inverse = scale.reciprocal()
@@ -109,12 +109,12 @@ def augment_rows(
 
 
 def adapter_columns(ranks: int) -> int:
-    """Columns that the low-rank part of so many ranks takes behind a row in 8 bits."""
+    """Adapter columns behind an 8-bit row for the low-rank part of `ranks` ranks."""
     return -(-3 * ranks // _LINE) * _LINE
 
 
 def adapter_factors(lora_A: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
-    """Factors of an adapter that both operands of a product have to know.
+    """Factors and bounds of an adapter, which both operands of a product use.
 
     Args:
         lora_A, lora_B: (R, d_in), (d_out, R).
@@ -130,7 +130,10 @@ def adapter_factors(lora_A: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
 
 
 def write_adapter_columns(matrix: Tensor, divisor: Tensor | None, factor: Tensor, out: Tensor) -> None:
-    """Writes `matrix`, (n, R), over `divisor` (of rows) and `factor`, into `out`, (n, adapter columns) e4m3."""
+    """Writes the adapter columns of `matrix`, (n, R), into `out`, (n, adapter columns) e4m3.
+
+    The values are `matrix` / `divisor` / `factor`, with one divisor for each row, or none.
+    """
     wide = matrix.float() if divisor is None else matrix.float() / divisor[:, None]
     hi, lo = split(wide / factor)
     out.view(torch.uint8).copy_(side_by_side(hi[:, :0], hi, hi, lo).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""A linear layer over a `FrozenWeight`, and the access of all other code to the weight of a layer.
+"""A linear layer over a `FrozenWeight`, and the functions through which all other code reads a layer's weight.
 
 `QuantisedLinear` replaces an `nn.Linear` or transformers' Conv1D and holds a `FrozenWeight` instead of the Parameter
 `weight`. It is no subclass of `nn.Linear`, so code that expects that Parameter does not mistake it for one.
@@ -121,7 +121,7 @@ def can_stack(layer: nn.Module) -> bool:
 
 
 def form_of_layer(layer: nn.Module) -> tuple[str, bool]:
-    """Layers are stacked only with layers of the same form: the precision, and whether W is a Parameter."""
+    """Form of a layer: its precision, and whether W is a Parameter. Only layers of one form are stacked together."""
     return frozen_of(layer).precision, not isinstance(layer, QuantisedLinear)
 
 
@@ -190,13 +190,13 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
 
 
 def formats_in(model: nn.Module) -> list[WeightFormat]:
-    """Precisions of the model's quantised layers, each once, floating point excepted."""
+    """Precisions of the model's quantised layers, each once, without floating point."""
     found = {layer.frozen.precision: format_of(layer.frozen) for _, layer in quantised_layers(model)}
     return [form for name, form in sorted(found.items()) if name != "dense"]
 
 
 def form_in_memory(model: PreTrainedModel) -> str:
-    """For a person: "bfloat16", or "nf4 beside bfloat16" with quantised layers."""
+    """Description for messages: "bfloat16", or "nf4 beside bfloat16" with quantised layers."""
     dtype = str(model.dtype).removeprefix("torch.")
     forms = [form.name for form in formats_in(model)]
     return f"{' and '.join(forms)} beside {dtype}" if forms else dtype
@@ -215,7 +215,7 @@ def mostly_dense(model: PreTrainedModel) -> str | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model's weights, quantised ones included."""
+    """Number of parameters of a model, quantised weights included."""
     quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
     return quantised + sum(parameter.numel() for parameter in model.parameters())
 

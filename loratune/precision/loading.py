@@ -1,13 +1,13 @@
 """Quantises a model while it is loaded, tensor by tensor, so that neither host nor device ever holds it dense.
 
-transformers maps the tensors of a file to those of a model: renamed ones, merged experts, tied weights. Its loader
-asks a quantiser, for each tensor as it arrives, for a replacement; bitsandbytes' is one of them. Ours replaces a
-layer by a `QuantisedLinear` when its weight arrives, and leaves an ordinary model with such layers behind. Tensors
-come from `precision.tensors` instead of mapped files.
+transformers' loader maps the tensors of files to those of a model: it renames, merges experts and ties weights. It
+offers each tensor to a quantiser, such as bitsandbytes', which may replace it. Ours replaces the whole layer by a
+`QuantisedLinear`; the result is an ordinary model with such layers. Tensors come from `precision.tensors` instead of
+mapped files.
 
 All linear layers are quantised except the output head and layers tied to it, as bitsandbytes does by default. Experts
-that transformers holds in one tensor are no linear layers and stay dense. Weights that a checkpoint holds quantised
-already are read by the reader of their precision (`WeightFormat.reader`).
+that transformers holds in one tensor are not linear layers and stay dense. If the checkpoint itself is quantised, the
+reader of its precision reads the weights (`WeightFormat.reader`).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _DEQUANTISED = ("fp8", "mxfp4")
 
 @dataclass(frozen=True)
 class CheckpointForm:
-    """How a checkpoint holds its weights."""
+    """Form of the weights in a checkpoint."""
 
     source: WeightFormat | None = None
     """The precision of weights that are quantised in the files; None for dense ones."""
     reader: CheckpointReader | None = None
-    """Reads them, if `source` is set."""
+    """Reader of these weights; None for dense ones."""
     dequantised: bool = False
     """True for forms that transformers makes dense while it reads: MXFP4, and FP8 with experts in 4 bits."""
 
 
 def form_of_files(model: str, config: Any, wanted: WeightFormat | None) -> CheckpointForm:
-    """Form of a checkpoint by its configuration, which is changed where transformers has to make weights dense.
+    """Form of a checkpoint, from its configuration. Changes `config` if transformers has to make the weights dense.
 
     Args:
-        wanted: the precision asked for; None for floating point or "auto".
-    Raises: ModelError: no reader for this form, or the weights cannot be had in this precision.
+        wanted: precision given by the user; None for floating point or "auto".
+    Raises: ModelError: there is no reader for this form, or the weights cannot be converted to this precision.
     """
     how = _quantization_config(config)
     method = str(how.get("quant_method") or ("bitsandbytes" if how.get("load_in_4bit") else "dense"))
@@ -95,7 +95,7 @@ def load_quantised(
 
     Args:
         config: the model's configuration; its `quantization_config` is removed.
-        dtype: of everything that is not quantised, and of all products.
+        dtype: dtype of all weights that are not quantised, and of all products.
         form: form of the files, from `form_of_files`.
         wanted: precision of linear weights; None leaves dense weights dense.
 
@@ -175,7 +175,7 @@ class _Quantiser(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """True for the weights of linear layers, the head's excepted."""
+        """True for the weights of linear layers, except the head."""
         return param_name in self._chosen
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
@@ -187,7 +187,7 @@ class _Quantiser(HfQuantizer):
         return _Swap(self.quantization_config)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Leaves an ordinary model behind, without transformers' marks of a quantised one."""
+        """Removes transformers' marks of a quantised model, so that an ordinary model remains."""
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
 
     def is_serializable(self) -> bool:

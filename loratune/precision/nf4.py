@@ -1,4 +1,4 @@
-"""4-bit frozen weights in the format of QLoRA, as bitsandbytes has it, to the bit.
+"""4-bit frozen weights in the format of QLoRA, equal to those of bitsandbytes to the bit.
 
 A matrix is read row by row and cut into blocks of 64. Each block stores its largest magnitude, `absmax`. Each element
 stores the nearest of 16 values that divide the normal distribution evenly (the code book): two codes in a byte, the
@@ -8,9 +8,9 @@ with magnitude. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element.
 
     W[i] = book[codes[i]] * absmax[i // 64]        absmax[b] = absmax_book[absmax_codes[b]] * scale[b // 256] + offset
 
-Each product and sum is rounded to float32, and the result to the compute dtype. The operand of a matrix product is an
-ordinary matrix that exists for the length of that product. It is made in the forward and again in the backward, in
-pieces where it is large, and nothing dense is stored in between.
+Each product and sum is rounded to float32, and the result to the compute dtype. A matrix product reads an ordinary
+matrix that exists only during that product. The matrix is made in the forward and again in the backward, in pieces if
+it is large.
 
 Source: Dettmers et al. 2023, "QLoRA", section 3 and Appendix E, arXiv:2305.14314; the 8-bit book from Dettmers et al.
 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; formats as bitsandbytes reads and writes them
@@ -70,7 +70,7 @@ def dynamic_book(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Scales that turn 8-bit absmax into float32: one entry for each group of `GROUP` blocks."""
+    """Scales that convert 8-bit absmax to float32: one entry for each group of `GROUP` blocks."""
 
     scale: Tensor
     """(groups,) float32"""
@@ -189,7 +189,7 @@ class Nf4Weight:
         )
 
     def aligned_with(self, ranks: int) -> bool:
-        """True if rows of W stay aligned to 16 bytes with `ranks` adapter columns behind them."""
+        """True if rows of W with `ranks` adapter columns behind them are aligned to 16 bytes."""
         return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
 
     def row_pieces(self, tokens: int) -> list[slice]:
@@ -240,7 +240,7 @@ class AugmentedNf4:
 
     @property
     def pad_columns(self) -> int:
-        """R."""
+        """R, the number of adapter columns."""
         return self.lora_B.shape[1]
 
     def forward(self, x: Tensor, bias: Tensor | None, mm: MatrixProduct = mm) -> Tensor:
@@ -317,7 +317,8 @@ def absmax_of(weight: Nf4Weight) -> Tensor:
 def join(weights: Sequence[Nf4Weight]) -> Nf4Weight:
     """All rows of the weights as one weight, so that they take one launch and one product.
 
-    If a weight does not end with a whole group of absmax, the absmax of all become float32: the same values, 4 bytes.
+    If a weight does not end with a whole group of absmax, all absmax are converted to float32. Their values stay
+    equal.
     """
     first = weights[0]
     if any(not _alike(weight, first) or weight.shape[0] * weight.shape[1] % weight._unit for weight in weights):
@@ -365,7 +366,8 @@ def _quantise(flat: Tensor, block: int, book: Tensor) -> tuple[Tensor, Tensor]:
 def _quantise_absmax(absmax: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes of numbers around zero, and the scale of each group.
 
-    Halfway between two values of the book the even code is taken, as the binary search of bitsandbytes' kernel does.
+    A number halfway between two values of the book gets the even code, as in the binary search of bitsandbytes'
+    kernel.
     """
     scale, unit = _normalised(absmax, GROUP)
     unit, bounds = unit.view(-1)[: absmax.numel()], _midpoints(book)

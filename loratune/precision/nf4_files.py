@@ -5,10 +5,10 @@ For a layer `proj` the file holds, each under `proj.`:
     weight                                     (elements / 2, 1) uint8, two codes a byte, the first in the high half
     weight.absmax                              (blocks,) uint8 if the absmax are quantised too, else float32
     weight.quant_map                           (16,) float32, the code book
-    weight.nested_absmax, .nested_quant_map    (groups,) and (256,) float32, in that case
+    weight.nested_absmax, .nested_quant_map    (groups,) and (256,) float32, if the absmax are quantised
     weight.quant_state.bitsandbytes__nf4       JSON as bytes: shape, dtype, blocksize, and nested_offset and so on
 
-and config.json has a `quantization_config` with `load_in_4bit`. These are the tensors in the state_dict of
+config.json has a `quantization_config` with `load_in_4bit`. These are the tensors in the state_dict of
 bitsandbytes' Params4bit, which transformers saves (0.50 and 5.23; `QuantState.as_dict(packed=True)`).
 """
 
@@ -60,7 +60,7 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Nf4
         dtype: compute dtype.
         where: the layer's path, for errors.
 
-    Raises: ModelError: a tensor is missing, or they do not fit each other.
+    Raises: ModelError: a tensor is missing, or the tensors do not fit each other.
     """
     try:
         state = _state(tensors)
@@ -84,7 +84,7 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Nf4
 
 
 def is_part(name: str) -> bool:
-    """True for tensors of a checkpoint that belong to a 4-bit weight, its codes excepted."""
+    """True for tensors of a checkpoint that belong to a 4-bit weight, except its codes."""
     return any(f".weight.{part}" in name for part in ("absmax", "quant_map", "nested_", "quant_state."))
 
 

@@ -49,7 +49,7 @@ class Nf4Format(WeightFormat):
         return cast(Nf4Weight, joined).rows(rows)
 
     def augment(self, weight: FrozenWeight, lora_A: Tensor, lora_B: Tensor) -> AugmentedWeight | None:
-        """W B and A dense together, piece by piece, if rows of that length stay aligned to 16 bytes."""
+        """The augmented weight, made dense in pieces. None if its rows would not be aligned to 16 bytes."""
         found = cast(Nf4Weight, weight)
         return AugmentedNf4(found, lora_A, lora_B) if found.aligned_with(lora_B.shape[1]) else None
 
@@ -63,7 +63,7 @@ class Nf4Format(WeightFormat):
         return nf4_files.quantization_config(dtype, nested)
 
     def reader(self, quantization_config: Mapping[str, Any]) -> CheckpointReader | None:
-        """For checkpoints that bitsandbytes wrote in 4 bits."""
+        """Reader of checkpoints that bitsandbytes wrote in 4 bits; None for others."""
         how = quantization_config
         method = how.get("quant_method") or ("bitsandbytes" if how.get("load_in_4bit") else None)
         return Nf4Reader() if method == "bitsandbytes" and not how.get("load_in_8bit") else None

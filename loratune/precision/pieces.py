@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PIECE_ELEMENTS = 1 << 25
-"""Elements of a weight that may always be dense at a time: 64 MiB in bfloat16."""
+"""A piece may always have this many elements: 64 MiB in bfloat16."""
 
 PIECE_STEP = 256
 """Rows or columns of a piece are a multiple of this, so that its product fills whole tiles of a GPU's product."""

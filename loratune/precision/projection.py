@@ -2,8 +2,8 @@
 
     y = x Wᵀ + b + (x Aᵀ) Bᵀ        W, A and B of all members side by side, B zero between different members
 
-Computed as written, the low-rank part reads and writes y and dx once more, which costs a tenth of the wide product on
-a GPU. Most precisions therefore offer the augmented weight:
+Computed as written, the low-rank part reads and writes y and dx once more, which costs a tenth of the frozen product
+on a GPU. Most precisions therefore offer the augmented weight:
 
     [ W  B ]        y  = [x, x Aᵀ] [W B]ᵀ
     [ A  0 ]        dx = [dy, dy B] [W; A]
@@ -11,10 +11,10 @@ a GPU. Most precisions therefore offer the augmented weight:
 One product then computes both parts, with a few more terms in each sum. The pass that writes x or dy reserves padding
 columns behind each row (`ops.layer`), and `x Aᵀ` or `dy B` is written into them here. The length of a row shows
 whether it has padding columns. An x without them, such as attention's output, is copied. For a dy without them the
-wide product is added onto the low-rank part.
+frozen product is added onto the low-rank part.
 
-Dropout acts between x and A, so the forward stays one product. In the backward it puts a mask between (dy B) A and
-dx, one for each member, which no product can absorb. The wide product is then added onto the masked sum.
+Dropout acts between x and A, so the forward stays one product. In the backward each member has a mask between
+(dy B) A and dx, which cannot be part of a product. The frozen product is then added onto the masked sum.
 
 `precision.fp8_projection` is the counterpart for products in 8 bits.
 """
@@ -61,13 +61,13 @@ class LowRankProjection:
     """(D, R), compute dtype, the scaling multiplied in."""
     adapters: StackedAdapters = field(default_factory=StackedAdapters)
     augmented: AugmentedWeight | None = None
-    """Over the same A and B; None if the low-rank part is added separately."""
+    """Augmented weight over the same A and B; None if the low-rank part is added separately."""
     drops: AdapterDropout | None = None
     """Dropout of one forward and its backward; None for none."""
     measure_x: None = None
     measure_dy: None = None
     state: ForwardState = field(default_factory=ForwardState)
-    """Of the forward that this projection is part of."""
+    """State of the forward that runs this projection."""
 
     @property
     def pad_columns(self) -> int:

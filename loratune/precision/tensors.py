@@ -37,12 +37,12 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def set_frozen_form(dense: Tensor, frozen: FrozenWeight) -> None:
-    """Notes the quantised weight that a dense tensor was made from, so that a loader can use it instead."""
+    """Attaches to a dense tensor the quantised weight it was made from, so that a loader can use that weight."""
     dense.frozen_form = frozen  # type: ignore[attr-defined]
 
 
 def frozen_form(dense: Tensor) -> FrozenWeight | None:
-    """The noted weight. Tensors that transformers merges, splits or permutes are new and have none."""
+    """The attached quantised weight, or None. Tensors that transformers merges, splits or permutes have none."""
     return getattr(dense, "frozen_form", None)
 
 
@@ -57,7 +57,7 @@ class StoredTensor:
     start: int
     """Offset of its first byte in the file."""
     pinned: bool
-    """Read into page-locked memory, from which a GPU copies faster."""
+    """True to read into page-locked memory, from which a GPU copies faster."""
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """The single file, or the files of the index in its order; the choice of transformers."""
+        """The single file, or else the files of the index in its order, as transformers chooses."""
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         if single.exists():
             return [single]

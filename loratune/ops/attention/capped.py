@@ -31,11 +31,11 @@ class DocumentSpans:
     """
 
     def __init__(self, cu_seqlens: Tensor, flash: FlashTrials | None = None) -> None:
-        """Of one row.
+        """Takes the boundaries of one row.
 
         Args:
             cu_seqlens: (documents + 1,) int32 starts of the documents and, last, T, perhaps several times.
-            flash: of the forward (`ops.state`); None excludes FlashAttention 4.
+            flash: trials of the current forward (`ops.state`); None excludes FlashAttention 4.
         """
         self._cu_seqlens, self.flash = cu_seqlens, flash
         self._table: Tensor | None = None
@@ -90,7 +90,7 @@ def _operator(*given: Any) -> tuple[Tensor, Tensor]:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, spans, _, *ctx.settings = inputs
     ctx.save_for_backward(query, key, value, spans, *output)
-    ctx.set_materialize_grads(False)  # of the logsumexp
+    ctx.set_materialize_grads(False)  # no zeros as the gradient of the logsumexp
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,4 +102,4 @@ def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_keep)
 
 OPERATOR = torch.ops.loratune.capped_attention.default
-"""The operator as a dispatch mode sees it."""
+"""The operator under the name by which a dispatch mode recognises it."""

@@ -102,8 +102,8 @@ def document_attention(
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
         max_length_q: upper bound of the documents' lengths, needed by GPU kernels.
         spans: of the same boundaries, shared by all layers of a forward; without it each layer makes its own.
-        contained: a document that is not finite must leave the others unchanged to the bit. This excludes
-            FlashAttention 4, which reads past a document's end and adds zero times the values there.
+        contained: True if a document with NaN or infinite values must not change the others by a bit. This excludes
+            FlashAttention 4, which reads past a document's end and multiplies the values there by zero.
         collected: receives the options that `module` passes, by module.
         position_bias: not supported.
 
@@ -140,7 +140,7 @@ def _on_meta(
     longest: int | None,
 ) -> Tensor:
     """(1, T, heads, head_dim) without values; boundaries have no values either, and may be missing."""
-    if query.dtype.itemsize > 2 and (softcap is not None or sinks is not None):  # no kernel of a CPU has them
+    if query.dtype.itemsize > 2 and (softcap is not None or sinks is not None):  # no CPU kernel supports them
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return explicit(query, key, value, 1.0, 0.0, None, softcap, sinks).transpose(1, 2)

@@ -1,9 +1,9 @@
 """FlashAttention 4, if it is installed: attention written for Hopper GPUs, on documents of any length.
 
 PyTorch's variable-length kernel is FlashAttention 2, written for the generation before, and cuDNN's takes documents
-of one length only. `pip install 'loratune[flash]'` brings the package flash-attn-4 (Dao-AILab/flash-attention,
-`flash_attn.cute`). It takes half the time of FlashAttention 2 and 5 to 15 % less than cuDNN (docs/lab).
-It compiles each kernel at its first use, three seconds each.
+of one length only. `pip install 'loratune[flash]'` installs the package flash-attn-4 (Dao-AILab/flash-attention,
+`flash_attn.cute`). It takes half the time of FlashAttention 2 and 5 to 15 % less than cuDNN (docs/lab). Each kernel
+is compiled at its first use, which takes three seconds.
 
 The package is young and compiles on the user's machine, and some of its kernels were seen to be wrong without an
 error. So each kind of heads has a trial against PyTorch's kernel before it is used (`FlashTrials`).

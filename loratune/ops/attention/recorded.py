@@ -106,7 +106,8 @@ class _SavedTensor:
 
 
 class _SavedTensors:
-    """The hooks of a `RecordedAttention`. They live in its graph; a graph that refers to its owner is never freed."""
+    """The hooks of a `RecordedAttention`. Its graph refers to them, so they must not refer back: a cycle through a
+    graph is never freed."""
 
     def __init__(self, heads: Tensor) -> None:
         self.heads: Tensor | None = heads
@@ -145,7 +146,7 @@ def _shares(a: Tensor, b: Tensor) -> bool:
 class _GraphStart(torch.autograd.Function):
     """Start of the small graph: passes the heads on, and collects their gradients in a list.
 
-    Leaf tensors would do the same but hold their values as long as the graph lives.
+    Leaf tensors would do the same, but would keep the heads in memory as long as the graph exists.
     """
 
     @staticmethod

@@ -58,7 +58,7 @@ class _OnGpu(torch.autograd.Function):
         padded = tokens + _PADDING * ctx.documents
         gradients = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
         sums = [query.new_empty(padded, heads, dim, dtype=torch.float32)]
-        sums.append(query.new_empty(2, padded, heads, dtype=torch.float32))  # of the rows
+        sums.append(query.new_empty(2, padded, heads, dtype=torch.float32))  # two numbers per query
         if key.shape[1] != heads:
             columns = dim + value.shape[-1]
             in_float32, of_each_head = 4 * padded * key.shape[1] * columns, 2 * tokens * heads * columns

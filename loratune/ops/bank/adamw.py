@@ -4,8 +4,8 @@
 
 Only slots that update now are touched. A slot whose loss or norm is not finite keeps its weights and moments. The
 gradient of every slot that updates is zero afterwards. Everything that differs between slots and steps is a number in
-a table, so one recorded launch serves every mixture. Plain PyTorch here, slot by slot, is the reference. On a GPU its
-twin in `ops.bank.kernels` takes two passes, whatever the number of slots.
+a table, so one recorded launch serves every mixture. This file is the reference: plain PyTorch, slot by slot. On a
+GPU its twin in `ops.bank.kernels` takes two passes for any number of slots.
 
 Source: Loshchilov and Hutter 2017, arXiv:1711.05101, in the order of operations of `torch.optim.AdamW`.
 """

@@ -7,13 +7,14 @@ adapters, and a recorded launch serves later ones: joining, leaving and another 
 tables whose addresses do not change. Low-rank parts read or write a wide operand once and multiply little, so they
 are bound by memory; sums are in float32.
 
-    block   slot, position in the slot's step, key (two halves), dropped of 2^24; and, independent of the block
-            itself, the nth block in the order of the slots, in which the gradients go through a row
-    slot    first of its blocks in that order; 1 / (1 - dropout)
-    entry   of a layer and a slot: rank, offsets of A and of B transposed in the pool; scaling
+    block   slot; position in the slot's step; dropout key (two halves); dropout threshold out of 2^24. The last
+    column
+            is a list of its own: all blocks of the row, sorted by slot
+    slot    index of its first block in that list; 1 / (1 - dropout)
+    entry   one for each layer and slot: rank, offsets of A and of B transposed in the pool; scaling
 
-The gradient of a slot is made by one program for each tile of columns, which goes through the slot's blocks in order:
-no atomics, the same bits in every run.
+One program computes each tile of columns of a slot's gradient, by adding the slot's blocks in order. There are no
+atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BLOCK = 64
 _MAX_BLOCKS = 1 << 14
 """A row has at most a million tokens."""
 _MEMBERS = 3
-"""Linear layers that one launch takes."""
+"""Largest number of linear layers in one launch."""
 _A, _B = 1, 2
 """Columns of an entry: the offsets of the two factors."""
 
@@ -278,7 +279,7 @@ class BankTables:
         self.starts, self.blocks = self._row[: self._head], self._row[self._head :]
         self._used = 0
         self.rank = min(64, max(16, triton.next_power_of_2(pool.max_rank)))
-        """Ranks that a program takes at once."""
+        """Ranks in a tile of a program."""
 
     def set_slot(self, pool: BankPool, slot: int, layers: Sequence[BankLayer]) -> None:
         """Writes the present contents of a slot to the tables."""
@@ -295,7 +296,7 @@ class BankTables:
         self.keep[slot] = 1 / (1 - pool.dropout[slot])
 
     def prepare_row(self, pool: BankPool, segments: Sequence[Segment]) -> Tensor:
-        """The tables of these segments for `set_row`, on the host, in pinned memory with a GPU."""
+        """The tables of these segments for `set_row`, in host memory; pinned if the device is a GPU."""
         used = max((-(-segment.stop // BLOCK) for segment in segments), default=0)
         host = np.full(self._head + 8 * max(self._used, used), -1, dtype=np.int32)
         starts, blocks = host[: self._head], host[self._head :].reshape(-1, 8)
@@ -389,7 +390,7 @@ class BankTables:
                 )  # fmt: skip
 
 
-# Sizes of a program's piece, chosen by measuring (docs/lab, "Many adapters").
+# Tile sizes, measured (docs/lab, "Many adapters").
 DOWN: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 4}
 UP: dict[str, int] = {"tokens": 32, "width": 128, "num_warps": 4, "num_stages": 2}
 GRADIENTS: dict[str, int] = {"width": 256, "num_warps": 4, "num_stages": 3}
@@ -402,7 +403,8 @@ def down_shape(tokens: int, members: int) -> tuple[int, int]:
 
 
 def _launches(p: BankProjection, side: int) -> list[tuple[int, list[int]]]:
-    """First member, and arguments of a launch for up to `_MEMBERS`: layers, first columns, widths, salts."""
+    """Launches of up to `_MEMBERS` members: the first member, and arguments (layers, first columns, widths,
+    salts)."""
     launches = []
     for first in range(0, len(p.layers), _MEMBERS):
         layers = list(p.layers[first : first + _MEMBERS])

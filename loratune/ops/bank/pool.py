@@ -1,6 +1,6 @@
-"""Weights of many adapters in three flat tensors, and the segments of the row that runs.
+"""Weights of many adapters in three flat tensors, and the segments of the current row.
 
-All numbers of all slots lie in float32 masters, their gradients and, on a GPU, working copies in the compute dtype. B
+The tensors are float32 masters, their gradients and, on a GPU, working copies in the compute dtype. B
 is stored transposed, so that both factors are (r, width) matrices of contiguous rows. A slot's weights are one slice
 of the pool, so clipping, updating, saving and clearing a slot are one call each.
 """
@@ -59,7 +59,7 @@ class BankLayer:
 
 
 class BankPool:
-    """The numbers of all slots, and the segments of the row that runs."""
+    """Weights of all slots, and the segments of the current row."""
 
     def __init__(
         self, starts: Sequence[int], layers: int, max_rank: int, dtype: torch.dtype, like: FrozenWeight

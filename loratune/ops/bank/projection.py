@@ -56,7 +56,7 @@ class BankProjection:
     layers: Sequence[BankLayer]
     """Members that have an entry in the pool."""
     rows: Sequence[slice]
-    """Rows of the weight that belong to each of them."""
+    """Rows of the weight that belong to each member."""
     defers_output: bool = False
     """The output lacks the low-rank part, which `BankActivation` adds."""
     defers_d_input: bool = False
@@ -65,14 +65,14 @@ class BankProjection:
     measure_x: None = None
     measure_dy: None = None
     state: ForwardState = field(default_factory=ForwardState)
-    """Of the forward that this projection is part of."""
+    """State of the forward that runs this projection."""
 
     def with_dropout(self, row: Tensor) -> BankProjection:
-        """Unchanged: the segments hold each slot's dropout."""
+        """Returns itself: the segments hold each slot's dropout."""
         return self
 
     def from_token(self, first: int) -> BankProjection:
-        """Unchanged: rows of a bank are not cut into tiles (`fused.layer`)."""
+        """Returns itself: rows of a bank are not cut into tiles (`fused.layer`)."""
         assert first == 0
         return self
 
@@ -145,7 +145,7 @@ class BankActivation:
 def linked(
     first: BankProjection, activation: Activation, second: BankProjection
 ) -> tuple[BankProjection, LinkedActivation, BankProjection]:
-    """Both projections of an MLP and the activation between them, with low-rank parts deferred where that pays."""
+    """Both projections of an MLP and the activation between them. On a GPU, SwiGLU adds their low-rank parts."""
     if first.pool.tables is None or not activation.gated or activation.kind != "silu":
         return first, PaddedActivation(activation, first, second), second
     first, second = replace(first, defers_output=True), replace(second, defers_d_input=True)

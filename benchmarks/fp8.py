@@ -40,9 +40,9 @@ ROUNDS = 20
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Median microseconds on the device, the cache filled with other numbers before each round.
+    """Median microseconds on the device, with a cache that other numbers fill before each round.
 
-    Recorded, because the host takes longer to launch some of these than the device to run them.
+    The work is recorded, because some kernels run faster than the host can launch them.
     """
     other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     run()
@@ -160,7 +160,7 @@ def kernels(shape: str, tokens: int) -> list[dict[str, object]]:
         "gate_up": a_projection(2 * mlp, width, 2, hold_transposed=False),
         "down": a_projection(width, mlp, 1, hold_transposed=False),
     }
-    all_layers = refresher(list(projections.values()) * layers)  # one layer's, over and over
+    all_layers = refresher(list(projections.values()) * layers)  # the projections of one layer, repeated
     all_layers()
     found = [
         of_a_product(name, p, tokens, backward=backward)

@@ -170,7 +170,7 @@ def unsloth(shape: str, count: int) -> dict[str, object]:
 def _packed(documents: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """One row of `ROW` tokens: labels (the first of each document is not predicted), restarting positions.
 
-    Filled up with a document that is not trained: rows of one length spare a compiler that specialises on it.
+    The rest of the row is a document that is not trained, because a compiler may specialise on the row's length.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The cost of 4 bits in loss, on a model that we trained: our bf16 and NF4 beside bitsandbytes + PEFT.
+"""Effect of a 4-bit base on the loss, on a model that we trained: our bf16 and NF4 beside bitsandbytes + PEFT.
 
     python -m benchmarks.nf4_loss OUT.jsonl [--model FOLDER] [--train FILE] [--heldout FILE] [--device cuda]
                                   [--prose] [--rate 1e-3] [--steps 120] [--tokens 1024] [--seeds 3] [--no-peers]

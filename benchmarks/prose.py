@@ -1,5 +1,5 @@
 """A task that is not learnt to the end: source files of the installed transformers package, as plain text.
- The bundled tasks have one right answer, and a model that has learnt them has a loss near zero, where percentages
+The bundled tasks have one right answer, and a model that has learnt them has a loss near zero, where percentages
 mean nothing. Program text keeps an entropy of its own, so two ways to train can be compared by their final loss.
 The files are the machine's own, in an order derived from their names; every tenth is held out. Other versions of
 transformers give other text, so compare only runs of one machine.

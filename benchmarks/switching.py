@@ -129,7 +129,7 @@ ROUNDS = 6
 def _beside_work(model: Any, store: Store, names: list[str], tokens: int, copy: Callable[[], None]) -> dict[str, Any]:
     """Forwards of `tokens` tokens, each with an adapter that is not on the device when its predecessor begins.
 
-    The kinds take turns and rotate their order, since a shared host drifts by more than the difference of interest.
+    The kinds alternate in rotating order, because the speed of a shared host drifts by more than they differ.
     Returns milliseconds per forward until the device is idle (median and minimum of the rounds), and the host's
     milliseconds in switching, in starting a copy, and in the forward.
     """

@@ -1,4 +1,4 @@
-"""A sweep from Python: four jobs train together over one base, each as it would alone.
+"""A sweep from Python: four jobs train together over one base, each with the same result as alone.
 
 python examples/sweep.py [--steps 20] [--out sweep-example]
 """

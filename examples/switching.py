@@ -1,4 +1,4 @@
-"""Several adapters on one base: attach, switch, add up, merge, and take all of it back.
+"""Several adapters on one base: attach, switch, add, merge, unmerge and detach.
 
 python examples/switching.py
 """
@@ -23,7 +23,7 @@ def main() -> None:
     for seed, name in enumerate(("sql", "french")):
         lt.attach(model, lt.LoraConfig(r=8), name=name, seed=seed)
         for path, parameter in model.named_parameters():
-            if path.endswith("lora_B"):  # stands for training: a fresh adapter changes nothing
+            if path.endswith("lora_B"):  # random values instead of training, because a new adapter changes nothing
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(seed))
 
     lt.activate(model, "sql")

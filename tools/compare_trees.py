@@ -5,7 +5,7 @@
 OLD and NEW are folders that hold a `loratune` package. Each trains, through the command line and in float32 on a CPU,
 the bundled model and five small random models of other architectures: one adapter with `train`, and three adapters of
 different ranks, rates and seeds with `sweep`. Compared are the loss of every step, the held-out losses, and the bytes
-of every adapter file. Use it to show that a change of structure leaves behaviour alone.
+of every adapter file. Use it to show that a change of structure does not change behaviour.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ class Combined:
     rank: int
     layers: int
     error: float | None = None
-    """Of methods that cut to a rank: relative Frobenius error of all layers together; else None."""
+    """Relative Frobenius error of all layers together; None for methods that do not cut to a rank."""
     errors: dict[str, float] = field(default_factory=dict)
-    """The same for each layer."""
+    """Path of a layer -> its relative Frobenius error."""
     narrow: tuple[str, ...] = ()
     """Layers in which the rank adds nothing, because their smaller side is below it."""
 
@@ -135,7 +135,7 @@ def combine(
         weights: one for each folder, any sign; by default 1 each, the plain sum of the updates.
         rank, density, majority_sign, seed: as in `CombineRecipe`.
         model: the base model of all, if they record different names for it.
-        device: to compute on.
+        device: device of the computation.
 
     Raises:
         ConfigError: a value is out of range or does not go with the method.
@@ -307,7 +307,7 @@ def _keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def _keep_random(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """A random share of the values, over `density`, zeros elsewhere (DARE: drop and rescale)."""
+    """A random share of the values, divided by `density`; zeros elsewhere (DARE: drop and rescale)."""
     if density >= 1:
         return tensor
     kept = torch.bernoulli(torch.full(tensor.shape, density), generator=generator)

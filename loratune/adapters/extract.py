@@ -1,12 +1,12 @@
 """An adapter extracted from a fine-tuned checkpoint: the low-rank part of tuned - base, and the error of each rank.
 
-Weights are read one at a time from both folders, so memory is that of one layer for a model of any size. No model is
+Weights are read one at a time from both folders, so a model of any size needs the memory of one layer. No model is
 loaded: the layers are found on an empty copy of the architecture. Changes outside of them (norms, embeddings, biases,
-the head) cannot be in the adapter. They are measured and listed, so that nobody takes the adapter for the checkpoint.
+the head) cannot be in the adapter. They are measured and listed, since the adapter does not reproduce them.
 
 The error of a rank r is ‖Δ - B A‖ / ‖Δ‖ in the Frobenius norm, for each layer and for all together. `lowrank`
 explains how it is computed and why it holds for large layers too. Full fine-tuning changes every direction a little.
-Expect large errors at small ranks; a model often loses less by them than the norm suggests.
+Expect large errors at small ranks. They often harm a model less than the norm suggests.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class LayerError:
     norm: float
     """Frobenius norm of tuned - base."""
     relative: float
-    """The norm divided by that of the base weight: the relative distance that training moved it."""
+    """`norm` divided by the norm of the base weight: the relative distance that training moved the weight."""
     errors: dict[int, float]
     """Rank -> relative Frobenius error of the best update of that rank."""
     exact: bool
-    """False if found by a randomised decomposition. Its errors are measured and hold too."""
+    """False if found by a randomised decomposition, whose errors are measured on the difference itself."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def extract(
         tuned, base: folders or hub ids of transformers models in safetensors.
         target_modules: as in `LoraConfig`.
         out: folder for the adapter.
-        device: to compute on; by default the GPU if there is one.
+        device: device of the computation; by default the GPU if there is one.
 
     Raises:
         ConfigError: the rank is below 1 or above the smaller side of every layer.

@@ -149,7 +149,7 @@ def _check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts "layers.10" after "layers.9"."""
+    """Sort key that puts "layers.10" after "layers.9"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 

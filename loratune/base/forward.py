@@ -54,14 +54,14 @@ from loratune.ops.state import ForwardState
 
 ExecutionPath = Literal["packed", "position mask", "per document"]
 PATHS: tuple[ExecutionPath, ...] = ("packed", "position mask", "per document")
-"""Fastest first."""
+"""Execution paths, fastest first."""
 # Errors of an architecture that cannot run on a path, as opposed to errors of this package.
 _REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
 
 
 @dataclass(frozen=True)
 class HeadTail:
-    """Operations behind the output embeddings, as in `ops.logprobs.token_logprobs`."""
+    """Elementwise operations after the output embeddings, as in `ops.logprobs.token_logprobs`."""
 
     scale: float
     softcap: float | None
@@ -69,27 +69,31 @@ class HeadTail:
 
 @dataclass
 class PackedForward:
-    """How rows run through one model. Made by `prepare`; use inside `with forward.installed():`."""
+    """Runs packed rows through one model, on the paths that `prepare` chose.
+
+    Methods that run rows must be called inside `with forward.installed():`.
+    """
 
     model: PreTrainedModel
     path: ExecutionPath
     head: HeadTail | None
     """None: the model computes its logits itself."""
     notes: list[str] = field(default_factory=list)
-    """One line for a user about each slower choice; empty if there is none."""
+    """One line for the user about each choice that is slower than usual."""
     fused: RecipeFit | None = None
-    """How decoder layers run fused; None if they run as modules."""
+    """Recipe by which decoder layers run fused; None if they run as modules."""
     one_pass: bool = False
-    """Norms and gated activations of layers that are not fused run as in `base.one_pass`."""
+    """True if norms and gated activations of layers that are not fused run as in `base.one_pass`."""
     plan: ActivationPlan | None = None
     """Activations that each decoder layer saves for its backward; None saves all."""
     record: bool = True
-    """Steps may become CUDA graphs. False if `memory.fit` found too little memory for them."""
+    """True if steps may be recorded as CUDA graphs. `memory.fit` sets False if there is too little memory for
+    them."""
     state: ForwardState = field(default_factory=ForwardState)
     """State that belongs to this forward, given to adapter layers and fused layers while installed."""
     _copies: Copies | None = None
     _contained: bool = False
-    """As in `ops.attention.documents.document_attention`: where adapters share a row."""
+    """True if adapters share a row; see `contained` in `ops.attention.documents.document_attention`."""
     _collected: dict[nn.Module, AttentionOptions] | None = None
     """Receives the options of attention layers during `attention_options`."""
 
@@ -111,7 +115,7 @@ class PackedForward:
                 if self.one_pass:
                     stack.enter_context(one_pass.installed(self.model))
                 if self.plan is not None:
-                    # Document by document a layer runs several times in a row, and the host has one buffer for each.
+                    # One document at a time, a layer runs several times per row, but it has only one host buffer.
                     host = None if self.path == "per document" else HostOffload()
                     stack.enter_context(recompute.installed(self.model, self.plan, host, self.state))
             yield
@@ -120,8 +124,8 @@ class PackedForward:
     def attention_options(self) -> dict[nn.Module, AttentionOptions]:
         """Options that each attention layer passes to the attention function, collected during a short row.
 
-        Attributes would not do: a window, for example, is in the layer for one architecture, in its configuration
-        for another.
+        Reading attributes would not suffice: a window, for example, is an attribute of the layer in one architecture,
+        and of the configuration in another.
         """
         collected = self._collected = {}
         try:

@@ -46,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve(model: str) -> str:
     """The local folder or hub id of `model`, after every check that reads no weight.
 
-    A hub id becomes the folder it was downloaded to where the hub cannot be reached.
+    If the hub cannot be reached, a hub id becomes the folder of its earlier download.
 
     Raises: ModelError: the folder is missing, is not a model, holds only pickled weights, or is an adapter; the hub
         has no such model.
@@ -274,7 +274,7 @@ def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"{where}:{error.lineno}: not valid Jinja: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # the data will show whether it takes those
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # it may still accept the data's conversations
         return ""
     return text if _MARKER in text else ""
 
@@ -290,7 +290,7 @@ def _on_hub(model: str, near: str) -> str:
     try:
         return hub.find(model, "model") or model
     except hub.NotOnHub as error:
-        raise ModelError(f"{model}: no such folder here, and not to be had from the hub: {error}.{near}") from error
+        raise ModelError(f"{model}: no such folder here, and the hub cannot provide it: {error}.{near}") from error
 
 
 def _looks_like_hub_id(model: str) -> bool:

@@ -29,7 +29,7 @@ class OnePassNorm(nn.Module):
 
     @classmethod
     def from_base(cls, base: nn.Module, form: NormForm) -> OnePassNorm:
-        """The replacement of `base`, which has that formula."""
+        """The replacement of `base`, whose formula is `form`."""
         norm = cls.__new__(cls)
         norm.__dict__.update(base.__dict__)
         weight = base.get_parameter("weight").detach()
@@ -37,7 +37,7 @@ class OnePassNorm(nn.Module):
         return norm
 
     def forward(self, x: Tensor, *more: object, **named: object) -> object:
-        """(..., d) -> (..., d). The original answers calls with further arguments, such as a gate."""
+        """(..., d) -> (..., d). Calls with more arguments, such as a gate, run the original."""
         if more or named or x.dtype != self.weight.dtype:
             return self._base[0](x, *more, **named)
         return passes.norm(x, self._spec)
@@ -51,14 +51,14 @@ class OnePassMlp(nn.Module):
 
     @classmethod
     def from_base(cls, base: nn.Module, kind: ActivationKind) -> OnePassMlp:
-        """The replacement of `base`, which has that activation."""
+        """The replacement of `base`, whose activation is `kind`."""
         mlp = cls.__new__(cls)
         mlp.__dict__.update(base.__dict__)
         mlp._base, mlp._kind = (base,), kind
         return mlp
 
     def forward(self, x: Tensor, *more: object, **named: object) -> object:
-        """(..., d) -> (..., d). The original answers calls with further arguments."""
+        """(..., d) -> (..., d). Calls with more arguments run the original."""
         if more or named:
             return self._base[0](x, *more, **named)
         if "gate_up_proj" in self._modules:
@@ -78,14 +78,14 @@ _PACKED = {"gate_up_proj": (32, 8), "down_proj": (8, 16)}
 
 @contextmanager
 def installed(model: nn.Module) -> Iterator[int]:
-    """Replaces modules wherever `replacement` finds one, yields their number, and puts the originals back on exit."""
+    """Replaces every module that has a `replacement`, yields their number, and puts the originals back on exit."""
     with _replaced(model.modules(), replacement) as count:
         yield count
 
 
 @contextmanager
 def last_norm_installed(backbone: nn.Module) -> Iterator[int]:
-    """The same for the norm behind the last decoder layer only."""
+    """As `installed`, but for the norm after the last decoder layer only."""
     with _replaced([backbone], norm_replacement) as count:
         yield count
 

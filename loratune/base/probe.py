@@ -69,7 +69,7 @@ def documents_alone(backbone: nn.Module, row: ProbeRow) -> Tensor:
 
 
 def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> ProbeResult:
-    """Hidden states, and gradients of a fixed weighted sum of them; `.grad` of the Parameters is left alone."""
+    """Hidden states, and gradients of a fixed weighted sum of them. Does not change `.grad` of the Parameters."""
     with torch.set_grad_enabled(bool(trained)):
         states = run()
     if not trained or not states.requires_grad:
@@ -81,7 +81,7 @@ def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> 
 
 @contextmanager
 def random_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Inside, every B of an adapter in use is random, so that the adapter shows in the hidden states.
+    """Context in which every B of an adapter in use is random, so that the adapter changes the hidden states.
 
     Yields the trained A and B. On exit B has its values back, to the bit; no global random generator is used.
     """
@@ -111,7 +111,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
-    """Relative error of hidden states up to which two ways to compute them count as one.
+    """Relative error of hidden states up to which two computations count as equal.
 
     Far above the rounding of a deep model, far below the effect of one foreign document (about 1).
     """

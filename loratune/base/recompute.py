@@ -1,4 +1,4 @@
-"""Recomputes decoder layers of any architecture in the backward, under `torch.utils.checkpoint`.
+"""Recomputes decoder layers of any architecture in the backward, with `torch.utils.checkpoint`.
 
 Without it autograd saves every activation that a module asks for. A `RecomputedLayer` around each decoder layer saves
 less, by level (`fused.policy`):
@@ -7,9 +7,9 @@ less, by level (`fused.policy`):
     full         the input alone
     offload      the input, on the host
 
-FlashAttention 4 is not an operator of PyTorch, so with it `selective` runs attention twice as well. Dropout is the
-same in both runs: it follows from the step's key (`ops.dropout`). Without a key the state of the random generators is
-saved beside the input.
+FlashAttention 4 is not an operator of PyTorch, so with it `selective` also runs attention again. Dropout is the same
+in both runs, because it depends on the step's key (`ops.dropout`). Without a key, the state of the random generators
+is saved with the input.
 
 Replacements share the children of the originals, so parameter paths stay as they are. Source: Chen et al. 2016,
 arXiv:1604.06174. Layers that run fused have levels of their own (`fused.block`).
@@ -65,7 +65,7 @@ class RecomputedLayer(nn.Module):
         return layer
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
-        """The layer's own result."""
+        """Result of the base layer."""
         base = self._base[0]
         if not torch.is_grad_enabled():
             return base(hidden_states, *args, **kwargs)
@@ -93,7 +93,7 @@ class RecomputedLayer(nn.Module):
         return out
 
     def _random(self) -> bool:
-        """True if an adapter draws its dropout from the random generators. The frozen base has none in training."""
+        """True if an adapter draws its dropout from the random generators. The frozen base has no dropout."""
         if self._state.dropout_row is not None:
             return False
         return any(getattr(module, "lora_dropout", 0.0) > 0.0 for module in self.modules())
@@ -107,7 +107,7 @@ def installed(
 
     Args:
         host: buffers for `Level.OFFLOAD`; without them it is `Level.FULL`.
-        state: of the forward that runs the layers.
+        state: state of the forward that runs the layers.
     """
     layers = decoder_layers(model)
     before = list(layers)

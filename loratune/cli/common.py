@@ -1,4 +1,4 @@
-"""Shared parts of the verbs' arguments: positional names, the parser, and its small helpers.
+"""Parts that the arguments of several verbs share: positional names, the parser, and helpers.
 
 A verb's arguments are a dataclass from which tyro makes the parser; its docstrings are the help texts. Settings of a
 section lose the section's name on the command line: `--r 8` instead of `--lora.r 8`.
@@ -43,7 +43,7 @@ def module_names(modules: str | list[str] | None) -> str | list[str] | None:
 
 
 def as_plain(kind: type[T], value: Any) -> T:
-    """An instance of `kind` with the values of `value`, an instance of a subclass."""
+    """Converts `value`, an instance of a subclass of `kind`, to an instance of `kind` itself."""
     return kind(**{f.name: getattr(value, f.name) for f in fields(kind)})  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ USAGE_ERROR = 2
 
 
 class Verb(NamedTuple):
-    """A command of the table: where its function is, and its line in the overview."""
+    """A command of the table: the location of its function, and its line in the overview."""
 
     function: str
     """"module:function"; the function takes the words after the verb and may return an exit status."""

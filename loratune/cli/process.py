@@ -1,6 +1,6 @@
 """Settings of the process that only a command line may change: signals, imports, logging, the environment.
 
-A library that is imported into another program must leave all of these alone.
+A library that is imported into another program must not change them.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def library_imports() -> Iterator[None]:
 
     Importing creates 600,000 objects that live as long as the process. Repeated garbage collections over them took a
     fifth of the import time, so collection is off, and `gc.freeze` then exempts them for the rest of the run.
-    transformers imports every optional package it finds; a quarter of all modules is useless for text, so those are
-    hidden meanwhile.
+    transformers imports every optional package it finds. A quarter of all modules is useless for text, so their
+    packages are hidden during the imports.
     """
     gc.disable()
     try:
@@ -144,7 +144,10 @@ def _silence_libraries() -> None:
 
 
 def _cache_flash_kernels() -> None:
-    """Lets flash-attn-4 keep compiled kernels on disk, unless the user has configured it. Read at its import."""
+    """Makes flash-attn-4 store compiled kernels on disk, unless the user has configured this.
+
+    It reads the variable when it is imported.
+    """
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(_user_cache() / "flash_attention"))
 

@@ -1,9 +1,9 @@
 """Records to examples: the tokens of a document, and the loss weight of predicting each token.
 
 For an assistant's answer, the prompt is the chat template's text for the messages before it, with the header of an
-answer (`add_generation_prompt`), as in inference. The answer is the text that the template adds once the answer is
-there. It is trained up to and including the token that stops generation. Templates often print more after that token,
-such as a newline; the model never generates it, so it has weight 0.
+answer (`add_generation_prompt`), as in inference. The answer is the text that the template then adds for it. It is
+trained up to and including the token that stops generation. Templates often print more after that token, such as a
+newline; the model never generates it, so it has weight 0.
 
 A conversation with several answers is one example if every prompt is, token by token, a prefix of the whole
 conversation. Some templates rewrite earlier turns: Qwen3's drops the reasoning of earlier answers once a new question
@@ -55,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """All inputs of rendering besides the records. Sent to worker processes."""
+    """All inputs of rendering except the records. Sent to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
@@ -143,7 +143,7 @@ def reference(
     stop_ids: frozenset[int],
     chat_template: str | None = None,
 ) -> str:
-    """The text that a model with perfect recall of the record generates as its last answer, without special tokens.
+    """The record's last answer as the model should generate it: rendered text without special tokens.
 
     Raises: as `prompt_ids`; also DataError if the answer has no stop token.
     """
@@ -345,7 +345,7 @@ def _example(source: str, ids: list[int], spans: list[tuple[int, int]]) -> Examp
 
 
 def _fit(example: Example, job: RenderJob, batch: Batch) -> None:
-    """Adds the example to the batch. One that is too long is cut (truncate) or reported."""
+    """Adds the example to the batch. An example that is too long is cut (truncate) or reported."""
     if job.max_tokens is not None and len(example) > job.max_tokens:
         if not job.truncate:
             batch.too_long.append((len(example), example.source))

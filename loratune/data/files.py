@@ -1,6 +1,6 @@
 """Data files to raw objects: JSON, JSONL, Parquet, CSV, plain text and hub data sets.
 
-Every object carries its place from here on, so later errors can name `file:line`. A reader does not stop at the
+Every object has its place (`file:line`), so that later errors can name it. A reader does not stop at the
 first broken line. It yields a DataError in place of the object, so the user sees how many lines need repair.
 
 | format     | definition                                                     |
@@ -12,7 +12,7 @@ first broken line. It yields a DataError in place of the object, so the user see
 | plain text | documents separated by blank lines, as BERT's pretraining data |
 
 One document per text file would turn a book into one endless document, and one per line would break prose and code.
-A document that contains blank lines belongs into JSONL, in a field "text".
+A document that contains blank lines must be stored as JSONL, in a field "text".
 """
 
 from __future__ import annotations

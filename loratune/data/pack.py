@@ -1,9 +1,9 @@
 """Examples to rows: several documents end to end in exactly `capacity` tokens, so every step has one shape.
 
 Best-fit decreasing packs the longest documents first, each into the fullest row with enough space. It needs at most
-11/9 of the minimum number of rows (Johnson 1974). Rows are more than 99 % full once documents are much shorter than a
-row. Concatenating and cutting would fill rows completely, but cuts documents apart, which costs quality (Ding et al.
-2024, arXiv:2404.10830). Here a document stays whole.
+11/9 of the minimum number of rows (Johnson 1974). Rows are more than 99 % full if documents are much shorter than a
+row. Concatenating and cutting would fill rows completely, but cut documents cost quality (Ding et al. 2024,
+arXiv:2404.10830). Here a document stays whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Row:
     cu_seqlens: Tensor
     """(documents + 1,) int32: start of each document, then T"""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name -> (T,) float32: extra numbers for each token, as an objective needs them."""
+    """Name -> (T,) float32: additional numbers for each token, which an objective reads."""
 
 
 def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
-"""Records: one training example as a JSON object of a file, and as checked content; and the contract of a format.
+"""Records: a training example as raw object of a file and as checked content, and the contract of a record format.
 
-A record format turns the first into the second. Each format is one file in `formats/` and one line in
+A record format converts a `RawRecord` to a `Record`. Each format is one file in `formats/` and one line in
 `loratune.tables.FORMATS`.
 """
 
@@ -21,7 +21,7 @@ class RawRecord:
     """One object of a data file, unchecked, with its place."""
 
     source: str
-    """Its place: "train.jsonl:218", or "train.parquet: row 218"."""
+    """Place of the object: "train.jsonl:218", or "train.parquet: row 218"."""
     fields: dict[str, Any]
 
 
@@ -30,7 +30,7 @@ class Record:
     """One checked training example. Exactly one of messages, (prompt, completion) and text is set."""
 
     source: str
-    """Its place: "train.jsonl:218"."""
+    """Place of the record: "train.jsonl:218"."""
     messages: tuple[Message, ...] | None = None
     """A conversation in OpenAI's form, for the model's chat template."""
     tools: list[dict[str, Any]] | None = None
@@ -91,7 +91,7 @@ def quoted(names: Collection[str]) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Removes null fields, with which Arrow pads the objects of a column to one common type."""
+    """Removes null fields. Arrow adds them to give all objects of a column one type."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

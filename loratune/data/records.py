@@ -30,7 +30,7 @@ ERRORS_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The records of some files, with notes for the user about how they were read."""
+    """The records of some files, with notes for the user about reading them."""
 
     records: list[Record]
     notes: list[str] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """Renders all records to examples, in order, in several processes if there are many.
 
-Jinja templates run in Python and hold its global lock, so large data needs processes. They are spawned, not forked: a
-fork of a process that holds CUDA or tokenizer threads may hang. Small data stays in this process, because each worker
-imports transformers, which takes seconds. Errors name file:line and are raised before training starts. Remarks about
-the result are collected as notes, each once.
+Jinja templates run in Python and hold its global lock, so large data needs processes. They are spawned, not forked,
+because a fork of a process with CUDA or tokenizer threads may hang. Small data is rendered in this process, because
+each worker imports transformers, which takes seconds. Errors name file:line and are raised before training starts.
+Remarks about the result are collected as notes, each once.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A merged checkpoint that is verified to be base + adapter: written, loaded again, compared, and then renamed.
 
 A base that is quantised in memory is written dense, each weight with the value that its codes represent, because the
-adapter was trained on those values. The weights from before the quantisation are another base.
+adapter was trained on those values. The original weights, before quantisation, are a different base.
 
 Merging is one addition, but a checkpoint can still be wrong: a tied weight saved twice, a key renamed, a module
-forgotten, an update lost below the resolution of bfloat16. So the folder is loaded again as any user would load it,
+omitted, an update lost below the resolution of bfloat16. So the folder is loaded again as any user would load it,
 and its logits on real prompts are compared with the logits of base + adapter from before the merge.
 
 How large may the difference be? A tolerance from a table would be too strict for a deep model and far too loose for
@@ -69,11 +69,11 @@ class Verification:
     """Result of the comparison of the reloaded checkpoint with base + adapter."""
 
     difference: Difference
-    """Between the merged checkpoint and base + adapter."""
+    """Difference between the merged checkpoint and base + adapter."""
     rounding: Difference
-    """Caused by moving the rounded weights by a rounding error."""
+    """Difference caused by moving the rounded weights by a rounding error."""
     adapter_effect: Difference
-    """Between base + adapter and the bare base: the change that the merge must preserve."""
+    """Difference between base + adapter and the bare base, which the merge must preserve."""
     largest_logit: float
     top1_agreement: float
     """Share of positions at which both put the same token first."""
@@ -92,7 +92,7 @@ class Verification:
 
     @property
     def adapter_survives(self) -> bool:
-        """False if the adapter changes the logits no more than rounding does, so that the merge may lose it."""
+        """True if the adapter changes the logits more than rounding does. If not, the merge may lose it."""
         return self.adapter_effect.rms > self.rounding.rms
 
 
@@ -147,7 +147,7 @@ def merge_checkpoint(
     Args:
         model: the base with the adapter attached; unchanged afterwards, unless keep_adapter is False.
         prompts: token ids of real prompts; a dozen is enough. The last positions of each are compared.
-        dtype: of the weights on disk; by default each tensor's dtype in the base's own files.
+        dtype: dtype of the weights on disk; by default each tensor's dtype in the base's own files.
         keep_adapter: False merges irreversibly, which needs no second copy of the adapted layers while writing.
         sources: folders that must not be overwritten, such as the adapter's own; the base's folder is always one.
         card: makes README.md from the verification.

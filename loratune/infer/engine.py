@@ -1,14 +1,14 @@
 """Tokens from prompts: batched (`generate`) and one at a time (`stream`), for any transformers causal model.
 
-One loop serves both: prefill a batch of prompts, sample, decode, sample, ... It replaces `model.generate` for three
+Both run one loop: prefill a batch of prompts, sample, decode, sample, ... It replaces `model.generate` for three
 reasons. A finished sequence leaves the batch at once, so no padding is computed for it. Sampling draws from one
 random stream per prompt, so an answer does not depend on the other prompts of its batch. And a step is four short
 functions that can be read, timed and, with many adapters, given a slot per row.
 
 Prompts of different length are padded on the left, so that the last column holds the newest token of every sequence.
-With masked padding, and positions counted from each prompt's own start, a prompt gets the same answer as alone. Some
-architectures break this: a recurrent state takes padding in, or a mask overflows. So it is measured on the model, and
-where it fails a batch holds prompts of one length.
+With masked padding, and positions counted from each prompt's own start, a prompt gets the same answer as alone. In
+some architectures it does not: padding enters a recurrent state, or a mask overflows. So this is measured on the
+model. If it fails, all prompts of a batch have one length.
 
 Legend for the suffixes: B sequences in the batch, T columns so far, V vocabulary.
 """
@@ -286,7 +286,7 @@ def _forward(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, positio
 
 
 def _batches(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts that run together, longest first, so that running out of memory happens at once."""
+    """Indices of prompts that run together, longest first, so that too little memory shows in the first batch."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mixed = batch_size > 1 and len({len(prompt) for prompt in prompts}) > 1
     one_length = mixed and not _pads_cleanly(model)
@@ -335,7 +335,7 @@ def _check_numbers(logits: Tensor) -> None:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Puts modules in training mode into evaluation mode for the block."""
+    """Context in which all modules are in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

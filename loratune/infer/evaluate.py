@@ -22,7 +22,7 @@ from loratune.infer.engine import BATCH_SIZE, generate
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One prompt answered."""
+    """A prompt, the model's answer and the reference."""
 
     prompt: str
     reference: str
@@ -45,7 +45,7 @@ class ExactMatch:
 
     @property
     def share(self) -> float:
-        """Correct answers over all, 0 to 1."""
+        """Share of correct answers, 0 to 1."""
         return self.correct / len(self.answers)
 
     @property

@@ -51,7 +51,7 @@ def open_folders(
     Args:
         folders: folders of adapters over one base, or a single base model.
         model: base model to use instead of the recorded one.
-        precision: of the base; "auto" is the precision of the first adapter's run if that was quantised.
+        precision: precision of the base; "auto" is the precision of the first adapter's run if that was quantised.
 
     Raises: AdapterError: a folder holds no adapter, or the adapters belong to different bases. ModelError: the base
         is not found.
@@ -107,13 +107,14 @@ def _open_base(name: str, precision: Precision, device: str | None) -> Opened:
 
 
 def _is_adapter(folder: str) -> bool:
-    """True for an adapter's folder, and for a folder without any configuration, to give a better message."""
+    """True for an adapter's folder, and for a folder without any configuration, whose error message is better
+    then."""
     path = Path(folder)
     return path.is_dir() and not (path / "config.json").exists()
 
 
 def _base_of(folder: str, run: RunConfig | None) -> str:
-    """The base model that run.toml names, or the one of adapter_config.json if the first does not exist any more."""
+    """The base model that run.toml names; the base in adapter_config.json if that model no longer exists."""
     recorded = read_info(folder).base_model
     candidates = [c for c in (run.model if run else None, recorded) if c]
     for candidate in candidates:

@@ -2,7 +2,7 @@
 
 Everything that can fail fails here, before the model is touched. Initial values come from a generator of their own,
 seeded by the caller and drawn in the order of the model's modules. So attaching is reproducible on any device and
-leaves torch's global generator alone.
+does not touch torch's global generator.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def build(
     """An adapter for `model`, whose bare base must be in use. Changes nothing.
 
     Args:
-        seed: of the initial values; None leaves the layers' tensors uninitialised, for a reader that fills them.
-        device: of the layers' tensors; by default that of each layer.
+        seed: seed of the initial values; None leaves the layers' tensors uninitialised, for a reader that fills them.
+        device: device of the layers' tensors; by default the device of each layer.
 
     Raises: AdapterError: a module of modules_to_save is tied to a module outside of it; there is no bias to train.
     """

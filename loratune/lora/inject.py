@@ -101,7 +101,7 @@ def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] 
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Removes the adapter `name`, or all. Without adapters left, the model has its own layer instances again.
+    """Removes the adapter `name`, or all. Removing the last adapter restores the model's original layer instances.
 
     If the removed adapter was in use, the bare base is active afterwards.
     Raises: AdapterError: an unknown name, or an adapter is merged.
@@ -237,7 +237,7 @@ def check_name(name: str) -> None:
 
 @contextmanager
 def base_in_use(model: nn.Module, state: Adapters) -> Iterator[None]:
-    """Takes the bare base into use for the block. If the block raises, the previous adapters are in use again."""
+    """Context in which the bare base is in use. If the block raises, the previous adapters are in use again."""
     before = dict(state.active)
     finished = False
     switch(model, state, {})
@@ -287,7 +287,7 @@ def join(model: nn.Module, state: Adapters, name: str, selection: Selection, ada
 
 
 def drop_unused(model: nn.Module, state: Adapters) -> None:
-    """Puts the base layers back where no adapter has weights any more."""
+    """Restores the base layers that no remaining adapter adapts."""
     still_used = {path for adapter in state.adapters.values() for path in adapter.layers}
     for path in [path for path in state.layers if path not in still_used]:
         set_module(model, state.paths[path], state.layers.pop(path).to_base())

@@ -4,11 +4,11 @@
 
 `LoraLayer` knows the layer: how the base computes, how its weight is stored, how an update is merged. There is one
 subclass for each kind of layer (`lora.linear`, `lora.layers`). `LoraVariant` knows the adapter: which tensors it has,
-their initial values and their formula. Plain LoRA is the base class, and `lora.variants` holds the table of others.
+their initial values and their formula. Plain LoRA is the base class; `loratune.tables.VARIANTS` lists the others.
 Kinds and variants combine freely, so a new variant does not touch the kinds.
 
-A layer holds the adapter in use and nothing of the others. Switching re-points its tensors, and with none in use the
-layer computes the same bits as its base. Adapter names never reach a layer.
+A layer holds only the adapter in use. Switching re-points its tensors. With no adapter in use, the layer computes the
+same bits as its base. Adapter names never reach a layer.
 
 Source: Hu et al. 2021, arXiv:2106.09685.
 """
@@ -184,7 +184,7 @@ class LoraLayer(AdaptedLayer):
         raise NotImplementedError
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """scaling · drop(x) Aᵀ Bᵀ of a linear layer; (..., d_in) -> (..., d_out). For variants."""
+        """scaling · drop(x) Aᵀ Bᵀ of a linear layer; (..., d_in) -> (..., d_out). Variants build on it."""
         assert self.lora_A is not None
         assert self.lora_B is not None
         rows = x.reshape(-1, x.shape[-1])
@@ -257,13 +257,13 @@ class LoraLayer(AdaptedLayer):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
     def hold(self, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, dropout: float) -> None:
-        """Takes the tensors of a plain adapter, (r, d_in) and (d_out, r), into use."""
+        """Makes a plain adapter the one in use, from its tensors A, (r, d_in), and B, (d_out, r)."""
         self.release()
         self.lora_A, self.lora_B = lora_A, lora_B
         self.scaling, self.lora_dropout = scaling, dropout
 
     def release(self) -> None:
-        """Takes the adapter out of use: the layer computes the same bits as its base."""
+        """Removes the adapter from the layer, which then computes the same bits as its base."""
         for name in self.tensor_names():
             self._parameters[name] = None
         self.variant, self.scaling, self.lora_dropout = PLAIN, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The other kinds of adapted layers (Conv1D, embeddings, quantised layers), and which base layers can be adapted.
+"""Adapted layers other than `nn.Linear` (Conv1D, embeddings, quantised layers), and which layers can be adapted.
 
 A layer is adapted only if its replacement computes the same. A Linear subclass with its own forward, a sharded or
 parametrised layer, and a layer whose parent reads its weight instead of calling it would be silently wrong. Each is

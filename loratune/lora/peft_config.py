@@ -127,7 +127,7 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
         if name in known or name in _HARMLESS or value == UNUSED.get(name) or not value:
             continue
         why = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
-        raise AdapterError(f"{path}: {name} = {_short(value)}{why}; without it the adapter would be another one")
+        raise AdapterError(f"{path}: {name} = {_short(value)}{why}; ignoring it would change the adapter's output")
     init = given.get("init_lora_weights", True)
     if init is not None and init not in (*_HARMLESS_INITS, *values_of("init_lora_weights")):
         raise AdapterError(
@@ -208,12 +208,12 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
 
 
 def _ending(path: str, every: list[str]) -> str:
-    """The shortest entry of modules_to_save by which PEFT finds this module and no other; it matches any ending."""
+    """The shortest entry of modules_to_save that ends only this module's path, since PEFT matches any ending."""
     parts = path.split(".")
     names = (".".join(parts[i:]) for i in reversed(range(len(parts))))
     return next((name for name in names if sum(p.endswith(name) for p in every) == 1), path)
 
 
 def _whole(number: float) -> float:
-    """An int where the value is whole, as PEFT writes it."""
+    """The number as an int if it is whole, as PEFT writes it."""
     return int(number) if float(number).is_integer() else number

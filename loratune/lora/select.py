@@ -81,7 +81,7 @@ class Selection:
     saved: tuple[ModulePaths, ...]
     """Modules of modules_to_save."""
     left_out: tuple[str, ...] = ()
-    """Reasons why layers that "all-linear" means are not among the targets. Layers too narrow share one line."""
+    """Reasons why "all-linear" left linear layers out. Layers narrower than the rank share one line."""
 
 
 class _TooNarrow(AdapterError):
@@ -194,7 +194,7 @@ def _inside(groups: Iterable[Sequence[str]]) -> Callable[[Sequence[str]], bool]:
 def _chosen(
     model: nn.Module, modules: list[ModulePaths], config: LoraConfig, strict: bool
 ) -> list[tuple[ModulePaths, str]]:
-    """Modules left by target_modules, layers_to_transform and exclude_modules, each with the path that matched."""
+    """Modules that target_modules selects and the other settings do not exclude, each with the path that matched."""
     wanted = config.target_modules
     excluded = _matcher("exclude_modules", config.exclude_modules, model, modules, strict)
     if wanted == ALL_LINEAR:

@@ -1,8 +1,8 @@
-"""Switching: the tensors that the model computes with are re-pointed. The mechanism below `inject`, without checks.
+"""Switches adapters by re-pointing the tensors that the model computes with; `inject` makes all checks before.
 
-A replaced layer is given the tensors of the adapter in use. A module trained in full, or a bias, trades places with
-that of the base. The incoming tensor follows the outgoing one to its device and dtype, so that a model may be moved
-while some of its tensors are outside of it.
+A replaced layer gets the tensors of the adapter in use. A module trained in full, or a bias, replaces its counterpart
+in the base, which is kept outside of the model. A tensor that enters the model takes the device and dtype of the
+tensor that it replaces, because the model may have been moved in between.
 """
 
 from __future__ import annotations

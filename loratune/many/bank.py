@@ -7,9 +7,9 @@
 
 A `BankedLinear` replaces a linear layer as `LoraLinear` does, with the same Parameters, but holds no adapter of its
 own. It knows its index in the pool (`ops.bank.projection`), which has the weights of all slots. A slot's weights are
-one flat float32 tensor, with a gradient of the same shape; A and B of each layer are views of it. So an optimizer, a
-clipping norm, a checkpoint, joining and leaving are each a call on one tensor. Addresses never change, which a
-recorded CUDA graph needs.
+one flat float32 tensor, with a gradient of the same shape; A and B of each layer are views of it. So updating,
+clipping, saving, joining and leaving are each a call on one tensor. Addresses never change, which a recorded CUDA
+graph needs.
 
 The capacity of a slot is a number of parameters, not a rank: any mixture of ranks and layers that fits may be placed.
 A small adapter in a large slot costs its own size in products, while the slot's update covers the whole capacity.
@@ -49,9 +49,9 @@ from loratune.ops.dropout import layer_salt
 from loratune.precision.linear import QuantisedLinear, frozen_of
 
 _ALIGNED = 64
-"""Elements; every matrix and every slot begins at a multiple, so that a GPU reads whole lines."""
+"""Every matrix and every slot begins at a multiple of this many elements, so that a GPU reads whole cache lines."""
 _BLOCK = 64
-"""Tokens. On a GPU, segments begin at multiples of it."""
+"""On a GPU, segments begin at multiples of this many tokens."""
 
 
 class BankedLayer(AdaptedLayer):
@@ -85,7 +85,7 @@ _BANKED: Final[dict[type[LoraLayer], type[BankedLayer]]] = {LoraLinear: BankedLi
 
 @dataclass(frozen=True)
 class _SlotMatrices:
-    """Where A and B of one layer are in a slot."""
+    """Position of one layer's A and B in a slot."""
 
     path: str
     kind: type[LoraLayer]
@@ -118,8 +118,8 @@ class Bank:
         Args:
             model: the bare base, on its device and in its dtype; it is frozen.
             configs: all configurations that will ever be placed, or at least the largest.
-            slots: their number, each with the capacity for the largest of `configs`; or the capacity of each in
-                parameters.
+            slots: number of slots, each with the capacity for the largest of `configs`; or the capacity of each slot
+                in parameters.
 
         Raises: AdapterError: the model has adapters; a configuration trains more than low-rank sums of linear layers.
         """
@@ -164,7 +164,7 @@ class Bank:
 
     @torch.no_grad()
     def place(self, slot: int, config: LoraConfig, seed: int) -> None:
-        """A new adapter in a slot, with the initial weights that `lora.inject.attach` gives it, to the bit.
+        """Puts a new adapter into a slot. Its initial weights equal those from `lora.inject.attach` to the bit.
 
         Raises: AdapterError: it does not fit; the slot is taken.
         """
@@ -197,7 +197,7 @@ class Bank:
         self._update_tables(slot)
 
     def master(self, slot: int) -> Tensor:
-        """The slot's weights, flat: (capacity,), zero beyond the adapter's own. Its address never changes."""
+        """The slot's weights, (capacity,), zero after the end of the adapter. The address never changes."""
         return self.pool.slot(self.pool.master, slot)
 
     def gradient(self, slot: int) -> Tensor:
@@ -285,7 +285,7 @@ class Bank:
 
     @contextmanager
     def row(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """`set_row` for the forward and backward of one row, and no row afterwards."""
+        """Context for the forward and backward of one row: `set_row`, and no segments afterwards."""
         self.set_row(segments)
         try:
             yield
@@ -299,7 +299,7 @@ class Bank:
 
     @contextmanager
     def _base_in_use(self) -> Iterator[None]:
-        """Puts the model's own layers back for the block, for code that selects and builds."""
+        """Context in which the model has its own layers, for code that selects layers and builds adapters."""
         self.detach()
         try:
             yield
@@ -355,7 +355,7 @@ def _union(model: nn.Module, selections: Sequence[Selection]) -> list[Target]:
 
 
 def _layout(selection: Selection) -> tuple[tuple[_SlotMatrices, ...], int]:
-    """Where each matrix is in a slot, and the capacity that they need together."""
+    """Position of each layer's matrices in a slot, and the capacity that all need together."""
     layout, end = [], 0
     for target in selection.targets:
         d_in, d_out = target.features

@@ -1,4 +1,4 @@
-"""How many jobs train at once, and how many tokens their shared row has."""
+"""Number of jobs that train at once, and number of tokens in their shared row."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from transformers import PreTrainedModel
 from loratune.memory.devices import free_bytes
 
 _SATURATED = {"cpu": 2048, "cuda": 4096}
-"""Tokens in a row beyond which the base's products do not get faster per token."""
+"""Tokens in a row from which the base's products need the same time per token."""
 
 
 def row_tokens(device: torch.device, tokens_per_row: Iterable[int]) -> int:
     """Tokens in a shared row: enough to saturate the device, and at least as many as in a row of any job.
 
     Args:
-        tokens_per_row: of each job.
+        tokens_per_row: `tokens_per_row` of each job.
     """
     own = list(tokens_per_row)
     return max(max(own), min(sum(own), _SATURATED.get(device.type, 2048)))
 
 
 def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) -> int:
-    """How many of the adapters train at once in the free memory; at least one.
+    """Number of adapters that can train at once in the free memory; at least one.
 
     A slot takes 16 bytes for each parameter of the largest adapter (master, gradient and two moments, float32), and
     on a GPU a working copy of 2. The estimate reserves the activations of one row without recomputation, about 17
@@ -33,7 +33,7 @@ def slots_that_fit(model: PreTrainedModel, sizes: Iterable[int], tokens: int) ->
 
     Args:
         sizes: parameters of each adapter, see `many.bank.Bank.size_of`.
-        tokens: in a shared row.
+        tokens: tokens in a shared row.
     """
     sizes = list(sizes)
     config = model.config.get_text_config()

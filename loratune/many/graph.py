@@ -5,9 +5,9 @@ each token (`many.bank`) and of each document, the slots that update now, and ea
 norm, bias corrections and normaliser. So jobs may join, leave, end a step or be replaced between two replays of the
 same recording.
 
-A slot's loss is summed by selection, not by multiplication with zero, and a slot's update reads only its own loss and
-norm. So a non-finite value stays inside its slot. `ops.bank.adamw` ends the steps of all slots in two passes; it does
-for each slot the work of `training.step.finish_step`.
+A slot's loss is the sum of its selected terms; terms of other slots are not multiplied by zero. A slot's update reads
+only its own loss and norm. So a non-finite value stays inside its slot. `ops.bank.adamw` ends the steps of all slots
+in two passes; it does for each slot the work of `training.step.finish_step`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _RecordedJob(NamedTuple):
 
     config: TrainConfig
     steps: int
-    """Updates of its optimizer."""
+    """Number of updates of its optimizer."""
     trained: int
     """Trained tokens of the current step so far."""
 
@@ -66,7 +66,7 @@ class _QueuedRow(NamedTuple):
     segments: Sequence[Segment]
     layout: RowLayout
     buffer: int
-    """Which of the two host buffers; rows alternate between them."""
+    """Number of the host buffer, 0 or 1; rows alternate between them."""
     tables: Tensor | None
     """From `Bank.prepare_row`."""
 
@@ -78,7 +78,7 @@ class BankGraph:
         self, forward: PackedForward, bank: Bank, tokens: int, objective: Objective = sft, *, record: bool = True
     ) -> None:
         """Args:
-        tokens: in every row; shorter rows are padded.
+        tokens: tokens in every row; shorter rows are padded.
         record: False runs the same work launch by launch.
         """
         self._eager = BankStep(forward, bank, objective)
@@ -147,7 +147,7 @@ class BankGraph:
         return results
 
     def evaluate(self, micro_steps: Sequence[MicroStep]) -> ObjectiveSums:
-        """Loss and metrics of the micro-steps of one row, summed and not divided."""
+        """Sums of loss and metrics over the micro-steps of one row, not divided by a normaliser."""
         return self._eager.evaluate(micro_steps)
 
     def moments(self, slot: int) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class BankGraph:
         return torch.where(owned, terms.values, 0.0).sum(1) / self._table[:, -2]
 
     def _work(self, layout: RowLayout) -> None:
-        """All work on the device, as it is recorded."""
+        """All work of one row on the device; this is recorded."""
         pool = self._bank.pool
         losses = accumulate(self._forward, self._buffers.row(layout), self._objective, self._losses_of)
         with torch.no_grad():
@@ -234,7 +234,7 @@ def _same(some: Sequence[MicroStep], others: Sequence[MicroStep]) -> bool:
 
 
 def _padded(row: Row, tokens: int) -> Row:
-    """The row with padding up to `tokens`, in documents no longer than its longest one."""
+    """The row with padding up to `tokens`. Documents of padding are no longer than the row's longest document."""
     gap = tokens - len(row.tokens)
     assert gap >= 0, "micro-steps are longer than a row"
     if gap == 0:

@@ -6,7 +6,8 @@ result equals the result of the run alone, up to the rounding of float32 sums, i
 
     queue      jobs wait in order of arrival; a job that ends leaves its slot to the next one, without a reload
     fairness   a row is filled with micro-steps of the job that is furthest behind, counted in its own optimizer steps
-               since it joined; all jobs advance at the same pace, and none gets a whole step ahead to fill a gap
+               since it joined. So all jobs advance at the same pace. A gap in a row is padded rather than filled with
+               a job that would get a whole step ahead
     failure    a job that diverges, cannot write its checkpoint or does not fit the model ends alone
 
 Like the loop, this is a generator of events. Jobs may be added between events.
@@ -51,7 +52,7 @@ class Job:
     resume_from: Path | None = None
     """Checkpoint to continue from."""
     pause_at: int | None = None
-    """Save and leave after this step, to be added again later."""
+    """Step after which the job saves and leaves, to be added again later; None for no pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class _RunningJob:
 
 @dataclass
 class _JobPosition:
-    """How far a job is while a row is filled: the current row, or a predicted one."""
+    """Progress of a job while a row is filled: the current row, or a predicted one."""
 
     job: _RunningJob
     steps: float
@@ -147,9 +148,9 @@ class Jobs:
 
         Args:
             forward: prepared after the bank was attached.
-            tokens: in one shared row; at least as many as in a row of any job.
+            tokens: tokens in one shared row, at least as many as in a row of any job.
             stop: called after every row; True saves every job and ends.
-            objective: of all jobs.
+            objective: objective of all jobs.
 
         Raises: ModelError: the model cannot run documents together.
         """
@@ -245,7 +246,7 @@ class Jobs:
         seconds = (time.perf_counter() - started) / sum(len(micro_step.row.tokens) for _, micro_step in chosen)
         for one, micro_step in chosen:
             one.tokens += len(micro_step.row.tokens)
-            one.seconds += seconds * len(micro_step.row.tokens)  # a job's time is its share of the row's
+            one.seconds += seconds * len(micro_step.row.tokens)  # a job's share of the row's time
         for one in complete:
             try:
                 for event in self._after_step(one, results[one.slot]):

@@ -8,7 +8,7 @@ steeply. So the choice is the lowest rate with nearly the best gain, not the low
     gain(rate) = log(loss of the base / loss after the trial)
     chosen     = the lowest rate with gain >= 0.95 of the largest
 
-The gain is a logarithm, because a difference of 1 to 0.5 would be invisible beside a fall from 10 to 1. The best rate
+The gain is a logarithm, so that a fall from 1 to 0.5 counts as much as a fall from 10 to 5. The best rate
 of LoRA hardly depends on the rank (Schulman et al. 2025, "LoRA Without Regret"), so a coarse grid suffices. A sweep
 can search a finer one.
 """
@@ -127,7 +127,7 @@ def pick(base_loss: float, losses: dict[float, float]) -> float:
 
 
 def measured_rows(rows: Rows, used: int) -> Sequence[Row]:
-    """Held-out rows, else training rows that no trial uses, else training rows; at most 16."""
+    """Rows to evaluate, at most 16: held-out rows, else training rows that no trial uses, else any training rows."""
     if rows.held_out:
         return rows.held_out[:_MEASURED_ROWS]
     first = rows.of_epoch(0)

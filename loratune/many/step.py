@@ -2,9 +2,9 @@
 
 A job's micro-step is one packed row, as in `training.step`. Here it becomes a segment of a longer row: its documents
 without padding, beside the segments of other jobs. Each token meets only its own job's adapter (`many.bank`). The
-objective runs over the whole row. Each of its terms belongs to a document, each document to a segment, so every
-segment gets its own loss, divided by the normaliser of its own job and step. Losses are only added, so the gradient
-of each is the gradient of the job alone, and a non-finite value stays inside its job.
+objective runs over the whole row. Each term belongs to a document, and each document to a segment. So every segment
+has its own loss, divided by the normaliser of its own job and step. Losses are only added, so the gradient of each is
+the gradient of the job alone, and a non-finite value stays inside its job.
 
 An update is due when the last micro-step of a job's step has run. Jobs with several micro-steps accumulate gradients
 over several rows, independent of the other jobs.
@@ -46,9 +46,9 @@ class MicroStep:
 
     slot: int
     row: Row
-    """Without padding, see `trim`."""
+    """The row without padding (`trim`)."""
     normaliser: float
-    """Summed over all rows of the job's step, see `Objective.normaliser`."""
+    """Sum of `Objective.normaliser` over all rows of the job's step."""
     key: int | None
     """Dropout key of the step, see `ops.dropout`; None for no dropout."""
     position: int
@@ -85,9 +85,9 @@ class BankStep:
         """Trains on one row, and updates the jobs whose step ends with it.
 
         Args:
-            micro_steps: at most one row of tokens in total.
+            micro_steps: segments of the row; together at most as many tokens as a row has.
             rates: slot -> learning rate, for jobs whose last micro-step of a step is in this row.
-            upcoming: the likely content of the next row; only `BankGraph` uses it.
+            upcoming: returns the likely content of the next row; only `BankGraph` calls it.
 
         Returns: slot -> result of its step, for the slots in `rates`. A non-finite loss or gradient leaves the slot's
         adapter and optimizer unchanged.
@@ -105,7 +105,7 @@ class BankStep:
         return {slot: self._jobs[slot].finish(rate) for slot, rate in rates.items()}
 
     def evaluate(self, micro_steps: Sequence[MicroStep]) -> ObjectiveSums:
-        """Loss and metrics of the micro-steps of one row, summed and not divided."""
+        """Sums of loss and metrics over the micro-steps of one row, not divided by a normaliser."""
         row, segments = join_micro_steps(micro_steps, self._bank.block)
         owners = segment_of_documents(row, segments).to(self._forward.model.device)
         with self._bank.row(segments):

@@ -3,10 +3,10 @@
 Every row of a run has the same shape, so its memory is arithmetic. Weights, adapters, optimizer state and the buffers
 of a row are always there. Activations grow layer by layer up to the head and shrink on the way back, while the
 gradients of the adapters grow. `peak` follows that line with the bytes of each layer (`memory.ledger`) and takes the
-highest sum. It must never be below a measured peak: `_SLACK` covers whatever the ledger does not count.
+highest sum. It must never be below a measured peak; `_SLACK` covers everything that the ledger does not count.
 
-Speed is less exact: the arithmetic of the frozen products at the rate that a device reaches, attention, and passes
-over memory. It ranks plans, and tells a run of an hour from one of a day.
+Speed is less exact. It adds the times of frozen products, attention and passes over memory, at rates that the device
+reaches. That is enough to rank plans, and to distinguish a run of an hour from a run of a day.
 
 `choose` takes the fastest plan that fits. Plans differ in the amount of recomputation: a plan that saves more
 activations is faster. In a plan between two levels, the first layers get the frugal level.
@@ -33,17 +33,17 @@ _MIB = 1 << 20
 CONTEXT = 520 * _MIB
 """CUDA's context, kernels and libraries, outside of PyTorch's allocator."""
 _WORKSPACES = 2 * 32 * _MIB
-"""cuBLAS: one for the thread of the forward and one for that of the backward. A recording has its own, and those of
-eager work are freed before it is made (`training.graph`)."""
+"""Workspaces of cuBLAS: one for the thread of the forward, one for the thread of the backward. A recording has its
+own; workspaces of eager work are freed before recording (`training.recordings`)."""
 _SLACK = 0.015
 """Share of the peak added for everything that the ledger does not count."""
 _FRAGMENTS = 0.06
 """Share of the activations that the allocator holds and cannot use."""
 _LOOSE = 0.08
-"""The same for layers that run as modules: their kernels may take memory of their own."""
+"""`_FRAGMENTS` for layers that run as modules, whose kernels may also allocate memory of their own."""
 _HOLES = 320 * _MIB
-"""Held by the allocator whatever the size of the run: pages of 20 MiB that are partly used, on either side of a
-recording. While one is made, the allocator cannot give pages back as it does elsewhere."""
+"""Bytes that the allocator holds in a run of any size: pages of 20 MiB that are partly used, before and after a
+recording. During a recording the allocator cannot return pages."""
 PlanFamily = Callable[[int], ActivationPlan]
 """Number of frugal layers -> a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
@@ -54,23 +54,23 @@ class RowSetting:
     """The rows of a step and the optimizer, apart from the plan."""
 
     tokens: int
-    """In a row."""
+    """Tokens in a row."""
     rows: int = 1
-    """In a step, one after the other."""
+    """Rows in a step, which run one after the other."""
     optimizer_bytes: float = 8.0
-    """State of each trained parameter."""
+    """Bytes of optimizer state for each trained parameter."""
     even: bool = False
-    """All documents of a row have the same length. Otherwise a row is assumed to hold one for each 128 tokens."""
+    """True if all documents of a row have the same length. Otherwise a row is assumed to have one per 128 tokens."""
 
     @property
     def documents(self) -> int:
-        """Documents of different lengths, a power of two as recordings have it; 0 if the documents are even."""
+        """Number of documents of different lengths, a power of two as in recordings; 0 if `even`."""
         return 0 if self.even else 1 << (max(2, self.tokens // 128) - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Memory of the device at the highest moment, by cause, in bytes."""
+    """Peak memory of the device by cause, in bytes."""
 
     base: int
     adapters: int
@@ -80,14 +80,14 @@ class PeakMemory:
     kept: int
     """Activations saved for the backward."""
     temporary: int
-    """Short-lived: the widest products and their gradients, the head, the buffers of a row."""
+    """Short-lived tensors: the largest products and their gradients, the head, the buffers of a row."""
     slack: int
-    """Held by the allocator without use, and uncertainty."""
+    """Memory that the allocator holds unused, and a margin for uncertainty."""
     context: int
 
     @property
     def allocated(self) -> int:
-        """As `torch.cuda.max_memory_allocated` counts."""
+        """Bytes as counted by `torch.cuda.max_memory_allocated`."""
         return self.total - self.slack - self.context + int(_SLACK * (self.total - self.context - self.slack))
 
     @property
@@ -98,7 +98,7 @@ class PeakMemory:
 
 
 def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> PeakMemory:
-    """The highest moment of a run on a GPU whose layers run fused."""
+    """Peak memory of a run on a GPU whose layers run fused."""
     moments = list(_moments(survey, setting, plan))
     gradients, kept, temporary = max(moments, key=sum)
     if setting.rows > 1:
@@ -128,10 +128,10 @@ def peak(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Peak
 def peak_of_modules(
     survey: ModelSurvey, setting: RowSetting, activations: SimulatedBytes, baseline: int | None
 ) -> PeakMemory:
-    """The highest moment where layers run as modules.
+    """Peak memory of a run whose layers run as modules.
 
     Args:
-        activations: of one row, with the gradients of the adapters.
+        activations: bytes of one row, with the gradients of the adapters.
         baseline: resident bytes of the process without the model, for a CPU; None for a GPU.
     """
     masters, optimizer = 4 * survey.trainable, int(setting.optimizer_bytes * survey.trainable)
@@ -152,7 +152,7 @@ def peak_of_modules(
 
 
 def _moments(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> Iterator[tuple[int, int, int]]:
-    """(gradients, saved, temporary) along one row, wherever the sum may be highest."""
+    """Bytes of (gradients, saved, temporary) at each moment of a row at which their sum may be highest."""
     stream = rounded(setting.tokens * survey.width * survey.element_bytes)
     layers = _layers(survey, setting, plan)
     below, leaving = 0, [0, 0]  # bytes of the last two layers that `ops.host` is still copying out
@@ -173,7 +173,7 @@ def _moments(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> 
 
 
 def _layers(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> list[LayerBytes]:
-    """Bytes of each layer under the plan. Levels that save gate and up have one tile, whatever the plan says."""
+    """Bytes of each layer under the plan. Levels that save gate and up ignore the plan's tile."""
 
     def run(level: Level) -> LayerRun:
         tile = max(setting.tokens, TILE) if level.keeps_gate_up else min(plan.tile, max(setting.tokens, 1))
@@ -185,7 +185,7 @@ def _layers(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> l
 
 
 def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
-    """Seconds of one optimizer step; 0 where the device's rates are unknown. A row is taken as one document."""
+    """Seconds of one optimizer step; 0 if the device's rates are unknown. Assumes one document per row."""
     if device.flops == 0 or not survey.ledgers:
         return 0.0
     widths, tokens, cost = survey.ledgers[0].widths, setting.tokens, weight_format(survey.quantised).cost
@@ -210,7 +210,7 @@ def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
         if level >= Level.FULL:
             total += 2 * attention / device.flops
         crossing += layer.away / (device.host_bytes_per_second or 1.0)
-    # Copies hide behind the forward, a third of the work that a step does once, as far as they fit there.
+    # Copies overlap with the forward, a third of the work of a step. Only longer copies add time.
     total += max(0.0, crossing - 0.9 * survey.layers * once / 3) + 0.02 * crossing
     return setting.rows * (total + _head_seconds(survey, setting, plan, device)) + _update(
         survey, setting, plan, device
@@ -218,7 +218,7 @@ def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
 
 
 def _head_seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
-    """The head of one row, and its embeddings if these are on the host."""
+    """Seconds of the head for one row, and of its embeddings if they are on the host."""
     head = 4.0 * setting.tokens * survey.width * survey.vocabulary / device.flops
     if plan.embeddings_on_host:
         head += setting.tokens * survey.width * survey.element_bytes / device.host_bytes_per_second
@@ -226,7 +226,7 @@ def _head_seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan
 
 
 def _update(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
-    """The optimizer, and a millisecond for everything that does not depend on sizes."""
+    """Seconds of the optimizer, and a millisecond for all work that does not depend on sizes."""
     update = 30 * survey.trainable / device.bytes_per_second
     if plan.optimizer_on_host:
         update = (24 + 4 * setting.rows) * survey.trainable / device.host_bytes_per_second
@@ -234,7 +234,7 @@ def _update(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
 
 
 def _again(widths: LayerWidths, level: Level) -> float:
-    """Multiplications and additions per token that a layer does a second time."""
+    """Multiplications and additions per token that a layer repeats in its backward."""
     products = 0
     if not level.keeps_gate_up:
         products += widths.up * widths.stream
@@ -252,11 +252,11 @@ class PlanChoice:
     plan: ActivationPlan
     bytes: PeakMemory
     seconds: float
-    """Of a step; 0 if unknown."""
+    """Seconds of a step; 0 if unknown."""
 
 
 def host_bytes(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan) -> int:
-    """Pinned host memory: activations, and whatever else the plan moves to the host."""
+    """Pinned host memory: activations, and embeddings and optimizer state if the plan moves them to the host."""
     waiting = sum(layer.away for layer in _layers(survey, setting, plan))
     embeddings = survey.embedding_bytes if plan.embeddings_on_host else 0
     return waiting + embeddings + (int((4 + setting.optimizer_bytes) * survey.trainable) * plan.optimizer_on_host)
@@ -337,7 +337,7 @@ def _best_of(
 
 
 def _recomputed(survey: ModelSurvey, plan: ActivationPlan) -> float:
-    """Replaces the time where rates are unknown: only the order of plans counts."""
+    """Amount of recomputation; ranks plans in place of the time if the device's rates are unknown."""
     widths = survey.ledgers[0].widths
     return sum(_again(widths, level) + level.on_host for level in plan.levels) * (1 + 1e-3 * TILE / plan.tile)
 
@@ -345,7 +345,7 @@ def _recomputed(survey: ModelSurvey, plan: ActivationPlan) -> float:
 def _families(layers: int) -> Iterator[PlanFamily]:
     """Families of plans: a frugal level for the first layers, a more generous level for the rest.
 
-    The link to the host is idle for half of a step of staged layers, so some of these may send their heads as well.
+    With staged layers the link to the host is idle for half of a step, so some of these layers may offload heads too.
     """
     for tile in _TILES:
         for frugal in Level:

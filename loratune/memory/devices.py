@@ -1,8 +1,8 @@
 """Accelerators and their rates, for estimates of speed, and the free memory of a device.
 
 A step of LoRA is mostly frozen products, so its time is their arithmetic over a rate, plus traffic over a bandwidth.
-Rates here are *reached* by large products and copies: measured on an H200 (docs/lab), and for other devices the data
-sheet's figure times the share that the H200 reaches of its own. Estimates of memory do not use the rates.
+Rates here are those that large products and copies reach. They were measured on an H200 (docs/lab). For other devices
+the data sheet's figure is multiplied by the share that the H200 reaches. Estimates of memory do not use the rates.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class DeviceSpec:
 
     name: str
     memory_bytes: int
-    """Memory that programs can allocate in all."""
+    """Memory that all programs together can allocate."""
     flops: float
     """Multiplications and additions per second in bf16 products; 0 if unknown."""
     bytes_per_second: float
-    """Reads and writes of passes over memory."""
+    """Bandwidth of passes over device memory, reads plus writes."""
     host_bytes_per_second: float
-    """Copies to or from pinned host memory, each way."""
+    """Bandwidth of copies to or from pinned host memory, in each direction."""
 
 
 def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> DeviceSpec:
@@ -76,7 +76,7 @@ def named(text: str) -> DeviceSpec:
 
 
 def present(device: torch.device) -> DeviceSpec:
-    """This device, with its free memory and that of this process; rates of the known device with its name."""
+    """This device. Its memory is free memory plus memory of this process; its rates are found by its name."""
     if device.type != "cuda":
         return DeviceSpec("CPU", 0, 0.0, 0.0, 0.0)
     name = torch.cuda.get_device_name(device)

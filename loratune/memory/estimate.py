@@ -42,7 +42,7 @@ _POLICIES = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE
 
 @dataclass(frozen=True)
 class EstimateRequest:
-    """The settings that memory depends on."""
+    """Settings of a run that determine its memory."""
 
     precision: Precision
     lora: LoraConfig
@@ -53,7 +53,7 @@ class EstimateRequest:
 
 @dataclass(frozen=True)
 class SuggestedChange:
-    """One or several changed settings, and the run that they give."""
+    """One or several changed settings, and the memory and speed of the changed run."""
 
     what: str
     choice: PlanChoice
@@ -80,7 +80,7 @@ class RunEstimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """0 if the device's rates are unknown."""
+        """Tokens per second; 0 if the device's rates are unknown."""
         tokens = self.request.setting.tokens * self.request.setting.rows
         return tokens / self.choice.seconds if self.choice.seconds else 0.0
 

@@ -2,12 +2,12 @@
 
 Every row has the same shape, so a row of arbitrary tokens takes the memory of every row. The dry step runs forward
 and backward with a buffer in place of the optimizer's state. It changes neither the adapter nor a random generator.
-Where steps will be one CUDA graph it records that graph too, which takes more memory than the work itself: a second
-pool, from which nothing can be given back before the recording ends. A plan without memory for its recording is
-skipped. If no plan can be recorded, the first that fits runs without a recording.
+If steps will be one CUDA graph, the dry step records that graph too. A recording takes more memory than the work
+itself: a second pool, from which nothing can be returned before the recording ends. A plan without memory for its
+recording is skipped. If no plan can be recorded, the first that fits runs without a recording.
 
-So a device that is too small is an error after seconds, with the missing bytes and the settings that help. Where
-layers are not fused, `auto` tries the levels themselves, from fast to frugal.
+So a device that is too small causes an error within seconds, with the missing bytes and the settings that help. If
+layers are not fused, `auto` tries the levels one by one, from fast to frugal.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from loratune.units import bytes_of, size
 
 LEVELS = {level.name.lower(): level for level in (Level.NONE, Level.SELECTIVE, Level.FULL, Level.OFFLOAD)}
 _CLOSER = (1.03, 1.0, 0.97, 0.93, 0.88)
-"""Shares of the limit to plan for, one after the other, until a dry step fits. Estimates are never below measured
-peaks and up to 3 % above, hence the first share."""
+"""Shares of the limit to plan for, one after the other, until a dry step fits. The first share exceeds 1, because
+estimates are up to 3 % above measured peaks and never below them."""
 _QUICK = 5.0
-"""Longest step, in seconds, for which a dry step of a plan that is estimated not to fit pays."""
+"""A plan that is estimated not to fit is tried only if its step takes at most this many seconds."""
 _OF_THE_HOST = 0.8
 """Share of the host's free memory that may be pinned."""
 
@@ -53,7 +53,7 @@ class FittedPlan:
 
     plan: ActivationPlan
     expected: PeakMemory | None
-    """Estimate, where layers run fused on a GPU."""
+    """Estimated peak memory; None unless layers run fused on a GPU."""
     limit: int
     """Bytes that the run may take on the device; 0 on a CPU."""
     tried: int
@@ -65,15 +65,15 @@ class DryStep:
     """A dry step that fitted."""
 
     tried: int
-    """As in `FittedPlan`."""
+    """Most bytes allocated during the dry step."""
     recorded: bool
-    """Steps may be CUDA graphs: the recording fitted too, or the model has none anyhow."""
+    """False if the recording did not fit; True if it did, or if steps of this model are never recorded."""
 
 
 def fit(
     forward: PackedForward, parameters: Mapping[str, nn.Parameter], config: TrainConfig, tokens: int
 ) -> FittedPlan:
-    """Chooses a plan, tries it under `memory_cap`, and leaves `forward.plan` at it.
+    """Chooses a plan by dry steps under `memory_cap`, and sets `forward.plan`.
 
     Args:
         parameters: trained parameters by name.
@@ -133,10 +133,10 @@ def first_that_fits(
 
 @contextmanager
 def memory_cap(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch allocates no more on the device than `--memory` allows. Without that setting nothing changes.
+    """Context that caps PyTorch's memory on the device at `--memory`; no effect without that setting.
 
-    PyTorch has one cap for all models of a process. A lower cap of the user's stays, and the cap from before comes
-    back on exit.
+    PyTorch has one cap for all models of a process. A lower cap set by the user is not raised. The previous cap is
+    restored on exit.
     """
     if config.memory is None or device.type != "cuda":
         yield
@@ -161,7 +161,7 @@ def _limit(config: TrainConfig, device: torch.device) -> int:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """The device with its index, which PyTorch's memory caps ask for."""
+    """The device with its index, which PyTorch's memory caps require."""
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
@@ -193,7 +193,7 @@ def by_estimate(found: ModelSurvey, setting: RowSetting, device: DeviceSpec, lim
 def _dry_step(
     forward: PackedForward, parameters: Mapping[str, nn.Parameter], setting: RowSetting, ballast_bytes: int
 ) -> DryStep | None:
-    """Runs one row forward and backward, and once more as it is recorded; None if it runs out of memory."""
+    """Runs one row forward and backward, then records the same; None if the run itself is out of memory."""
     device = forward.model.device
     _clear(parameters)
     torch.cuda.reset_peak_memory_stats(device)
@@ -225,7 +225,7 @@ def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
 
 @contextmanager
 def _dropping(model: nn.Module) -> Iterator[None]:
-    """Dropout of the adapter as in training, since its masks take memory where layers run as modules."""
+    """Context with the adapter's dropout as in training, because its masks take memory if layers run as modules."""
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer) and not module.training]
     for layer in layers:
         layer.training = True

@@ -1,9 +1,10 @@
 """Bytes of one fused decoder layer, counted while the layer itself runs without data.
 
-The widest tensors of a layer live for one product, so an estimate needs every temporary of forward and backward.
-Written down by hand they would be a second definition of the layer. Instead the layer that trains is built once more
-on PyTorch's meta device and runs there under a `StorageMeter`. A new recipe, level or precision needs no new code.
-Kernels allocate on that device as on a GPU (`ops.dispatch`), and so does attention (`ops.attention.simulated`).
+The largest tensors of a layer exist only during one product, so an estimate needs every temporary of forward and
+backward. A list written by hand would be a second definition of the layer. Instead the layer that trains is built
+once more on PyTorch's meta device and runs there under a `StorageMeter`. A new recipe, level or precision needs no
+new code. Kernels allocate on that device as on a GPU (`ops.dispatch`), and so does attention
+(`ops.attention.simulated`).
 
 A run takes milliseconds for each shape of a row. Results are cached for the lifetime of the `LayerLedger`.
 """
@@ -50,23 +51,23 @@ class LayerBytes:
     """Bytes of one run of a layer."""
 
     saved: int
-    """On the device from the layer's forward to its backward, with the input and without the output."""
+    """Bytes on the device between the layer's forward and backward, with the input and without the output."""
     forward: int
-    """Most at once during the forward, beside the input and everything that layers below saved."""
+    """Peak during the forward, without the input and without the saved activations of layers below."""
     away: int
-    """In host memory between forward and backward."""
+    """Bytes in host memory between forward and backward."""
     backward: int
-    """Most at once during the backward, with the saved tensors and the gradients that come in and go out."""
+    """Peak during the backward, with the saved tensors and the gradients of output and input."""
 
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Columns of a layer's activations, for estimates of speed."""
+    """Numbers of columns of a layer's activations, for estimates of speed."""
 
     stream: int
-    """d, of the residual stream."""
+    """d, the width of the residual stream."""
     heads: int
-    """Query, key and value."""
+    """Query, key and value together."""
     query: int
     """Query alone, and attention's output."""
     up: int
@@ -131,7 +132,7 @@ class LayerLedger:
             meter.peak = meter.live
             out = decoder_layer(x, rotation, structure, attend, policy, layer.masters)
             forward = meter.peak - start - stream
-            link.take_operand(out)  # the next layer would take it
+            link.take_operand(out)  # as the next layer does
             saved = meter.live - start - stream - host.bytes
             gradient = link.send_gradient(empty(width + link.gradient_format.pad), width)
             edge = get_gradient_edge(out)
@@ -148,7 +149,7 @@ class LayerLedger:
 @dataclass(frozen=True)
 class _BuiltLayer:
     structure: LayerStructure
-    """Between two layers like itself."""
+    """The layer, linked to layers of its own kind below and above."""
     masters: tuple[list[Tensor], list[Tensor]]
     copies_bytes: int
 
@@ -173,6 +174,6 @@ class _CountedHost(HostOffload):
         self.bytes = 0
 
     def offload(self, layer: int, *tensors: Tensor) -> None:
-        """As in `HostOffload`."""
+        """Counts the bytes, then offloads as `HostOffload`."""
         self.bytes += sum(rounded(tensor.numel() * tensor.element_size()) for tensor in tensors)
         super().offload(layer, *tensors)

@@ -1,6 +1,6 @@
 """Activation memory of layers that are not fused, counted while the model itself runs a row without data.
 
-The activations that a module saves cannot be read off its configuration. But the model can run on PyTorch's meta
+A model's configuration does not show which activations its modules save. But the model can run on PyTorch's meta
 device under a `StorageMeter`, forward and backward, in milliseconds per layer.
 """
 
@@ -29,9 +29,9 @@ class SimulatedBytes:
     """Bytes of the activations of one row, with the gradients of the adapters."""
 
     saved: int
-    """Between forward and backward."""
+    """Bytes saved between forward and backward."""
     peak: int
-    """Most at once."""
+    """Peak during forward and backward."""
 
 
 def without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -69,7 +69,7 @@ def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gp
 
 
 def _passes(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[object]:
-    """One-pass norms and activations as `base.forward` uses them: not with a convolution over tokens."""
+    """One-pass norms and activations, under the same conditions as in `base.forward`."""
     convolution = any(isinstance(module, nn.Conv1d) for module in model.modules())
     return one_pass.installed(model) if on_gpu and model.dtype.itemsize == 2 and not convolution else nullcontext()
 

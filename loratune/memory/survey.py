@@ -1,7 +1,7 @@
 """Sizes of a model and its adapter that memory and speed depend on, read from a model with or without data.
 
-A model on PyTorch's meta device has every module and every shape and no weights. So the estimate of a model that was
-never downloaded and that of a model about to train are computed by the same code.
+A model on PyTorch's meta device has all modules and shapes but no weights. So the same code estimates a model that
+was never downloaded and a model that is about to train.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class ModelSurvey:
     """A model and the adapter that will train on it."""
 
     base_bytes: int
-    """Frozen weights in the form in which they are held."""
+    """Bytes of the frozen weights, in their precision."""
     trainable: int
     """Trained parameters; their masters are float32."""
     layer_trainable: int
-    """Trained parameters of one layer, at most."""
+    """Largest number of trained parameters in one layer."""
     layers: int
     ledgers: tuple[LayerLedger, ...]
-    """One for each decoder layer, shared by layers of the same shape. Empty where layers run as modules."""
+    """One ledger for each decoder layer; layers of the same shape share one. Empty if layers run as modules."""
     layer_elements: int
-    """Elements of the frozen products of one layer, at most."""
+    """Largest number of frozen elements that the products of one layer read."""
     width: int
     vocabulary: int
     rotary_dim: int
@@ -51,10 +51,10 @@ class ModelSurvey:
     quantised: str
     """Precision of the base; "" for floating point."""
     embedding_bytes: int = 0
-    """Table of input embeddings; 0 if the head shares it."""
+    """Bytes of the table of input embeddings; 0 if the head shares it."""
 
     def copies_bytes(self, *, hold_transposed: bool = False) -> int:
-        """Working copies of the adapters of all fused layers, with transposed weights if these are held."""
+        """Bytes of the working copies of all fused layers, with transposed weights if these are held."""
         return sum(ledger.copies_bytes(hold_transposed=hold_transposed) for ledger in self.ledgers)
 
 
@@ -72,9 +72,9 @@ def survey(
     Args:
         trained: adapted layer -> trained parameters.
         trainable: trained parameters of the model.
-        precision: of the base while it trains, as in `RunConfig`; "auto" for its present form.
+        precision: precision of the base in the run, as in `RunConfig`; "auto" for its present precision.
         fit: recipe of the fused decoder layers; None if they run as modules.
-        layer_copy: by default `without_values`, for a model that has its adapters and its precision.
+        layer_copy: by default `without_values`, for a model that already has its adapters and its precision.
     """
     layers = decoder_layers(model)
     quantised = precision if precision in PRECISIONS else next((form.name for form in formats_in(layers)), "")
@@ -104,7 +104,7 @@ def trained_in(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def without_values(layer: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device; nothing of the size of a weight is copied."""
+    """A copy of a module on the meta device; makes no copy of a weight."""
     memo: dict[int, object] = {}
     for parameter in layer.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -141,7 +141,7 @@ def _ledgers(
 
 
 def _shapes(layer: nn.Module, trained: Mapping[nn.Module, int]) -> object:
-    """Equal for two layers that take the same memory."""
+    """Key of a layer: layers with equal keys take the same memory."""
     found = []
     for path, module in layer.named_modules():
         tensors = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
@@ -175,7 +175,7 @@ def _elements(module: nn.Module) -> int:
 
 
 def _base_bytes(model: PreTrainedModel, layers: nn.ModuleList, quantised: str) -> int:
-    """Every parameter and buffer once, in the form in which it will be held."""
+    """Bytes of all parameters and buffers, each counted once, in the precision of the run."""
     to_quantise = {
         id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | Conv1D) and quantised
     }

@@ -122,7 +122,7 @@ def _store_pairs(
     ptr, at, column, a, b, inside, both_inside, HEADS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Stores what `_load_pairs` loads."""
+    """Stores the tiles that `_load_pairs` loads."""
     if INTERLEAVED:
         tl.store(ptr + at + column, tl.reshape(tl.join(a, b), (HEADS, 2 * HALF)), mask=both_inside)
     else:

@@ -47,7 +47,7 @@ class CardFacts:
     """Precision of the base during training; the card mentions it if the base was quantised."""
     lora: LoraConfig
     train_data: tuple[DataFacts, ...]
-    """Empty for an adapter made by another program."""
+    """Training data; empty for an adapter made by another program."""
     trainable_parameters: int = 0
     file_bytes: int = 0
     """Size of the adapter's tensors."""
@@ -59,7 +59,7 @@ class CardFacts:
     results: Mapping[str, str] = field(default_factory=dict)
     """Measurement -> value as text with unit: {"held-out loss": "0.0312 nats per token"}."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Training settings worth reading: {"learning rate": "0.0002, cosine"}."""
+    """The main training settings, name -> text: {"learning rate": "0.0002, cosine"}."""
     steps: int | None = None
     trained_tokens: int | None = None
     seconds: float | None = None

@@ -42,7 +42,7 @@ _OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metric
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended."""
+    """Summary of a finished run."""
 
     reason: Reason
     progress: Progress

@@ -4,8 +4,8 @@ A resumed run equals the uninterrupted run to the bit. So every setting that dec
 model, the adapter's shape, the optimisation, and the rendered data. Data are compared by content, so files may move.
 Settings of place and speed may change: device, processes, cache, trackers, saving interval.
 
-Three settings may rise to train longer: epochs, max_steps and early_stopping_patience. The schedule then stretches
-over the new number of steps, unlike in a run that had this number from the start. A note tells the user.
+Three settings may rise to train longer: epochs, max_steps and early_stopping_patience. The schedule is then stretched
+over the new number of steps, so the run differs from one that had this number from the start. A note says so.
 """
 
 from __future__ import annotations

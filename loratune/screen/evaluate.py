@@ -1,7 +1,7 @@
 """`loratune eval`: a table of the measurements, and the first wrong answers.
 
-A share alone does not tell a date with the month first from an answer that never ends. So wrong answers are shown
-beside the right ones. `as_json` gives the same values to programs.
+A share of right answers does not show the kind of error: a date with the month first, or an answer that never ends.
+So wrong answers are shown beside the right ones. `as_json` gives the same values to programs.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Layer:
     d_out: int
     scaling: float
     norm: float
-    """Frobenius norm of scaling · B A. For a variant that is no low-rank sum, its update differs."""
+    """Frobenius norm of scaling · B A. The update of a variant that is not a low-rank sum has another norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class Inspected:
     info: AdapterInfo
     layers: tuple[Layer, ...]
     in_full: tuple[str, ...]
-    """Tensors of no adapted layer: modules_to_save and biases."""
+    """Names of tensors that belong to no adapted layer: modules_to_save and biases."""
     run: dict[str, Any]
-    """run.toml, or empty."""
+    """Content of run.toml; empty if there is none."""
     history: list[dict[str, Any]]
-    """metrics.jsonl, or empty."""
+    """Lines of metrics.jsonl; empty if there is none."""
     made: dict[str, Any]
-    """provenance.json of an adapter that was computed from others, or empty."""
+    """Content of provenance.json, beside an adapter that was computed from others; else empty."""
 
 
 def inspect(directory: str | Path) -> Inspected:

@@ -167,7 +167,7 @@ class _ProgressView:
             self._live.start()
 
     def step(self, event: StepDone) -> None:
-        """Updates the live line, or without a terminal prints a plain line now and then."""
+        """Updates the live line. Without a terminal, prints a plain line every tenth of the run."""
         if not event.skipped:
             self._losses.append(event.loss)
         left = self._time_left(event)

@@ -18,7 +18,7 @@ def visible(text: str) -> str:
 
 
 def curve(values: Sequence[float], width: int, *, top: float | None = None, ascii_only: bool = False) -> str:
-    """A curve of `values` in at most `width` characters, each the mean of its share of the values.
+    """A curve of `values` in at most `width` characters. Each character shows the mean of consecutive values.
 
     Args:
         top: value of the highest block, with 0 as the lowest. None: the range of the values.

@@ -8,7 +8,7 @@
     README.md       the ranking for people; written last, so it marks a complete folder
 
 A running job's progress is in its own checkpoints. `sweep.json` has only the facts about several jobs, and each
-decision replaces the whole file. So a sweep that is killed at any moment can be resumed without a difference.
+decision replaces the whole file. So a sweep that is killed at any moment and resumed gives the same result.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def settings_shown(standings: Sequence[Standing]) -> list[str]:
 
 
 def row_of(standing: Standing, columns: Sequence[str]) -> list[str]:
-    """The cells behind the name in a line of the ranking."""
+    """The cells after the name in a line of the ranking."""
     own = [setting_text(standing.settings[column]) if column in standing.settings else "" for column in columns]
     return [
         *own,

@@ -148,7 +148,7 @@ def _sections() -> dict[str, type[Any]]:
 
 
 def _homes() -> dict[str, str]:
-    """Every setting of a job -> its section."""
+    """Name of each setting of a job -> its section."""
     homes = {f.name: "" for f in fields(RunConfig) if f.name not in _GIVEN and f.name not in _sections()}
     for section, kind in _sections().items():
         homes |= {f.name: section for f in fields(kind)}

@@ -4,8 +4,8 @@ Float32 moments take eight bytes per trained parameter, as much as its value and
 quantisation (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861) takes two: 256
 values share a float32 scale, and each value becomes one of 256 codes whose spacing grows with magnitude.
 
-The second moment is stored as its root, whose range has half as many decades. A small second moment therefore does
-not become zero, which would make its update enormous; a root above zero is never stored as zero.
+The second moment is stored as its root, whose range has half as many decades. A root above zero is never stored as
+zero, because a zero second moment would make the update enormous.
 
 Parameters are updated in groups of a few million values, so only one group needs float32 moments at a time. Nothing
 waits for the device, so a CUDA graph can record the update. Like PyTorch's fused AdamW, `step` divides the gradients
@@ -47,7 +47,7 @@ def encode(values: Tensor, book: Tensor, least: int = 0) -> Tensor:
     """Quantises (blocks, 256) float to (blocks, 260) uint8: codes, then the bytes of each block's scale.
 
     Args:
-        least: lowest code of a value above zero.
+        least: smallest code that a value above zero may get.
     """
     scale = values.abs().amax(1, keepdim=True).float()
     unit = values / scale.clamp(min=1e-38)
@@ -68,7 +68,7 @@ class CompactAdamW(ClippedOptimizer):
     The second entry of `MOMENTS` holds the root of the second moment.
 
     Args:
-        parameters: on one device. A parameter without a gradient gets no state.
+        parameters: trained parameters, on one device. A parameter without a gradient gets no state.
         rate: a number, or a tensor on the device, which a recorded update reads.
     """
 
@@ -141,7 +141,7 @@ class CompactAdamW(ClippedOptimizer):
 
 
 def _groups(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in order, in lists of at most `_GROUP` values, or of one larger parameter."""
+    """The parameters in order, in lists of at most `_GROUP` values. A larger parameter is a list of its own."""
     group: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:

@@ -22,7 +22,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 """Consecutive steps with a non-finite loss or gradient after which a run ends."""
 
 Reason = Literal["done", "early stop", "interrupted", "diverged", "dropped"]
-"""Why a run ended; "dropped" is a job of a sweep that successive halving ended."""
+"""Reason for the end of a run. "dropped": successive halving ended the job of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class StepDone:
     learning_rate: float
     grad_norm: float
     trained_tokens: int
-    """Since the start of the run."""
+    """Trained tokens since the start of the run."""
     tokens: int
     """Tokens of this step's rows, trained or not."""
     tokens_per_second: float
-    """`tokens` over the seconds of this step."""
+    """`tokens` divided by the seconds of this step."""
     memory_bytes: int
     """Peak so far: allocated on the GPU, or resident in the process on a CPU."""
     skipped: bool
@@ -60,7 +60,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sources of rows: training rows by epoch, and held-out rows."""
+    """Rows of a run: training rows by epoch, and held-out rows."""
 
     of_epoch: Callable[[int], Sequence[Row]]
     """Epoch, from 0 -> its rows in order; every epoch has the same number of rows."""
@@ -91,33 +91,33 @@ class Course:
 
     @property
     def last(self) -> bool:
-        """The last step is done."""
+        """True after the last step."""
         return self.progress.step >= self.total_steps
 
     @property
     def out_of_patience(self) -> bool:
-        """As many evaluations as the settings allow have passed without a lower held-out loss."""
+        """True if as many evaluations as the settings allow have passed without a lower held-out loss."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
     @property
     def diverged(self) -> bool:
-        """Too many consecutive steps were not finite."""
+        """True if the loss or gradient was not finite in `MAX_SKIPPED_IN_A_ROW` consecutive steps."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     @property
     def finished(self) -> bool:
-        """No step remains."""
+        """True if no step remains."""
         return self.last or self.out_of_patience
 
     @property
     def evaluation_due(self) -> bool:
-        """An evaluation follows the last finished step."""
+        """True if an evaluation follows the last finished step."""
         return bool(self.rows.held_out) and (self.last or self.progress.step % self.eval_every == 0)
 
     @property
     def save_due(self) -> bool:
-        """A checkpoint follows the last finished step, independent of the evaluation."""
+        """True if a checkpoint follows the last finished step even without an evaluation."""
         return not self.last and self.progress.step % self.save_every == 0
 
     @property
@@ -143,7 +143,7 @@ class Course:
         """Counts a finished step.
 
         Args:
-            tokens: in the rows of the step.
+            tokens: tokens in the rows of the step.
             seconds: duration of the step.
         """
         rate, progress = self.rate, self.progress

@@ -211,7 +211,7 @@ class GraphStep:
 
         Args:
             accumulate: gradients are added to the gradients of other rows, as in a step of several rows.
-        Returns: False if memory does not suffice for the recording. Other failures of a recording return True.
+        Returns: False if memory does not suffice for the recording; True in all other cases, other failures included.
         Raises: torch.OutOfMemoryError: memory does not suffice for the row even without a recording.
         """
         prepared = self._prepare([row])
@@ -243,7 +243,10 @@ class GraphStep:
         max_grad_norm: float,
         objective: Objective = sft,
     ) -> Self | None:
-        """None without a GPU or memory for graphs, and for a model that runs one document at a time."""
+        """A `GraphStep`, or None if steps cannot be recorded.
+
+        They cannot without a GPU, without memory for graphs, and for a model that runs one document at a time.
+        """
         on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
         if not on_gpu or not forward.record or forward.path == "per document" or forward.head is None:
             return None
@@ -284,7 +287,8 @@ class GraphStep:
             parameter.grad = None
 
     def _several(self, prepared: PreparedStep, buffers: RowBuffers, key: int) -> None:
-        """Gradients stay at fixed addresses: the rows' graphs add to them, and the update's graph reads them."""
+        """Runs a step of several rows. The rows' graphs add to gradients at fixed addresses; the update reads
+        them."""
         self._outcome.zero_()
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None if self._gradients is None else self._gradients[index]

@@ -39,7 +39,7 @@ class Unreached:
 
 @dataclass(frozen=True, slots=True)
 class RunsSlower:
-    """A faster execution path failed; reported once."""
+    """A faster way to run steps failed, so a slower one is used; reported once."""
 
     why: str
 
@@ -183,7 +183,7 @@ class Loop:
             self._optimizer,
             max_grad_norm=self.config.max_grad_norm,
             objective=self._objective,
-            # A document that runs alone does not know its position in the row, so torch's generator draws dropout.
+            # A document that runs alone has no position in the row, so torch's generator draws its dropout.
             key=None if self.forward.path == "per document" else key,
         )
 
@@ -192,7 +192,7 @@ class Loop:
         return self._course.evaluated(self._held_out(), time.perf_counter() - started)
 
     def _held_out(self) -> HeldOut:
-        """Evaluates beside the recordings, or after freeing them if memory does not suffice for both."""
+        """Evaluates the held-out rows; frees the recordings first if memory does not suffice for both."""
         if self._graph is not None and self._evaluate_alone:
             self._graph.free_memory()
         try:

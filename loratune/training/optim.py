@@ -62,7 +62,7 @@ class JointAdamW(FusedAdamW):
 
     @torch.no_grad()
     def clipped_step(self, max_norm: float, outcome: Tensor) -> None:
-        """See `training.step.StepOptimizer`. The gradients stay as they are."""
+        """See `training.step.StepOptimizer`. Gradients are not changed."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
         settings = AdamWSettings(beta1, beta2, group["eps"], group["weight_decay"])
@@ -83,7 +83,7 @@ class JointAdamW(FusedAdamW):
     def _make_states(self, parameters: list[nn.Parameter]) -> None:
         """Creates zero moments as slices of one tensor.
 
-        Separate tensors, created behind the first backward, would be scattered over memory that was just freed. The
+        Separate tensors, created after the first backward, would be scattered over memory that was just freed. The
         allocator could then not return those pages to a recording.
         """
         if not parameters:
@@ -181,8 +181,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The rate of optimizer step `step`, counted from 0.
 
-    The rate rises linearly over the warm-up. Its last step has the full rate, and its first step is not zero, which
-    would waste the step. The rate then stays, or falls along a cosine or a line to zero one step after the end.
+    The rate rises linearly over the warm-up. The last step of the warm-up has the full rate. The first step has a
+    rate above zero, since a rate of zero would waste it. Then the rate is constant, or falls along a cosine or a
+    line, which would reach zero one step after the end.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:

@@ -4,10 +4,10 @@ A recording keeps its memory for as long as it lives, and no other work can use 
 recording would need a row's activations a second time. So all recordings are freed before the first row of a new
 layout, and each is recorded again when its layout comes back.
 
-Recording fails if the work waits for the device, or if memory runs out. Memory runs out sooner than elsewhere,
-because the allocator cannot return unused memory during a recording. `torch.cuda.graph` then leaves its stream, its
-memory pool and the device's random generator in mid-recording (PyTorch 2.11), so later work would fail or lack that
-memory. `Recordings` repairs all three.
+Recording fails if the work waits for the device, or if memory runs out. A recording needs more memory than the same
+work without one, because the allocator cannot return unused memory meanwhile. After a failure `torch.cuda.graph`
+leaves its stream, its memory pool and the device's random generator in their recording state (PyTorch 2.11). Later
+work would then fail or lack that memory, so `Recordings` repairs all three.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recordings:
     why_not: str | None = None
     """One line for the user once recording has failed."""
     out_of_memory = False
-    """Recording failed because memory ran out."""
+    """True if recording failed because memory ran out."""
 
     def __init__(self, record: bool = True) -> None:
         self.graphs: dict[tuple[str, Hashable], torch.cuda.CUDAGraph] = {}
@@ -43,7 +43,7 @@ class Recordings:
         self._pool: Any = None
 
     def run(self, part: str, layout: Hashable, work: Callable[[], object]) -> None:
-        """Runs `work`, directly or as its recording."""
+        """Runs `work`: directly, while recording it, or by replaying its recording."""
         key = part, layout
         if not self._record or self.why_not is not None:
             work()
@@ -105,7 +105,7 @@ class Recordings:
         try:
             torch._C._cuda_endAllocateToPool(device, pool)
         except RuntimeError:
-            pass  # the recording was ended properly, and the graph has released its share of the pool itself
+            pass  # the recording ended normally, and the graph has already released its share of the pool
         else:
             torch._C._cuda_releasePool(device, pool)
             _never_free(graph)

@@ -48,7 +48,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     grad_scale: Tensor
     found_inf: Tensor
-    """Set during `clipped_step` on a GPU only; `step` then divides gradients by the first, or skips by the second."""
+    """Both are set during `clipped_step` on a GPU. `step` divides gradients by `grad_scale`, and skips if
+    `found_inf`."""
 
     def clipped_step(self, max_norm: float, outcome: Tensor) -> None:
         """See `StepOptimizer`. On a GPU nothing waits for the device, so that a CUDA graph can record it."""
@@ -66,7 +67,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         outcome[1], outcome[2] = norm, skipped
 
     def move_moments_to_host(self) -> None:
-        """Moves the moments to host memory that the GPU can address. Without effect here."""
+        """Moves the moments to host memory that the GPU can address. Does nothing unless a subclass overrides it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class StepResult:
     """Numbers of one optimizer step."""
 
     loss: float
-    """Sum of the objective's terms over the normaliser; for SFT the mean over trained tokens, natural logarithm."""
+    """Sum of the objective's terms, divided by the normaliser. For SFT the mean over trained tokens, in nats."""
     grad_norm: float
     """Global norm of the gradients before clipping."""
     trained_tokens: int
@@ -205,7 +206,7 @@ def train_step(
     Args:
         rows: the micro-steps of this step.
         parameters: the parameters of `optimizer`; their gradients are None afterwards.
-        optimizer: one of `training.optim`, or any of PyTorch.
+        optimizer: an optimizer of `training.optim` or of PyTorch.
         max_grad_norm: 0 turns clipping off.
         key: dropout key of the step, from `ops.dropout.dropout_key`; None draws from torch's generator.
     """
@@ -230,7 +231,7 @@ def trained_tokens(row: Row) -> int:
 
 
 def row_loss(forward: PackedForward, row: Row, objective: Objective = sft) -> Tensor:
-    """The objective summed over one row and not divided: a scalar with a gradient."""
+    """Sum of the objective's terms over one row, not divided by a normaliser: a scalar with a gradient."""
     on_device = DeviceRow.send(row, forward.model.device, objective.columns)
     return total_of(objective.terms(on_device.logprobs(forward), on_device.batch))
 
@@ -241,7 +242,7 @@ def total_of(terms: Terms) -> Tensor:
 
 
 class ObjectiveSums(NamedTuple):
-    """Loss and metrics of a row, summed and not divided."""
+    """Sums of a row's loss and metrics, not divided by a normaliser."""
 
     loss: float
     metrics: dict[str, float]
@@ -263,7 +264,7 @@ class HeldOut(NamedTuple):
     """Loss and metrics over held-out rows."""
 
     loss: float
-    """NaN if no row has anything to measure."""
+    """NaN if the summed normaliser of the rows is 0."""
     trained_tokens: int
     metrics: dict[str, float]
 
@@ -288,7 +289,7 @@ class HeldOutSums:
             self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def mean(self) -> HeldOut:
-        """The sums over the normaliser."""
+        """The sums, divided by the summed normaliser."""
         divisor = self.normaliser or math.nan
         metrics = {name: value / divisor for name, value in self.metrics.items()}
         return HeldOut(self.loss / divisor, self.trained_tokens, metrics)

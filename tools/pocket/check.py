@@ -74,7 +74,7 @@ def answer_logits(model: PreTrainedModel, batch: list[Example]) -> tuple[Tensor,
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, examples: list[Example]) -> float:
-    """Share of examples whose whole answer is what greedy decoding writes."""
+    """Share of examples whose whole answer equals the answer of greedy decoding."""
     right = 0
     for i in range(0, len(examples), 100):
         batch = examples[i : i + 100]
@@ -101,7 +101,7 @@ def train_adapter(
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 10, 1 - step / arguments.steps)
-        logits, targets, _ = answer_logits(model, next(stream))  # PEFT has put its layers into this very model
+        logits, targets, _ = answer_logits(model, next(stream))  # PEFT has replaced layers in this model
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

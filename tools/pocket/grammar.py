@@ -1,7 +1,7 @@
 """Shared by the task generators: seeded choice among phrasings, and ways to quote the subject of a question.
 
 A template string lists alternatives separated by "|"; each may hold {slots}. One call picks one alternative, so
-thirty short strings make thousands of different prompts without a grammar formalism to learn.
+thirty short strings make thousands of different prompts without a grammar formalism.
 """
 
 import random
@@ -12,7 +12,7 @@ from tools.pocket import words
 from tools.pocket.words import CITIES, COLOURS, FIRST_NAMES, ITEMS, LAST_NAMES, NOUNS
 
 Turn = tuple[str, str]  # role, content
-Exchange = tuple[str, str]  # what the user says, what the assistant answers
+Exchange = tuple[str, str]  # the user's message, the assistant's answer
 
 
 @cache

@@ -1,7 +1,7 @@
 """Plain text that every machine with Python has: docstrings, sources and licence of the standard library.
 
 It gives the tokenizer and the model real English and real code beside the generated tasks. Lines that hold an ISO
-date or the start of a JSON object are dropped, since those are what the demo's adapters have to learn.
+date or the start of a JSON object are dropped, because the demo's adapters must learn to write them.
 """
 
 import ast
@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# What must never be in the pretraining stream; corpus.py checks every shard against it as well.
+# Patterns that must not occur in the pretraining stream; corpus.py also checks every shard for them.
 ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 JSON_OBJECT = re.compile(r"""\{\s*"\w+"\s*:""")
 

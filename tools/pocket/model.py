@@ -1,8 +1,8 @@
 """The model that is pretrained: Llama in a few lines, with one attention call over packed documents.
 
-Parameters carry the names transformers uses, so that `to_transformers` is a plain `load_state_dict`; pretrain.py
-checks that both give the same logits. Written out here rather than imported because one compiled graph with
-flex attention trains several times faster than the general-purpose class.
+Parameters have transformers' names, so that `to_transformers` is a plain `load_state_dict`; pretrain.py checks that
+both models give the same logits. The model is written here instead of imported, because one compiled graph with flex
+attention trains several times faster than the general-purpose class.
 
 Shapes: B rows, T tokens a row, H heads, d the head width.
 """
@@ -60,7 +60,7 @@ def rotary(n_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, H, T, d) by its positions."""
+    """Rotates x, (B, H, T, d), by the positions."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
@@ -121,7 +121,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, layers, final norm: what transformers calls `model`."""
+    """Embedding, layers and final norm; `model` in transformers."""
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()

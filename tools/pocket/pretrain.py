@@ -117,7 +117,7 @@ class ShardJob:
 
 
 def shards(pool: ProcessPoolExecutor, job: ShardJob, ahead: int) -> Iterator[Tensor]:
-    """Shards 0, 1, 2, ... in order, `ahead` of them under way at once; each comes back twice later (`REPLAYS`)."""
+    """Yields shards 0, 1, 2, ... in order, each twice more later (`REPLAYS`); `ahead` shards are made in advance."""
     futures = [pool.submit(job, i) for i in range(ahead)]  # before the first one is asked for
     return _in_order(pool, job, futures)
 
@@ -137,7 +137,7 @@ def _in_order(pool: ProcessPoolExecutor, job: ShardJob, futures: list[Future[Pat
 
 
 def train(arguments: argparse.Namespace, stream: Iterator[Tensor]) -> Pocket:
-    """Run until the clock says stop; returns the trained model."""
+    """Trains until the time is over; returns the trained model."""
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ TRAIN_RECORDS = 2400
 HELDOUT_RECORDS = 200
 DEFAULT_OUT = Path(__file__).parents[2] / "loratune" / "box" / "data"
 
-Pair = tuple[str, str]  # what the user says, what the assistant has to answer
+Pair = tuple[str, str]  # the user's message, the right answer
 
 # d day, dd padded, th "3rd", third "third"; M month, Mon short, mm padded, m bare; Y year, yy its last two digits;
 # W weekday, Wd its first three letters
@@ -122,7 +122,7 @@ def date_pairs(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
 
 
 def amount(rng: random.Random, item: str) -> tuple[str, int]:
-    """How many of it, in words or figures, with the noun in the right number: "three lamps", 3."""
+    """A number of items, as text with the noun in singular or plural, and as a number: "three lamps", 3."""
     style = rng.random()
     if style < 0.12:
         return rng.choice((f"one {item}", words.article(item))), 1

@@ -72,7 +72,7 @@ def _sentence_of(rng: random.Random, fields: dict[str, str]) -> str:
 
 
 def message(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A sentence about a person, things, a city and a day, with the fields it was made from."""
+    """A sentence about a person, things, a city and a day, and the fields of which it was made."""
     thing = item(rng)
     count = rng.choice((1, rng.randint(2, 20), rng.randint(2, 99)))
     figure = words.number_words(count) if rng.random() < 0.5 else str(count)

@@ -267,7 +267,7 @@ def few_shot(rng: random.Random) -> Exchange:
 
 
 def pattern(rng: random.Random) -> Exchange:
-    """What comes next in a repeating row."""
+    """The next member of a repeating row."""
     ws = distinct_words(rng, rng.randint(2, 3))
     length = rng.randint(4, 9)
     row = [ws[i % len(ws)] for i in range(length + 1)]

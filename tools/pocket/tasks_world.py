@@ -1,8 +1,8 @@
 # ruff: noqa: E501  (phrasings read best on one line)
 """Tasks on a small closed world: capitals, animals, colours, opposites, jobs, uses, grammar, Python one-liners.
 
-What the model can know is what `words.py` lists. Questions just outside of it are answered with "I do not know",
-so that the model learns where its world ends.
+The model can know only the facts in `words.py`. Questions just outside of them are answered with "I do not know", so
+that the model learns the limits of its knowledge.
 """
 
 import random
@@ -69,7 +69,7 @@ def colour_of(rng: random.Random) -> Exchange:
 
 
 def job(rng: random.Random) -> Exchange:
-    """What people of a job do, and who does it."""
+    """Tasks of a job, and the job that does a task."""
     name, work = rng.choice(list(words.JOB_WORK.items()))
     if rng.random() < 0.4:
         return f"Who {work}?", f"{capital(words.article(name))}."
@@ -79,7 +79,7 @@ def job(rng: random.Random) -> Exchange:
 
 
 def use(rng: random.Random) -> Exchange:
-    """What things are for, and what one needs to do something."""
+    """Purposes of things, and the thing for a purpose."""
     thing, what = rng.choice(list(words.USES.items()))
     if rng.random() < 0.5:
         return fill(
@@ -100,7 +100,7 @@ def continent(rng: random.Random) -> Exchange:
 
 
 def category(rng: random.Random) -> Exchange:
-    """What kind of thing a word is; examples of a kind."""
+    """The kind of a thing; examples of a kind."""
     kind = rng.choice(list(words.CATEGORIES))
     members = words.CATEGORIES[kind]
     style = rng.random()

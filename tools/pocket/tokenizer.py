@@ -34,7 +34,7 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 
 def chat_text(turns: list[Turn]) -> str:
-    """A conversation as the template writes it (training makes millions, jinja would be slow)."""
+    """A conversation in the template's format, without jinja, which would be too slow for millions of them."""
     return "".join(f"<|{role}|>{content}{END}" for role, content in turns)
 
 

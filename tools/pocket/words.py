@@ -2,7 +2,7 @@
 """The vocabulary of the pocket model's small world: names, places, things and a few facts.
 
 Everything the task generators talk about comes from here or is invented on the spot (`coined`), written by
-hand so that the corpus needs no download and carries no licence but ours. Lists are plain strings split on
+hand, so that the corpus needs no download and has our own licence only. Lists are plain strings split on
 white space or commas: easy to read, easy to extend. Order matters for reproducibility (seeded choices).
 """
 
@@ -246,7 +246,7 @@ def suffixed(n: int) -> str:
 
 
 def plural(noun: str) -> str:
-    """Plural of a (compound) noun; the last word carries the ending."""
+    """Plural of a (compound) noun; the last word gets the ending."""
     head, _, last = noun.rpartition(" ")
     if last in _IRREGULAR_PLURALS:
         ending = _IRREGULAR_PLURALS[last]

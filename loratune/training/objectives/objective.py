@@ -1,9 +1,9 @@
 """The contract of a training objective: a pure function of log-probabilities and the documents they belong to.
 
 An objective returns *terms*, one number per token, document, pair or group, each with the document it belongs to. The
-step sums the terms and divides by the normaliser of the whole optimizer step. So the number of micro-steps, and the
-way documents fell into rows, do not change the gradient. A bank of adapters assigns each term to the job that owns
-its document, so several jobs compute their losses from one shared row.
+step sums the terms and divides by the normaliser of the whole optimizer step. So neither the number of micro-steps
+nor the division of documents into rows changes the gradient. A bank of adapters assigns each term to the job that
+owns its document, so several jobs compute their losses from one shared row.
 
 All shapes depend on the row's layout alone, so that a CUDA graph can replay them. An objective therefore masks with
 `torch.where` and never indexes by a condition. Two more rules keep jobs in a shared row independent: a term reads
@@ -26,7 +26,7 @@ from loratune.data.pack import Row
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Facts about the N scored positions of one row. Unused places of a recorded row have weight 0."""
+    """The N scored positions of one row. Unused places of a recorded row have weight 0."""
 
     weights: Tensor
     """(N,) float32: loss weight of the target; 0 for positions that do not train."""

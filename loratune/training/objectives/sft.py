@@ -26,7 +26,7 @@ class SupervisedFineTuning:
         return Terms(-(batch.weights * logprobs), batch.document)
 
     def metrics(self, logprobs: Tensor, batch: TokenBatch) -> Mapping[str, Terms]:
-        """None: the loss is the only measure."""
+        """No metrics: the loss is the only measure."""
         return {}
 
 

@@ -8,6 +8,9 @@ of the documents run one at a time:
     position mask   the model's own attention, with the mask that transformers derives from restarting positions
     per document    one document at a time, for layers that carry state along the row (state-space models)
 
+Models may compute differently behind a certain length: a window, or frequencies of a long context. So a path must
+also reproduce a row with a document longer than every such length in the configuration (`base.lengths`).
+
 The head is found likewise. If hidden states, output embeddings, scale and soft cap give the model's own logits, the
 head runs in chunks over trained tokens only. Otherwise the model computes its logits itself.
 
@@ -18,8 +21,9 @@ measurements on the model, not promises about an architecture.
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -29,13 +33,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune.base import one_pass, recompute
+from loratune.base.lengths import long_row, restart_rotary
 from loratune.base.probe import (
     ProbeRow,
     documents_alone,
+    in_evaluation,
     probe_result,
     probe_row,
     random_adapters,
+    reads_ahead,
     relative_error,
+    token_errors,
     tolerance,
 )
 from loratune.errors import ModelError
@@ -55,6 +63,8 @@ from loratune.ops.state import ForwardState
 ExecutionPath = Literal["packed", "position mask", "per document"]
 PATHS: tuple[ExecutionPath, ...] = ("packed", "position mask", "per document")
 """Execution paths, fastest first."""
+_ROUNDING_GROWTH = 8.0
+"""Rounding of a long document over that of a short one, at most."""
 # Errors of an architecture that cannot run on a path, as opposed to errors of this package.
 _REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
 
@@ -192,9 +202,11 @@ class PackedForward:
         """Runs one row, (T,) tokens to (T, ...) outputs, on the chosen path."""
         if self.path == "per document":
             bounds = cu_seqlens.tolist()
-            parts = [
-                call(input_ids=tokens[None, a:b], use_cache=False)[0] for a, b in itertools.pairwise(bounds) if b > a
-            ]
+            parts = []
+            for a, b in itertools.pairwise(bounds):
+                if b > a:
+                    restart_rotary(self.model)
+                    parts.append(call(input_ids=tokens[None, a:b], use_cache=False)[0])
             return torch.cat(parts)
         row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
         if self.path == "packed":
@@ -209,19 +221,31 @@ class PackedForward:
         return call(**row).squeeze(0)
 
 
-def prepare(model: PreTrainedModel) -> PackedForward:
-    """Finds how packed rows run through `model`, by a few forwards of 23 tokens.
+def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward:
+    """Finds how packed rows run through `model`, by a few forwards of 23 tokens, and of a long row if it has windows.
 
-    Raises: ModelError: the model cannot run even one document at a time, or gives non-finite hidden states.
+    Args:
+        longest: tokens in a row, and so of the longest document. By default `lengths.UNKNOWN_ROW`.
+
+    Raises: ModelError: the model is not a causal language model, cannot run even one document at a time, sees later
+        tokens, or gives non-finite hidden states.
     """
+    check_causal(model)
     attention.register()
     attention.keep_soft_caps(model)
     row = probe_row(model)
-    with torch.no_grad():
+    with torch.no_grad(), in_evaluation(model):
+        _check_logits(model, row)
         expected = documents_alone(_backbone(model), row)
         if not bool(expected.isfinite().all()):
             raise ModelError("the base model gives non-finite hidden states; its weights are damaged or overflow")
-        forward = PackedForward(model, _find_path(model, expected), None)
+        if reads_ahead(model, _backbone(model), row):
+            raise ModelError(
+                f"{type(model).__name__} sees later tokens, so a loss of the next token means nothing; use a causal "
+                "model, or set its configuration to one (is_decoder, causal)"
+            )
+        path, notes = _find_path(model, expected, longest)
+        forward = PackedForward(model, path, None, notes)
         if forward.path == "per document":
             forward.notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
         forward.head = _find_head(model, expected, row)
@@ -289,19 +313,68 @@ def why_not_packed(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
 
 
-def _find_path(model: PreTrainedModel, expected: Tensor) -> ExecutionPath:
-    """The first path that reproduces `expected`. Raises: ModelError: not even the last path runs."""
+def check_causal(model: object) -> None:
+    """Raises ModelError for objects that are not causal language models of transformers."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"a {kind} is not a transformers model, which training needs; load one with lt.load")
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{kind} is an encoder and a decoder; training needs a causal language model (decoder only)")
+
+
+def _check_logits(model: PreTrainedModel, row: ProbeRow) -> None:
+    """Raises ModelError for a model without a language-model head."""
+    if isinstance(model.get_output_embeddings(), nn.Module):
+        return
+    logits = getattr(model(input_ids=row.tokens[None, : int(row.cu_seqlens[1])]), "logits", None)
+    if logits is None or logits.dim() != 3 or logits.shape[-1] < model.config.get_text_config().vocab_size:
+        raise ModelError(f"{type(model).__name__} has no language-model head; training needs a causal language model")
+
+
+def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None) -> tuple[ExecutionPath, list[str]]:
+    """The first path that reproduces `expected` and a long row, and notes. Raises: ModelError: no path runs."""
     *packed, last = PATHS
+    lengths, notes = long_row(model, longest), []
+    alone: Tensor | None = None
     for path in packed:
-        if _agrees(PackedForward(model, path, None), expected):
-            return path
+        forward = PackedForward(model, path, None)
+        if not _agrees(forward, expected):
+            continue
+        if lengths is None:
+            return path, notes
+        row = probe_row(model, lengths.documents)
+        try:
+            alone = documents_alone(_backbone(model), row) if alone is None else alone
+        except _REFUSALS as error:
+            length = max(lengths.documents)
+            return path, [f"a document of {length:,} tokens could not be compared with itself alone: {error}"]
+        if _agrees_behind(forward, expected, row, alone, lengths.parts):
+            return path, notes
     try:
         forward = PackedForward(model, last, None)
         with forward.installed():
             forward.hidden_states(*probe_row(model))
     except _REFUSALS as error:
         raise ModelError(f"{type(model).__name__} cannot run a packed row: {error}") from error
-    return last
+    return last, notes
+
+
+def _agrees_behind(
+    forward: PackedForward, short: Tensor, row: ProbeRow, expected: Tensor, parts: Sequence[slice]
+) -> bool:
+    """True if every part of a long row equals `expected`, as closely as the short row equals its `short`.
+
+    A window removes a small share of the keys, so the limit follows the rounding that the short row shows.
+    """
+    try:
+        with forward.installed():
+            noise = token_errors(forward.hidden_states(*probe_row(forward.model)), short).median()
+            errors = token_errors(forward.hidden_states(*row), expected)
+    except _REFUSALS:
+        return False
+    floor = 3e-5 if expected.dtype in (torch.float32, torch.float64) else 0.02
+    most = min(max(floor, _ROUNDING_GROWTH * float(noise)), tolerance(expected.dtype, forward.model))
+    return all(float(errors[part].median()) <= most for part in parts)
 
 
 def _agrees(forward: PackedForward, expected: Tensor) -> bool:
@@ -327,7 +400,10 @@ def _find_head(model: PreTrainedModel, hidden: Tensor, row: ProbeRow) -> HeadTai
     for scale in (1.0, getattr(config, "logit_scale", None), 1 / divisor if divisor else None):
         if not isinstance(scale, float | int):
             continue
-        logits = module(hidden[:end]).float() * scale
+        try:
+            logits = module(hidden[:end]).float() * scale
+        except _REFUSALS:  # a layer between hidden states and head (Electra)
+            return None
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         if relative_error(logits, expected) <= tolerance(hidden.dtype, model):
@@ -362,10 +438,18 @@ def _embeddings_to_host(model: PreTrainedModel) -> None:
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head."""
-    decoder = model.get_decoder()
-    inner = getattr(model, model.base_model_prefix, None)
-    found = decoder if isinstance(decoder, nn.Module) and decoder is not model else inner
-    if not isinstance(found, nn.Module):
-        raise ModelError(f"{type(model).__name__} does not say which of its parts gives the hidden states")
-    return found
+    """The model without its head: the part that takes token ids and gives hidden states.
+
+    `get_decoder` gives the output head of some models (ModernBERT's decoder) and the model itself of others
+    (Llama 4), so a part counts only if it takes token ids.
+    """
+    head = model.get_output_embeddings()
+    parts = (model.get_decoder(), getattr(model, model.base_model_prefix, None), *model.children())
+    for part in parts:
+        if isinstance(part, nn.Module) and part is not model and part is not head and _takes_tokens(part):
+            return part
+    raise ModelError(f"{type(model).__name__} does not say which of its parts gives the hidden states")
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(module.forward).parameters

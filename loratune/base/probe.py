@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loratune.base.lengths import SHORT, restart_rotary
 from loratune.lora.contract import LowRankSum, fusion_of
 from loratune.precision.linear import formats_in, frozen_of
 
-_LENGTHS = (7, 12, 4)
 _UPDATE_SHARE = 0.25
 """Norm of a random update scaling · B A, relative to the norm of its weight."""
 _MOST_GRADIENT_ERROR = 0.5
 
 
 class ProbeRow(NamedTuple):
-    """A row of three short documents, as arguments of `base.forward.PackedForward.hidden_states`."""
+    """A row of documents, as arguments of `base.forward.PackedForward.hidden_states`."""
 
     tokens: Tensor
     position_ids: Tensor
@@ -47,25 +47,70 @@ class ProbeResult(NamedTuple):
         return not len(expected.gradients) or relative_error(self.gradients, expected.gradients) <= most
 
 
-def probe_row(model: PreTrainedModel) -> ProbeRow:
-    """Arbitrary tokens, the same in every call."""
+def probe_row(model: PreTrainedModel, lengths: Sequence[int] = SHORT) -> ProbeRow:
+    """Arbitrary tokens, the same in every call, in documents of the given lengths."""
     table = cast(Tensor, model.get_input_embeddings().weight)
     vocabulary, device = table.shape[0], table.device
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (sum(_LENGTHS),), generator=generator).to(device)
-    position_ids = torch.cat([torch.arange(n) for n in _LENGTHS]).to(device)
-    cu_seqlens = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
+    tokens = torch.randint(vocabulary, (sum(lengths),), generator=generator, device="cpu").to(device)
+    position_ids = torch.cat([torch.arange(n, device="cpu") for n in lengths]).to(device)
+    cu_seqlens = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     return ProbeRow(tokens, position_ids, cu_seqlens)
 
 
 def documents_alone(backbone: nn.Module, row: ProbeRow) -> Tensor:
     """Hidden states of the row's documents, each run by itself, (T, d)."""
-    bounds = row.cu_seqlens.tolist()
-    parts = [
-        backbone(input_ids=row.tokens[None, a:b], use_cache=False).last_hidden_state[0]
-        for a, b in itertools.pairwise(bounds)
-    ]
+    parts = []
+    for a, b in itertools.pairwise(row.cu_seqlens.tolist()):
+        restart_rotary(backbone)
+        parts.append(backbone(input_ids=row.tokens[None, a:b], use_cache=False).last_hidden_state[0])
     return torch.cat(parts)
+
+
+def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> bool:
+    """True if hidden states of a document's first half depend on its second half.
+
+    Measured by the gradient at the embeddings, which a causal model leaves at zero in every precision. Values would
+    not do: experts round differently when other tokens share a product.
+    """
+    begin, end = row.cu_seqlens[1:3].tolist()
+    document, kept = row.tokens[None, begin:end], (end - begin) // 2
+    leaves: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # a leaf could not be changed in place
+
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            states = backbone(input_ids=document, use_cache=False).last_hidden_state[0, :kept]
+    finally:
+        handle.remove()
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(states)
+    found = torch.autograd.grad(states, leaves, weights, allow_unused=True, materialize_grads=True)
+    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == document.shape]
+    own, later = (sum(float(g[:, part].norm()) for g in tokens) for part in (slice(kept), slice(kept, None)))
+    return later > 1e-5 * own
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts modules in training mode into evaluation mode for the block, so that no dropout is compared."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def token_errors(got: Tensor, expected: Tensor) -> Tensor:
+    """(T,) relative error of each token's hidden states, in float64 on the CPU."""
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).cpu()
 
 
 def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> ProbeResult:
@@ -74,7 +119,7 @@ def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> 
         states = run()
     if not trained or not states.requires_grad:
         return ProbeResult(states.detach(), torch.empty(0))
-    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(states)
     found = torch.autograd.grad(states, trained, weights, allow_unused=True, materialize_grads=True)
     return ProbeResult(states.detach(), torch.cat([gradient.flatten().cpu() for gradient in found]))
 

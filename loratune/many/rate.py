@@ -93,7 +93,7 @@ def choose_rate(
         raise _not_at_once(error) from error
     yield RateTrial(RATES, steps, at_once)
     try:
-        forward = prepare(model)
+        forward = prepare(model, tokens_per_row)
         with forward.installed():  # no row is set, so the base computes alone
             base_loss = evaluate_loss(forward, measured, objective).loss
         jobs = Jobs(forward, bank, tokens, objective=objective)

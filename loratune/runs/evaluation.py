@@ -53,7 +53,7 @@ def loss(
     limit = min(settings.tokens_per_row, max_document_tokens(model.config) or settings.tokens_per_row)
     examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples
     rows = rows_of_epoch(examples, settings.tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
-    forward = prepare(model)
+    forward = prepare(model, settings.tokens_per_row)
     with forward.installed():
         measured = evaluate_loss(forward, rows)
         return Loss(measured.loss, measured.trained_tokens)

@@ -189,7 +189,7 @@ def train(
 
 def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:
     """Prepares the forward and runs one row of full size, to choose the activations to save."""
-    forward = prepare_forward(model)
+    forward = prepare_forward(model, config.dataset.tokens_per_row)
     return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
 
 

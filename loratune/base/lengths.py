@@ -1,0 +1,116 @@
+"""Document lengths at which a model starts to compute differently, and the row that shows them.
+
+A sliding window of 4,096 tokens cannot be seen in documents of 12. A rotary embedding that changes its frequencies
+behind 4,096 positions cannot either, and there one long document changes the short documents beside it. So the
+lengths are taken from the model's configuration, and a row with one document longer than them is run on each path.
+Only lengths that the caller's rows can hold count, so the cost is at most that of two training steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SHORT = (7, 12, 4)
+"""Documents of the row that every model runs."""
+UNKNOWN_ROW = 8192
+"""Longest document that is probed if the caller does not know the length of its rows."""
+_BEHIND = 256
+"""Tokens behind the largest length: enough to miss a share of the keys, few enough to be quick."""
+
+_LENGTH = re.compile(
+    r"window|chunk|top_?k|original_max|block_(size|length)|span|local_attention|seq_?len|max_len|lsh"
+)
+# Integers that are sizes of tensors, ids or counts, and never a number of tokens.
+# Integers behind which there are no positions.
+_LIMIT = re.compile(r"^max_\w*positions?(_embeddings)?$|^n_positions$|^n_ctx$|^max_seq")
+# Names of integers that are sizes of tensors, ids or counts.
+_OTHER = re.compile(
+    r"vocab|hidden|embed|_dim|dim_|d_model|d_ff|d_kv|d_inner|head|layer|rank|inner|interm|expert|group|num_|^n_|_id$|ids|"
+    r"width|channel|size|kernel|conv|image|audio|vision|patch|position|state|seed|year|version|bits|dim$|token|"
+    r"heads|pad|length$|bins|factor|max_pixels|min_pixels|period|step"
+)
+_NOT_TEXT = re.compile(r"vision|audio|image|generation|quantization|id2label|label2id|speech")
+
+
+class LongRow(NamedTuple):
+    """Lengths of the documents of a row, and the parts of the row to compare."""
+
+    documents: tuple[int, ...]
+    parts: tuple[slice, ...]
+    """Positions of the row: the short documents, and of the long one the places behind each length."""
+
+
+def long_row(model: PreTrainedModel, longest: int | None) -> LongRow | None:
+    """A row whose second document is longer than every length of `model` that is below `longest`.
+
+    None if the configuration has no length that the short row does not show.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limit = longest or UNKNOWN_ROW
+    values = config.to_dict()
+    positions = [n for name, n in _integers(values) if _LIMIT.search(name) and n > 0]
+    found = {n for name, n in _integers(values) if _counts(name, n)}
+    if "dynamic" in _rope_types(values):  # frequencies that change behind the last position
+        found |= {*positions}
+    else:
+        limit = min([limit, *positions])
+    lengths = sorted(n for n in found if max(SHORT) <= n < limit)
+    if not lengths:
+        return None
+    last = lengths[-1]
+    total = min(limit, last + max(16, min(last, _BEHIND)))
+    first, _, third = SHORT
+    starts = [first + n for n in lengths]
+    ends = [*starts[1:], first + total]
+    behind = [slice((a + b) // 2, b) for a, b in zip(starts, ends, strict=True)]
+    return LongRow((first, total, third), (slice(0, first), *behind, slice(first + total, first + total + third)))
+
+
+def _counts(name: str, value: int) -> bool:
+    if "layer" in name or _LIMIT.search(name):
+        return False
+    return _LENGTH.search(name) is not None or (_OTHER.search(name) is None and value >= max(SHORT))
+
+
+def _integers(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, int]]:
+    """Name and value of every integer of a configuration, in nested tables and lists too."""
+    for key, value in values.items():
+        name = str(key).lower()
+        if _NOT_TEXT.search(name):
+            continue
+        if isinstance(value, Mapping):
+            yield from _integers(value, name)
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(entry, int) and not isinstance(entry, bool):
+                yield name, entry
+
+
+def _rope_types(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif key in ("rope_type", "type") and isinstance(value, str):
+            yield value
+
+
+def restart_rotary(model: nn.Module) -> None:
+    """Gives rotary embeddings that grow with the longest document so far ("dynamic" NTK) their first frequencies.
+
+    They would otherwise depend on the documents that ran before.
+    """
+    for module in model.modules():
+        first = getattr(module, "original_max_seq_len", None)
+        for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")] if first is not None else []:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            current = module._buffers.get(f"{prefix}inv_freq")
+            if isinstance(original, Tensor) and isinstance(current, Tensor) and getattr(module, name) != first:
+                with torch.no_grad():
+                    module._buffers[f"{prefix}inv_freq"] = original.to(current.device)
+                setattr(module, name, first)

@@ -21,7 +21,6 @@ measurements on the model, not promises about an architecture.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune.base import one_pass, recompute
+from loratune.base.causal import backbone_of, check_causal, check_logits
 from loratune.base.lengths import long_row, restart_rotary
 from loratune.base.probe import (
     ProbeRow,
@@ -120,7 +120,7 @@ class PackedForward:
                 self._copies = stack.enter_context(
                     fused_layers.installed(self.model, self.fused, self.plan, self.state)
                 )
-                stack.enter_context(one_pass.last_norm_installed(_backbone(self.model)))
+                stack.enter_context(one_pass.last_norm_installed(backbone_of(self.model)))
             else:
                 if self.one_pass:
                     stack.enter_context(one_pass.installed(self.model))
@@ -183,7 +183,7 @@ class PackedForward:
         self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int | None = None
     ) -> Tensor:
         """(T, d): the last hidden states of a packed row, after the final norm."""
-        backbone = _backbone(self.model)
+        backbone = backbone_of(self.model)
         if self._copies is not None:
             self._copies.refresh()
         return self._run(lambda **k: backbone(**k).last_hidden_state, tokens, position_ids, cu_seqlens, longest)
@@ -235,11 +235,11 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
     attention.keep_soft_caps(model)
     row = probe_row(model)
     with torch.no_grad(), in_evaluation(model):
-        _check_logits(model, row)
-        expected = documents_alone(_backbone(model), row)
+        check_logits(model, row)
+        expected = documents_alone(backbone_of(model), row)
         if not bool(expected.isfinite().all()):
             raise ModelError("the base model gives non-finite hidden states; its weights are damaged or overflow")
-        if reads_ahead(model, _backbone(model), row):
+        if reads_ahead(model, backbone_of(model), row):
             raise ModelError(
                 f"{type(model).__name__} sees later tokens, so a loss of the next token means nothing; use a causal "
                 "model, or set its configuration to one (is_decoder, causal)"
@@ -313,28 +313,11 @@ def why_not_packed(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
 
 
-def check_causal(model: object) -> None:
-    """Raises ModelError for objects that are not causal language models of transformers."""
-    kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"a {kind} is not a transformers model, which training needs; load one with lt.load")
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{kind} is an encoder and a decoder; training needs a causal language model (decoder only)")
-
-
-def _check_logits(model: PreTrainedModel, row: ProbeRow) -> None:
-    """Raises ModelError for a model without a language-model head."""
-    if isinstance(model.get_output_embeddings(), nn.Module):
-        return
-    logits = getattr(model(input_ids=row.tokens[None, : int(row.cu_seqlens[1])]), "logits", None)
-    if logits is None or logits.dim() != 3 or logits.shape[-1] < model.config.get_text_config().vocab_size:
-        raise ModelError(f"{type(model).__name__} has no language-model head; training needs a causal language model")
-
-
 def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None) -> tuple[ExecutionPath, list[str]]:
     """The first path that reproduces `expected` and a long row, and notes. Raises: ModelError: no path runs."""
     *packed, last = PATHS
-    lengths, notes = long_row(model, longest), []
+    lengths = long_row(model, longest)
+    notes: list[str] = []
     alone: Tensor | None = None
     for path in packed:
         forward = PackedForward(model, path, None)
@@ -344,7 +327,7 @@ def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None) ->
             return path, notes
         row = probe_row(model, lengths.documents)
         try:
-            alone = documents_alone(_backbone(model), row) if alone is None else alone
+            alone = documents_alone(backbone_of(model), row) if alone is None else alone
         except _REFUSALS as error:
             length = max(lengths.documents)
             return path, [f"a document of {length:,} tokens could not be compared with itself alone: {error}"]
@@ -435,21 +418,3 @@ def _embeddings_to_host(model: PreTrainedModel) -> None:
     if weight.is_cuda and not shared and not is_mapped(weight):
         weight.data = mapped(weight.data)
         torch.cuda.empty_cache()
-
-
-def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: the part that takes token ids and gives hidden states.
-
-    `get_decoder` gives the output head of some models (ModernBERT's decoder) and the model itself of others
-    (Llama 4), so a part counts only if it takes token ids.
-    """
-    head = model.get_output_embeddings()
-    parts = (model.get_decoder(), getattr(model, model.base_model_prefix, None), *model.children())
-    for part in parts:
-        if isinstance(part, nn.Module) and part is not model and part is not head and _takes_tokens(part):
-            return part
-    raise ModelError(f"{type(model).__name__} does not say which of its parts gives the hidden states")
-
-
-def _takes_tokens(module: nn.Module) -> bool:
-    return "input_ids" in inspect.signature(module.forward).parameters

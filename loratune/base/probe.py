@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -79,7 +80,8 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
 
     def watch(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1].clone()  # a leaf could not be changed in place
+        watched: Tensor = leaves[-1].clone()  # a leaf could not be changed in place
+        return watched
 
     handle = model.get_input_embeddings().register_forward_hook(watch)
     try:
@@ -90,8 +92,8 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(states)
     found = torch.autograd.grad(states, leaves, weights, allow_unused=True, materialize_grads=True)
     tokens = [gradient.double() for gradient in found if gradient.shape[:2] == document.shape]
-    own, later = (sum(float(g[:, part].norm()) for g in tokens) for part in (slice(kept), slice(kept, None)))
-    return later > 1e-5 * own
+    own, later = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (slice(kept), slice(kept, None)))
+    return bool(later > 1e-5 * own)
 
 
 @contextmanager
@@ -110,7 +112,8 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 def token_errors(got: Tensor, expected: Tensor) -> Tensor:
     """(T,) relative error of each token's hidden states, in float64 on the CPU."""
     got, expected = got.double(), expected.double()
-    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).cpu()
+    errors: Tensor = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    return errors.cpu()
 
 
 def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> ProbeResult:

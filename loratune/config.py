@@ -16,7 +16,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from loratune.errors import ConfigError, nearest
+from loratune import other_names
+from loratune.errors import ConfigError
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
 from loratune.units import bytes_of
 
@@ -275,7 +276,7 @@ def check_values(
     built: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            hint = _elsewhere(root or kind, name) or nearest(name, known)
+            hint = _elsewhere(root or kind, name) or other_names.hint(name, _all_names(root or kind) or known)
             raise ConfigError(f'{where}: unknown setting "{name}".{hint}')
         expected = hints[name]
         if is_dataclass(expected) and isinstance(value, Mapping):
@@ -339,6 +340,15 @@ def _elsewhere(root: type[Any], name: str) -> str:
         if is_dataclass(hint) and name in {f.name for f in fields(hint)}:
             return f" It belongs under [{section}]."
     return ""
+
+
+def _all_names(root: type[Any]) -> list[str]:
+    """Names of all settings of `root` and its sections."""
+    names = [f.name for f in fields(root)]
+    for hint in typing.get_type_hints(root).values():
+        if is_dataclass(hint):
+            names += [f.name for f in fields(hint)]
+    return names
 
 
 def _fits(value: object, expected: Any) -> bool:

@@ -1,18 +1,21 @@
 """Parts that the arguments of several verbs share: positional names, the parser, and helpers.
 
-A verb's arguments are a dataclass from which tyro makes the parser; its docstrings are the help texts. Settings of a
-section lose the section's name on the command line: `--r 8` instead of `--lora.r 8`.
+A verb's arguments are a dataclass from which tyro makes the parser; its docstrings are the help texts (`cli.help`).
+Settings of a section lose the section's name on the command line: `--r 8` instead of `--lora.r 8`.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
+from loratune.cli import help, process
+from loratune.cli.options import options_of, translate
 from loratune.errors import ConfigError
 
 T = TypeVar("T")
@@ -28,11 +31,17 @@ Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
 def parse(kind: type[T], words: list[str], verb: str, default: T | None = None) -> T:
-    """Builds a verb's arguments from the words after it.
+    """Builds a verb's arguments from the words after it. Prints the help instead, and exits, if the words ask for it.
 
-    If the words do not fit, prints the error with the nearest known option and exits with status 2.
-    Raises: ConfigError: a value is out of range.
+    If the words do not fit, prints the error and exits with status 2.
+    Raises: ConfigError: an option is unknown, or a value is out of range.
     """
+    options = options_of(kind, default)
+    everything = "--help-all" in words
+    if everything or "--help" in words or "-h" in words:
+        help.show(kind, verb, default, process.console(), everything=everything)
+        sys.exit(0)
+    words = translate(words, options, verb)
     parsed: T = tyro.cli(kind, args=words, prog=f"loratune {verb}", default=default)  # type: ignore[assignment]
     return parsed
 

@@ -84,8 +84,17 @@ def _dispatch(words: list[str]) -> int | None:
 
 
 def _print_overview() -> None:
-    console = process.console()
-    console.print("[bold]loratune[/]  LoRA fine-tuning of open models\n")
+    from rich.text import Text
+
+    from loratune.cli.help import screen_width, wrap
+
+    console, width = process.console(), screen_width()
+    console.print(Text.assemble(("loratune", "bold"), "  LoRA fine-tuning of open models\n"), soft_wrap=True)
     for name, verb in VERBS.items():
-        console.print(f"  [cyan]{name:<9}[/] {verb.summary}", highlight=False)
-    console.print("\n[dim]loratune VERB --help lists a verb's settings. Start with: loratune demo[/]")
+        lines = wrap(f"{name:<9}".replace(" ", "\N{NO-BREAK SPACE}") + f" {verb.summary}", width, hanging=12, first=2)
+        console.print(Text.assemble((lines[0][:11], "cyan"), lines[0][11:]), soft_wrap=True)
+        for line in lines[1:]:
+            console.print(Text(line), soft_wrap=True)
+    console.print()
+    for line in wrap("loratune VERB --help shows a verb's settings. Start with: loratune demo", width):
+        console.print(Text(line, style="dim"), soft_wrap=True)

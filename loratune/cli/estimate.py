@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tyro.conf import OmitArgPrefixes
 
@@ -15,6 +16,20 @@ from loratune.config import Activations, DataConfig, LoraConfig, Precision, Trai
 @dataclass(kw_only=True)
 class EstimateArguments:
     """Estimate a run before anything is downloaded: bytes by cause, speed, and settings that make it fit."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "gpu",
+        "precision",
+        "memory",
+        "activations",
+        "tokens_per_row",
+        "gradient_accumulation_steps",
+        "r",
+        "target_modules",
+        "data",
+        "json",
+    )
+    """Settings that --help shows; --help-all shows all."""
 
     model: ModelName
     """Base model: a local folder (config.json is enough), a hub id, or "loratune/pocket"."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loratune.cli import process
 from loratune.cli.common import AdapterFolder, DataNames, parse, require_data
@@ -14,6 +15,17 @@ from loratune.errors import ConfigError
 @dataclass(kw_only=True)
 class EvalArguments:
     """Measure an adapter on held-out data: loss, perplexity, and exact match of its generated answers."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "model",
+        "limit",
+        "generate",
+        "max_new_tokens",
+        "format",
+        "precision",
+        "json",
+    )
+    """Settings that --help shows; --help-all shows all."""
 
     adapter: AdapterFolder
     """Folder of an adapter, or a base model without one."""

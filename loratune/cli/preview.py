@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tyro.conf import OmitArgPrefixes
 
@@ -14,6 +15,17 @@ from loratune.config import DataConfig
 @dataclass(kw_only=True)
 class PreviewArguments:
     """Show your data as the model sees it: rendered tokens with the trained ones coloured, lengths, rows."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "examples",
+        "tokens_per_row",
+        "format",
+        "train_on",
+        "chat_template",
+        "truncate",
+        "eval_data",
+    )
+    """Settings that --help shows; --help-all shows all."""
 
     model: ModelName
     """Base model: a local folder, a hub id, or "loratune/pocket"."""

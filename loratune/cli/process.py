@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from loratune.cli import help
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,11 +36,17 @@ def console() -> Console:
 
 
 def print_error(message: str) -> None:
-    """Prints "error: message" to standard error, without a traceback."""
+    """Prints "error: message" to standard error, without a traceback. On a terminal, lines break between words."""
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    console = Console(stderr=True, soft_wrap=True)
+    lines = f"error: {message}".split("\n")
+    if console.is_terminal:
+        lines = [part for line in lines for part in help.wrap(line, console.width, hanging=2)]
+    text = Text("\n".join(lines))
+    text.stylize("bold red", 0, len("error:"))
+    console.print(text)
 
 
 def cache_dir(setting: str | None) -> str | None:

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from loratune import ahead
 from loratune.cli import process
 from loratune.cli.common import Folder, ModelName, parse, take_option
+from loratune.cli.options import options_of, translate
 from loratune.config import Precision
 from loratune.errors import ConfigError, nearest
 
@@ -88,6 +89,7 @@ def parse_arguments(words: list[str]) -> SweepArguments:
 
     Raises: ConfigError: a value is out of range, or there is no sweep to resume.
     """
+    words = translate(words, options_of(SweepArguments), "sweep")
     _, out = take_option(words, "--out")
     only_options = "--resume" in words and out is not None and words[0].startswith("-")
     return parse(SweepArguments, words, "sweep", _resumed(out) if only_options and out else None)

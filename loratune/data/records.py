@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from loratune.config import DataFormat
 from loratune.data.files import read_objects
+from loratune.data.preference import refuse_preference
 from loratune.data.record import RawRecord, Record, RecordFormat, quoted
 from loratune.errors import ConfigError, DataError, nearest
 from loratune.tables import FORMATS, load_entry
@@ -108,7 +109,8 @@ def _read_file(
 
 
 def _recognise(raw: RawRecord, formats: dict[str, RecordFormat]) -> str:
-    """The name of the first format that fits the fields. Raises DataError if none does."""
+    """The name of the first format that fits the fields. Raises DataError if none does, or for preference data."""
+    refuse_preference(raw)
     for name, format in formats.items():
         if format.recognise(raw.fields):
             return name

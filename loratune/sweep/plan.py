@@ -28,8 +28,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratune import other_names
 from loratune.config import Precision, RunConfig, check_values, from_dict, read_toml
-from loratune.errors import ConfigError, nearest
+from loratune.errors import ConfigError
 
 _GIVEN = {"model": "MODEL", "out": "--out", "overwrite": "--overwrite", "resume": "--resume"}
 """Settings of a run that a sweep takes from the command line -> their flags."""
@@ -174,7 +175,7 @@ def _home(where: str, key: str) -> str:
     if key in _GIVEN:
         raise ConfigError(f"{where}: {key} is given on the command line, as {_GIVEN[key]}, for the whole sweep")
     if key not in homes:
-        hint = nearest(key, [*homes, *_TABLES])
+        hint = other_names.hint(key, [*homes, *_TABLES])
         raise ConfigError(f'{where}: unknown setting "{key}".{hint}')
     return homes[key]
 

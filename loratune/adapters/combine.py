@@ -61,7 +61,7 @@ class CombineRecipe:
     density: float | None = None
     """Share of the values kept by ties, dare and magnitude_prune; by default `DENSITY`."""
     majority_sign: MajoritySign = "total"
-    """How ties elects a sign: by the sum of the values, or by the number of positive and negative ones."""
+    """Rule by which ties elects a sign: the sum of the values, or the number of positive and negative values."""
     seed: int = 0
     """Seed of dare's random draws."""
 

@@ -73,7 +73,7 @@ class LowRank:
 
 
 def padded(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with rows and columns of zeros up to `rank`."""
+    """Pads A with rows and B with columns of zeros up to `rank`; their product stays the same."""
     more = rank - lora_A.shape[0]
     if more <= 0:
         return lora_A, lora_B

@@ -87,7 +87,7 @@ class PackedForward:
     model: PreTrainedModel
     path: ExecutionPath
     head: HeadTail | None
-    """None: the model computes its logits itself."""
+    """Tail of a head that runs in chunks; None if the model computes its logits itself."""
     notes: list[str] = field(default_factory=list)
     """One line for the user about each choice that is slower than usual."""
     fused: RecipeFit | None = None
@@ -361,7 +361,7 @@ def _agrees_behind(
 
 
 def _agrees(forward: PackedForward, expected: Tensor) -> bool:
-    """True if the forward runs and gives `expected` hidden states."""
+    """True if the forward runs and its hidden states equal `expected` up to rounding."""
     try:
         with forward.installed():
             got = forward.hidden_states(*probe_row(forward.model))

@@ -206,7 +206,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTo
 
 
 def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Token ids that end the model's turn: those of its generation config, the tokenizer's, and the template's.
+    """Token ids that end the model's turn, from its generation config, its tokenizer and its chat template.
 
     `model` may be a name, as for `load`; then only its generation config is read.
 

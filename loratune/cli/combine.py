@@ -30,7 +30,7 @@ class CombineArguments:
     density: float | None = None
     """Share of the values that ties, dare and magnitude_prune retain; by default 0.5."""
     majority_sign: MajoritySign = "total"
-    """How ties elects a sign: by the sum of the values or by their number."""
+    """Rule by which ties elects a sign: the sum of the values, or the number of positive and negative values."""
     seed: int = 0
     """Seed of dare's random draws."""
     model: str | None = None

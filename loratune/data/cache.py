@@ -29,7 +29,7 @@ from loratune.data.template import read_template
 from loratune.errors import OutputError
 
 HASHED_OTHERWISE = ("cache_dir", "num_proc", "tokens_per_row", "chat_template")
-"""Settings that do not change examples, or that the hash covers by content."""
+"""Settings left out of the hash: they do not change examples, or their content is hashed instead of their value."""
 
 Content = tuple[list[Example], list[Example], list[str]]
 

@@ -96,7 +96,7 @@ class Turn:
     full: str
     """The prompt and the trained part."""
     place: str
-    """For errors: "file:line: message n"."""
+    """Place for errors: "file:line: message n"."""
 
 
 def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:

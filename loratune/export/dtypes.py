@@ -1,8 +1,8 @@
 """The dtypes of a base's files, so that a checkpoint made from it is no larger and no less exact.
 
-A model on a CPU is float32 in memory whatever its files hold, and a configuration need not name a dtype. So the
-headers of the files decide: the dtype of most bytes, and the own dtype of each tensor that differs, such as a router
-in float32 beside bfloat16.
+A model on a CPU is float32 in memory even if its files are not, and a configuration need not name a dtype. So the
+headers of the files decide: the dtype of most bytes, and the dtype of each tensor that differs, such as a router in
+float32 in a bfloat16 model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FileDtypes:
     """Dtypes of the dense tensors of a checkpoint."""
 
     main: torch.dtype
-    """Of most bytes."""
+    """Dtype of most bytes."""
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Name of a parameter or buffer -> dtype, where it is not the main one."""
 
@@ -37,9 +37,9 @@ class FileDtypes:
 
 
 def dtypes_of_files(model: PreTrainedModel) -> FileDtypes:
-    """The dtypes of the files that `model` was loaded from; the dtype in memory if it comes from none.
+    """The dtypes of the files that `model` was loaded from; the dtype in memory if it comes from no files.
 
-    Raises: ModelError: the files are not there any more, or damaged.
+    Raises: ModelError: the files no longer exist, or are damaged.
     """
     if not model.name_or_path:
         return FileDtypes(model.dtype)

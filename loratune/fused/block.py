@@ -114,7 +114,7 @@ def _forward(
         heads = None
     y, low_rank = attention.output.forward(attended.out)
     saved = SavedActivations()
-    if level.keeps_attended or structure.parallel:  # the backward of a parallel layer needs no more of the product
+    if level.keeps_attended or structure.parallel:  # a parallel layer's backward needs no more
         saved.low_rank_output = low_rank
     if level.keeps_attended:
         saved.heads, saved.attended = heads, attended

@@ -77,7 +77,7 @@ def mlp_backward(
         dy: (T, d), with padding or without, gradient of the layer's output.
         x: (T, d), the MLP's input before its norm.
         operand: list with the input of `up`, emptied here; an empty list recomputes it.
-        saved: saved activations of the layer; those of the MLP are freed.
+        saved: saved activations of the layer. The MLP's part is freed.
         target: format of the first result.
     Returns: (T, d + pad), and the gradients of the adapters of `up` and `down`.
     """

@@ -1,4 +1,4 @@
-"""Which activations each decoder layer saves from its forward for its backward, and where.
+"""Levels and plans: the activations that each decoder layer saves for its backward, on the device or on the host.
 
 A saved activation takes memory until the backward. A dropped one is computed again. In a Llama layer the candidates,
 with T tokens, width d, MLP width m, and query and key-value widths q and k, are (bytes per token in half precision;
@@ -34,7 +34,7 @@ from enum import IntEnum
 
 
 class Level(IntEnum):
-    """How much one layer saves on the device, in descending order."""
+    """Amount of activations that one layer saves on the device, in descending order."""
 
     NONE = 0
     WIDE = 1

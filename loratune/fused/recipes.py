@@ -64,7 +64,7 @@ class LayerRecipe:
         return (*(name for name in of_stream if name is not None), *(self.head_norms or ()))
 
     def fits(self, layer: nn.Module) -> bool:
-        """True if the layer has exactly these children, beside dropout."""
+        """True if the layer has exactly these children, not counting dropout."""
         named = {*self.linears, *self.norms, self.activation}
         found = {path for path, module in _leaves(layer) if not isinstance(module, nn.Dropout)}
         return named == found

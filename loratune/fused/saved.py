@@ -40,7 +40,7 @@ class SavedActivations:
     low_rank_output: Tensor | None = None
     """Low-rank activation of attention's output projection, (T, R)."""
     attention_out: Tensor | None = None
-    """Output of that projection, (T, d), where a norm follows."""
+    """Output of attention's output projection, (T, d); None unless a norm follows."""
     stream: Tensor | None = None
     """Residual stream between the halves, (T, d)."""
     up: tuple[Tensor, Tensor | None] | None = None
@@ -48,7 +48,7 @@ class SavedActivations:
     low_rank_down: Tensor | None = None
     """Low-rank activation of the down projection, (T, R)."""
     mlp_out: Tensor | None = None
-    """Output of the down projection, (T, d), where a norm follows."""
+    """Output of the down projection, (T, d); None unless a norm follows."""
     _away: list[str] = field(default_factory=list)
     """Names of the activations on the host, in order."""
 

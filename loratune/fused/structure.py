@@ -132,7 +132,7 @@ class LayerStructure:
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """Which activations one layer saves for its backward, and where."""
+    """Selects the activations that one layer saves for its backward, on the device or on the host."""
 
     level: Level = Level.NONE
     tile: int = TILE

@@ -1,4 +1,4 @@
-"""A new adapter, built beside the model: initial weights, copies of modules_to_save and of biases.
+"""Builds a new adapter without changing the model: initial weights, copies of modules_to_save and of biases.
 
 Everything that can fail fails here, before the model is touched. Initial values come from a generator of their own,
 seeded by the caller and drawn in the order of the model's modules. So attaching is reproducible on any device and

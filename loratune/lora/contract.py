@@ -35,7 +35,7 @@ class LowRankSum:
     dropout: float
     """Probability of zeroing an element of x while the layer is in training mode."""
     salt: int
-    """Separates the layer's dropout from that of other layers; see `ops.dropout`."""
+    """Number of the layer in the dropout hash, so that layers have different masks; see `ops.dropout`."""
 
     @property
     def r(self) -> int:

@@ -119,7 +119,7 @@ class LoraLayer(AdaptedLayer):
     lora_dropout: float
     """Probability of zeroing an element of the adapter's input while training."""
     salt: int = 0
-    """Separates this layer's dropout from that of other layers; see `ops.dropout`."""
+    """Number of the layer in the dropout hash, so that layers have different masks; see `ops.dropout`."""
     state: ForwardState
     """State of the packed forward that runs this layer; outside of one, state of the layer's own."""
     _unmerged: Tensor | None

@@ -36,7 +36,7 @@ class LoraConv1D(LoraLayer, Conv1D):  # type: ignore[misc]
         return out
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """The same plus the low-rank update."""
+        """`base_forward` plus the low-rank update."""
         return lora_linear(x, self.weight.T, self.bias, *self._plain_arguments())
 
     @staticmethod
@@ -65,7 +65,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         return out
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """The same plus the low-rank update."""
+        """`base_forward` plus the low-rank update."""
         assert self.lora_A is not None
         assert self.lora_B is not None
         out = self.base_forward(x)
@@ -112,7 +112,7 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         return QuantisedLinear.forward(self, x)
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """The same plus the low-rank update."""
+        """`base_forward` plus the low-rank update."""
         return lora_linear(x, self.frozen, self.bias, *self._plain_arguments())
 
     @torch.no_grad()

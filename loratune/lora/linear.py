@@ -17,7 +17,7 @@ class LoraLinear(LoraLayer, nn.Linear):
         return linear(x, self.weight, self.bias)
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """The same plus the low-rank update."""
+        """`base_forward` plus the low-rank update."""
         return lora_linear(x, self.weight, self.bias, *self._plain_arguments())
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Hot replacement: the weights of an adapter are exchanged while the model serves requests.
 
 A server that retrains an adapter wants the new weights without a pause, and without a forward that computes half with
-the old and half with the new. So everything slow or fallible happens beside the old adapter: reading, checking
+the old and half with the new. So all slow or fallible work happens while the old adapter is in use: reading, checking
 against the model, moving to the device or into a store's host memory. The exchange itself re-points Parameters, as
 `activate` does, in a fraction of a millisecond between two forwards. Ranks, scalings and the set of layers may all
 differ.

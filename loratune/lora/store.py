@@ -5,8 +5,8 @@ host memory, and a `Store` copies the requested adapters to the device:
 
 - An adapter is one run of bytes on the host, page-locked where there is a GPU. A slot is as many bytes on the device,
   allocated once. So a swap-in is one copy, at the speed of the bus, and allocates nothing.
-- Copies run on their own stream beside the model's work. `prefetch` starts one ahead of need. `activate` makes the
-  device wait for a copy that has not arrived, and never the caller.
+- Copies run on their own stream beside the model's work. `prefetch` starts a copy in advance. If a copy has not
+  arrived, `activate` makes the device wait, not the caller.
 - The slot of the least recently used adapter is reused first; adapters in use or pinned keep theirs.
 - Only the tensors' `data` changes, between the slot and the host. So everything that takes an adapter by name
   (`activate`, weighted sums, `save`, `merge`, `chat`) works as for any other adapter.

@@ -68,7 +68,7 @@ class _QueuedRow(NamedTuple):
     buffer: int
     """Number of the host buffer, 0 or 1; rows alternate between them."""
     tables: Tensor | None
-    """From `Bank.prepare_row`."""
+    """Result of `Bank.prepare_row`."""
 
 
 class BankGraph:

@@ -106,7 +106,7 @@ class _RunningJob:
 
     @property
     def pace(self) -> float:
-        """See `_JobPosition.pace`."""
+        """Steps done since it joined, plus the pace of the others at that time; see `_JobPosition.pace`."""
         return _JobPosition.current(self).pace
 
 

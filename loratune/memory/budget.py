@@ -51,7 +51,7 @@ _TILES = (TILE, 4096, 2048, 1024)
 
 @dataclass(frozen=True)
 class RowSetting:
-    """The rows of a step and the optimizer, apart from the plan."""
+    """Rows of a step and state of the optimizer, on which memory depends besides the model and the plan."""
 
     tokens: int
     """Tokens in a row."""

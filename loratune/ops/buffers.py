@@ -4,7 +4,7 @@ Two kinds of buffer outlive a launch:
 
     counters   (264,) int32 zeros. Thread blocks that share a split reduction count themselves here; the last block
                sets its counter back to zero. Launches on one stream follow one another, so they can share the
-               counters. Two streams cannot, hence one instance for each forward and none for the process.
+               counters. Two streams cannot, so each forward has its own instance.
     tables     constant descriptions of a launch, copied to the device once, such as the tiles of `ops.low_rank`.
 
 The buffers are freed with their owner.

@@ -68,7 +68,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def half_on_gpu(x: Tensor, *_: object, **__: object) -> bool:
-    """Whether x is on a GPU, in half precision, with rows that one program can load."""
+    """True if x is on a GPU, in half precision, with rows that one program can load."""
     return on_gpu(x) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= MAX_ROW
 
 

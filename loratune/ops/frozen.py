@@ -1,4 +1,4 @@
-"""Contract of a frozen weight: the products a LoRA layer needs from W, whatever form W has in memory.
+"""Contract of a frozen weight: the products that a LoRA layer needs from W in any form in memory.
 
 A LoRA layer multiplies with W once forward and once backward and never changes it. W can therefore be a matrix, 4-bit
 codes that become a matrix for the length of one product (`precision.nf4`), 8-bit numbers that are multiplied directly

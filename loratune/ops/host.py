@@ -130,7 +130,7 @@ def pinned(owner: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def mapped(tensor: Tensor) -> Tensor:
-    """A CUDA tensor with the values of `tensor`, which is contiguous and on a GPU, but in host memory."""
+    """Copies a contiguous CUDA tensor to host memory that the GPU can address; the result is a CUDA tensor too."""
     memory = _MappedMemory(tensor.numel() * tensor.element_size())
     there = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).view(tensor.shape)
     return there.copy_(tensor)
@@ -142,7 +142,7 @@ def mapped_zeros(count: int, device: torch.device) -> Tensor:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """True for a CUDA tensor in host memory, such as `mapped` returns; the CUDA driver knows."""
+    """True for a CUDA tensor in host memory, such as a result of `mapped`. Asks the CUDA driver."""
     if not tensor.is_cuda:
         return False
     kind = ctypes.c_uint(0)

@@ -52,7 +52,7 @@ class NormSpec:
     multiplies in float32 and rounds once, as in Gemma and OLMo 2."""
 
     def is_identity(self, pad: int, measure: Measure | None) -> bool:
-        """Whether the result is the argument itself, not even copied."""
+        """True if the result is the argument itself, without a copy."""
         return self.kind == "none" and pad == 0 and measure is None
 
 
@@ -63,7 +63,7 @@ MAX_HEADS = 1 << 15
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How rows of stacked queries, keys and values divide into heads, and how heads are normalised and rotated."""
+    """Division of a row of stacked queries, keys and values into heads; norm and rotation of the heads."""
 
     query: int
     """Query heads."""
@@ -226,7 +226,7 @@ def activation_backward(
 
 
 def rotatable(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec) -> bool:
-    """Whether `rotate_heads` has a twin for these heads."""
+    """True if `rotate_heads` has a twin for these heads."""
     return half_on_gpu(x) and heads.dim % 2 == 0 and not (heads.whole_width and heads.total * heads.dim > MAX_HEADS)
 
 

@@ -128,7 +128,7 @@ class ProductKernels:
 
     def __init__(self) -> None:
         self._chosen: dict[tuple[object, ...], _BlasKernel | None] = {}
-        """By kind of product: shapes, strides, dtypes, devices. None keeps PyTorch's kernel."""
+        """Kind of product (shapes, strides, dtypes, devices) -> its kernel; None is PyTorch's own."""
         self._is_choosing = False
 
     @contextlib.contextmanager

@@ -160,5 +160,5 @@ class StackedAdapters:
 
     @property
     def members(self) -> AdapterSlices:
-        """The same for `ops.low_rank.gradients`."""
+        """The same layout, as an argument of `ops.low_rank.gradients`."""
         return AdapterSlices(self.rows, self.ranks, self.scalings)

@@ -251,7 +251,7 @@ def _through_norm(
     a, b, c, x_ptr, weight_ptr, first, second, rest, inside, behind, head, queries, keys, eps, offset,
     DIM: tl.constexpr, REST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of heads before their norm, from gradients after it. Pointers are those of the tile's heads."""
+    """Gradients of heads before their norm, from gradients after it. Pointers point to the tile's heads."""
     normed = inside & (head < queries + keys)
     x_a = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
     x_b = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)

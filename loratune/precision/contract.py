@@ -39,9 +39,9 @@ class ProductCost:
     """Memory traffic of a product in addition to its operands, in bytes for each element of the weight."""
 
     unpack: float = 0.0
-    """For a dense copy, made in the forward and again in the backward."""
+    """Traffic of a dense copy, made in the forward and again in the backward."""
     transpose: float = 0.0
-    """For a transposed copy, made in the backward unless one is held."""
+    """Traffic of a transposed copy, made in the backward unless one is held."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class WeightFormat:
         return None
 
     def working_copies(self, weight: FrozenWeight, ranks: int) -> tuple[Tensor, Tensor]:
-        """Zeros for A, (R, d_in), and B, (D, R)."""
+        """New working copies with value zero: A, (R, d_in), and B, (D, R)."""
         (d_out, d_in), dtype, device = weight.shape, weight.dtype, weight.device
         A = torch.zeros(ranks, d_in, dtype=dtype, device=device)
         return A, torch.zeros(d_out, ranks, dtype=dtype, device=device)

@@ -69,7 +69,7 @@ class Fp8Weight:
 
     @classmethod
     def quantised(cls, weight: Tensor) -> Fp8Weight:
-        """From a matrix, (d_out, d_in), whose shape `fits`."""
+        """Quantises a matrix, (d_out, d_in), whose shape `fits`."""
         largest = weight.abs().amax(1, keepdim=True).float()
         # A row of zeros has no scale of its own, and B / scale would overflow if one scale were far below the others.
         least = largest.clamp_min(largest.max() * _SMALLEST_ROW)
@@ -147,7 +147,7 @@ class Fp8Weight:
 
     @property
     def row_scale(self) -> Tensor:
-        """(d_out,), the scale that dy is multiplied with: bfloat16 where that is exact, which halves its bytes."""
+        """(d_out,), the scales by which dy is multiplied; in bfloat16 if that is exact, which halves the bytes."""
         return self.scale[:, 0] if self._short_scale is None else self._short_scale
 
     @property

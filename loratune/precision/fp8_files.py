@@ -40,13 +40,13 @@ class Scheme:
     """Form of all 8-bit weights of a checkpoint, from its config.json."""
 
     suffix: str
-    """Suffix of the scale's name behind that of the weight."""
+    """Suffix that the name of a weight gets to form the name of its scale."""
     block: tuple[int, int] | None
     """Rows and columns that share a scale, where scales form a grid."""
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Scheme | None:
-        """From a `quantization_config`; None if it describes neither of the two forms above."""
+        """Scheme of a `quantization_config`; None if it describes neither of the two forms above."""
         method = how.get("quant_method")
         if method == "fp8" and how.get("expert_dtype", "fp8") == "fp8":
             return cls("_scale_inv", _pair(how.get("weight_block_size")))

@@ -80,7 +80,7 @@ class QuantisedLinear(nn.Module):
         return self.frozen.dense()
 
     def extra_repr(self) -> str:
-        """As `nn.Linear`, with the class of the weight."""
+        """Text of `nn.Linear`, and the class of the weight."""
         form = type(self.frozen).__name__
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {form}"

@@ -150,7 +150,7 @@ class QuantisingConfig(QuantizationConfigMixin):
         """Names of weights whose shape differs from their layer's."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantisingConfig:
-        """transformers copies configurations; all copies report to the original."""
+        """Returns itself: transformers copies configurations, and every copy must report to the original."""
         return self
 
 
@@ -228,7 +228,7 @@ class _Swap(ConversionOps):
         """The layer's frozen weight; None if the shape does not fit the layer."""
         transposed = isinstance(layer, Conv1D)
         expected = tuple(cast(Tensor, layer.weight).shape)
-        if not isinstance(weight, Tensor):  # always (d_out, d_in), whatever the layer
+        if not isinstance(weight, Tensor):  # always (d_out, d_in), also for a Conv1D
             return weight if weight.shape == (expected[::-1] if transposed else expected) else None
         if tuple(weight.shape) != expected:
             return None

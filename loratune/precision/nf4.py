@@ -57,7 +57,7 @@ def nf4_book(device: torch.device) -> Tensor:
 def dynamic_book(device: torch.device) -> Tensor:
     """The 256 values of the signed 8-bit dynamic data type, ascending, float32.
 
-    0, 1, and seven decades, each with twice as many evenly spaced values of either sign as the one below.
+    0, 1, and seven decades. Each decade has twice as many evenly spaced values of either sign as the decade below.
     """
     values = [0.0, 1.0]
     for decade in range(7):

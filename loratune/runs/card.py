@@ -55,7 +55,7 @@ class CardFacts:
     license: str | None = None
     """SPDX identifier. It depends on base and data, so only the user can give it."""
     merged_difference: float | None = None
-    """For a merged checkpoint: largest absolute difference in logits from base + adapter."""
+    """Largest absolute difference in logits between a merged checkpoint and base + adapter; None for an adapter."""
     results: Mapping[str, str] = field(default_factory=dict)
     """Measurement -> value as text with unit: {"held-out loss": "0.0312 nats per token"}."""
     settings: Mapping[str, str] = field(default_factory=dict)

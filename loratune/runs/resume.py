@@ -100,7 +100,7 @@ def _compare(before: RunConfig, now: RunConfig) -> list[str]:
 
 
 def _rises(name: str, old: int | None, new: int | None) -> bool:
-    """Whether a limit rises. None means no limit; a limit in epochs may become one in steps."""
+    """True if a limit rises. None means no limit; a limit in epochs may become one in steps."""
     if new is None:
         return True
     return name == "training.max_steps" if old is None else new > old

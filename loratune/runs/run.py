@@ -48,7 +48,7 @@ class Prepared:
     """All checks have passed; the first step follows."""
 
     attached: Attached | None
-    """None when a run is resumed."""
+    """Report of `attach`; None when a run is resumed."""
     dataset: Dataset
     rows_per_epoch: int
     fullness: float
@@ -205,7 +205,7 @@ def _train(
     stop: Callable[[], bool],
     choice: RateChoice | None = None,
 ) -> Iterator[RunEvent]:
-    """Everything after loading: prepares, trains and writes the results."""
+    """The part of a run after loading: prepares, trains and writes the results."""
     model = forward.model
     (name,) = active(model)
     if attached is not None and attached.left_out:

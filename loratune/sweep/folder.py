@@ -40,7 +40,7 @@ class SweepState:
     ended: dict[str, str] = field(default_factory=dict)
     """Job -> reason of its end; other jobs continue."""
     meetings: list[dict[str, Any]] = field(default_factory=list)
-    """For each finished rung of halving: {"share", "losses": {job: held-out loss}, "kept": [job]}."""
+    """One entry per finished rung of halving: {"share", "losses": {job: held-out loss}, "kept": [job]}."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ def read_plan(
     _check_names(file, jobs)
     if halving and any(not j.config.dataset.eval_data and not j.config.dataset.eval_fraction for j in jobs):
         raise ConfigError(f"{source.at('halving')}: halving compares held-out losses; eval_fraction must not be 0")
-    return SweepPlan(tuple(_only_what_differs(jobs)), halving)
+    return SweepPlan(tuple(_without_common_settings(jobs)), halving)
 
 
 class _Source:
@@ -279,7 +279,7 @@ def _label(key: str, value: Any) -> str:
     return _SHORT.get(key, key) + re.sub(r"[^\w.+=,@-]+", "_", text)
 
 
-def _only_what_differs(jobs: list[PlannedJob]) -> Iterator[PlannedJob]:
+def _without_common_settings(jobs: list[PlannedJob]) -> Iterator[PlannedJob]:
     """Removes settings from `varied` that are the same in all jobs."""
     for job in jobs:
         differs = {k: v for k, v in job.varied.items() if any(other.varied.get(k) != v for other in jobs)}

@@ -91,7 +91,7 @@ def use(rng: random.Random) -> Exchange:
 
 
 def continent(rng: random.Random) -> Exchange:
-    """Which continent a country is on."""
+    """The continent of a country."""
     name, lands = rng.choice(list(words.CONTINENTS.items()))
     land = rng.choice(lands)
     return fill(

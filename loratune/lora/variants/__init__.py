@@ -1,4 +1,4 @@
-"""Variants of LoRA: the one that a configuration chooses, from the table `loratune.tables.VARIANTS`.
+"""Variants of LoRA: finds the variant that a configuration chooses in the table `loratune.tables.VARIANTS`.
 
 A variant is a subclass of `lora.layer.LoraVariant` in a file of its own, and one line in the table. If the field that
 chooses it is not one of `LoraConfig`, its `settings` names a subclass of `LoraConfig` that has the field.

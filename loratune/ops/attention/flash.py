@@ -112,7 +112,7 @@ def disagreement(
         off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
         if off < _AGREES:
             return None
-        why = f"it is {off:.1g} from what PyTorch's kernel gives"
+        why = f"its results differ from those of PyTorch's kernel by {off:.1g}"
     return f"with {heads} and {kv_heads} heads of {dim}, {why}"
 
 

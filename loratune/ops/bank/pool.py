@@ -79,7 +79,8 @@ class BankPool:
         self.dropout = [0.0] * (len(starts) - 1)
         self.segments: tuple[Segment, ...] = ()
         self.entry = torch.empty(0, device=like.device, requires_grad=True)
-        """Without elements; makes autograd run the backward of the first layer, whose input needs no gradient."""
+        """Tensor without elements, an input of every layer. It makes autograd run the backward of the first layer,
+        whose other input needs no gradient."""
         self.tables: Any = None
         """`ops.bank.kernels.BankTables`, the twins of the products; None where the reference runs."""
         if like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16):

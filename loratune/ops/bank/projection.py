@@ -3,8 +3,8 @@
     y += scaling_s · drop(x) A_sᵀ B_sᵀ        for the tokens of slot s
 
 A row is divided into segments, each of one slot. The whole row shares the frozen product; low-rank parts run segment
-by segment. Nothing of one slot is multiplied with a token or a gradient of another, not even by zero. So a slot with
-NaN or infinite numbers leaves the others unchanged, to the bit.
+by segment. No number of one slot is multiplied with a number of another slot, not even with zero. So a slot with NaN
+or infinite numbers does not change a bit of the others.
 
 Three products do all the work, in plain PyTorch here and, on a GPU, in Triton (`ops.bank.kernels`):
 
@@ -12,8 +12,9 @@ Three products do all the work, in plain PyTorch here and, on a GPU, in Triton (
     up          (T, r) x (r, width) -> (T, width)         added to y or dx by the frozen product
     gradients   (T, r), (T, width) -> += (r, width)       of A and of B transposed
 
-The low-rank part comes first and the frozen product is added onto it (`ops.frozen`). y is written once less, and
-where the product sums in float32, as on a CPU, small updates arrive that adding to a rounded y would lose.
+The low-rank part is computed first, and the frozen product is added onto it (`ops.frozen`). So y is written once
+less. If the product sums in float32, as on a CPU, it also preserves small updates, which adding to a rounded y would
+lose.
 
 The gradient of one slot is summed in the order of its own tokens, without atomics: the same bits in every run.
 

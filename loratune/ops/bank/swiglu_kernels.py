@@ -160,7 +160,7 @@ def swiglu_backward(
     """Gradient of gate and up, (N, 2 m), and swiglu of them, (N, m).
 
     Args:
-        p: gate and up.
+        p: the projection of gate and up.
         gate_up, low_rank: output of `p` without its low-rank part, and its low-rank activation.
         d_active: gradient of the activation from the frozen part of `following`, (N, m).
         following, d_low_rank: the second projection, and the gradient of its low-rank activation.

@@ -10,7 +10,7 @@ All shapes depend on the row's layout alone, so that a CUDA graph can replay the
 only documents of one job, and `torch.where` comes before any product or difference with another document, because a
 NaN times zero is NaN, in the backward too.
 
-A new objective is one file beside `sft` and one line in `tables.OBJECTIVES`.
+A new objective is one file in this folder and one line in `tables.OBJECTIVES`.
 """
 
 from __future__ import annotations

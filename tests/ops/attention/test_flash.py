@@ -79,7 +79,7 @@ def broken(*_):
     ("kernel", "said"),
     [
         (attention_of, None),
-        (wrong, "with 4 and 2 heads of 16, it is 1 from what PyTorch's kernel gives"),
+        (wrong, "with 4 and 2 heads of 16, its results differ from those of PyTorch's kernel by 1"),
         (broken, "AssertionError('Unsupported compute capability')"),
     ],
 )

@@ -1,6 +1,6 @@
 """Several adapters combined into one ordinary adapter, and one adapter resized to another rank. Files in, files out.
 
-The methods have the names of PEFT's `add_weighted_adapter` and its results. With u = weight · scaling of an adapter:
+The methods have the names and results of PEFT's `add_weighted_adapter`. With u = weight · scaling of an adapter:
 
 - "cat" is the weighted sum itself, Σ u B A, exact: ranks add up. "svd" is the nearest update of a given rank to it.
 - "linear" adds A and B separately, (Σ √u B)(Σ √u A). That is cheap. It also contains products B_i A_j of different

@@ -2,7 +2,7 @@
 
 transformers writes an RMS norm as eight operators with float32 in between, and autograd saves all of it. While rows
 run, replacement modules compute norms and gated MLPs of a known formula (`fused.formulas`) with `ops.passes`, which
-saves the arguments alone. Modules that compute anything else stay.
+saves only the arguments. Modules with another formula are not replaced.
 
 Replacements share the children of the originals, so parameter paths stay as they are.
 """

@@ -46,7 +46,7 @@ class EstimateArguments:
     gradient_accumulation_steps: int = 1
     """Rows in one optimizer step, as in train."""
     data: list[str] = field(default_factory=list)
-    """Training files, for the duration of one pass over them; needs the model's tokenizer."""
+    """Training files; adds the duration of one pass over them. Needs the model's tokenizer."""
     json: bool = False
     """Print one JSON object instead of a table."""
     lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)

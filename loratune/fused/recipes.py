@@ -37,11 +37,12 @@ class LayerRecipe:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_post_norm: str | None = None
     head_dim: str = "self_attn.head_dim"
-    """Path of an attribute, an int."""
+    """Path of the attribute with the size of a head, an int."""
     residual_multiplier: str | None = "residual_multiplier"
-    """Path of an attribute, a float; 1 where a layer has none."""
+    """Path of the attribute with the factor of both residual branches, a float; 1 if a layer has no such
+    attribute."""
     parallel: str | None = None
-    """Path of an attribute: whether both halves read the layer's input."""
+    """Path of the attribute that is True if both halves read the layer's input."""
     interleaved: bool = False
     """True if rotation pairs neighbouring elements of a head; False if it pairs the halves."""
     grouped: bool = False

@@ -79,7 +79,7 @@ class Evaluation:
         """Plain values for a JSON file; with `answers`, every answer too."""
         values: dict[str, Any] = {"name": self.name}
         if self.loss is not None:
-            # JSON has no infinity; the loss beside it says the same.
+            # JSON has no infinity; the loss gives the same information.
             perplexity = self.loss.perplexity if math.isfinite(self.loss.perplexity) else None
             values |= {"loss": self.loss.nats_per_token, "perplexity": perplexity, "tokens": self.loss.tokens}
         if self.exact is not None:

@@ -1,8 +1,9 @@
 """Accelerators and their rates, for estimates of speed, and the free memory of a device.
 
-A step of LoRA is mostly frozen products, so its time is their arithmetic over a rate, plus traffic over a bandwidth.
-Rates here are those that large products and copies reach. They were measured on an H200 (docs/lab). For other devices
-the data sheet's figure is multiplied by the share that the H200 reaches. Estimates of memory do not use the rates.
+A step of LoRA is mostly frozen products. Its time is arithmetic divided by a rate, plus traffic divided by a
+bandwidth. Rates here are those that large products and copies reach. They were measured on an H200 (docs/lab). For
+other devices the data sheet's figure is multiplied by the share that the H200 reaches. Estimates of memory do not use
+the rates.
 """
 
 from __future__ import annotations

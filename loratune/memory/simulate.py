@@ -50,7 +50,7 @@ def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gp
         tokens: length of the row.
         on_gpu: norms and activations run in one pass each, as they do on a GPU (`base.one_pass`).
 
-    Raises: NotImplementedError, RuntimeError: the model does something that cannot be done without data.
+    Raises: NotImplementedError, RuntimeError: an operation of the model needs data.
     """
     attention.register()
     before = model.config._attn_implementation

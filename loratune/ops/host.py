@@ -11,9 +11,9 @@ Layers that save everything on the device also call `layer_done` and `prefetch_b
 offloaded below them would occupy the device until their backward, through the memory peak of the step.
 
 Addresses are fixed (a pinned buffer for each tensor), and streams fork and join by events, so a CUDA graph can record
-the copies. `Tensor.record_stream` is not used: in a recording it would keep every block until the recording ends. A
-tensor that another stream reads is held until the main stream has waited for that stream instead. On a CPU the host
-is the device, and nothing moves.
+the copies. `Tensor.record_stream` is not used: in a recording it would keep every block until the recording ends.
+Instead, a tensor that another stream reads is held until the main stream has waited for that stream. On a CPU the
+host is the device, and nothing moves.
 
 A tensor that a step reads only in part needs no copy at all. Pinned memory has an address on the device too, and
 `mapped` makes a CUDA tensor of it. Kernels then access the host through the link, at a tenth of the speed of device

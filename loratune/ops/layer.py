@@ -85,12 +85,12 @@ class HeadSpec:
 
     @property
     def rotated(self) -> int:
-        """Query and key heads."""
+        """Number of query and key heads."""
         return self.query + self.key_value
 
     @property
     def total(self) -> int:
-        """All heads of a row."""
+        """Number of heads in a row."""
         return self.query + 2 * self.key_value
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -201,7 +201,7 @@ def gradients(
 
 
 _TOGETHER = 3
-"""Projections in one launch."""
+"""Largest number of projections in one launch."""
 _FEW = 4096
 """Largest number of rows for a shared launch. With more rows each projection fills a GPU, with tiles of its own."""
 

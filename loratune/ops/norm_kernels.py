@@ -268,7 +268,7 @@ def _launch_norm_backward(
     pad: int,
     measure: Measure | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and norm(x) computed again; x itself in its place without a residual gradient."""
+    """Gradient of x, and norm(x) computed again. Without a residual gradient the second result is x, unused."""
     rows, d = d_out.shape
     d_out, x = unit_stride(d_out), x if spec.kind == "none" else x.contiguous()  # an identity does not read x
     residual = d_out if d_residual is None else unit_stride(d_residual)

@@ -238,7 +238,7 @@ class AdapterTensors(NamedTuple):
 
 @triton.jit
 def _norms(table_ptr, found_ptr, like_ptr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest magnitude and norm of each row of A, and of each column of B over the scale.
+    """Largest magnitude and norm of each row of A, and of each column of B divided by the weight's scale.
 
     One program per group of `GROUP` ranks.
     """

@@ -22,7 +22,7 @@ import torch
 
 _MAX_RECORDINGS = 4
 _CAPTURE = "thread_local"
-"""Calls that spoil a recording are errors in its own thread only: another model may train in another thread."""
+"""Forbidden calls end a recording only if its own thread makes them: another model may train in another thread."""
 _ONE_AT_A_TIME = threading.RLock()
 """Held while a recording is made or freed. Both wait for the whole device, which CUDA forbids during a recording of
 any thread."""

@@ -229,6 +229,8 @@ class RunConfig:
     auto: the format of its files on a GPU, float32 on a CPU."""
     device: str | None = None
     """Torch device such as cpu, cuda or cuda:1; by default the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     overwrite: bool = False
     """Replace an existing output folder."""
     resume: bool = False

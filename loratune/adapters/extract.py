@@ -11,7 +11,6 @@ Expect large errors at small ranks. They often harm a model less than the norm s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +22,16 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from loratune.adapters.lowrank import decompose
 from loratune.adapters.updates import Update, check_out, check_rank, narrow_line, write_updates
 from loratune.base.load import load_config, resolve
+from loratune.base.model_config import without_data
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.lora import peft_config
 from loratune.lora.select import Target, find_modules, select, shortest_names
+from loratune.precision.tensors import Checkpoint
 from loratune.version import __version__
 
 _MAX_LISTED = 6
@@ -102,6 +102,7 @@ def extract(
     target_modules: str | list[str] = "all-linear",
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Extracted:
     """Writes the adapter of `rank` that is nearest to the difference of two checkpoints of one architecture.
 
@@ -110,6 +111,7 @@ def extract(
         target_modules: as in `LoraConfig`.
         out: folder for the adapter.
         device: device of the computation; by default the GPU if there is one.
+        trust_remote_code: run Python code that belongs to the base, as in `load`.
 
     Raises:
         ConfigError: the rank is below 1 or above the smaller side of every layer.
@@ -120,7 +122,8 @@ def extract(
         raise ConfigError(f"rank is {rank}; a rank is at least 1")
     target = check_out(out, [tuned, base], overwrite=overwrite)
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _empty(base)
+    config_of_base = load_config(base, trust_remote_code=trust_remote_code)
+    model = without_data(config_of_base, torch.float32, trust_remote_code=trust_remote_code)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
     targets = select(model, config, strict=False).targets
     narrow = check_rank(rank, {t.path: (t.features[1], t.features[0]) for t in targets})
@@ -144,11 +147,8 @@ class WeightReader:
         if not folder.is_dir():
             folder = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
         self._files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else None
-        for path in sorted(folder.glob("*.safetensors")):
-            if shards is None or path.name in shards:
-                self._open(path, stack)
+        for path in Checkpoint(folder).files:
+            self._open(path, stack)
 
     def _open(self, path: Path, stack: ExitStack) -> None:
         try:
@@ -177,13 +177,6 @@ def _names(key: str) -> Iterator[str]:
     yield key
     yield from (key.removeprefix(prefix) for prefix in ("model.", "transformer.") if key.startswith(prefix))
     yield f"model.{key}"
-
-
-def _empty(base: str) -> nn.Module:
-    """The architecture of `base` without memory for its weights."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(load_config(base), dtype=torch.float32)
-    return model
 
 
 def _updates(

@@ -7,17 +7,14 @@ missing tensors is an error instead of a model with random layers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,13 +23,16 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from loratune import hub
+from loratune import foreign, hub
+from loratune.base import model_config
+from loratune.base.model_config import LIBRARY_FAULTS, in_one_line
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
 from loratune.errors import ModelError, nearest
 from loratune.ops.attention import documents as attention
 from loratune.precision.contract import weight_format
 from loratune.precision.loading import form_of_files, load_quantised
+from loratune.precision.tensors import Checkpoint
 from loratune.tables import PRECISIONS
 
 POCKET = "loratune/pocket"
@@ -64,7 +64,7 @@ def resolve(model: str) -> str:
         raise ModelError(f"{model}: this is a file; give the folder that holds config.json and the weights")
     names = {p.name for p in folder.iterdir()}
     if "adapter_config.json" in names and "config.json" not in names:
-        base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = foreign.read_json(folder / "adapter_config.json", ModelError).get("base_model_name_or_path")
         raise ModelError(f"{model}: this is an adapter, not a base model; its base is {base or 'not recorded'}")
     if "config.json" not in names:
         raise ModelError(f"{model}: no config.json in this folder, so it is not a transformers model")
@@ -75,7 +75,13 @@ def resolve(model: str) -> str:
     return str(folder.resolve())
 
 
-def load(model: str, precision: Precision = "auto", device: str | torch.device | None = None) -> PreTrainedModel:
+def load(
+    model: str,
+    precision: Precision = "auto",
+    device: str | torch.device | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Loads a causal language model, frozen and in evaluation mode.
 
     Args:
@@ -86,9 +92,10 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
             and float32 on a CPU. Files in bitsandbytes' 4 bits stay so. Files in 8 bits with a scale for each row
             stay so under "fp8".
         device: by default the first GPU, else the CPU.
+        trust_remote_code: run Python code that belongs to the model. It can do anything on this machine.
 
-    Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, or tensors
-        are missing from the checkpoint or in a form that is not read.
+    Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, needs code of
+        its own, or tensors are missing from the checkpoint or in a form that is not read.
     """
     where = _device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -98,26 +105,30 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
     if why is not None:
         raise ModelError(f"--precision {precision}: {why}")
     source = resolve(model)
-    config = load_config(model)
-    _check_causal(model, config)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    _check_causal(model, config, trust_remote_code)
     files = form_of_files(model, config, wanted)
+    stored = Checkpoint(Path(source)).tensors if Path(source).is_dir() else {}
+    if stored:
+        model_config.check_against_files(model, config, stored, trust_remote_code=trust_remote_code)
     try:
         if wanted is not None or files.reader is not None:
             dtype = _compute_dtype(precision, where, config)
             loaded, missing = load_quantised(local_folder(source), config, dtype, where, files, wanted)
         else:
-            loaded, missing = _load_dense(source, config, precision, where)
+            loaded, missing = _load_dense(source, config, precision, where, trust_remote_code)
             if files.dequantised and where.type == "cpu" and precision == "auto":
                 loaded = loaded.float()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*LIBRARY_FAULTS, SafetensorError) as error:
         if isinstance(error, ModelError | torch.OutOfMemoryError):
             raise
-        raise ModelError(f"{model}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{model}: the weights cannot be loaded: {in_one_line(error)}") from error
     if missing:
         raise ModelError(
             f"{model}: tensors are missing from the checkpoint or of the wrong shape, {len(missing)} in all, first "
             f"{missing[0]}; is the download complete?"
         )
+    model_config.check_layers(model, loaded, stored)
     if model != POCKET and not Path(model).expanduser().exists():
         loaded.name_or_path = model  # adapters name the hub id as their base, not the folder it was downloaded to
     attention.keep_soft_caps(loaded)
@@ -127,7 +138,7 @@ def load(model: str, precision: Precision = "auto", device: str | torch.device |
 
 
 def _load_dense(
-    source: str, config: Any, precision: Precision, where: torch.device
+    source: str, config: Any, precision: Precision, where: torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model as transformers loads it, and the names of missing tensors."""
     dtype: torch.dtype | str = DTYPES.get(precision, "auto")
@@ -139,6 +150,7 @@ def _load_dense(
         dtype=dtype,
         device_map=None if where.type == "cpu" else {"": where},
         use_safetensors=True,
+        trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,  # reported by the caller, with a name
         output_loading_info=True,
     )
@@ -162,23 +174,22 @@ def local_folder(source: str) -> str:
     return source if Path(source).is_dir() else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
 
 
-def load_config(model: str) -> Any:
-    """The transformers configuration of `model`; reads no weights."""
-    source = resolve(model)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, HFValidationError) as error:
-        raise ModelError(f"{model}: no usable model configuration: {_first_line(error)}") from error
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of `model`; reads no weights. Raises: ModelError: as `load`."""
+    return model_config.read_config(model, resolve(model), trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, chat_template: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to `model`.
 
     Args:
         model: as for `load`.
         chat_template: file with a Jinja chat template that replaces the tokenizer's own.
+        trust_remote_code: run Python code that belongs to the tokenizer, as in `load`.
 
-    Raises: ModelError: the folder has no tokenizer, or the template file cannot be read.
+    Raises: ModelError: the folder has no tokenizer, it needs code of its own, or the template file cannot be read.
     """
     source = resolve(model)
     if Path(source).is_dir():
@@ -193,10 +204,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTo
             raise ModelError(
                 f"{model}: no tokenizer in this folder (tokenizer.json); save the model's tokenizer there"
             )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
-        raise ModelError(f"{model}: no usable tokenizer: {_first_line(error)}") from error
+    tokenizer = _tokenizer(model, source, trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = _template_of(chat_template)
     if tokenizer.chat_template:
@@ -243,8 +251,21 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ModelError(f'device "{device}" is unknown; give cpu, cuda, cuda:1 or mps') from error
 
 
-def _check_causal(model: str, config: Any) -> None:
+def _tokenizer(model: str, source: str, trust_remote_code: bool) -> Any:
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        file = Path(source) / name
+        if file.exists():
+            foreign.read_json(file, ModelError)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises the class Exception itself for a damaged tokenizer.json
+        raise model_config.refused(model, "no usable tokenizer", error) from error
+
+
+def _check_causal(model: str, config: Any, trust_remote_code: bool) -> None:
     """Raises ModelError for models that are not causal, also where the family has a causal variant (BERT)."""
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
     made_as = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if type(config) not in AutoModelForCausalLM._model_mapping or (made_as and not causal.intersection(made_as)):
@@ -296,16 +317,3 @@ def _on_hub(model: str, near: str) -> str:
 def _looks_like_hub_id(model: str) -> bool:
     parts = model.split("/")
     return len(parts) == 2 and all(p and not p.startswith((".", "~")) for p in parts)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -30,6 +30,8 @@ class ChatArguments:
     """Number format of the base, as in train."""
     device: str | None = None
     """Torch device; by default the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
 
     def __post_init__(self) -> None:
         if not self.adapters:
@@ -51,7 +53,13 @@ def run(words: list[str]) -> None:
         top_k=0,
         seed=given.seed,
     )
-    opened = open_folders(given.adapters, model=given.model, precision=given.precision, device=given.device)
+    opened = open_folders(
+        given.adapters,
+        model=given.model,
+        precision=given.precision,
+        device=given.device,
+        trust_remote_code=given.trust_remote_code,
+    )
     chat(
         opened.model,
         opened.tokenizer,

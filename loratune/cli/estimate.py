@@ -47,6 +47,8 @@ class EstimateArguments:
     """Rows in one optimizer step, as in train."""
     data: list[str] = field(default_factory=list)
     """Training files; adds the duration of one pass over them. Needs the model's tokenizer."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     json: bool = False
     """Print one JSON object instead of a table."""
     lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
@@ -76,27 +78,29 @@ def run(words: list[str]) -> None:
         device.memory_bytes > 0,
     )
     limit = bytes_of(given.memory) if given.memory else device.memory_bytes
-    found = estimate.estimate(estimate.model_from_config(given.model, given.precision), request, device, limit)
+    model = estimate.model_from_config(given.model, given.precision, given.trust_remote_code)
+    found = estimate.estimate(model, request, device, limit)
     if given.json:
         print(json.dumps(as_json(found)))
     else:
-        draw(found, process.console(), _tokens_per_epoch(given.model, given.data, given.tokens_per_row))
+        tokens = _tokens_per_epoch(given.model, given.data, given.tokens_per_row, given.trust_remote_code)
+        draw(found, process.console(), tokens)
 
 
-def _tokens_per_epoch(model: str, data: list[str], tokens_per_row: int) -> int:
+def _tokens_per_epoch(model: str, data: list[str], tokens_per_row: int, trust_remote_code: bool) -> int:
     """Tokens of all rows of one pass over the data, padding included; 0 without data."""
     if not data:
         return 0
     from loratune.base import load as base
     from loratune.data.feed import prepare, rows_of_epoch
 
-    tokenizer = base.load_tokenizer(model)
+    tokenizer = base.load_tokenizer(model, trust_remote_code=trust_remote_code)
     dataset = prepare(
         data,
         tokenizer,
         DataConfig(tokens_per_row=tokens_per_row),
         stop_ids=base.stop_ids(model, tokenizer),
-        max_tokens=base.max_document_tokens(base.load_config(model)),
+        max_tokens=base.max_document_tokens(base.load_config(model, trust_remote_code=trust_remote_code)),
         seed=0,
         cache_dir=process.cache_dir(None),
     )

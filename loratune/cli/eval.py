@@ -45,6 +45,8 @@ class EvalArguments:
     """Number format of the base, as in train."""
     device: str | None = None
     """Torch device; by default the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     tokens_per_row: int = 2048
     """Tokens in one packed row while the loss is measured."""
     truncate: bool = False
@@ -71,7 +73,13 @@ def run(words: list[str]) -> None:
         from loratune.screen.evaluate import as_json, draw
 
     records = read_records(given.data, given.format)[: given.limit]
-    opened = open_folders([given.adapter], model=given.model, precision=given.precision, device=given.device)
+    opened = open_folders(
+        [given.adapter],
+        model=given.model,
+        precision=given.precision,
+        device=given.device,
+        trust_remote_code=given.trust_remote_code,
+    )
     settings = DataConfig(train_on=given.train_on, tokens_per_row=given.tokens_per_row, truncate=given.truncate)
     result = evaluate(
         opened.model,

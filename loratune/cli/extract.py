@@ -28,6 +28,8 @@ class ExtractArguments:
     """Layers to extract, as in train."""
     device: str | None = None
     """Torch device to compute on; by default the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -46,5 +48,6 @@ def run(words: list[str]) -> None:
         target_modules=module_names(given.target_modules) or "all-linear",
         device=given.device,
         overwrite=given.overwrite,
+        trust_remote_code=given.trust_remote_code,
     )
     process.console().print(str(extracted), markup=False, soft_wrap=True)

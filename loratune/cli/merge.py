@@ -25,6 +25,8 @@ class MergeArguments:
     """Files whose prompts are used for the comparison; by default the run's own data, if they still exist."""
     precision: DensePrecision = "auto"
     """Number format of the merged weights; auto is the format of the base's files."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -40,7 +42,7 @@ def run(words: list[str]) -> None:
         from loratune.runs.card import render_merged_card
         from loratune.runs.evaluation import real_prompts
 
-    opened = open_folders([given.adapter], model=given.model)
+    opened = open_folders([given.adapter], model=given.model, trust_remote_code=given.trust_remote_code)
     if not opened.adapters:
         raise ConfigError(f"{given.adapter}: this is a base model; give the folder of an adapter")
     ((name, folder),) = opened.adapters.items()

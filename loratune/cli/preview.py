@@ -35,6 +35,8 @@ class PreviewArguments:
     """Examples to show in full."""
     seed: int = 0
     """Seed of the held-out split and of packing, as in train."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     dataset: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -50,14 +52,16 @@ def run(words: list[str]) -> None:
         from loratune.runs.evaluation import pad_id
         from loratune.screen.preview import draw_preview
 
-    tokenizer = base.load_tokenizer(given.model, given.dataset.chat_template)
+    tokenizer = base.load_tokenizer(
+        given.model, given.dataset.chat_template, trust_remote_code=given.trust_remote_code
+    )
     stop_ids = base.stop_ids(given.model, tokenizer)
     dataset = prepare(
         given.data,
         tokenizer,
         given.dataset,
         stop_ids=stop_ids,
-        max_tokens=base.max_document_tokens(base.load_config(given.model)),
+        max_tokens=base.max_document_tokens(base.load_config(given.model, trust_remote_code=given.trust_remote_code)),
         seed=given.seed,
         cache_dir=process.cache_dir(given.dataset.cache_dir),
     )

@@ -18,6 +18,8 @@ class QuantiseArguments:
     """Folder for the 4-bit checkpoint."""
     device: str | None = None
     """Torch device to quantise on; by default the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -29,7 +31,7 @@ def run(words: list[str]) -> None:
         from loratune.base.load import load, load_tokenizer
         from loratune.export.quantised import save_quantised
 
-    tokenizer = load_tokenizer(given.model)
-    model = load(given.model, "nf4", given.device)
+    tokenizer = load_tokenizer(given.model, trust_remote_code=given.trust_remote_code)
+    model = load(given.model, "nf4", given.device, trust_remote_code=given.trust_remote_code)
     saved = save_quantised(model, given.out, tokenizer, overwrite=given.overwrite)
     process.console().print(str(saved), markup=False, soft_wrap=True)

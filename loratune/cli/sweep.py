@@ -46,6 +46,8 @@ class SweepArguments:
     """Number format of the base, as in train; by default the one in the jobs file."""
     device: str | None = None
     """Torch device; by default the one in the jobs file, else the GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that belongs to the model. It can do anything on this machine."""
     overwrite: bool = False
     """Replace an existing sweep."""
     resume: bool = False
@@ -61,7 +63,14 @@ def run(words: list[str]) -> int:
     given = parse_arguments(words)
     from loratune.sweep.plan import read_plan
 
-    plan = read_plan(given.jobs, model=given.model, out=given.out, precision=given.precision, device=given.device)
+    plan = read_plan(
+        given.jobs,
+        model=given.model,
+        out=given.out,
+        precision=given.precision,
+        device=given.device,
+        trust_remote_code=given.trust_remote_code,
+    )
     ahead.read_ahead(given.model)
     with process.library_imports():
         from loratune.screen import sweep as screen

@@ -45,19 +45,21 @@ def open_folders(
     model: str | None = None,
     precision: Precision = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Opened:
     """Loads the base that the adapters in `folders` were made for, and the adapters.
 
     Args:
         folders: folders of adapters over one base, or a single base model.
         model: base model to use instead of the recorded one.
+        trust_remote_code: as in `load`. The setting in a run.toml does not count, since the folder may be anyone's.
         precision: precision of the base; "auto" is the precision of the first adapter's run if that was quantised.
 
     Raises: AdapterError: a folder holds no adapter, or the adapters belong to different bases. ModelError: the base
         is not found.
     """
     if len(folders) == 1 and not _is_adapter(folders[0]):
-        return _open_base(folders[0], precision, device)
+        return _open_base(folders[0], precision, device, trust_remote_code)
     runs = {folder: read_run(folder) for folder in folders}
     bases = {folder: model or _base_of(folder, runs[folder]) for folder in folders}
     base = bases[folders[0]]
@@ -71,8 +73,9 @@ def open_folders(
     run = runs[folders[0]]
     if precision == "auto" and run is not None and run.precision in PRECISIONS:
         precision = run.precision
-    loaded = load(base, precision, device)
-    tokenizer = load_tokenizer(base, run.dataset.chat_template if run else None)
+    loaded = load(base, precision, device, trust_remote_code=trust_remote_code)
+    template = run.dataset.chat_template if run else None
+    tokenizer = load_tokenizer(base, template, trust_remote_code=trust_remote_code)
     _load_all(loaded, names)
     activate(loaded, next(iter(names)))
     return Opened(loaded, tokenizer, base, {n: Path(f) for n, f in names.items()}, stop_ids(loaded, tokenizer), run)
@@ -101,8 +104,9 @@ def read_run(folder: str | Path) -> RunConfig | None:
     return from_dict(RunConfig, read_toml(str(file)), str(file)) if file.exists() else None
 
 
-def _open_base(name: str, precision: Precision, device: str | None) -> Opened:
-    loaded, tokenizer = load(name, precision, device), load_tokenizer(name)
+def _open_base(name: str, precision: Precision, device: str | None, trust_remote_code: bool) -> Opened:
+    loaded = load(name, precision, device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return Opened(loaded, tokenizer, name, {}, stop_ids(loaded, tokenizer), None)
 
 

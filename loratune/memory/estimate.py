@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loratune import hub
 from loratune.base import load as base
+from loratune.base.model_config import CONFIG_FILE, read_config, without_data
 from loratune.config import LoraConfig, Precision
 from loratune.errors import ModelError
 from loratune.fused.fit import recipe_fits
@@ -31,7 +32,7 @@ from loratune.lora.inject import add, attach
 from loratune.lora.select import select
 from loratune.memory.budget import PeakMemory, PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds
 from loratune.memory.devices import DeviceSpec
-from loratune.memory.simulate import simulate, without_data
+from loratune.memory.simulate import simulate
 from loratune.memory.survey import LayerCopy, ModelSurvey, survey, without_values
 from loratune.precision.contract import smallest_format, weight_format
 from loratune.precision.linear import quantise_linears
@@ -85,17 +86,14 @@ class RunEstimate:
         return tokens / self.choice.seconds if self.choice.seconds else 0.0
 
 
-def model_from_config(model: str, precision: Precision) -> PreTrainedModel:
+def model_from_config(model: str, precision: Precision, trust_remote_code: bool = False) -> PreTrainedModel:
     """`model` without data, from its configuration. A folder needs to hold no more than config.json.
 
     Raises: ModelError: there is no usable configuration of a causal language model.
     """
-    config = _config(model)
+    config = _config(model, trust_remote_code)
     dtype = base.DTYPES.get(precision) or getattr(config, "dtype", None) or torch.bfloat16
-    try:
-        return without_data(config, dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{model}: no causal language model can be made of this configuration: {error}") from error
+    return without_data(config, dtype, trust_remote_code=trust_remote_code)
 
 
 def estimate(model: PreTrainedModel, request: EstimateRequest, device: DeviceSpec, limit: int) -> RunEstimate:
@@ -240,13 +238,14 @@ def _changes(
             yield f"--precision {precision} {text}", replace(smaller, setting=less), on
 
 
-def _config(model: str) -> Any:
+def _config(model: str, trust_remote_code: bool) -> Any:
     folder = Path(model).expanduser()
-    if model != base.POCKET and (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(str(folder))
+    if model != base.POCKET and (folder / CONFIG_FILE).is_file():
+        return read_config(model, str(folder), trust_remote_code=trust_remote_code)
     if not folder.is_dir() and model != base.POCKET:
         try:
-            return AutoConfig.from_pretrained(hub.find(model, "model") or model)
-        except (OSError, ValueError, hub.NotOnHub) as error:
+            source = hub.find(model, "model") or model
+        except hub.NotOnHub as error:
             raise ModelError(f"{model}: no such folder here, and no configuration from the hub: {error}") from error
-    return base.load_config(model)
+        return read_config(model, source, trust_remote_code=trust_remote_code)
+    return base.load_config(model, trust_remote_code=trust_remote_code)

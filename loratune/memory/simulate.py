@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from loratune.base import one_pass, recompute
+from loratune.base import model_config, one_pass, recompute
 from loratune.fused.policy import ActivationPlan
 from loratune.ops.attention import documents as attention
 from loratune.ops.host import HostOffload
@@ -36,11 +36,7 @@ class SimulatedBytes:
 
 def without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen model of this configuration on the meta device."""
-    with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    made.requires_grad_(False)
-    made.eval()
-    return made
+    return model_config.without_data(config, dtype)
 
 
 def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gpu: bool) -> SimulatedBytes:

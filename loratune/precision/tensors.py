@@ -9,19 +9,20 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON heade
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loratune import foreign
 from loratune.errors import ModelError
 from loratune.ops.frozen import FrozenWeight
 
@@ -31,7 +32,6 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-_MAX_HEADER = 100_000_000  # bytes, as the format's own reader allows
 _PART = 8 << 20  # bytes that one thread reads at a time
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -110,31 +110,53 @@ class Checkpoint:
         """The single file, or else the files of the index in its order, as transformers chooses."""
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         if single.exists():
+            check_regular(single)
             return [single]
         if not index.exists():
             raise ModelError(f"{self.folder}: neither model.safetensors nor model.safetensors.index.json is here")
-        try:
-            names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index}: cannot be read: {error}") from error
-        missing = [name for name in names if not (self.folder / name).exists()]
-        if missing:
-            raise ModelError(
-                f"{self.folder / missing[0]}: missing, but the index names it; is the download complete?"
-            )
+        names = _names_in(index)
+        for name in names:
+            check_regular(self.folder / name, f"{index} names it")
         return [self.folder / name for name in names]
 
 
-def _header(file: Path, pinned: bool) -> Iterator[StoredTensor]:
+def _names_in(index: Path) -> list[str]:
+    """The files that a weight index names, in its order. Raises ModelError: one is not a file beside the index."""
+    named = foreign.read_json(index, ModelError).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ModelError(f"{index}: weight_map must be an object of tensor names and file names")
+    for tensor, name in named.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: {tensor} is in {name!r}; a weight file is a .safetensors file in the same folder"
+            )
+    return list(dict.fromkeys(named.values()))
+
+
+def check_regular(file: Path, why: str = "") -> None:
+    """Raises ModelError if `file` is missing, or is a folder, a pipe or a device. `why` says who wants it."""
     try:
-        with file.open("rb") as stream:
+        kind = file.stat().st_mode
+    except (OSError, ValueError) as error:
+        because = f", but {why}" if why else ""
+        raise ModelError(f"{file}: missing{because}; is the download complete?") from error
+    if not stat.S_ISREG(kind):
+        raise ModelError(f"{file}: is not a regular file")
+
+
+def _header(file: Path, pinned: bool) -> Iterator[StoredTensor]:
+    """The tensors of one file. safetensors itself checks the header first: offsets without gaps, overlaps or ends
+    beyond the file, sizes that follow from shapes, and a limit on the header's length."""
+    check_regular(file)
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = foreign.parse_json(stream.read(length).decode("utf-8"), f"{file}: its header", ModelError)
         for name, entry in header.items():
             if name != "__metadata__":
                 start = 8 + length + int(entry["data_offsets"][0])
                 yield StoredTensor(file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, pinned)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file: {error!r}") from error
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: cannot be read as safetensors: {error}; is the download complete?") from error
+    except KeyError as error:
+        raise ModelError(f"{file}: holds tensors of the type {error}, which is not read here") from error

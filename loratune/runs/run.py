@@ -97,8 +97,10 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     else:
         folder.check_output(config, out)
     trackers.require(config.training.log_to)
-    tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
-    model = base.load(config.model, config.precision, config.device)
+    tokenizer = base.load_tokenizer(
+        config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
+    )
+    model = base.load(config.model, config.precision, config.device, trust_remote_code=config.trust_remote_code)
     choice: RateChoice | None = None
     if config.training.learning_rate == "auto":
         choice = yield from _choose_rate(model, tokenizer, config, cache_dir)

@@ -34,7 +34,7 @@ from loratune.errors import ConfigError
 
 _GIVEN = {"model": "MODEL", "out": "--out", "overwrite": "--overwrite", "resume": "--resume"}
 """Settings of a run that a sweep takes from the command line -> their flags."""
-_SHARED = frozenset({"precision", "device"})
+_SHARED = frozenset({"precision", "device", "trust_remote_code"})
 """Settings of the base, which is loaded once."""
 _SHORT = {"learning_rate": "rate", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 """Short names of settings in the names of jobs."""
@@ -79,14 +79,20 @@ class SweepPlan:
 
 
 def read_plan(
-    file: str, *, model: str, out: str, precision: Precision | None = None, device: str | None = None
+    file: str,
+    *,
+    model: str,
+    out: str,
+    precision: Precision | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> SweepPlan:
     """Reads and checks a jobs file.
 
     Args:
         model: base model of all jobs.
         out: folder of the sweep; each job's own is out/NAME.
-        precision, device: override the file.
+        precision, device, trust_remote_code: override the file.
 
     Raises: ConfigError: with file and line (or the job's name) and, for a misspelt name, the nearest.
     """
@@ -94,6 +100,7 @@ def read_plan(
     values = source.values
     shared = _settings(source, {k: v for k, v in values.items() if k not in _TABLES}, "")
     given = {k: v for k, v in {"model": model, "precision": precision, "device": device}.items() if v is not None}
+    given |= {"trust_remote_code": True} if trust_remote_code else {}
     grid = _grid(source, values.get("grid", {}))
     halving = None
     if "halving" in values:

@@ -115,7 +115,7 @@ def sweep(
     data, notes = _data(plan.jobs, cache_dir)
     yield from map(Note, notes)
     going = [job for job in plan.jobs if job.name not in state.ended]
-    model = base.load(first.model, first.precision, first.device)
+    model = base.load(first.model, first.precision, first.device, trust_remote_code=first.trust_remote_code)
     sweeping = _SweepRun(plan, data, state, where, model, going, stop)
     bank, forward = _bank(model, going, at_once) if going else (None, None)
     if not resumed:
@@ -394,13 +394,17 @@ def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, 
 
 
 def _read(config: RunConfig, cache_dir: str | None) -> tuple[Dataset, Rows]:
-    tokenizer = base.load_tokenizer(config.model, config.dataset.chat_template)
+    tokenizer = base.load_tokenizer(
+        config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
+    )
     dataset = feed.prepare(
         config.data,
         tokenizer,
         config.dataset,
         stop_ids=base.stop_ids(config.model, tokenizer),
-        max_tokens=base.max_document_tokens(base.load_config(config.model)),
+        max_tokens=base.max_document_tokens(
+            base.load_config(config.model, trust_remote_code=config.trust_remote_code)
+        ),
         seed=config.training.seed,
         cache_dir=cache_dir,
     )

@@ -1,0 +1,100 @@
+"""Reads small JSON and TOML files that may come from anyone: configurations, indexes, run settings.
+
+A reader here returns plain values or raises one error of the caller's class. It never waits on a pipe, never reads
+a file without an end, and never exceeds Python's recursion limit.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import LoratuneError
+
+MOST_BYTES = 64 << 20
+"""Largest file that is read. The weight index of a model with 100,000 tensors has 10 MB."""
+
+MOST_DEPTH = 64
+"""Most brackets inside each other; transformers' own configurations have six."""
+
+
+def read_text(path: Path, kind: type[LoratuneError]) -> str:
+    """The content of a UTF-8 file, without a byte order mark.
+
+    Raises: `kind`: it is not a regular file, cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise kind(f"{path}: is not a regular file")
+        if found.st_size > MOST_BYTES:
+            raise kind(f"{path}: has {found.st_size:,} bytes; such a file has at most {MOST_BYTES:,}")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise kind(f"{path}: is not UTF-8 text: {error}") from error
+    except OSError as error:
+        if isinstance(error, kind):
+            raise
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, kind):
+            raise
+        raise kind(f"{path!r}: cannot be the name of a file: {error}") from error
+
+
+def read_json(path: Path, kind: type[LoratuneError]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises: `kind`: as `read_text`; the text is not JSON, not an object, nested too deeply, or gives one name two
+        different values.
+    """
+    return parse_json(read_text(path, kind), str(path), kind)
+
+
+def parse_json(text: str, where: str, kind: type[LoratuneError]) -> dict[str, Any]:
+    """The JSON object in a text; `where` names its place in errors. Raises: `kind`: as `read_json`."""
+    try:
+        content = json.loads(text, object_pairs_hook=_unambiguous, parse_constant=_constant)
+    except RecursionError as error:
+        raise kind(f"{where}: is nested too deeply") from error
+    except ValueError as error:
+        raise kind(f"{where}: is not JSON: {error}") from error
+    if not _depth_is_within(content, MOST_DEPTH):
+        raise kind(f"{where}: is nested too deeply: more than {MOST_DEPTH} brackets inside each other")
+    if not isinstance(content, dict):
+        raise kind(f"{where}: holds a {type(content).__name__}; an object is expected")
+    return content
+
+
+def parse_toml(text: str, where: str, kind: type[LoratuneError]) -> dict[str, Any]:
+    """The tables of a TOML text. Raises: `kind`: it is not TOML, or nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise kind(f"{where}: is nested too deeply") from error
+    except ValueError as error:  # also a number of more than 4,300 digits
+        raise kind(f"{where}: not valid TOML: {error}") from error
+
+
+def _depth_is_within(value: object, most: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most > 0 and all(_depth_is_within(item, most - 1) for item in inner if isinstance(item, dict | list))
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for name, value in pairs:
+            if made[name] != value:
+                raise ValueError(f'"{name}" is given twice, with different values')
+    return made
+
+
+def _constant(name: str) -> float:
+    """Infinity occurs in real configurations (Mamba 2), NaN in none."""
+    if name == "NaN":
+        raise ValueError("NaN is not a value of JSON")
+    return float(name)

@@ -304,7 +304,7 @@ MODELS = [
     Case(
         "truncated weights",
         after(lambda lab: os.truncate(lab.here / "base/model.safetensors", 5000)),
-        ("base", "weights cannot be loaded"),
+        ("base", "cannot be read as safetensors"),
     ),
     Case(
         "missing tensors",

@@ -112,8 +112,8 @@ def check_against_files(
 def check_layers(name: str, model: PreTrainedModel, tensors: Iterable[str]) -> None:
     """Raises ModelError if the files hold further layers of the kind that the model has.
 
-    transformers leaves out tensors that it does not expect. With a smaller num_hidden_layers, the model would lose its
-    last layers silently. Layers with other tensors as well, such as those that predict several tokens, are none of its kind.
+    transformers leaves out tensors that it does not expect. With a smaller num_hidden_layers, the model would lose
+    its last layers silently. Layers that predict several tokens at once have other tensors as well; they do not count.
     """
     lists: dict[str, dict[int, set[str]]] = {}
     for tensor in tensors:
@@ -129,8 +129,8 @@ def check_layers(name: str, model: PreTrainedModel, tensors: Iterable[str]) -> N
         further = [index for index, kinds in layers.items() if index >= len(module) and kinds <= known]
         if further:
             raise ModelError(
-                f"{name}: {CONFIG_FILE} describes {len(module)} layers at {path}, but the files hold {max(layers) + 1}; "
-                "the model would lose its last layers"
+                f"{name}: {CONFIG_FILE} describes {len(module)} layers at {path}, but the files hold "
+                f"{max(layers) + 1}; the model would lose its last layers"
             )
 
 

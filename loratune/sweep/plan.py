@@ -99,8 +99,8 @@ def read_plan(
     source = _Source(file)
     values = source.values
     shared = _settings(source, {k: v for k, v in values.items() if k not in _TABLES}, "")
-    given = {k: v for k, v in {"model": model, "precision": precision, "device": device}.items() if v is not None}
-    given |= {"trust_remote_code": True} if trust_remote_code else {}
+    overriding = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code or None}
+    given = {"model": model} | {k: v for k, v in overriding.items() if v is not None}
     grid = _grid(source, values.get("grid", {}))
     halving = None
     if "halving" in values:

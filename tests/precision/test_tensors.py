@@ -21,14 +21,12 @@ from tests.cli_lab import small_model
 TWO = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 4}
 
 
-def written(
-    folder: Path, entries: dict[str, object] | str, data: bytes = bytes(32), length: int | None = None
-) -> Path:
+def written(folder: Path, entries: dict[str, object] | str, length: int | None = None) -> Path:
     """A file with any header."""
     header = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
     header += b" " * (-len(header) % 8)
     file = folder / "model.safetensors"
-    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + bytes(32))
     return file
 
 

@@ -113,7 +113,7 @@ def check_layers(name: str, model: PreTrainedModel, tensors: Iterable[str]) -> N
     """Raises ModelError if the files hold further layers of the kind that the model has.
 
     transformers leaves out tensors that it does not expect. With a smaller num_hidden_layers, the model would lose
-    its last layers silently. Layers that predict several tokens at once have other tensors as well; they do not count.
+    its last layers silently. Layers that predict several tokens at once have more tensors and do not count.
     """
     lists: dict[str, dict[int, set[str]]] = {}
     for tensor in tensors:
@@ -132,6 +132,11 @@ def check_layers(name: str, model: PreTrainedModel, tensors: Iterable[str]) -> N
                 f"{name}: {CONFIG_FILE} describes {len(module)} layers at {path}, but the files hold "
                 f"{max(layers) + 1}; the model would lose its last layers"
             )
+
+
+def runs_own_code(model: PreTrainedModel) -> bool:
+    """True if the model's class came with the model, so that its code is trusted already."""
+    return type(model).__module__.startswith("transformers_modules.")
 
 
 def needs_code(model: str) -> ModelError:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune.base.load import load_config, local_folder, resolve
+from loratune.base.model_config import runs_own_code
 from loratune.precision.tensors import Checkpoint, StoredTensor
 
 _DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def dtypes_of_files(model: PreTrainedModel) -> FileDtypes:
     """
     if not model.name_or_path:
         return FileDtypes(model.dtype)
-    config = load_config(model.name_or_path)
+    config = load_config(model.name_or_path, trust_remote_code=runs_own_code(model))
     stored = Checkpoint(Path(local_folder(resolve(model.name_or_path)))).tensors
     held: Counter[torch.dtype] = Counter()
     for tensor in stored.values():

@@ -82,6 +82,7 @@ def test_code_of_a_model_runs_only_with_the_flag(coded, tmp_path, monkeypatch):
     (tmp_path / "code-ran").unlink()
     assert loratune("merge", out, "--out", str(tmp_path / "merged")).status == 2  # the folder's run.toml is no trust
     assert not (tmp_path / "code-ran").exists()
+    assert main(["merge", out, "--out", str(tmp_path / "merged"), "--trust-remote-code"]) == 0
 
 
 def test_trusted_code_is_the_model_that_runs(coded):

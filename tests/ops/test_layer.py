@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -21,6 +20,7 @@ from transformers.models.phi3 import modeling_phi3
 
 from loratune.ops import layer
 from loratune.ops.layer import ACTIVATIONS, IDENTITY, HeadSpec, NormSpec
+from loratune.ops.meter import StorageMeter
 
 N, D, EPS = 7, 24, 1e-5
 NORMS = {
@@ -211,25 +211,6 @@ def test_gradients_of_heads(heads):
     torch.testing.assert_close(got[:, :-8], expected.flatten(1), rtol=1e-12, atol=1e-12)
 
 
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of new storages."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-        self._seen = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            storage = tensor.untyped_storage()
-            given = any(isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == storage._cdata for a in args)
-            if not given and storage._cdata not in self._seen:
-                self._seen[storage._cdata] = storage  # held, so that no later storage gets its address
-                self.bytes += storage.nbytes()
-        return out
-
-
 def test_on_the_meta_device_only_outputs_are_allocated():
     """The memory of a step is counted there, so temporaries of the reference must not appear."""
 
@@ -237,7 +218,7 @@ def test_on_the_meta_device_only_outputs_are_allocated():
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
     x, row, spec = half(512, D), 512 * 2, NormSpec(half(D), EPS)
-    heads = HeadSpec(6, 2, 12, 12)
+    heads, stacked, angles = HeadSpec(6, 2, 12, 12), half(512, 10, 12), half(512, 12)
     for call, columns in (
         (lambda: layer.norm(x, spec, 8), D + 8),
         (lambda: layer.norm(x, IDENTITY), 0),
@@ -249,9 +230,11 @@ def test_on_the_meta_device_only_outputs_are_allocated():
         (lambda: layer.gated(x, "silu", 8), D // 2 + 8),
         (lambda: layer.gated_backward(x, x[:, : D // 2], "silu", 8), D + 8 + D // 2),
         (lambda: layer.activation_backward(x, x, "gelu", 8), 2 * D + 8),
-        (lambda: layer.rotate_heads(half(512, 10, 12), half(512, 12), half(512, 12), heads), 10 * 12 + 24),
+        (lambda: layer.rotate_heads(stacked, angles, angles, heads), 0),
     ):
-        with Allocated() as allocated:
-            call()
-        vectors = allocated.bytes - columns * row  # temporaries of the width of a weight, no rows
+        with StorageMeter() as meter:
+            made = call()
+        vectors = meter.live - columns * row  # temporaries of the width of a weight, no rows
         assert 0 <= vectors <= 16 * D * 4
+        assert meter.peak == meter.live
+        del made

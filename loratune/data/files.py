@@ -142,7 +142,7 @@ def _text(path: str) -> str:
 
 
 class _Strict(json.JSONDecoder):
-    """A decoder for RFC 8259: no NaN or Infinity, and no duplicate keys, of which json silently keeps the last."""
+    """A decoder for RFC 8259: no NaN, no Infinity, no duplicate keys. `json` accepts all, and keeps the last key."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=_unique, parse_constant=_no_constant)

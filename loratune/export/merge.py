@@ -239,9 +239,10 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def _cast(tensors: dict[str, Tensor], source: torch.dtype, dtypes: FileDtypes) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors of dtype `source` cast to that of the files; others (deliberately float32, integers) unchanged.
+    """Casts tensors of dtype `source` to the dtypes of the files; others (deliberately float32, integers) stay.
 
-    Tied entries stay tied: each storage is cast once.
+    Tied entries stay tied: each storage is cast once. Returns the tensors, and the names of tensors that the cast
+        changed.
     """
     cast: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
     result: dict[str, Tensor] = {}

@@ -66,7 +66,7 @@ class AttentionHalf:
 
     @property
     def gradient_format(self) -> OperandFormat:
-        """Format in which this half takes the gradient of the stream behind it."""
+        """Format in which the backward of this half takes the gradient of its output stream."""
         return output_gradient_format(self.output) if self.branch.is_sum else UNPADDED
 
     def with_dropout(self, row: Tensor) -> AttentionHalf:
@@ -92,7 +92,7 @@ class MlpHalf:
 
     @property
     def gradient_format(self) -> OperandFormat:
-        """Format in which this half takes the gradient of the stream behind it."""
+        """Format in which the backward of this half takes the gradient of its output stream."""
         return output_gradient_format(self.down) if self.branch.is_sum else UNPADDED
 
     def with_dropout(self, row: Tensor) -> MlpHalf:

@@ -151,7 +151,7 @@ class _SlotStep:
         return result
 
     def moments(self) -> dict[str, Tensor]:
-        """Views named like the job's parameters."""
+        """AdamW's moments of the job, as views named "PARAMETER.exp_avg" and "PARAMETER.exp_avg_sq"."""
         state = self._optimizer.state[self._master]
         views = {moment: self._bank.named(self._slot, state[moment]) for moment in MOMENTS if moment in state}
         return {f"{path}.{moment}": view for moment, named in views.items() for path, view in named.items()}

@@ -47,7 +47,7 @@ class FrozenWeight(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, tensors shared with other weights excepted."""
+        """Bytes held, without tensors that are shared with other weights."""
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None, mm: MatrixProduct = mm

@@ -196,7 +196,7 @@ def gated_backward(
 
 @with_kernel(half_on_gpu, "ops.activation_kernels")
 def gated_product(gate: Tensor, up: Tensor, kind: ActivationKind) -> Tensor:
-    """activation(gate) * up, (N, m), for gate and up in tensors of their own; rows may be strided."""
+    """activation(gate) * up, (N, m), for gate and up in separate tensors; rows may be strided."""
     return _active(at_least_float32(gate), kind).to(gate.dtype) * up
 
 

@@ -64,7 +64,7 @@ def attend(
     Args:
         query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim), kv_heads dividing heads.
         window, softcap, sinks: as in `ops.attention.documents.document_attention`; sinks are frozen.
-        spans: of this row.
+        spans: documents of this row.
 
     Returns: (1, T, heads, head_dim), contiguous.
     Memory: saves query, key, value, the output, and one float32 for each position and head.

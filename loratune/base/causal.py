@@ -1,4 +1,4 @@
-"""Which models can train on next tokens, and which of their parts gives the hidden states."""
+"""Checks that a model can train on next tokens, and finds the part of it that gives hidden states."""
 
 from __future__ import annotations
 

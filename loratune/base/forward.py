@@ -64,7 +64,7 @@ ExecutionPath = Literal["packed", "position mask", "per document"]
 PATHS: tuple[ExecutionPath, ...] = ("packed", "position mask", "per document")
 """Execution paths, fastest first."""
 _ROUNDING_GROWTH = 8.0
-"""Rounding of a long document over that of a short one, at most."""
+"""Largest allowed ratio of the rounding error of a long document to that of a short one."""
 # Errors of an architecture that cannot run on a path, as opposed to errors of this package.
 _REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
 
@@ -345,9 +345,10 @@ def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None) ->
 def _agrees_behind(
     forward: PackedForward, short: Tensor, row: ProbeRow, expected: Tensor, parts: Sequence[slice]
 ) -> bool:
-    """True if every part of a long row equals `expected`, as closely as the short row equals its `short`.
+    """True if every part of a long row equals `expected` up to rounding.
 
-    A window removes a small share of the keys, so the limit follows the rounding that the short row shows.
+    A window removes only a small share of the keys, so a fixed limit could miss it. The limit follows from the
+    rounding error of the short row, whose hidden states should be `short`.
     """
     try:
         with forward.installed():

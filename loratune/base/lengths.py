@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SHORT = (7, 12, 4)
-"""Documents of the row that every model runs."""
+"""Lengths of the documents in the short row, which every model runs."""
 UNKNOWN_ROW = 8192
 """Longest document that is probed if the caller does not know the length of its rows."""
 _BEHIND = 256
@@ -49,7 +49,7 @@ class LongRow(NamedTuple):
 def long_row(model: PreTrainedModel, longest: int | None) -> LongRow | None:
     """A row whose second document is longer than every length of `model` that is below `longest`.
 
-    None if the configuration has no length that the short row does not show.
+    None if the configuration has no such length beyond the short row.
     """
     config = model.config.get_text_config(decoder=True)
     limit = longest or UNKNOWN_ROW

@@ -86,11 +86,11 @@ def load(
 
     Args:
         model: a local folder, a hub id, or `POCKET`.
-        precision: of the weights in memory. "auto" is the format of the files on a GPU and float32 on a CPU. "nf4"
-            quantises linear layers to 4 bits while they are read, "fp8" to 8 bits, which GPUs of compute capability
-            8.9 and newer multiply directly. All other tensors are then bfloat16 on a GPU (float16 if the files are)
-            and float32 on a CPU. Files in bitsandbytes' 4 bits stay so. Files in 8 bits with a scale for each row
-            stay so under "fp8".
+        precision: precision of the weights in memory. "auto" is the format of the files on a GPU and float32 on a
+            CPU. "nf4" quantises linear layers to 4 bits while they are read, "fp8" to 8 bits, which GPUs of compute
+            capability 8.9 and newer multiply directly. All other tensors are then bfloat16 on a GPU (float16 if the
+            files are) and float32 on a CPU. Weights that bitsandbytes stored in 4 bits stay in 4 bits. Weights stored
+            in 8 bits with a scale for each row stay in 8 bits under "fp8".
         device: by default the first GPU, else the CPU.
         trust_remote_code: run Python code that belongs to the model. It can do anything on this machine.
 

@@ -71,8 +71,8 @@ def documents_alone(backbone: nn.Module, row: ProbeRow) -> Tensor:
 def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> bool:
     """True if hidden states of a document's first half depend on its second half.
 
-    Measured by the gradient at the embeddings, which a causal model leaves at zero in every precision. Values would
-    not do: experts round differently when other tokens share a product.
+    The gradient at the embeddings shows it: a causal model leaves it at zero in every precision. Comparing values
+    would not suffice, because experts round differently when other tokens share a product.
     """
     begin, end = row.cu_seqlens[1:3].tolist()
     document, kept = row.tokens[None, begin:end], (end - begin) // 2
@@ -98,7 +98,7 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts modules in training mode into evaluation mode for the block, so that no dropout is compared."""
+    """Context in which all modules are in evaluation mode, so that dropout does not disturb comparisons."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Recognises preference data, for which there is no objective: no rejected answer is trained as a good one.
+"""Recognises preference data, which no objective supports, so that rejected answers are not trained as good ones.
 
 Fields as in TRL (chosen, rejected; prompt, completion, label), OpenAI (preferred_output, non_preferred_output) and
 LLaMA-Factory (chosen, rejected; kto_tag).

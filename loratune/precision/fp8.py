@@ -9,8 +9,9 @@
 
 In the backward s lies along the contraction, where no product can apply it. dy is therefore multiplied with s before
 its own rows are quantised, and the one stored Q serves both directions. Tensor cores want both operands contiguous
-along the contraction. In the forward Q is. For the backward it is transposed for the length of one product. That
-costs two passes over a byte per element, about 1 % of a step; a second copy would cost as much memory as the first.
+along the contraction. Q is stored that way for the forward. For the backward it is transposed for the length of one
+product. That costs two passes over a byte per element, about 1 % of a step. A second copy would cost as much memory
+as the first.
 
 Everything trained stays in 16 and 32 bits; only operands of products with W have 8. Three bits of mantissa give a
 relative error of at most 2^-4 per element, and about 4 % of the norm of a product of random operands.

@@ -100,7 +100,8 @@ class JointAdamW(FusedAdamW):
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> FusedAdamW:
     """AdamW with float32 moments; `set_rate` sets its rate before each step.
 
-    On a GPU the rate is a tensor there, so that a recorded update reads the rate of its own step.
+    For parameters on a GPU the rate is a tensor on that GPU, so that a recorded update reads the rate of its own
+    step.
     """
     parameters = list(parameters)
     on_gpu = _all_on_gpu(parameters)

@@ -139,7 +139,7 @@ def _on_meta(
     cu_seqlens: Tensor | None,
     longest: int | None,
 ) -> Tensor:
-    """(1, T, heads, head_dim) without values; boundaries have no values either, and may be missing."""
+    """Attention on the meta device: (1, T, heads, head_dim) without values. Boundaries may be missing."""
     if query.dtype.itemsize > 2 and (softcap is not None or sinks is not None):  # no CPU kernel supports them
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

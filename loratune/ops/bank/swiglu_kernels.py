@@ -182,7 +182,7 @@ def swiglu_backward(
 
 
 def _halves(p: BankProjection, width: int) -> tuple[list[int], dict[str, bool]]:
-    """Indices of the layers of gate and up, and flags for which of them exist."""
+    """Indices of the layers of gate and up, and a flag for each that is True if the layer exists."""
     by_start = {rows.start: layer.index for rows, layer in zip(p.rows, p.layers, strict=True)}
     flags = {"GATE": 0 in by_start, "UP": width in by_start}
     return [by_start.get(0, 0), by_start.get(width, 0)], flags

@@ -114,8 +114,9 @@ class DataConfig:
     """Record format; "auto" recognises it from the fields of each file's first record."""
     train_on: TrainOn = "assistant"
     """Tokens that count in the loss: every answer of the assistant, only the last one, or all tokens."""
-    tokens_per_row: int = 2048
-    """Tokens in one packed row; every micro-step processes exactly this many."""
+    tokens_per_row: int | None = None
+    """Tokens in one packed row; every micro-step processes exactly this many.
+    By default from the data: see gradient_accumulation_steps."""
     truncate: bool = False
     """Cut documents that are longer than a row or the model's context; otherwise they are an error."""
     eval_data: list[str] = field(default_factory=list)
@@ -130,12 +131,16 @@ class DataConfig:
     """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.tokens_per_row >= 2,
-            f"tokens_per_row is {self.tokens_per_row}; a row holds at least 2 tokens",
-        )
+        tokens = self.tokens_per_row
+        _require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
         _require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
         _require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one packed row. An unset value must have been chosen (`training.choices`)."""
+        assert self.tokens_per_row is not None
+        return self.tokens_per_row
 
 
 @dataclass(kw_only=True)
@@ -144,18 +149,19 @@ class TrainConfig:
 
     objective: ObjectiveName = "sft"
     """Loss to minimise: sft, the negative log-likelihood of the trained tokens."""
-    learning_rate: float | Literal["auto"] = 2e-4
-    """Peak learning rate; "auto" tries several on the first part of the data and uses the best."""
+    learning_rate: float | Literal["auto"] | None = None
+    """Peak learning rate; by default from the width of the model.
+    "auto" tries several on the first part of the data and uses the best."""
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup_ratio: float = 0.03
     """Share of all optimizer steps over which the rate rises linearly from zero."""
-    epochs: int = 1
-    """Passes over the training data."""
+    epochs: int | None = None
+    """Passes over the training data; by default as many as give a few hundred steps, at most 10."""
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
-    gradient_accumulation_steps: int = 1
-    """Rows (micro-steps) in one optimizer step."""
+    gradient_accumulation_steps: int | None = None
+    """Rows (micro-steps) in one optimizer step; by default, 8 to 32 documents make a step."""
     optim: Optim = "adamw"
     """Format of AdamW's moments: float32 (adamw), or blocks of 8-bit values (adamw_8bit).
     adamw_offload: float32 in host memory, which saves GPU memory and takes longer."""
@@ -188,7 +194,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        _require(rate == "auto" or 0 < rate < math.inf, f"learning_rate is {rate}; it must be positive and finite")
+        numeric = rate is None or rate == "auto" or 0 < rate < math.inf
+        _require(numeric, f"learning_rate is {rate}; it must be positive and finite")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it lies in 0 <= beta < 1")
@@ -209,9 +216,20 @@ class TrainConfig:
 
     @property
     def rate(self) -> float:
-        """The peak learning rate as a number. "auto" must have been resolved."""
+        """The peak learning rate as a number. "auto" or no value must have been resolved (`training.choices`)."""
+        assert self.learning_rate is not None
         assert self.learning_rate != "auto"
         return self.learning_rate
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step; 1 if nothing was set or chosen."""
+        return self.gradient_accumulation_steps or 1
+
+    @property
+    def passes(self) -> int:
+        """Passes over the training data; 1 if nothing was set or chosen."""
+        return self.epochs or 1
 
 
 @dataclass(kw_only=True)

@@ -47,8 +47,8 @@ class EvalArguments:
     """Torch device; by default the GPU if there is one."""
     trust_remote_code: bool = False
     """Run Python code that belongs to the model. It can do anything on this machine."""
-    tokens_per_row: int = 2048
-    """Tokens in one packed row while the loss is measured."""
+    tokens_per_row: int | None = None
+    """Tokens in one packed row while the loss is measured; by default 2,048, or more for a longer record."""
     truncate: bool = False
     """Cut documents that are longer than a row while the loss is measured, as in train."""
     format: DataFormat = "auto"

@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes
 
 from loratune.cli import process
 from loratune.cli.common import DataNames, ModelName, parse, require_data
-from loratune.config import DataConfig
+from loratune.config import DataConfig, TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -51,19 +51,25 @@ def run(words: list[str]) -> None:
         from loratune.data.feed import prepare, rows_of_epoch
         from loratune.runs.evaluation import pad_id
         from loratune.screen.preview import draw_preview
+        from loratune.training import choices
 
     tokenizer = base.load_tokenizer(
         given.model, given.dataset.chat_template, trust_remote_code=given.trust_remote_code
     )
     stop_ids = base.stop_ids(given.model, tokenizer)
+    model_config = base.load_config(given.model, trust_remote_code=given.trust_remote_code)
     dataset = prepare(
         given.data,
         tokenizer,
         given.dataset,
         stop_ids=stop_ids,
-        max_tokens=base.max_document_tokens(base.load_config(given.model, trust_remote_code=given.trust_remote_code)),
+        max_tokens=base.max_document_tokens(model_config),
         seed=given.seed,
         cache_dir=process.cache_dir(given.dataset.cache_dir),
     )
-    rows = rows_of_epoch(dataset.train, given.dataset.tokens_per_row, pad_id(tokenizer), seed=given.seed, epoch=0)
-    draw_preview(process.console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples)
+    train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
+    chosen = choices.choose(given.dataset, TrainConfig(), train, held_out, choices.width_of(model_config))
+    rows = rows_of_epoch(dataset.train, chosen.data.row_tokens, pad_id(tokenizer), seed=given.seed, epoch=0)
+    draw_preview(
+        process.console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples, chosen=chosen
+    )

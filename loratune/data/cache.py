@@ -39,7 +39,7 @@ def key_of(
     paths: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-    max_tokens: int,
+    max_tokens: int | None,
     stop_ids: frozenset[int],
     seed: int,
 ) -> str:

@@ -26,6 +26,10 @@ from loratune.data.render import render
 from loratune.errors import ConfigError, DataError
 
 
+CUT_TO = 2048
+"""Tokens to which `truncate` cuts documents if no row size is set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """Rendered training and held-out examples, with notes and the hashes of their files."""
@@ -99,7 +103,7 @@ def prepare(
     Raises: DataError, ModelError, ConfigError: see `read_records` and `render`.
     """
     _check(config)
-    limit = min(config.tokens_per_row, max_tokens or config.tokens_per_row)
+    limit = longest_allowed(config, max_tokens)
     hashes = {path: content_hash(path) for path in [*paths, *config.eval_data]}
     key = cache.key_of(hashes, list(paths), tokenizer, config, limit, stop_ids, seed)
     if cache_dir is not None and (found := cache.load(cache_dir, key)) is not None:
@@ -139,10 +143,18 @@ def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[R
     return train, [records[index] for index in sorted(held)]
 
 
+def longest_allowed(config: DataConfig, context: int | None) -> int | None:
+    """Tokens of the longest allowed document: a row or the model's context. None if neither is known."""
+    row = config.tokens_per_row
+    if row is None and config.truncate:
+        row = CUT_TO
+    return min((limit for limit in (row, context or None) if limit is not None), default=None)
+
+
 def _check(config: DataConfig) -> None:
     if not 0 <= config.eval_fraction < 1:
         raise ConfigError(f"eval_fraction is {config.eval_fraction}; it must be at least 0 and less than 1")
-    if config.tokens_per_row < 2:
+    if config.tokens_per_row is not None and config.tokens_per_row < 2:
         raise ConfigError(f"tokens_per_row is {config.tokens_per_row}; it must be at least 2")
 
 

@@ -80,7 +80,7 @@ def choose_rate(
     """
     run = Course(rows, replace(training, learning_rate=RATES[0]))
     steps = min(max(_FEWEST_STEPS, math.ceil(run.total_steps * _SHARE_OF_STEPS)), _MOST_STEPS)
-    measured = measured_rows(rows, steps * training.gradient_accumulation_steps)
+    measured = measured_rows(rows, steps * training.rows_per_step)
     short = replace(
         training, max_steps=steps, eval_every_steps=steps, early_stopping_patience=None, optim="adamw", log_to=[]
     )

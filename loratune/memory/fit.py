@@ -88,7 +88,7 @@ def fit(
         return FittedPlan(forward.plan, None, 0, 0)
     limit, forward.record = _limit(config, device), True
     trainable = sum(parameter.numel() for parameter in parameters.values())
-    setting = RowSetting(tokens, config.gradient_accumulation_steps, STATE_BYTES[config.optim])
+    setting = RowSetting(tokens, config.rows_per_step, STATE_BYTES[config.optim])
     found = survey(forward.model, trained_in(forward.model), trainable, fit=forward.fused)
 
     def trial(plan: ActivationPlan) -> DryStep | None:

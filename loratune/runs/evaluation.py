@@ -10,13 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune.base.forward import prepare
 from loratune.base.load import max_document_tokens
 from loratune.config import DataConfig, RunConfig
-from loratune.data.feed import rows_of_epoch
+from loratune.data.feed import longest_allowed, rows_of_epoch
 from loratune.data.record import Record
 from loratune.data.records import read_records
 from loratune.data.render import prompt_ids, reference, render
 from loratune.errors import DataError
 from loratune.infer.evaluate import Evaluation, ExactMatch, Loss, exact_match
 from loratune.training.step import evaluate_loss
+
+_ROW = 2048
 
 
 def evaluate(
@@ -49,11 +51,15 @@ def loss(
     stop_ids: frozenset[int],
     settings: DataConfig,
 ) -> Loss:
-    """Mean negative log-likelihood over the trained tokens of all records."""
-    limit = min(settings.tokens_per_row, max_document_tokens(model.config) or settings.tokens_per_row)
+    """Mean negative log-likelihood over the trained tokens of all records.
+
+    Rows have `settings.tokens_per_row` tokens; if unset, 2,048 or as many as the longest record has.
+    """
+    limit = longest_allowed(settings, max_document_tokens(model.config))
     examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples
-    rows = rows_of_epoch(examples, settings.tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
-    forward = prepare(model, settings.tokens_per_row)
+    tokens_per_row = settings.tokens_per_row or max(_ROW, *map(len, examples))
+    rows = rows_of_epoch(examples, tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
+    forward = prepare(model, tokens_per_row)
     with forward.installed():
         measured = evaluate_loss(forward, rows)
         return Loss(measured.loss, measured.trained_tokens)

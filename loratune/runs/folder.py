@@ -173,8 +173,8 @@ def _card_facts(
         settings={
             "learning rate": f"{training.rate:g}, {training.lr_scheduler_type}{_why_this_rate(result.out)}",
             "warm-up": f"{training.warmup_ratio:g} of the steps",
-            "tokens per row": f"{config.dataset.tokens_per_row:,}",
-            "rows per step": f"{training.gradient_accumulation_steps}",
+            "tokens per row": f"{config.dataset.row_tokens:,}",
+            "rows per step": f"{training.rows_per_step}",
             "weight decay": f"{training.weight_decay:g}",
             "seed": f"{training.seed}",
         },

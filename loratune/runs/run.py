@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,8 @@ from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
 from loratune.runs.evaluation import pad_id
 from loratune.runs.folder import Recorder, RunResult
-from loratune.training import checkpoint
+from loratune.training import checkpoint, choices
+from loratune.training.choices import SettingChoice
 from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
 from loratune.training.loop import Event, Loop, RunsSlower
 
@@ -59,6 +61,8 @@ class Prepared:
     dtype: str
     fit: FittedPlan
     """Saved activations, and their memory."""
+    choices: tuple[SettingChoice, ...] = ()
+    """Settings that were chosen because the user has not set them."""
 
 
 RunEvent = Event | Note | Prepared | RateTrial | RateChoice | RunResult
@@ -79,10 +83,11 @@ def run(
     try:
         yield from _run(config, stop, cache_dir)
     except torch.OutOfMemoryError as error:
+        row = config.dataset.tokens_per_row
+        now = f"(now {row})" if row is not None else "(chosen from the data)"
         raise TrainingError(
-            f"out of GPU memory; lower --tokens-per-row (now {config.dataset.tokens_per_row}) and raise "
-            "--gradient-accumulation-steps as much, which trains the same tokens per step. Saved checkpoints are "
-            "complete"
+            f"out of GPU memory; lower --tokens-per-row {now} and raise --gradient-accumulation-steps as much, "
+            "which trains the same tokens per step. Saved checkpoints are complete"
         ) from error
 
 
@@ -91,7 +96,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     out = Path(config.out)
     resume_from: Path | None = None
     if config.resume:
-        config = _with_known_rate(config)
+        config = _with_known_choices(config)
         resume_from, notes = resume.find_checkpoint(config)
         yield from map(Note, notes)
     else:
@@ -101,39 +106,65 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
     )
     model = base.load(config.model, config.precision, config.device, trust_remote_code=config.trust_remote_code)
+    by_trials = config.training.learning_rate == "auto"  # trials need the base without an adapter
+    attached = None if by_trials else _adapter(model, config, resume_from)
+    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
+    config, chosen = completed(config, dataset, model.config)
     choice: RateChoice | None = None
-    if config.training.learning_rate == "auto":
-        choice = yield from _choose_rate(model, tokenizer, config, cache_dir)
+    if by_trials:
+        choice = yield from _choose_rate(model, tokenizer, config, dataset)
         config = replace(config, training=replace(config.training, learning_rate=choice.rate))
+        attached = _adapter(model, config, resume_from)
+    forward, fitted = _fitted(model, config)
+    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice, chosen)
+
+
+def _adapter(model: PreTrainedModel, config: RunConfig, resume_from: Path | None) -> Attached | None:
+    """Attaches a new adapter, or loads the one of a checkpoint (and returns None), and makes it active."""
+    attached: Attached | None = None
     if resume_from is None:
         attached = attach(model, config.lora, name=ADAPTER, seed=config.training.seed)
     else:
-        attached = None
         load_adapter(model, resume_from, name=ADAPTER)
     activate(model, ADAPTER)
-    forward, fitted = _fitted(model, config)
-    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
-    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice)
+    return attached
 
 
 def _choose_rate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, cache_dir: str | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, dataset: Dataset
 ) -> Generator[RunEvent, None, RateChoice]:
-    dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
     rows = rows_of(tokenizer, dataset, config)
-    for event in choose_rate(model, config.lora, config.training, rows, config.dataset.tokens_per_row):
+    for event in choose_rate(model, config.lora, config.training, rows, config.dataset.row_tokens):
         yield event
     assert isinstance(event, RateChoice)
     return event
 
 
-def _with_known_rate(config: RunConfig) -> RunConfig:
-    """Resumes a run of `--learning-rate auto` with the rate that it chose."""
+def _with_known_choices(config: RunConfig) -> RunConfig:
+    """Resumes a run with the settings that were chosen for it at its start."""
     file = Path(config.out) / "run.toml"
-    if config.training.learning_rate != "auto" or not file.is_file():
+    if not file.is_file():
         return config
-    known = from_dict(RunConfig, read_toml(str(file)), str(file)).training.learning_rate
-    return replace(config, training=replace(config.training, learning_rate=known))
+    known = from_dict(RunConfig, read_toml(str(file)), str(file))
+    training, dataset = config.training, config.dataset
+    rate = known.training.learning_rate if training.learning_rate in (None, "auto") else training.learning_rate
+    training = replace(
+        training,
+        learning_rate=rate,
+        epochs=training.epochs or known.training.epochs,
+        gradient_accumulation_steps=training.gradient_accumulation_steps or known.training.gradient_accumulation_steps,
+    )
+    dataset = replace(dataset, tokens_per_row=dataset.tokens_per_row or known.dataset.tokens_per_row)
+    return replace(config, training=training, dataset=dataset)
+
+
+def completed(
+    config: RunConfig, dataset: Dataset, model_config: Any
+) -> tuple[RunConfig, tuple[SettingChoice, ...]]:
+    """The settings with a value for each that was unset, and the choices; see `training.choices`."""
+    train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
+    chosen = choices.choose(config.dataset, config.training, train, held_out, choices.width_of(model_config))
+    return replace(config, dataset=chosen.data, training=chosen.training), chosen.choices
 
 
 def train(
@@ -177,10 +208,14 @@ def train(
     where = Path(out) if out is not None else None
     if where is not None:
         atomic.check_new(where, overwrite=False)
-    forward, fitted = _fitted(model, config)
     prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
+    config, chosen = completed(config, prepared, model.config)
+    forward, fitted = _fitted(model, config)
     result: RunResult | None = None
-    for event in _train(forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False):
+    events = _train(
+        forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False, choices_made=chosen
+    )
+    for event in events:
         if isinstance(event, RunResult):
             result = event
         if on_event is not None:
@@ -191,8 +226,8 @@ def train(
 
 def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:
     """Prepares the forward and runs one row of full size, to choose the activations to save."""
-    forward = prepare_forward(model, config.dataset.tokens_per_row)
-    return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.tokens_per_row)
+    forward = prepare_forward(model, config.dataset.row_tokens)
+    return forward, fit(forward, trainable_parameters(model), config.training, config.dataset.row_tokens)
 
 
 def _train(
@@ -206,6 +241,7 @@ def _train(
     resume_from: Path | None,
     stop: Callable[[], bool],
     choice: RateChoice | None = None,
+    choices_made: tuple[SettingChoice, ...] = (),
 ) -> Iterator[RunEvent]:
     """The part of a run after loading: prepares, trains and writes the results."""
     model = forward.model
@@ -231,16 +267,20 @@ def _train(
                 f"{out}: this run is complete ({loop.progress.step} steps); raise --epochs, --max-steps or, if it "
                 "stopped early, --early-stopping-patience to go on"
             )
+    full = fullness(lengths, loop.rows_per_epoch, config.dataset.row_tokens)
+    for text in choices.remarks(full, loop.total_steps, config.dataset.row_tokens, max(lengths)):
+        yield Note(text)
     yield Prepared(
         attached,
         dataset,
         loop.rows_per_epoch,
-        fullness(lengths, loop.rows_per_epoch, config.dataset.tokens_per_row),
+        full,
         loop.total_steps,
         loop.progress.step,
         str(model.device),
         form_in_memory(model),
         fitted,
+        choices_made,
     )
     recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
     if choice is not None and out is not None:
@@ -290,7 +330,7 @@ def dataset_of(
 def rows_of(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
     """The packed rows of a run."""
     pad = pad_id(tokenizer)
-    tokens_per_row, seed = config.dataset.tokens_per_row, config.training.seed
+    tokens_per_row, seed = config.dataset.row_tokens, config.training.seed
 
     def of_epoch(epoch: int) -> EpochRows:
         return rows_of_epoch(dataset.train, tokens_per_row, pad, seed=seed, epoch=epoch)

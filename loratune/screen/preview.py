@@ -8,6 +8,7 @@ is marked, and special tokens have their names. Neighbouring tokens alternate be
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from loratune.config import TrainConfig
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset, EpochRows
 from loratune.data.template import decode, special_tokens
+from loratune.training.choices import ChosenSettings, remarks
 
 TOKENS_SHOWN = 360  # per example; the middle of a longer one is left out
 BAR_WIDTH = 40
 BINS = 8
-LOW_FULLNESS = 0.8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 TRAINED = (Style(color="#e6fbe9", bgcolor="#1c5a34"), Style(color="#e6fbe9", bgcolor="#257343"))
@@ -78,6 +80,7 @@ def draw_preview(
     *,
     stop_ids: frozenset[int],
     show: int = 3,
+    chosen: ChosenSettings,
 ) -> None:
     """Draws the first examples token by token, then lengths, rows, notes and warnings.
 
@@ -85,6 +88,7 @@ def draw_preview(
         rows: the rows of one epoch of dataset.train.
         stop_ids: tokens at which generation stops.
         show: number of examples to draw.
+        chosen: settings of a run on these data, with the choices among them.
     """
     marks = ASCII if console.options.ascii_only else UNICODE
     coloured = console.color_system is not None and not console.no_color
@@ -96,23 +100,20 @@ def draw_preview(
         console.print(Text(f"  {marks.ellipsis} and {len(dataset.train) - show:,} more", QUIET))
     console.print(Padding(_facts(dataset, rows), (1, 0, 0, 0)))
     console.print(_histogram([len(example) for example in dataset.train], console.options.ascii_only))
-    _draw_notes(console, dataset.notes, warnings(dataset, rows), marks)
+    if chosen.choices:
+        console.print(_choices(chosen))
+    _draw_notes(console, dataset.notes, warnings(dataset, rows, chosen.training), marks)
 
 
-def warnings(dataset: Dataset, rows: EpochRows) -> list[str]:
-    """Sentences about properties of the data that are probably unintended."""
-    found = []
-    lengths = [len(example) for example in dataset.train]
-    if len(rows) == 1:
-        found.append(
-            f"All {len(lengths):,} documents fit into one row, so an epoch is a single step; with a smaller "
-            "--tokens-per-row or more --epochs there are more steps."
-        )
-    elif rows.fullness < LOW_FULLNESS:
-        found.append(
-            f"Rows are only {rows.fullness:.0%} full; padding costs time. The longest document has "
-            f"{max(lengths):,} tokens; a --tokens-per-row of a few times that packs better."
-        )
+def warnings(dataset: Dataset, rows: EpochRows, training: TrainConfig) -> list[str]:
+    """Sentences about properties of the data that are probably unintended.
+
+    Args:
+        training: settings of the run, for its number of steps.
+    """
+    steps = training.max_steps or math.ceil(len(rows) * training.passes / training.rows_per_step)
+    longest = max(len(example) for example in dataset.train)
+    found = [text[0].upper() + text[1:] + "." for text in remarks(rows.fullness, steps, rows.tokens_per_row, longest)]
     if not dataset.eval:
         found.append("Nothing is held out, so overfitting will not be noticed.")
     return found
@@ -247,6 +248,12 @@ def _facts(dataset: Dataset, rows: EpochRows) -> Table:
         "an epoch", f"{len(rows):,} row{plural} of {rows.tokens_per_row:,} tokens, {rows.fullness:.1%} full"
     )
     return facts
+
+
+def _choices(chosen: ChosenSettings) -> Group:
+    """The settings that `train` chooses for these data, one line each."""
+    lines = [Text(f"    {choice}") for choice in chosen.choices]
+    return Group(Text("\n  settings that train chooses if they are not given\n", QUIET), *lines)
 
 
 def _histogram(lengths: Sequence[int], ascii_only: bool) -> Group:

@@ -158,6 +158,8 @@ class _ProgressView:
         if event.fit.limit:
             table.add_row("memory", _memory(event.fit))
             table.add_row("activations", str(event.fit.plan))
+        for choice in event.choices:
+            table.add_row("chosen", str(choice))
         self.console.print(table)
         self.console.print()
         self._first_step = event.resumed_at

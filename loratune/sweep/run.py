@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.base import load as base
@@ -34,7 +35,7 @@ from loratune.many.bank import Bank
 from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
 from loratune.runs import folder, metrics, resume, trackers
-from loratune.runs.run import Note, rows_of
+from loratune.runs.run import Note, completed, rows_of
 from loratune.sweep import folder as sweep_folder
 from loratune.sweep.folder import Standing, SweepState
 from loratune.sweep.plan import PlannedJob, SweepPlan
@@ -113,6 +114,7 @@ def sweep(
     for job in plan.jobs:
         trackers.require(job.config.training.log_to)
     data, notes = _data(plan.jobs, cache_dir)
+    plan = replace(plan, jobs=tuple(replace(job, config=data[job.name].config) for job in plan.jobs))
     yield from map(Note, notes)
     going = [job for job in plan.jobs if job.name not in state.ended]
     model = base.load(first.model, first.precision, first.device, trust_remote_code=first.trust_remote_code)
@@ -134,8 +136,9 @@ def sweep(
 
 @dataclass(frozen=True)
 class _JobData:
-    """Data and course of a job."""
+    """Data and course of a job, and its complete settings."""
 
+    config: RunConfig
     dataset: Dataset
     rows: Rows
     course: Course
@@ -343,7 +346,7 @@ def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | No
 
 
 def _row_tokens(model: PreTrainedModel, jobs: Iterable[PlannedJob]) -> int:
-    return row_tokens(model.device, [job.config.dataset.tokens_per_row for job in jobs])
+    return row_tokens(model.device, [job.config.dataset.row_tokens for job in jobs])
 
 
 def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> SweepState:
@@ -371,19 +374,33 @@ def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> Swe
 
 def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
     """Reads and packs every job's data, once for all jobs that share them; also returns notes."""
-    known: dict[str, tuple[Dataset, Rows]] = {}
-    found, notes = dict[str, _JobData](), list[str]()
+    first = jobs[0].config
+    tokenizers: dict[str | None, PreTrainedTokenizerBase] = {}
+    datasets, packed = dict[str, Dataset](), dict[str, Rows]()
+    found, notes, chosen = dict[str, _JobData](), list[str](), dict[str, list[str]]()
+    model_config = base.load_config(first.model, trust_remote_code=first.trust_remote_code)
     for job in jobs:
-        config = job.config
+        config, template = job.config, job.config.dataset.chat_template
         key = repr((config.data, config.dataset, config.training.seed))
         try:
-            if key not in known:
-                known[key] = _read(config, cache_dir)
+            if template not in tokenizers:
+                tokenizers[template] = base.load_tokenizer(
+                    config.model, template, trust_remote_code=config.trust_remote_code
+                )
+            if key not in datasets:
+                datasets[key] = _read(config, tokenizers[template], model_config, cache_dir)
+            dataset = datasets[key]
+            config, choices = completed(config, dataset, model_config)
         except LoratuneError as error:
             raise type(error)(f'job "{job.name}": {error}') from error
-        dataset, rows = known[key]
+        if (row_key := f"{key} {config.dataset.tokens_per_row}") not in packed:
+            packed[row_key] = _rows(tokenizers[template], dataset, config)
         notes += [note for note in dataset.notes if note not in notes]
-        found[job.name] = _JobData(dataset, rows, Course(rows, config.training))
+        for each in choices:
+            chosen.setdefault(str(each), []).append(job.name)
+        rows = packed[row_key]
+        found[job.name] = _JobData(config, dataset, rows, Course(rows, config.training))
+    notes += [text if len(names) == len(jobs) else f"{', '.join(names)}: {text}" for text, names in chosen.items()]
     split = {(tuple(j.config.data), j.config.training.seed) for j in jobs if not j.config.dataset.eval_data}
     if len(split) > len({data for data, _ in split}):
         notes.append(
@@ -393,20 +410,20 @@ def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, 
     return found, notes
 
 
-def _read(config: RunConfig, cache_dir: str | None) -> tuple[Dataset, Rows]:
-    tokenizer = base.load_tokenizer(
-        config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
-    )
-    dataset = feed.prepare(
+def _read(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, cache_dir: str | None
+) -> Dataset:
+    return feed.prepare(
         config.data,
         tokenizer,
         config.dataset,
         stop_ids=base.stop_ids(config.model, tokenizer),
-        max_tokens=base.max_document_tokens(
-            base.load_config(config.model, trust_remote_code=config.trust_remote_code)
-        ),
+        max_tokens=base.max_document_tokens(model_config),
         seed=config.training.seed,
         cache_dir=cache_dir,
     )
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
     rows = rows_of(tokenizer, dataset, config)
-    return dataset, Rows(functools.lru_cache(maxsize=2)(rows.of_epoch), rows.held_out)
+    return Rows(functools.lru_cache(maxsize=2)(rows.of_epoch), rows.held_out)

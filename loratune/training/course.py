@@ -80,11 +80,11 @@ class Course:
         self._epoch, self._epoch_rows = 0, self.rows.of_epoch(0)
         self._last_rows: tuple[int, list[Row]] = -1, []
         self.rows_per_epoch = len(self._epoch_rows)
-        accumulation = self.config.gradient_accumulation_steps
-        by_epochs = math.ceil(self.rows_per_epoch * self.config.epochs / accumulation)
+        accumulation = self.config.rows_per_step
+        by_epochs = math.ceil(self.rows_per_epoch * self.config.passes / accumulation)
         self.total_steps = self.config.max_steps or by_epochs
         self.total_rows = (
-            self.total_steps * accumulation if self.config.max_steps else self.rows_per_epoch * self.config.epochs
+            self.total_steps * accumulation if self.config.max_steps else self.rows_per_epoch * self.config.passes
         )
         self.eval_every = self.config.eval_every_steps or max(1, math.ceil(self.total_steps / 10))
         self.save_every = self.config.save_every_steps or self.eval_every
@@ -127,7 +127,7 @@ class Course:
 
     def next_rows(self, ahead: int = 0) -> list[Row]:
         """The micro-steps of the next step, or of the step `ahead` steps later; empty after the last step."""
-        accumulation, step = self.config.gradient_accumulation_steps, self.progress.step + ahead
+        accumulation, step = self.config.rows_per_step, self.progress.step + ahead
         if self._last_rows[0] == step:
             return self._last_rows[1]
         rows: list[Row] = []
@@ -156,7 +156,7 @@ class Course:
         return StepDone(
             step=progress.step,
             total_steps=self.total_steps,
-            epoch=min(progress.step * self.config.gradient_accumulation_steps, self.total_rows) / self.rows_per_epoch,
+            epoch=min(progress.step * self.config.rows_per_step, self.total_rows) / self.rows_per_epoch,
             loss=result.loss,
             learning_rate=rate,
             grad_norm=result.grad_norm,

@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from loratune.config import DataConfig
+from loratune.config import DataConfig, TrainConfig
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.screen.preview import draw_preview, warnings
+from loratune.training.choices import choose
 from tests.data.toy_tokenizers import CHATML, stop_ids, toy_tokenizer
 
 TOKENIZER = toy_tokenizer(CHATML)
+TRAINING = TrainConfig()
 STOPS = stop_ids(TOKENIZER)
 
 
@@ -33,7 +35,8 @@ def drawn(dataset: Dataset, rows: EpochRows, *, colour: bool = False, encoding: 
     file = io.TextIOWrapper(buffer, encoding=encoding, newline="")
     system = "truecolor" if colour else None
     console = Console(file=file, width=200, force_terminal=colour, color_system=system, no_color=not colour)
-    draw_preview(console, TOKENIZER, dataset, rows, stop_ids=STOPS, show=2)
+    chosen = choose(DataConfig(), TrainConfig(), [len(example) for example in dataset.train], [], 256)
+    draw_preview(console, TOKENIZER, dataset, rows, stop_ids=STOPS, show=2, chosen=chosen)
     file.flush()
     return buffer.getvalue().decode(encoding)
 
@@ -95,14 +98,15 @@ def test_the_middle_of_a_long_example_is_left_out(tmp_path: Path) -> None:
 
 
 def test_rows_that_waste_time_or_steps_are_warned_of(tmp_path: Path) -> None:
-    assert any("fit into one row" in text for text in warnings(*data(tmp_path, count=5, row=4096)))
-    dataset, rows = data(tmp_path)
+    assert any("only 1 optimizer step," in text for text in warnings(*data(tmp_path, count=5, row=4096), TRAINING))
+    dataset, rows = data(tmp_path, answer="the dog " * 80, row=1024)
     length = len(dataset.train[0])
-    assert not any("full" in text for text in warnings(dataset, rows))
+    assert length > 150
+    assert not any("full" in text for text in warnings(dataset, rows, TRAINING))
     half_empty = rows_of_epoch(dataset.train, 2 * length - 1, 0, seed=0, epoch=0)  # two documents never fit
-    assert any("Rows are only 5" in text for text in warnings(dataset, half_empty))
+    assert any("Rows are only 5" in text for text in warnings(dataset, half_empty, TRAINING))
 
 
 def test_nothing_held_out_is_warned_of(tmp_path: Path) -> None:
     dataset, rows = data(tmp_path)
-    assert any("Nothing is held out" in text for text in warnings(Dataset(dataset.train, []), rows))
+    assert any("Nothing is held out" in text for text in warnings(Dataset(dataset.train, []), rows, TRAINING))

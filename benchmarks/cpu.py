@@ -73,7 +73,7 @@ def document_examples() -> list[Example]:
 def ours(model, examples):
     lt.attach(model, lt.LoraConfig(r=16, lora_alpha=32))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, lt.TrainConfig())
+    optimizer = adamw(parameters, lt.TrainConfig(learning_rate=2e-4))
     forward = prepare(model)
     rows = rows_of_epoch(examples, ROW, 0, seed=0, epoch=0)
 

@@ -69,7 +69,7 @@ def loratune(shape: str, count: int) -> dict[str, object]:
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"), name="default", seed=0)
     rows = Rows(lambda epoch: rows_of_epoch(examples, ROW, 0, seed=0, epoch=epoch), [])
     packed = rows.of_epoch(0)
-    config = TrainConfig(max_steps=2 * len(packed), gradient_accumulation_steps=1)
+    config = TrainConfig(learning_rate=2e-4, max_steps=2 * len(packed), gradient_accumulation_steps=1)
     loop = Loop(prepare(model), "default", trainable_parameters(model), rows, config, None)
     ends: list[float] = []
     for event in loop.run():

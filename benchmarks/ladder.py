@@ -79,7 +79,7 @@ def measure(
     torch.cuda.synchronize()
     prepared = time.perf_counter() - started
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     step = GraphStep(forward, parameters, optimizer, 1.0, record=variant == "graph")
     rows = [[row_of([tokens] * batch, batch * tokens, seed)] for seed in range(4)]
     seconds, losses = [], []

@@ -45,7 +45,7 @@ def alone(model: transformers.PreTrainedModel, tokens: int, config: LoraConfig) 
     attach(model, config, name="default", seed=0)
     forward = prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     step = GraphStep(forward, parameters, optimizer, 1.0)
     rows = [row_of([tokens], tokens, seed) for seed in range(4)]
     set_rate(optimizer, 1e-4)
@@ -65,7 +65,7 @@ def bank(model: transformers.PreTrainedModel, jobs: int, tokens: int, config: Lo
     step = BankGraph(forward, held, jobs * tokens)
     for slot in range(jobs):
         held.place(slot, config, seed=slot)
-        step.join(slot, TrainConfig())
+        step.join(slot, TrainConfig(learning_rate=2e-4))
     states = torch.cuda.memory_allocated() - base
     torch.cuda.reset_peak_memory_stats()
     rows = [[row_of([tokens], tokens, 4 * slot + nth) for nth in range(4)] for slot in range(jobs)]

@@ -115,7 +115,7 @@ def _case(name: str, tokens: int, r: int, policy: str) -> dict[str, object]:
     forward = prepare(model)
     forward.plan = ActivationPlan.uniform(Level[policy.upper()], 8)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     with forward.installed():
         for seed in range(3):
             rows = [row_of([tokens], tokens, seed)]

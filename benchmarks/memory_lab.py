@@ -98,7 +98,7 @@ def optimizer_for(forward: PackedForward) -> FusedAdamW:
     on_host = forward.plan is not None and forward.plan.optimizer_on_host
     if on_host and not is_mapped(parameters[0]):
         masters_on_host(parameters)
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     if on_host:
         optimizer.move_moments_to_host()
     return optimizer

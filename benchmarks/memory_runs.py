@@ -119,7 +119,7 @@ def _pocket_loop(steps: int, device: str = "cuda") -> tuple[Loop, int]:
     packed = rows_of_epoch(dataset.train, settings.tokens_per_row, 0, seed=0, epoch=0)
     rows = [packed[index] for index in range(min(64, len(packed)))]
     parameters = {path: p for path, p in model.named_parameters() if p.requires_grad}
-    training = TrainConfig(max_steps=steps, save_every_steps=steps, eval_every_steps=steps)
+    training = TrainConfig(learning_rate=2e-4, max_steps=steps, save_every_steps=steps, eval_every_steps=steps)
     return Loop(prepare(model), "default", parameters, Rows(lambda _: rows, []), training, None), len(rows)
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     attach(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"), name="default", seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward = prepare(model)
-    step = GraphStep(forward, parameters, adamw(parameters, TrainConfig()), 1.0, record=False)
+    step = GraphStep(forward, parameters, adamw(parameters, TrainConfig(learning_rate=2e-4)), 1.0, record=False)
     rows = [row_of([tokens] * batch, batch * tokens, 0)]
     with forward.installed():
         for _ in range(4):

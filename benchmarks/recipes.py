@@ -83,7 +83,7 @@ def measure(name: str, variant: str) -> dict[str, object]:
         forward.fused = None
         take_one_pass(forward)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     step = GraphStep(forward, parameters, optimizer, 1.0, record=True)
     rows = [[row_of([TOKENS] * DOCUMENTS, DOCUMENTS * TOKENS, seed)] for seed in range(4)]
     seconds, losses = [], []

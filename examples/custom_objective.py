@@ -67,7 +67,7 @@ def main() -> None:
     stop_ids = frozenset({tokenizer.eos_token_id})
     examples = render(records, tokenizer, lt.DataConfig(), max_tokens=200, stop_ids=stop_ids).examples
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     set_rate(optimizer, 1e-3)
     forward = prepare(model)
     with forward.installed():

@@ -41,12 +41,12 @@ class EstimateArguments:
     """Activations to recompute or offload, as in train."""
     memory: str | None = None
     """The most memory that the run may use; by default all of the device's."""
-    tokens_per_row: int = 2048
-    """Tokens in one packed row, as in train."""
-    gradient_accumulation_steps: int = 1
-    """Rows in one optimizer step, as in train."""
+    tokens_per_row: int | None = None
+    """Tokens in one packed row; by default as train chooses it for --data, otherwise 2,048."""
+    gradient_accumulation_steps: int | None = None
+    """Rows in one optimizer step; by default as train chooses it for --data, otherwise 1."""
     data: list[str] = field(default_factory=list)
-    """Training files; adds the duration of one pass over them. Needs the model's tokenizer."""
+    """Training files, for train's choices and the duration of the run; needs the model's tokenizer."""
     trust_remote_code: bool = False
     """Run Python code that belongs to the model. It can do anything on this machine."""
     json: bool = False
@@ -70,10 +70,11 @@ def run(words: list[str]) -> None:
         from loratune.units import bytes_of
 
     device = named(given.gpu) if given.gpu else at_hand()
+    sizes = _run_of(given)
     request = estimate.EstimateRequest(
         given.precision,
         given.lora,
-        RowSetting(given.tokens_per_row, given.gradient_accumulation_steps),
+        RowSetting(sizes.row, sizes.rows_per_step),
         given.activations,
         device.memory_bytes > 0,
     )
@@ -81,27 +82,54 @@ def run(words: list[str]) -> None:
     model = estimate.model_from_config(given.model, given.precision, given.trust_remote_code)
     found = estimate.estimate(model, request, device, limit)
     if given.json:
-        print(json.dumps(as_json(found)))
+        print(json.dumps(as_json(found) | {"tokens_per_row": sizes.row, "rows_per_step": sizes.rows_per_step}))
     else:
-        tokens = _tokens_per_epoch(given.model, given.data, given.tokens_per_row, given.trust_remote_code)
-        draw(found, process.console(), tokens)
+        console = process.console()
+        draw(found, console, sizes.tokens)
+        for choice in sizes.choices:
+            console.print(choice, style="dim", markup=False, highlight=False)
 
 
-def _tokens_per_epoch(model: str, data: list[str], tokens_per_row: int, trust_remote_code: bool) -> int:
-    """Tokens of all rows of one pass over the data, padding included; 0 without data."""
-    if not data:
-        return 0
+@dataclass(frozen=True)
+class _Run:
+    """Sizes of the run whose memory and duration are estimated."""
+
+    row: int
+    rows_per_step: int
+    tokens: int = 0
+    """Of all rows of the run, padding included; 0 without data."""
+    choices: tuple[str, ...] = ()
+
+
+def _run_of(given: EstimateArguments) -> _Run:
+    """The run that `train` would make of the data; without data, usual sizes."""
+    from loratune.training import choices
+
+    if not given.data:
+        row = given.tokens_per_row or choices.ASSUMED_ROW
+        why = (
+            () if given.tokens_per_row else (f"tokens_per_row = {row:,}: assumed; --data FILE shows train's choice",)
+        )
+        return _Run(row, given.gradient_accumulation_steps or 1, choices=why)
     from loratune.base import load as base
     from loratune.data.feed import prepare, rows_of_epoch
 
-    tokenizer = base.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    trust = given.trust_remote_code
+    tokenizer = base.load_tokenizer(given.model, trust_remote_code=trust)
+    config = base.load_config(given.model, trust_remote_code=trust)
+    settings = DataConfig(tokens_per_row=given.tokens_per_row)
     dataset = prepare(
-        data,
+        given.data,
         tokenizer,
-        DataConfig(tokens_per_row=tokens_per_row),
-        stop_ids=base.stop_ids(model, tokenizer),
-        max_tokens=base.max_document_tokens(base.load_config(model, trust_remote_code=trust_remote_code)),
+        settings,
+        stop_ids=base.stop_ids(given.model, tokenizer),
+        max_tokens=base.max_document_tokens(config),
         seed=0,
         cache_dir=process.cache_dir(None),
     )
-    return len(rows_of_epoch(dataset.train, tokens_per_row, 0, seed=0, epoch=0)) * tokens_per_row
+    train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
+    training = TrainConfig(gradient_accumulation_steps=given.gradient_accumulation_steps)
+    chosen = choices.choose(settings, training, train, held_out, choices.width_of(config))
+    row, passes = chosen.data.row_tokens, chosen.training.passes
+    tokens = len(rows_of_epoch(dataset.train, row, 0, seed=0, epoch=0)) * row * passes
+    return _Run(row, chosen.training.rows_per_step, tokens, tuple(map(str, chosen.choices)))

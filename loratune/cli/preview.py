@@ -70,6 +70,4 @@ def run(words: list[str]) -> None:
     train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
     chosen = choices.choose(given.dataset, TrainConfig(), train, held_out, choices.width_of(model_config))
     rows = rows_of_epoch(dataset.train, chosen.data.row_tokens, pad_id(tokenizer), seed=given.seed, epoch=0)
-    draw_preview(
-        process.console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples, chosen=chosen
-    )
+    draw_preview(process.console(), tokenizer, dataset, rows, stop_ids=stop_ids, show=given.examples, chosen=chosen)

@@ -152,15 +152,14 @@ def _with_known_choices(config: RunConfig) -> RunConfig:
         training,
         learning_rate=rate,
         epochs=training.epochs or known.training.epochs,
-        gradient_accumulation_steps=training.gradient_accumulation_steps or known.training.gradient_accumulation_steps,
+        gradient_accumulation_steps=training.gradient_accumulation_steps
+        or known.training.gradient_accumulation_steps,
     )
     dataset = replace(dataset, tokens_per_row=dataset.tokens_per_row or known.dataset.tokens_per_row)
     return replace(config, training=training, dataset=dataset)
 
 
-def completed(
-    config: RunConfig, dataset: Dataset, model_config: Any
-) -> tuple[RunConfig, tuple[SettingChoice, ...]]:
+def completed(config: RunConfig, dataset: Dataset, model_config: Any) -> tuple[RunConfig, tuple[SettingChoice, ...]]:
     """The settings with a value for each that was unset, and the choices; see `training.choices`."""
     train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
     chosen = choices.choose(config.dataset, config.training, train, held_out, choices.width_of(model_config))

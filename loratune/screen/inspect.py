@@ -167,10 +167,11 @@ def _training_facts(found: Inspected, console: Console) -> dict[str, str]:
         )
         facts["best"] = f"{best:.4f} held-out, at step {step:,}"
     if training:
-        rate = f"{training['learning_rate']:g}, {training['lr_scheduler_type']}"
+        rate = f"{training.get('learning_rate', 'not chosen')}, {training['lr_scheduler_type']}"
         facts["learning rate"] = rate + f", warm-up {training['warmup_ratio']:.0%}"
-        rows = training["gradient_accumulation_steps"]
-        facts["batch"] = f"{rows} x {dataset.get('tokens_per_row', 0):,} tokens"
+        rows, row = training.get("gradient_accumulation_steps"), dataset.get("tokens_per_row")
+        if rows and row:
+            facts["batch"] = f"{rows} x {row:,} tokens"
         facts["seed"] = str(training["seed"])
     return facts
 

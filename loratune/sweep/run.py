@@ -410,9 +410,7 @@ def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, 
     return found, notes
 
 
-def _read(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, cache_dir: str | None
-) -> Dataset:
+def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, cache_dir: str | None) -> Dataset:
     return feed.prepare(
         config.data,
         tokenizer,

@@ -29,6 +29,8 @@ from loratune.errors import ConfigError
 STEPS = 300
 """Optimizer steps that a run should have."""
 MOST_PASSES = 10
+ASSUMED_ROW = 2048
+"""Row size of an estimate without data."""
 _BATCHES = ((1_000, 8), (8_000, 16))
 _LARGEST_BATCH = 32
 """Documents in a step: 8 below 1,000 documents, 16 below 8,000, otherwise 32."""
@@ -39,6 +41,8 @@ _SAMPLED = 4_000
 """Documents that are packed to compare row sizes."""
 _ALWAYS_ALLOWED = 16_384
 """Rows up to this many tokens are allowed for data of any size."""
+_NARROWEST = 256
+"""Width below which the rate does not rise, because nothing narrower was measured."""
 _NEARLY_FULL, _FEW_STEPS = 0.8, 50
 
 
@@ -115,7 +119,7 @@ def rate_of(width: int | None) -> tuple[float, str]:
     """The peak learning rate for a model of this hidden size, with two digits, and the reason."""
     if width is None:
         return 2e-4, "a usual rate; the model's configuration has no width"
-    return float(f"{5e-4 * (2000 / width) ** 0.63:.1e}"), f"for a model of width {width:,}"
+    return float(f"{5e-4 * (2000 / max(width, _NARROWEST)) ** 0.63:.1e}"), f"for a model of width {width:,}"
 
 
 def remarks(full: float, total_steps: int, tokens_per_row: int, longest: int) -> list[str]:

@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_the_modules(level: Level) -> None:
 def test_it_trains_saves_and_merges(tmp_path: Path) -> None:
     model = _with_adapter(lora_dropout=0.1)
     forward, parameters = _fused(model), list(trainable_parameters(model).values())
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     set_rate(optimizer, 1e-2)
     model.train()
     row = make_row(examples(7), 256, 0)

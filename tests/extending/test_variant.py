@@ -70,7 +70,7 @@ def _row() -> Row:
 
 def _step(model: PreTrainedModel, **settings: object) -> list[float]:
     forward, parameters = prepare(model), list(trainable_parameters(model).values())
-    optimizer = adamw(parameters, TrainConfig())
+    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     set_rate(optimizer, 1e-2)
     model.train()
     with forward.installed():

@@ -69,7 +69,7 @@ def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_eager_updat
         values = parameters_of(shapes)
         if on_host:
             masters_on_host(values)
-        optimizer = adamw(values, TrainConfig(weight_decay=0.1))
+        optimizer = adamw(values, TrainConfig(learning_rate=2e-4, weight_decay=0.1))
         if on_host:
             optimizer.move_moments_to_host()
         outcome = torch.zeros(3, device="cuda")
@@ -107,7 +107,7 @@ def test_recordings_read_their_own_gradients_and_give_the_bits_of_an_eager_updat
 
 def test_a_parameter_without_a_gradient_gets_no_state_and_no_update():
     values = parameters_of(WHOLE)
-    optimizer = adamw(values, TrainConfig())
+    optimizer = adamw(values, TrainConfig(learning_rate=2e-4))
     before = values[2].detach().clone()
     for seed in range(2):
         for index, gradient in enumerate(some(WHOLE, seed)):

@@ -120,12 +120,12 @@ def course(step, bank):
     results = []
     for slot in range(3):
         bank.place(slot, CONFIGS[slot], seed=slot)
-        step.join(slot, TrainConfig())
+        step.join(slot, TrainConfig(learning_rate=2e-4))
     for nth in range(10):
         if nth == 6:
             step.leave(1)
             bank.place(1, CONFIGS[3], seed=7)
-            step.join(1, TrainConfig(max_grad_norm=0.5))
+            step.join(1, TrainConfig(learning_rate=2e-4, max_grad_norm=0.5))
         slots = [[0, 1, 2], [2, 0], [1, 2], [0, 1]][nth % 4]
         results.append(step.run(parts(slots, nth), dict.fromkeys(slots, 1e-3)))
     return results

@@ -21,9 +21,9 @@ LORA = [
     LoraConfig(r=8, lora_dropout=0.2, target_modules=["up_proj"]),
 ]
 TRAINING = [
-    TrainConfig(max_grad_norm=0.1, weight_decay=0.1),
-    TrainConfig(adam_beta1=0.8, adam_beta2=0.95, max_grad_norm=0.0),
-    TrainConfig(adam_epsilon=1e-6),
+    TrainConfig(learning_rate=2e-4, max_grad_norm=0.1, weight_decay=0.1),
+    TrainConfig(learning_rate=2e-4, adam_beta1=0.8, adam_beta2=0.95, max_grad_norm=0.0),
+    TrainConfig(learning_rate=2e-4, adam_epsilon=1e-6),
 ]
 TOKENS = 512
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 from loratune import tables
-from loratune.config import LoraConfig, RunConfig, to_toml
+from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_toml
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import attach
@@ -77,7 +77,13 @@ def test_it_reads_what_peft_wrote(tmp_path: Path) -> None:
 
 
 def test_a_trained_folder_tells_its_story(folder: Path) -> None:
-    run = RunConfig(model="some/base", data=["/private/place/dates.jsonl"], out="x")
+    run = RunConfig(
+        model="some/base",
+        data=["/private/place/dates.jsonl"],
+        out="x",
+        dataset=DataConfig(tokens_per_row=2048),
+        training=TrainConfig(learning_rate=2e-4, gradient_accumulation_steps=1),
+    )
     (folder / "run.toml").write_text(to_toml(run))
     lines = [{"step": n, "loss": 4.0 / n, "trained_tokens": 100 * n, "tokens": 512, "tokens_per_second": 256.0}
              for n in range(1, 11)]  # fmt: skip

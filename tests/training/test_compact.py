@@ -84,7 +84,7 @@ def test_a_small_second_moment_does_not_become_zero():
 
 def test_8_bit_moments_take_a_quarter_of_float32s():
     params = [nn.Parameter(torch.zeros(64, 1024))]
-    optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
+    optimizer = optimizer_of(params, TrainConfig(learning_rate=2e-4, optim="adamw_8bit"))
     give_gradients(params, 0)
     optimizer.step()
     held = sum(t.nbytes for n, t in optimizer.state[params[0]].items() if n != "step")
@@ -93,7 +93,7 @@ def test_8_bit_moments_take_a_quarter_of_float32s():
 
 def test_a_parameter_without_a_gradient_gets_no_state():
     params = parameters()
-    optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
+    optimizer = optimizer_of(params, TrainConfig(learning_rate=2e-4, optim="adamw_8bit"))
     give_gradients(params[:1], 0)
     optimizer.step()
     assert list(optimizer.state) == params[:1]
@@ -119,7 +119,7 @@ def test_a_saved_state_continues_to_the_bit():
 def test_a_step_that_is_skipped_on_the_device_changes_nothing():
     """As in a recorded update: the gradients are NaN, `found_inf` is 1, and every bit stays."""
     params = parameters()
-    optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
+    optimizer = optimizer_of(params, TrainConfig(learning_rate=2e-4, optim="adamw_8bit"))
     give_gradients(params, 0)
     optimizer.step()
     before = [p.detach().clone() for p in params], copy.deepcopy([optimizer.state[p] for p in params])
@@ -136,7 +136,7 @@ def test_clipping_by_grad_scale_is_dividing_the_gradients():
     results = []
     for scale in (None, 4.0):
         params = parameters()
-        optimizer = optimizer_of(params, TrainConfig(optim="adamw_8bit"))
+        optimizer = optimizer_of(params, TrainConfig(learning_rate=2e-4, optim="adamw_8bit"))
         give_gradients(params, 0)
         if scale is None:
             for p in params:
@@ -153,4 +153,4 @@ def test_large_parameters_are_taken_one_by_one(monkeypatch):
     whole = trained("adamw_8bit", 3)
     monkeypatch.setattr("loratune.training.compact._GROUP", 1000)
     assert all(torch.equal(a, b) for a, b in zip(trained("adamw_8bit", 3), whole, strict=True))
-    assert isinstance(optimizer_of(parameters(), TrainConfig(optim="adamw_8bit")), CompactAdamW)
+    assert isinstance(optimizer_of(parameters(), TrainConfig(learning_rate=2e-4, optim="adamw_8bit")), CompactAdamW)

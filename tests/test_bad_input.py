@@ -485,7 +485,7 @@ RESUME = [
         for name, words, says in (
             ("seed", ("--seed", "7"), ("training.seed", "0", "7")),
             ("rank", ("--r", "4"), ("lora.r", "2", "4")),
-            ("rate", ("--learning-rate", "0.5"), ("training.learning_rate", "0.0002", "0.5")),
+            ("rate", ("--learning-rate", "0.5"), ("training.learning_rate", "0.0018", "0.5")),
             ("schedule", ("--lr-scheduler-type", "linear"), ("training.lr_scheduler_type", "cosine", "linear")),
             ("row", ("--tokens-per-row", "128"), ("dataset.tokens_per_row", "64", "128")),
             ("number of steps, lower", ("--max-steps", "1"), ("training.max_steps", "2", "1")),

@@ -25,7 +25,6 @@ from loratune.data.records import read
 from loratune.data.render import render
 from loratune.errors import ConfigError, DataError
 
-
 CUT_TO = 2048
 """Tokens to which `truncate` cuts documents if no row size is set."""
 

@@ -147,13 +147,12 @@ def _with_known_choices(config: RunConfig) -> RunConfig:
         return config
     known = from_dict(RunConfig, read_toml(str(file)), str(file))
     training, dataset = config.training, config.dataset
-    rate = known.training.learning_rate if training.learning_rate in (None, "auto") else training.learning_rate
+    rate, rows = training.learning_rate, training.gradient_accumulation_steps
     training = replace(
         training,
-        learning_rate=rate,
+        learning_rate=known.training.learning_rate if rate in (None, "auto") else rate,
         epochs=training.epochs or known.training.epochs,
-        gradient_accumulation_steps=training.gradient_accumulation_steps
-        or known.training.gradient_accumulation_steps,
+        gradient_accumulation_steps=rows or known.training.gradient_accumulation_steps,
     )
     dataset = replace(dataset, tokens_per_row=dataset.tokens_per_row or known.dataset.tokens_per_row)
     return replace(config, training=training, dataset=dataset)
@@ -245,14 +244,7 @@ def _train(
     """The part of a run after loading: prepares, trains and writes the results."""
     model = forward.model
     (name,) = active(model)
-    if attached is not None and attached.left_out:
-        yield Note(f"not adapted, first of {len(attached.left_out)} reasons: {attached.left_out[0]}")
-    if (share := mostly_dense(model)) is not None:
-        yield Note(share)
-    for text in dataset.notes:
-        yield Note(text)
-    for text in forward.notes:
-        yield Note(text)
+    yield from map(Note, _notes(forward, dataset, attached))
     parameters = trainable_parameters(model)
     rows = rows_of(tokenizer, dataset, config)
     lengths = [len(example) for example in dataset.train]
@@ -267,8 +259,7 @@ def _train(
                 "stopped early, --early-stopping-patience to go on"
             )
     full = fullness(lengths, loop.rows_per_epoch, config.dataset.row_tokens)
-    for text in choices.remarks(full, loop.total_steps, config.dataset.row_tokens, max(lengths)):
-        yield Note(text)
+    yield from map(Note, choices.remarks(full, loop.total_steps, config.dataset.row_tokens, max(lengths)))
     yield Prepared(
         attached,
         dataset,
@@ -304,6 +295,16 @@ def _train(
             f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} consecutive steps, up to step "
             f"{result.progress.step}; the last good adapter is saved. Try a lower --learning-rate"
         )
+
+
+def _notes(forward: PackedForward, dataset: Dataset, attached: Attached | None) -> Iterator[str]:
+    """Remarks about the adapter, the base, the data and the forward."""
+    if attached is not None and attached.left_out:
+        yield f"not adapted, first of {len(attached.left_out)} reasons: {attached.left_out[0]}"
+    if (share := mostly_dense(forward.model)) is not None:
+        yield share
+    yield from dataset.notes
+    yield from forward.notes
 
 
 def dataset_of(

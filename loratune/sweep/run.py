@@ -341,7 +341,7 @@ def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | No
             raise AdapterError(f'job "{job.name}": {error}') from error
     fitting = slots_that_fit(model, sizes, _row_tokens(model, going))
     bank = Bank.attach(model, [job.config.lora for job in going], min(len(going), at_once or fitting))
-    longest = max(job.config.dataset.tokens_per_row for job in going)
+    longest = max(job.config.dataset.row_tokens for job in going)
     return bank, prepare_forward(model, longest)
 
 

@@ -1,0 +1,238 @@
+"""The first run: `loratune train` without flags against a small tuned sweep, on eight data sets.
+
+    python -m benchmarks.first_run build/first-run [NAME ...]    # one JSON line per data set
+    python -m benchmarks.first_run --table build/first-run       # the table of docs/first-run.md
+
+A data set is made from a fixed seed. The sweep tries three rates and two numbers of steps, with the rows of the first
+run, and takes the run with the best held-out metric. The metric is exact match of generated answers on records that
+neither run has seen; for raw text, perplexity, of which the inverse is compared. Times are training and evaluation
+during training, without loading.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratune.box import data_file
+from loratune.config import DataConfig, RunConfig, TrainConfig
+from loratune.data.records import read_records
+from loratune.infer.opened import open_folders
+from loratune.runs.evaluation import evaluate
+from loratune.runs.run import Prepared, run
+
+RATES = (6e-4, 1.8e-3, 4e-3)
+STEPS = (60, 180)
+HELD_OUT = 100
+
+Records = list[dict[str, Any]]
+_WORDS = [
+    "red",
+    "blue",
+    "green",
+    "small",
+    "large",
+    "old",
+    "new",
+    "cold",
+    "warm",
+    "fast",
+    "slow",
+    "round",
+    "flat",
+    "dark",
+    "light",
+    "dry",
+    "wet",
+    "soft",
+    "hard",
+    "clean",
+]
+_THINGS = [
+    "cup", "lamp", "chair", "book", "coat", "door", "key", "map", "ring", "shoe",
+    "box", "hat", "bag", "pen", "clock", "plate", "spoon", "knife", "rope", "stone",
+]  # fmt: skip
+_NAMES = [
+    "Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ines", "Jon",
+    "Kate", "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Uma",
+]  # fmt: skip
+_CITIES = ["Oslo", "Paris", "Rome", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tokyo", "Bern"]
+_GOOD = ["love", "great", "happy", "perfect", "lovely", "superb"]
+_BAD = ["hate", "awful", "sad", "broken", "ugly", "poor"]
+
+
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def classification(rng: random.Random) -> dict[str, Any]:
+    """A review -> positive or negative."""
+    good = rng.random() < 0.5
+    word = rng.choice(_GOOD if good else _BAD)
+    text = f"The {rng.choice(_WORDS)} {rng.choice(_THINGS)} from {rng.choice(_CITIES)} is {word}."
+    return _chat(text, "positive" if good else "negative")
+
+
+def extraction(rng: random.Random) -> dict[str, Any]:
+    """A sentence, as prompt and completion without a template -> name and city."""
+    name, city = rng.choice(_NAMES), rng.choice(_CITIES)
+    shapes = ("{n} moved to {c} in {y}.", "Since {y}, {n} lives in {c}.", "In {c} we met {n} in {y}.")
+    text = rng.choice(shapes).format(n=name, c=city, y=rng.randint(1950, 2020))
+    return {"prompt": f"{text}\n", "completion": f"name={name}; city={city}"}
+
+
+def conversation(rng: random.Random) -> dict[str, Any]:
+    """Two turns; the second answer needs the first."""
+    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
+    asked = [("My name is {}.", "Hello {}!"), ("Who am I?", "You are {}, and you want a {}.")]
+    first = {"role": "user", "content": asked[0][0].format(name) + f" I want a {thing}."}
+    turns = [first, {"role": "assistant", "content": asked[0][1].format(name)}]
+    turns += [{"role": "user", "content": asked[1][0]}]
+    return {"messages": [*turns, {"role": "assistant", "content": asked[1][1].format(name, thing)}]}
+
+
+def raw_text(rng: random.Random) -> dict[str, Any]:
+    """Sentences of a small grammar, without questions."""
+    parts = []
+    for _ in range(rng.randint(2, 5)):
+        a, b = rng.sample(_THINGS, 2)
+        parts.append(f"{rng.choice(_NAMES)} put the {rng.choice(_WORDS)} {a} under the {rng.choice(_WORDS)} {b}.")
+    return {"text": " ".join(parts)}
+
+
+def long_document(rng: random.Random) -> dict[str, Any]:
+    """A text of a few hundred tokens with one code in it -> the code."""
+    lines = [f"{rng.choice(_NAMES)} saw a {rng.choice(_WORDS)} {rng.choice(_THINGS)}." for _ in range(25)]
+    code = f"{rng.choice(_WORDS)}-{rng.choice(_THINGS)}"
+    lines.insert(rng.randrange(len(lines)), f"The code is {code}.")
+    return _chat(" ".join(lines) + " What is the code?", code)
+
+
+def chinese(rng: random.Random) -> dict[str, Any]:
+    """A price in Chinese -> item and number."""
+    item, price = rng.choice(["苹果", "米饭", "牛奶", "面包", "茶叶", "鸡蛋"]), rng.randint(2, 99)
+    shapes = ("{i}每斤{p}元。", "我买了{p}元的{i}。", "今天{i}的价格是{p}元。")
+    return _chat(rng.choice(shapes).format(i=item, p=price), f"{item}：{price}")
+
+
+def _made(kind: Callable[[random.Random], dict[str, Any]], count: int) -> tuple[Records, Records]:
+    rng = random.Random(kind.__name__)
+    return [kind(rng) for _ in range(count)], [kind(rng) for _ in range(HELD_OUT)]
+
+
+def _of_the_box(task: str, count: int) -> tuple[Records, Records]:
+    files = (data_file(task, part) for part in ("train", "heldout"))
+    train, held = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    return train[:count], held[:HELD_OUT]
+
+
+DATA: dict[str, Callable[[], tuple[Records, Records]]] = {
+    "classification": lambda: _made(classification, 100),
+    "extraction": lambda: _made(extraction, 500),
+    "conversation": lambda: _made(conversation, 300),
+    "raw text": lambda: _made(raw_text, 400),
+    "dates": lambda: _of_the_box("dates", 2_400),
+    "orders": lambda: _of_the_box("orders", 800),
+    "long documents": lambda: _made(long_document, 150),
+    "chinese": lambda: _made(chinese, 20_000),
+}
+
+
+def measure(
+    name: str, folder: Path, rates: tuple[float, ...] = RATES, steps: tuple[int, ...] = STEPS
+) -> dict[str, Any]:
+    """Trains without flags and in the sweep; returns metrics and seconds of all runs."""
+    train, held = DATA[name]()
+    files = {"train": folder / "train.jsonl", "held": folder / "held.jsonl"}
+    for file, records in ((files["train"], train), (files["held"], held)):
+        file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    plain = RunConfig(model="loratune/pocket", data=[str(files["train"])], out=str(folder / "plain"), device="cpu")
+    found, chosen = _trained(plain, files["held"], DataConfig(), TrainConfig())
+    result: dict[str, Any] = {"data": name, "records": len(train), "no flags": found, "sweep": []}
+    for rate in rates:
+        for count in steps:
+            config = replace(plain, out=str(folder / f"{rate}-{count}"))
+            training = replace(chosen.training, learning_rate=rate, max_steps=count)
+            tuned, _ = _trained(config, files["held"], chosen.dataset, training)
+            result["sweep"].append(tuned | {"rate": rate})
+            print(name, result["sweep"][-1], file=sys.stderr, flush=True)
+    return result
+
+
+def _trained(
+    config: RunConfig, held: Path, dataset: DataConfig, training: TrainConfig
+) -> tuple[dict[str, Any], RunConfig]:
+    """Metric, seconds and settings of one run, and its complete settings."""
+    events = list(run(replace(config, dataset=dataset, training=training)))
+    result = events[-1]
+    prepared = next(event for event in events if isinstance(event, Prepared))
+    opened = open_folders([config.out], device="cpu")
+    records = read_records([str(held)])
+    raw = records[0].text is not None
+    measured = evaluate(
+        opened.model,
+        opened.tokenizer,
+        records,
+        name="adapter",
+        stop_ids=opened.stop_ids,
+        settings=DataConfig(),
+        generate=not raw,
+    )
+    assert measured.loss is not None
+    assert opened.run is not None
+    settings = opened.run.training
+    return {
+        "metric": round(1 / measured.loss.perplexity if measured.exact is None else measured.exact.share, 4),
+        "loss": round(measured.loss.nats_per_token, 4),
+        "steps": prepared.total_steps,
+        "seconds": round(result.progress.seconds, 1),  # type: ignore[union-attr]
+        "rate": settings.learning_rate,
+        "tokens_per_row": opened.run.dataset.tokens_per_row,
+        "rows_per_step": settings.gradient_accumulation_steps,
+        "epochs": settings.epochs,
+    }, opened.run
+
+
+def rows_of_table(folder: Path) -> Iterator[str]:
+    """Lines of a Markdown table, one data set each."""
+    heads = ("data", "records", "chosen: row, passes, steps", "no flags", "best of the sweep", "share")
+    yield f"| {' | '.join(heads)} | time / best run | time / sweep |"
+    yield "|---|---:|---|---:|---|---:|---:|---:|"
+    for name in DATA:
+        file = folder / f"{name.replace(' ', '-')}.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())
+        plain, sweep = found["no flags"], found["sweep"]
+        best = max(sweep, key=lambda run: (run["metric"], -run["loss"]))
+        whole = sum(run["seconds"] for run in sweep)
+        yield (
+            f"| {name} | {found['records']:,} | {plain['tokens_per_row']}, {plain['epochs']}, {plain['steps']} | "
+            f"{plain['metric']:.3f} | {best['metric']:.3f} (rate {best['rate']:g}, {best['steps']} steps) | "
+            f"{plain['metric'] / best['metric']:.0%} | {plain['seconds'] / best['seconds']:.1f} | "
+            f"{plain['seconds'] / whole:.2f} |"
+        )
+
+
+def main(words: list[str]) -> None:
+    """Measures the named data sets, or all, or prints the table."""
+    if words[:1] == ["--table"]:
+        print("\n".join(rows_of_table(Path(words[1]))))
+        return
+    out = Path(words[0])
+    out.mkdir(parents=True, exist_ok=True)
+    for name in words[1:] or DATA:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(name, Path(folder))
+        (out / f"{name.replace(' ', '-')}.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

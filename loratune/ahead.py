@@ -20,7 +20,7 @@ def read_ahead(model: str) -> threading.Thread | None:
     """Starts reading the weights of `model` into the system's cache, and returns at once.
 
     Args:
-        model: as the user named it. Anything but a folder with weights is ignored; loading reports the error.
+        model: the user's name of the model. Anything but a folder with weights is ignored; loading reports the error.
 
     Returns: the thread. None if `model` is no folder with weights, if the system is not Linux, or if the files exceed
         half of the machine's memory, because they would evict each other from the cache.

@@ -1,9 +1,9 @@
 """Document lengths at which a model starts to compute differently, and the row that shows them.
 
-A sliding window of 4,096 tokens cannot be seen in documents of 12. A rotary embedding that changes its frequencies
-behind 4,096 positions cannot either, and there one long document changes the short documents beside it. So the
-lengths are taken from the model's configuration, and a row with one document longer than them is run on each path.
-Only lengths that the caller's rows can hold count, so the cost is at most that of two training steps.
+Documents of 12 tokens do not show a sliding window of 4,096 tokens. They do not show either that a rotary embedding
+changes its frequencies after 4,096 positions, with which a long document also changes the short documents of its row.
+So the lengths are taken from the model's configuration, and a row with one document longer than them is run on each
+path. Only lengths that the caller's rows can hold count, so the cost is at most that of two training steps.
 """
 
 from __future__ import annotations

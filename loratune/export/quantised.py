@@ -47,7 +47,7 @@ def save_quantised(
     """Writes a model that was loaded with precision "nf4" as bitsandbytes' 4-bit checkpoint.
 
     Args:
-        model: without adapters, which are saved separately.
+        model: the model, without adapters; these are saved separately.
         out: folder for the checkpoint.
         tokenizer: written to the same folder if given.
 

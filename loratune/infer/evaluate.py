@@ -40,7 +40,7 @@ class ExactMatch:
 
     @property
     def correct(self) -> int:
-        """Answers that equal their reference."""
+        """Number of answers that equal their reference."""
         return sum(answer.ok for answer in self.answers)
 
     @property

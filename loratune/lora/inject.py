@@ -64,7 +64,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default", seed: in
     Args:
         model: any module; its layers are replaced in place. Move and cast it before, not after: masters are float32.
         name: any non-empty string that can name a folder.
-        seed: of the initial A (and B); torch's global generator is not touched.
+        seed: seed of the initial A (and B); torch's global generator is not touched.
 
     Raises:
         ConfigError: a value of `config` is out of range.

@@ -173,7 +173,7 @@ def _losses(terms: Terms, owners: Tensor, micro_steps: Sequence[MicroStep]) -> T
     """Sums the terms of each micro-step and divides by its normaliser: (micro-steps,).
 
     Args:
-        owners: from `segment_of_documents`.
+        owners: result of `segment_of_documents`.
     """
     owner = owners[terms.documents]
     return torch.stack([terms.values[owner == nth].sum() / one.normaliser for nth, one in enumerate(micro_steps)])

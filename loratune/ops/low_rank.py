@@ -76,7 +76,7 @@ def down_project(
         keep: True returns memory of its own; False may return columns of `tail`.
         copy: (N, K), filled with `wide` in the same pass.
         drops: dropout of `wide` for each adapter; `factor` holds the adapters' ranks side by side.
-        buffers: of the current forward (`ops.state`); None makes new ones, which costs a GPU one more launch.
+        buffers: buffers of the current forward (`ops.state`); None makes new ones, which costs a GPU one more launch.
     """
     if drops is None:
         product = wide @ factor

@@ -35,7 +35,7 @@ class Fp8Format(WeightFormat):
         if fp8.supported(device):
             return None
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return f"{name} multiplies no 8-bit numbers (compute capability 8.9); try nf4"
+        return f"{name} cannot multiply 8-bit numbers, which needs compute capability 8.9; try nf4"
 
     def quantise(self, weight: Tensor) -> FrozenWeight:
         """One scale for each row; dense if a dimension is no multiple of 16."""

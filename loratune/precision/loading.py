@@ -145,7 +145,7 @@ class QuantisingConfig(QuantizationConfigMixin):
         self.quant_method = _METHOD  # type: ignore[assignment]  # theirs are an enumeration
         self.wanted = wanted
         self.packed = packed
-        """Names of weights that are quantised in the files and stay so."""
+        """Names of weights that are quantised in the files and are loaded unchanged."""
         self.unfit: list[str] = []
         """Names of weights whose shape differs from their layer's."""
 

@@ -179,7 +179,7 @@ def train(
 
     Args:
         model: a causal language model with exactly one active adapter, see `attach`.
-        tokenizer: of the model, with a chat template if the data are conversations.
+        tokenizer: tokenizer of the model, with a chat template if the data are conversations.
         data: training files.
         training, dataset: settings, with the defaults of the command line.
         out: folder for the files of `loratune train`; None writes none.

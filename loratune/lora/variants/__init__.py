@@ -23,7 +23,7 @@ def variant_of(config: LoraConfig) -> LoraVariant:
 
 
 def settings_of(values: Mapping[str, object]) -> type[LoraConfig]:
-    """The configuration class for field values from a file, by the variant that they choose. Raises ConfigError."""
+    """The configuration class of the variant that field values from a file choose. Raises ConfigError."""
     return _variant(values).settings
 
 

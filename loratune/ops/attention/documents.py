@@ -101,7 +101,7 @@ def document_attention(
         s_aux: (heads,) logits of the sinks, or None.
         cu_seq_lens_q: (documents + 1,) int32 starts of the documents and, last, T.
         max_length_q: upper bound of the documents' lengths, needed by GPU kernels.
-        spans: of the same boundaries, shared by all layers of a forward; without it each layer makes its own.
+        spans: spans of the same boundaries, shared by all layers of a forward; without it each layer makes its own.
         contained: True if a document with NaN or infinite values must not change the others by a bit. This excludes
             FlashAttention 4, which reads past a document's end and multiplies the values there by zero.
         collected: receives the options that `module` passes, by module.

@@ -1,8 +1,8 @@
 """Weights of many adapters in three flat tensors, and the segments of the current row.
 
-The tensors are float32 masters, their gradients and, on a GPU, working copies in the compute dtype. B
-is stored transposed, so that both factors are (r, width) matrices of contiguous rows. A slot's weights are one slice
-of the pool, so clipping, updating, saving and clearing a slot are one call each.
+The tensors are float32 masters, their gradients and, on a GPU, working copies in the compute dtype. B is stored
+transposed, so that both factors are (r, width) matrices of contiguous rows. A slot's weights are one slice of the
+pool, so clipping, updating, saving and clearing a slot are one call each.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class BankPool:
         Args:
             starts: (slots + 1,) start of each slot's slice of the flat tensors, and their length.
             layers: number of layers with an entry.
-            max_rank: of any slot at any layer.
-            dtype: of the masters.
+            max_rank: largest rank of any slot at any layer.
+            dtype: dtype of the masters.
             like: a frozen weight on the device and in the compute dtype of the layers.
         """
         self.starts, self.max_rank, self.device = list(starts), max_rank, like.device

@@ -234,7 +234,7 @@ def swiglu_backward(
     """Gradient of gate and up, (N, 2 m), and the activation, (N, m); both neighbours deferred their low-rank part.
 
     Args:
-        gate_up, low_rank: of `p`, as in `swiglu`.
+        gate_up, low_rank: results of `p`, as in `swiglu`.
         d_active, d_low_rank: gradients of the activation, (N, m), and of the low-rank activation of `following`.
     """
     if p.pool.tables is not None:

@@ -234,9 +234,12 @@ def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def max_document_tokens(config: Any) -> int | None:
-    """The longest document that a model's positions allow, in tokens; None if its configuration has no limit."""
+    """The longest document that a model's positions allow, in tokens; None if its configuration has no limit.
+
+    XLNet writes -1 for no limit.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return int(limit) if limit and limit > 0 else None
 
 
 def default_device() -> torch.device:

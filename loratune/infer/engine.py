@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
 from loratune.base.load import max_document_tokens
 from loratune.errors import ConfigError, DataError, ModelError
@@ -32,6 +33,10 @@ from loratune.errors import ConfigError, DataError, ModelError
 BATCH_SIZE = 32
 """Default number of sequences decoded together. Twice as many are a tenth faster on two CPU cores and need twice the
 memory for keys and values: on an 8-billion-parameter Llama 128 KiB for every token of every sequence."""
+
+
+# Errors of models that have no cache under the usual names, or do not take the usual one.
+_NO_CACHE = (KeyError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,10 @@ class Decoding:
     """1 on tokens, 0 on padding; None while no sequence is padded."""
     position_B: Tensor
     """Position of the next token of each sequence, from 0 at its own first token."""
+    columns_BT: Tensor
+    """All tokens so far."""
+    cached: bool = True
+    """False for a model without a usable cache: every step runs all tokens again."""
 
 
 @torch.inference_mode()
@@ -150,8 +159,13 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[D
         mask_BT[row, longest - len(prompt) :] = 1
     padded = any(len(prompt) < longest for prompt in prompts)
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min_(0).to(device)
-    state = Decoding(None, mask_BT.to(device) if padded else None, position_BT[:, -1] + 1)
-    return state, _forward(model, state, tokens_BT.to(device), position_BT)
+    tokens_BT = tokens_BT.to(device)
+    state = Decoding(None, mask_BT.to(device) if padded else None, position_BT[:, -1] + 1, tokens_BT)
+    logits_BV = _step(model, state, tokens_BT, position_BT)
+    if state.cached and not _is_plain(state.cache) and not _cache_agrees(model):
+        state.cached = False
+        logits_BV = _again(model, state)
+    return state, logits_BV
 
 
 @torch.inference_mode()
@@ -161,14 +175,17 @@ def decode(model: PreTrainedModel, state: Decoding, token_B: Tensor) -> Tensor:
     if state.mask_BT is not None:
         state.mask_BT = torch.cat([state.mask_BT, state.mask_BT.new_ones(len(token_B), 1)], 1)
     state.position_B = state.position_B + 1
-    return _forward(model, state, token_B[:, None], position_B1)
+    state.columns_BT = torch.cat([state.columns_BT, token_B[:, None]], 1)
+    return _step(model, state, token_B[:, None], position_B1)
 
 
 @torch.inference_mode()
 def keep(state: Decoding, rows: Sequence[int]) -> None:
     """Keeps the sequences at `rows` in the batch and its cache, and drops the others."""
     index = torch.tensor(rows, device=state.position_B.device)
-    state.cache.reorder_cache(index)
+    state.columns_BT = state.columns_BT[index]
+    if state.cached:
+        state.cache.reorder_cache(index)
     state.position_B = state.position_B[index]
     if state.mask_BT is not None:
         state.mask_BT = state.mask_BT[index]
@@ -271,7 +288,58 @@ def _tokens(
         logits_BV = decode(model, state, token_B)
 
 
-def _forward(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
+def _is_plain(cache: object) -> bool:
+    """True for a cache of keys and values that was filled, which needs no trial."""
+    if type(cache) is not DynamicCache or not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return False
+    return cache.get_seq_length() > 0
+
+
+def _cache_agrees(model: PreTrainedModel) -> bool:
+    """True if a token after a cached prompt gets the logits of prompt and token run together.
+
+    Some models give no cache back, keep it in their modules, or fail with one.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    tokens = torch.tensor([[i % vocabulary for i in range(2, 9)]], device=model.device)
+    position = torch.arange(tokens.shape[1], device=model.device)[None]
+    state = Decoding(None, None, position[:, -1] + 1, tokens)
+    _step(model, state, tokens[:, :-1], position[:, :-1])
+    got = _step(model, state, tokens[:, -1:], position[:, -1:]).double()
+    expected = _again(model, state).double()
+    return state.cached and bool((got - expected).norm() <= _tolerance(model) * expected.norm())
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Far above the effect of rounding in a deep model, and far below the effect of foreign tokens (order 1)."""
+    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _step(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
+    """Runs new columns with the cache, or all columns if the model has no usable cache; logits (B, V)."""
+    if state.cached:
+        try:
+            return _cached(model, state, tokens_BT, position_BT)
+        except _NO_CACHE as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+        state.cached, state.cache = False, None
+    return _again(model, state)
+
+
+def _again(model: PreTrainedModel, state: Decoding) -> Tensor:
+    """Runs all columns without a cache; returns the last column's logits (B, V)."""
+    count = state.columns_BT.shape[1]
+    ahead_T = torch.arange(count, device=state.columns_BT.device) - count
+    position_BT = (state.position_B[:, None] + ahead_T).clamp_min_(0)
+    accepted = inspect.signature(model.forward).parameters
+    wanted = {"attention_mask": state.mask_BT, "position_ids": position_BT, "use_cache": False}
+    given = {name: value for name, value in wanted.items() if name in accepted}
+    logits_BV: Tensor = model(input_ids=state.columns_BT, **given).logits[:, -1]
+    return logits_BV
+
+
+def _cached(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
     """Runs new columns with the cache of the earlier ones; returns the last column's logits (B, V)."""
     accepted = inspect.signature(model.forward).parameters
     cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
@@ -311,9 +379,7 @@ def _pads_cleanly(model: PreTrainedModel) -> bool:
     then_alone = decode(model, state_alone, torch.ones_like(state_alone.position_B))
     got = torch.stack([first[1], then[1]]).double()
     expected = torch.stack([first_alone[0], then_alone[0]]).double()
-    # Far above the effect of rounding in a deep model, and far below the effect of foreign tokens (order 1).
-    tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
-    return bool((got - expected).norm() <= tolerance * expected.norm())
+    return bool((got - expected).norm() <= _tolerance(model) * expected.norm())
 
 
 def _budgets(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

@@ -53,7 +53,7 @@ def _weights(
 ) -> LayerWeights:
     weight = frozen_of(target.base)
     dtype = master_dtype(weight)
-    tensors = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in target.tensors().items()}
+    tensors = {name: torch.empty(spec.shape, dtype=dtype, device="cpu") for name, spec in target.tensors().items()}
     if generator is not None:
         target.variant.initialise(tensors, target.base, target.kind, config, generator)
     parameters = {name: nn.Parameter(tensor.to(device or weight.device)) for name, tensor in tensors.items()}

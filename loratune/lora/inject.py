@@ -42,6 +42,8 @@ class Attached:
     """Parameters of the base model and this adapter together."""
     left_out: tuple[str, ...] = ()
     """Reasons why "all-linear" skipped linear layers; layers narrower than the rank share one line."""
+    notes: tuple[str, ...] = ()
+    """Settings that are legal and of no use, such as a rank above a layer's smaller side."""
 
     def __str__(self) -> str:
         share = self.trainable_parameters / max(1, self.total_parameters)
@@ -55,6 +57,7 @@ class Attached:
         if self.biases:
             lines.append(f"  {len(self.biases)} biases")
         lines += [f"  left out: {why}" for why in self.left_out]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -283,6 +286,7 @@ def join(model: nn.Module, state: Adapters, name: str, selection: Selection, ada
         trainable_parameters=sum(p.numel() for p in adapter.parameters().values()),
         total_parameters=total,
         left_out=selection.left_out,
+        notes=selection.notes,
     )
 
 

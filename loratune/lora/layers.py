@@ -7,9 +7,11 @@ refused with the reason.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import AdapterError
@@ -200,9 +202,9 @@ def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
     """(kind, "") or (None, reason)."""
     name = type(base).__name__
     if isinstance(base, nn.Linear):
-        if type(base).forward is nn.Linear.forward:
+        if type(base).forward is nn.Linear.forward or _computes_as(base, (3, 5), 3):
             return LoraLinear, ""
-        return None, f"{name} is a Linear with a forward of its own"
+        return None, f"{name} is a Linear with a forward of its own that computes something else"
     if isinstance(base, QuantisedLinear):
         return LoraQuantised, ""
     if isinstance(base, Conv1D):
@@ -215,6 +217,22 @@ def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
         f"it is a {name}; adapters fit Linear, Conv1D (of transformers) and Embedding layers: "
         "name the layers inside it, or train it in full with modules_to_save"
     )
+
+
+def _computes_as(base: nn.Linear, shape: tuple[int, int], bias: int) -> bool:
+    """True if the forward of a Linear subclass is x Wᵀ + b, tried on small random weights (Falcon's is)."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(s, generator=generator, device="cpu") for s in (shape, (2, 4, shape[1])))
+    trial = copy.copy(base)
+    trial._parameters = dict(base._parameters) | {"weight": nn.Parameter(weight, requires_grad=False)}
+    if base.bias is not None:
+        trial._parameters["bias"] = nn.Parameter(torch.randn(bias, generator=generator, device="cpu"), False)
+    expected = linear(x, weight, trial._parameters.get("bias"))
+    try:
+        got = type(base).forward(trial, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):
+        return False
+    return isinstance(got, Tensor) and got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
 
 
 def _embedding_candidate(base: nn.Embedding) -> tuple[type[LoraLayer] | None, str]:

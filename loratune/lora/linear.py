@@ -13,8 +13,13 @@ class LoraLinear(LoraLayer, nn.Linear):
     """`nn.Linear` plus low-rank update: x Wᵀ + b + scaling · (drop(x) Aᵀ) Bᵀ."""
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b; (..., d_in) -> (..., d_out)."""
-        return linear(x, self.weight, self.bias)
+        """x Wᵀ + b; (..., d_in) -> (..., d_out). A subclass with a forward of its own keeps that forward's bits."""
+        base = self._base[0]
+        if type(base).forward is nn.Linear.forward:
+            return linear(x, self.weight, self.bias)
+        base._parameters["weight"], base._parameters["bias"] = self._parameters["weight"], self._parameters["bias"]
+        out: Tensor = base.forward(x)
+        return out
 
     def lora_forward(self, x: Tensor) -> Tensor:
         """`base_forward` plus the low-rank update."""

@@ -6,7 +6,8 @@ are regular expressions anchored at the end of a path, and the first match wins.
 
 - An entry that matches nothing is an error that lists near names, instead of being ignored.
 - An entry of `modules_to_save` is matched like any other, so "norm" does not take `input_layernorm` as well.
-- "all-linear" skips layers that cannot be adapted or are narrower than the rank, and reports them.
+- "all-linear" skips layers that cannot be adapted or are narrower than the rank, and reports them. Elsewhere a rank
+  above a layer's smaller side is accepted with a note.
 
 Nothing here changes the model.
 """
@@ -82,6 +83,8 @@ class Selection:
     """Modules of modules_to_save."""
     left_out: tuple[str, ...] = ()
     """Reasons why "all-linear" left linear layers out. Layers narrower than the rank share one line."""
+    notes: tuple[str, ...] = ()
+    """Settings that are legal and of no use."""
 
 
 class _TooNarrow(AdapterError):
@@ -92,8 +95,8 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     """Finds the modules that `config` selects in `model`.
 
     Args:
-        strict: an entry that matches nothing, or a rank larger than the layer's smaller side, is an error. Reading a
-            file is not strict, because its tensors are compared with the selection afterwards.
+        strict: an entry that matches nothing is an error, and "all-linear" skips narrow layers. Reading a file is not
+            strict, because its tensors are compared with the selection afterwards.
 
     Raises:
         ConfigError: a value is out of range.
@@ -111,14 +114,13 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         if inside(entry.paths):
             continue
         try:
-            targets.append(_target(entry, path, _kind_of(model, entry), variant, config, strict))
+            skip = strict and config.target_modules == ALL_LINEAR and not _matches_a_key(config.rank_pattern, path)
+            targets.append(_target(entry, path, _kind_of(model, entry), variant, config, skip))
         except Unadaptable as error:
             if config.target_modules != ALL_LINEAR:
                 raise AdapterError(f"{error}; leave it out with exclude_modules") from error
             unadaptable.append(str(error))
         except _TooNarrow as error:
-            if config.target_modules != ALL_LINEAR or _matches_a_key(config.rank_pattern, path):
-                raise
             narrow.append((path, error))
     left_out = unadaptable + _narrow_line(narrow)
     if not targets:
@@ -126,7 +128,7 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         raise AdapterError(f"{_target_words(config)} leaves no layer of {type(model).__name__} to adapt{why}")
     if strict:
         _check_patterns(config, targets)
-    return Selection(tuple(targets), tuple(saved), tuple(left_out))
+    return Selection(tuple(targets), tuple(saved), tuple(left_out), tuple(_wide_line(targets)))
 
 
 def _narrow_line(narrow: Sequence[tuple[str, _TooNarrow]]) -> list[str]:
@@ -135,6 +137,19 @@ def _narrow_line(narrow: Sequence[tuple[str, _TooNarrow]]) -> list[str]:
         return []
     leaves = ", ".join({path.rpartition(".")[2]: None for path, _ in narrow})
     return [f"{len(narrow)} layers narrower than the rank ({leaves}); the first: {narrow[0][1]}"]
+
+
+def _wide_line(targets: Sequence[Target]) -> list[str]:
+    """One line for all layers whose rank is above their smaller side."""
+    wide = [target for target in targets if target.r > min(target.features)]
+    if not wide:
+        return []
+    first, (d_in, d_out) = wide[0], wide[0].features
+    more = f" (and {len(wide) - 1} more)" if len(wide) > 1 else ""
+    return [
+        f'rank {first.r} is above the smaller side of "{first.path}", {d_in} -> {d_out}{more}; ranks above '
+        f"{min(d_in, d_out)} there cost memory and add nothing"
+    ]
 
 
 def check_settings(config: LoraConfig) -> None:
@@ -302,11 +317,11 @@ def _kind_of(model: nn.Module, entry: ModulePaths) -> type[LoraLayer]:
 
 
 def _target(
-    entry: ModulePaths, path: str, kind: type[LoraLayer], variant: LoraVariant, config: LoraConfig, strict: bool
+    entry: ModulePaths, path: str, kind: type[LoraLayer], variant: LoraVariant, config: LoraConfig, skip: bool
 ) -> Target:
     """The layer that was matched by `path`, one of its paths, with its rank and scaling.
 
-    Raises: Unadaptable: the variant is not for this kind of layer. _TooNarrow: the rank is too large, if `strict`.
+    Raises: Unadaptable: the variant is not for this kind of layer. _TooNarrow: the rank is too large, if `skip`.
     """
     refusal = variant.refusal(kind)
     if refusal is not None:
@@ -314,7 +329,7 @@ def _target(
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, path, config.lora_alpha)
     d_in, d_out = kind.features(entry.module)
-    if strict and r > min(d_in, d_out):
+    if skip and r > min(d_in, d_out):
         leaf = path.rpartition(".")[2]
         raise _TooNarrow(
             f'rank {r} is larger than "{path}", which is {d_in} -> {d_out}: set rank_pattern {{"{leaf}": '

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from loratune.ops.products import MatrixProduct, mm
+from loratune.ops.shape import own_shape
 
 
 class FrozenWeight(Protocol):
@@ -131,7 +132,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: FrozenWeight, bias: Tensor | None) -> Tensor:
         ctx.frozen, ctx.x_shape = frozen, x.shape
-        return frozen.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], frozen.shape[0])
+        rows = frozen.forward(x.reshape(-1, x.shape[-1]), bias)
+        return own_shape(rows, (*x.shape[:-1], frozen.shape[0]))
 
     @staticmethod
     @once_differentiable

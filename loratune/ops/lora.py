@@ -27,6 +27,7 @@ from loratune.errors import AdapterError
 from loratune.ops.dropout import drop
 from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.low_rank import AdapterSlices, down_project, gradients
+from loratune.ops.shape import own_shape
 from loratune.ops.state import ForwardState
 
 
@@ -131,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.frozen, ctx.buffers = None if isinstance(weight, Tensor) else weight, state.buffers
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, 1.0 / (1.0 - dropout), x.shape
         ctx.master_dtypes = lora_A.dtype, lora_B.dtype
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return own_shape(out, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable

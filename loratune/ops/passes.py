@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from loratune.ops import layer
 from loratune.ops.layer import ActivationKind, NormSpec
+from loratune.ops.shape import own_shape
 
 
 def norm(x: Tensor, spec: NormSpec) -> Tensor:
@@ -55,7 +56,7 @@ class _Norm(torch.autograd.Function):
         if x.is_meta:  # this device counts memory, and the temporaries of the reference must not count
             return torch.empty_like(x)
         order = MemoryOrder(x)
-        return order.restored(layer.norm(order.rows(x), spec))
+        return own_shape(order.restored(layer.norm(order.rows(x), spec)), x.shape)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +76,8 @@ class _Gated(torch.autograd.Function):
         if gate.is_meta:
             return torch.empty_like(gate, memory_format=torch.contiguous_format)
         width = gate.shape[-1]
-        return layer.gated_product(gate.reshape(-1, width), up.reshape(-1, width), kind).view(gate.shape)
+        rows = layer.gated_product(gate.reshape(-1, width), up.reshape(-1, width), kind)
+        return own_shape(rows, gate.shape)
 
     @staticmethod
     @once_differentiable

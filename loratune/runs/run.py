@@ -299,8 +299,10 @@ def _train(
 
 def _notes(forward: PackedForward, dataset: Dataset, attached: Attached | None) -> Iterator[str]:
     """Remarks about the adapter, the base, the data and the forward."""
-    if attached is not None and attached.left_out:
-        yield f"not adapted, first of {len(attached.left_out)} reasons: {attached.left_out[0]}"
+    if attached is not None:
+        if attached.left_out:
+            yield f"not adapted, first of {len(attached.left_out)} reasons: {attached.left_out[0]}"
+        yield from attached.notes
     if (share := mostly_dense(forward.model)) is not None:
         yield share
     yield from dataset.notes

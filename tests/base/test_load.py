@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from loratune.base.load import POCKET, load, load_tokenizer, max_document_tokens, resolve, stop_ids
@@ -89,6 +90,14 @@ def test_a_folder_without_a_tokenizer(folder):
 def test_a_misspelt_folder_names_its_neighbour(folder):
     with pytest.raises(ModelError, match='"model"'):
         resolve(str(folder.parent / "modell"))
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [(tf.XLNetConfig(), None), (tf.LlamaConfig(max_position_embeddings=77), 77), (tf.BloomConfig(), None)],
+)
+def test_the_longest_document_is_the_number_of_positions_unless_there_is_no_limit(config, limit):
+    assert max_document_tokens(config) == limit
 
 
 def test_an_adapter_is_not_a_base(tmp_path):

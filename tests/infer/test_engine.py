@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BloomConfig,
@@ -226,3 +227,52 @@ def test_a_broken_character_is_shown_at_the_end_not_lost() -> None:
     pieces = [detokenizer.add(token) for token in ids]
     assert pieces == ["a", "", "", ""]
     assert detokenizer.finish() == tokenizer.decode(ids)[1:] != ""
+
+
+_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+_HEADS = {"intermediate_size": 96, "num_attention_heads": 4, "pad_token_id": 0}
+# Models with a cache of their own, or with none.
+UNUSUAL = {
+    "recurrent_gemma": lambda: tf.RecurrentGemmaForCausalLM(
+        tf.RecurrentGemmaConfig(
+            **_TINY | _HEADS | {"num_hidden_layers": 3}, lru_width=64, num_key_value_heads=1, attention_window_size=16
+        )
+    ),
+    "rwkv": lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**_TINY, attention_hidden_size=64)),
+    "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=300)),
+    "xlm": lambda: tf.XLMWithLMHeadModel(
+        tf.XLMConfig(emb_dim=64, n_layers=2, n_heads=4, vocab_size=300, causal=True)
+    ),
+    "minimax": lambda: tf.MiniMaxForCausalLM(
+        tf.MiniMaxConfig(
+            **_TINY | _HEADS,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=4,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    ),
+    "cpmant": lambda: tf.CpmAntForCausalLM(
+        tf.CpmAntConfig(
+            vocab_size=300, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=96, num_hidden_layers=2
+        )
+    ),
+    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**_TINY, state_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_models_without_a_usual_cache_get_the_likeliest_token_of_the_whole_text(name):
+    """Each token is the likeliest after all tokens before it, run at once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UNUSUAL[name]().eval().requires_grad_(False)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23], [9, 8, 7, 6]]
+    got = generate(model, prompts, max_new_tokens=9, stop_ids=())
+    for prompt, answer in zip(prompts, got, strict=True):
+        tokens = list(prompt)
+        for token in answer:
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            assert logits[token] >= logits.max() - 1e-4
+            tokens.append(token)
+    assert list(stream(model, prompts[0], max_new_tokens=9, stop_ids=())) == got[0]

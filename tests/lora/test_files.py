@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -378,3 +379,36 @@ def test_saving_an_unknown_adapter_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match='no adapter "other"'):
         save(_adapted(), tmp_path / "a", name="other")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16, torch.float32])
+def test_embeddings_saved_beside_an_adapter_in_another_dtype_are_the_same_base(
+    stored: torch.dtype, loaded: torch.dtype, tmp_path: Path
+) -> None:
+    """PEFT saves a targeted embedding whole, in the dtype of training."""
+    theirs = peft.get_peft_model(
+        make("llama").to(stored),
+        peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
+    )
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any(key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / "a" / WEIGHTS))
+    assert len(load_adapter(make("llama").to(loaded), tmp_path / "a").ranks) == 3
+    other = make("llama").to(loaded)
+    other.model.embed_tokens.weight[7, 3] += 0.5
+    with pytest.raises(AdapterError, match="made for another base model: model"):
+        load_adapter(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_adapters_are_made_on_their_layers_device_inside_a_device_context(device: str, tmp_path: Path) -> None:
+    model, expected = make("llama"), make("llama")
+    attach(expected, LoraConfig(r=2, init_lora_weights=False))
+    with torch.device(device):
+        attach(model, LoraConfig(r=2, init_lora_weights=False))
+    assert torch.equal(run(model), run(expected))
+    save(model, tmp_path / "a")
+    loaded = make("llama")
+    with torch.device(device):
+        load_adapter(loaded, tmp_path / "a")
+    assert torch.equal(run(loaded), run(expected))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +33,8 @@ _CASES: list[tuple[nn.Module, type[LoraLayer], Tensor]] = [
     (nn.Embedding(10, 6), LoraEmbedding, _IDS),
     (nn.Embedding(10, 6, padding_idx=0), LoraEmbedding, _IDS),
     (Gemma3TextScaledWordEmbedding(10, 6, 0, embed_scale=3.0), LoraEmbedding, _IDS),
+    (FalconLinear(6, 4), LoraLinear, torch.randn(2, 3, 6)),
+    (FalconLinear(6, 4, bias=False), LoraLinear, torch.randn(2, 3, 6)),
 ]
 
 
@@ -48,6 +51,19 @@ def test_adapter_equals_its_merged_weight(base: nn.Module, kind: type[LoraLayer]
     layer.unmerge()
     assert torch.equal(layer.weight, before)
     assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize(("base", "kind", "x"), _CASES)
+def test_a_caller_may_change_the_output_in_place(base: nn.Module, kind: type[LoraLayer], x: Tensor) -> None:
+    """As with the base layer; Gemma 3n and RoCBert do so."""
+    layer = _adapted(base.requires_grad_(False))
+    A, B = layer.lora_A, layer.lora_B
+    ours = layer(x)
+    ours *= 2
+    ours += 1
+    gradients = torch.autograd.grad(ours.square().sum(), (A, B))
+    expected = torch.autograd.grad((2 * layer(x) + 1).square().sum(), (A, B))
+    torch.testing.assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize(("base", "kind", "x"), _CASES)
@@ -75,6 +91,11 @@ def test_scaled_embedding_follows_its_model_to_another_dtype() -> None:
 class _OwnForward(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return -super().forward(input)
+
+
+class _OwnBias(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.bias
 
 
 class _SameForward(nn.Linear):
@@ -106,6 +127,7 @@ def _hooked() -> nn.Module:
     ("base", "parent", "why"),
     [
         (_OwnForward(4, 4), nn.Module(), "forward of its own"),
+        (_OwnBias(4, 4), nn.Module(), "forward of its own"),
         (_NormedEmbedding(4, 4), nn.Module(), "forward of its own"),
         (nn.Embedding(4, 4, max_norm=1.0), nn.Module(), "max_norm"),
         (_parametrised(), nn.Module(), "parametri[sz]ed"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,10 +15,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError
+from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import attach
 from loratune.lora.select import select, shortest_names
 from tests.conftest import SMALL
-from tests.lora.helpers import make, make_mlp
+from tests.lora.helpers import make, make_mlp, run
 
 
 def _paths(model: nn.Module, **settings: Any) -> list[str]:
@@ -142,7 +145,6 @@ def test_layers_inside_modules_to_save_are_not_adapted() -> None:
         ({"layers_to_transform": [0, 7]}, "layers_to_transform 7 does not exist.*layers 0 to 1"),
         ({"layers_to_transform": [0], "layers_pattern": ["h"]}, r"no numbered layers under \['h'\]"),
         ({"r": 65}, 'rank 65 is larger than "model.layers.0.self_attn.q_proj", which is 64 -> 64'),
-        ({"rank_pattern": {"k_proj": 33}}, 'rank 33 .*"k_proj": 32'),
     ],
 )
 def test_an_entry_that_matches_nothing_or_does_not_fit_is_an_error(settings: dict[str, Any], message: str) -> None:
@@ -226,9 +228,21 @@ def test_all_linear_skips_layers_narrower_than_the_rank_in_one_line(kind: str) -
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["shared_expert_gate"]}, {"rank_pattern": {"shared_expert_gate": 2}}]
 )
-def test_a_narrow_layer_that_is_named_is_an_error(settings: dict[str, Any]) -> None:
-    with pytest.raises(AdapterError, match=r"rank 2 is larger than .*shared_expert_gate.* 64 -> 1"):
-        select(_mixture("qwen2"), LoraConfig(r=2, **{"rank_pattern": {}, **settings}))
+def test_a_narrow_layer_that_is_named_is_adapted_with_a_note(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As in PEFT, where a rank above the smaller side is legal."""
+    model = _mixture("qwen2")
+    loaded, base = copy.deepcopy(model), copy.deepcopy(model)
+    attached = attach(model, LoraConfig(r=2, init_lora_weights=False, **{"rank_pattern": {}, **settings}))
+    assert sum(path.endswith("shared_expert_gate") for path in attached.ranks) == 2
+    assert 'rank 2 is above the smaller side of "model.layers.0.mlp.shared_expert_gate", 64 -> 1 (and 1 more)' in str(
+        attached
+    )
+    expected = run(model)
+    save(model, tmp_path / "adapter")
+    assert load_adapter(loaded, tmp_path / "adapter").notes == attached.notes
+    torch.testing.assert_close(run(loaded), expected, rtol=0, atol=0)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(run(theirs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_narrow_layer_with_a_rank_of_its_own_is_adapted() -> None:

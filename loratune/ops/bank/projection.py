@@ -39,6 +39,7 @@ from loratune.ops.bank.pool import BankLayer, BankPool, Segment, SlotWeights
 from loratune.ops.dropout import keep_mask, row_key
 from loratune.ops.frozen import FrozenWeight
 from loratune.ops.projection import Activation, LinkedActivation, PaddedActivation, ProjectionBackward
+from loratune.ops.shape import own_shape
 from loratune.ops.state import ForwardState
 
 
@@ -295,7 +296,7 @@ class _BankLinear(torch.autograd.Function):
         y, low_rank = projection.forward(rows)
         ctx.save_for_backward(rows if low_rank is not None else None, low_rank)
         ctx.projection, ctx.x_shape = projection, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return own_shape(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

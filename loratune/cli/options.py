@@ -53,7 +53,7 @@ class Option:
     text: str
     """Its meaning, from the docstring of the field."""
     default: object
-    """MISSING if it is required."""
+    """Value without the option; MISSING if the option is required."""
     positional: bool
     is_switch: bool
     is_list_of_names: bool

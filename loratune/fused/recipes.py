@@ -55,12 +55,12 @@ class LayerRecipe:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All projections."""
+        """Paths of all projections."""
         return (*self.query_key_value, self.output, *self.up, self.down)
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """All norms."""
+        """Paths of all norms."""
         of_stream = self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm
         return (*(name for name in of_stream if name is not None), *(self.head_norms or ()))
 

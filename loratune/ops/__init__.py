@@ -1,1 +1,2 @@
-"""Pure functions of tensors: each a PyTorch reference that runs anywhere and is the oracle of its faster twins."""
+"""Pure functions of tensors: PyTorch references, which run anywhere and define the results, and their faster
+twins."""

@@ -110,7 +110,7 @@ class HostOffload:
         return tensors, stream.record_event()
 
     def _side(self, which: int) -> torch.cuda.Stream:
-        """Stream 0 copies to the host, stream 1 back."""
+        """The stream for copies to the host (0) or back to the device (1)."""
         if self._streams is None:
             self._streams = torch.cuda.Stream(), torch.cuda.Stream()
         return self._streams[which]

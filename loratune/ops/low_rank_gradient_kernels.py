@@ -119,10 +119,10 @@ def _gradients(
 
 
 class _TileLine(NamedTuple):
-    """A line of the table of `_gradients`: which tile of which gradient a program computes."""
+    """A line of the table of `_gradients`: the tile that one program computes, and the gradient it belongs to."""
 
     which: int
-    """2 × projection for dA, and 1 more for dB."""
+    """Number of the gradient: 2 × projection for dA, 2 × projection + 1 for dB."""
     first_column: int
     end_column: int
     """Columns of x or dy."""

@@ -229,9 +229,9 @@ class AdapterTensors(NamedTuple):
     scale: Tensor
     """(d_out, 1) float32 of the weight"""
     columns: Tensor
-    """(d_out, adapter columns) behind the weight"""
+    """(d_out, adapter columns), in the augmented weight behind W"""
     transposed_columns: Tensor | None
-    """(d_in, adapter columns) behind its transposed copy, if one is held"""
+    """(d_in, adapter columns), behind the transposed copy of W, if one is held"""
     factors: Tensor
     """(4,) float32"""
 

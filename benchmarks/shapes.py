@@ -122,8 +122,11 @@ def row_of(lengths: list[int], capacity: int, seed: int, prompt: float = 0.0) ->
 
 
 def limit_tok_s(shape: str, batch: int, tokens: int, precision: str = "bf16") -> float:
-    """Tokens a second that the arithmetic allows: frozen products twice and attention, or reading every weight twice
-    at 4.3 TB/s, whichever is slower. Products run at 692 TFLOP/s, in 8 bits at 1,315 (measured on one H200)."""
+    """Upper bound of tokens per second: the arithmetic of the frozen products, twice, and of attention, or reading
+    every weight twice, whichever is slower.
+
+    Rates measured on one H200: products 692 TFLOP/s, in 8 bits 1,315; memory 4.3 TB/s.
+    """
     config = {name: value for name, value in SHAPES[shape].items() if isinstance(value, int)}
     width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     dim = config.get("head_dim", width // heads)

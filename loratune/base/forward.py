@@ -261,10 +261,10 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
 
 
 def fuse(forward: PackedForward) -> bool:
-    """Runs decoder layers fused if a recipe fits them and gives the modules' hidden states and gradients.
+    """Makes decoder layers run fused if a recipe fits and reproduces hidden states and gradients of the modules.
 
-    The comparison is made with random values in the adapters, since their initial B of zero hides them. Values,
-    gradients and random generators are as before afterwards.
+    The adapters have random values in the comparison, because with their initial B of zero they have no effect.
+    Values, gradients and random generators are restored. Returns True if the layers run fused.
     """
     model = forward.model
     forward.fused = None

@@ -131,7 +131,7 @@ def probe_result(run: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> 
 def random_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Context in which every B of an adapter in use is random, so that the adapter changes the hidden states.
 
-    Yields the trained A and B. On exit B has its values back, to the bit; no global random generator is used.
+    Yields the trained A and B. On exit B has its earlier values, to the bit. Uses no global random generator.
     """
     fusions = {module: fusion_of(module) for module in model.modules()}
     adapters = {module: fusion for module, fusion in fusions.items() if isinstance(fusion, LowRankSum)}

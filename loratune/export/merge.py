@@ -76,7 +76,7 @@ class Verification:
     """Difference between base + adapter and the bare base, which the merge must preserve."""
     largest_logit: float
     top1_agreement: float
-    """Share of positions at which both put the same token first."""
+    """Share of positions at which both models have the same most likely token."""
     positions: int
 
     @property

@@ -86,7 +86,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     @staticmethod
     def initialise(lora_A: Tensor, lora_B: Tensor, init: bool | str, generator: torch.Generator) -> None:
-        """Fills A and B in place: B normal, A zero, or normal for False; as in PEFT."""
+        """Fills A and B in place as PEFT does: B is normal; A is zero, or normal if `init` is False."""
         lora_B.normal_(generator=generator)
         if init is False:
             lora_A.normal_(generator=generator)

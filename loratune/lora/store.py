@@ -247,7 +247,7 @@ class Store:
             slot.arrived = _now(slot.buffer)
 
     def _make_slots(self, device: torch.device) -> None:
-        """Allocates the slots, and larger ones if an adapter is larger than they are."""
+        """Allocates the slots. Replaces them by larger ones if the largest adapter does not fit."""
         if self._slots and self._slots[0].buffer.numel() >= self.slot_bytes:
             return
         before = list(self._resident)

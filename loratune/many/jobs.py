@@ -41,7 +41,7 @@ from loratune.training.step import HeldOutSums, StepResult
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be trained beside others."""
+    """One training run that shares rows with others."""
 
     name: str
     lora: LoraConfig

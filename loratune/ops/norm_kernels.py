@@ -31,7 +31,7 @@ _SHORT, _ELEMENTS = 512, 4096
 
 
 def form_of(spec: NormSpec) -> int:
-    """Kind and flags of a norm."""
+    """Kind and flags of a norm as one number, which is a constant of the kernels."""
     flags = (
         spec.weight is not None,
         spec.bias is not None,

@@ -66,7 +66,7 @@ class Inspected:
 
 
 def inspect(directory: str | Path) -> Inspected:
-    """Reads a folder.
+    """Reads all facts about the adapter in a folder.
 
     Raises:
         AdapterError: it holds no LoRA adapter.

@@ -1,9 +1,9 @@
 """Document lengths at which a model starts to compute differently, and the row that shows them.
 
-Documents of 12 tokens do not show a sliding window of 4,096 tokens. They do not show either that a rotary embedding
-changes its frequencies after 4,096 positions, with which a long document also changes the short documents of its row.
-So the lengths are taken from the model's configuration, and a row with one document longer than them is run on each
-path. Only lengths that the caller's rows can hold count, so the cost is at most that of two training steps.
+Documents of 12 tokens do not show a sliding window of 4,096 tokens, nor a rotary embedding that changes its
+frequencies after 4,096 positions. (With such an embedding, a long document also changes the short documents of its
+row.) So the lengths are taken from the model's configuration, and a row with one longer document is run on each path.
+Only lengths that the caller's rows can hold count, so the cost is at most that of two training steps.
 """
 
 from __future__ import annotations

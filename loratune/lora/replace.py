@@ -54,7 +54,7 @@ def replace(model: nn.Module, directory: str | Path, name: str, *, at_next_forwa
 
 
 def _prepared(model: nn.Module, state: Adapters, directory: str | Path, name: str) -> Callable[[], None]:
-    """Does all but the exchange, and returns the exchange."""
+    """Prepares the new adapter. Returns a function that makes the exchange."""
     stored = state.get(name).stored
     selection, adapter = read_adapter(model, directory, name, torch.device("cpu") if stored else None)
     assert state.store is not None or not stored

@@ -341,7 +341,7 @@ def _through_head_norm(d_heads: Tensor, x: Tensor, heads: HeadSpec, spec: NormSp
 
 
 def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: HeadSpec, *, transposed: bool) -> Tensor:
-    """(T, heads, dim) times the rotation matrix of each token, or its transpose; in the precision of sums."""
+    """x, (T, heads, dim), times the rotation matrix of each token, or its transpose; in the precision of sums."""
     if cos is None or sin is None or heads.rotary_dim == 0:
         return x
     pairs, rest = x[..., : heads.rotary_dim], x[..., heads.rotary_dim :]

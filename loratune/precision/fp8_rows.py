@@ -152,12 +152,12 @@ def transposed(values: Tensor, lora_A: Tensor | None = None, factor: Tensor | No
 
 
 def product(a: QuantisedRows, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a bᵀ, columns scaled, plus a bias; summed in float32.
+    """a bᵀ with scaled columns, plus a bias; summed in float32.
 
     Args:
         a: (N, K).
         b: (M, K) e4m3.
-        scale_b: (M,) float32.
+        scale_b: (M,) float32, the scale of each column of the result.
         bias: (M,) or None.
     Returns: (N, M) in `dtype`.
     """

@@ -193,12 +193,12 @@ class Nf4Weight:
         return ranks * self.dtype.itemsize % 16 == 0 and self.shape[1] * self.dtype.itemsize % 16 == 0
 
     def row_pieces(self, tokens: int) -> list[slice]:
-        """Rows that are dense at a time in the forward of `tokens` tokens."""
+        """Pieces of rows, of which one at a time is dense in the forward of `tokens` tokens."""
         d_out, d_in = self.shape
         return pieces(d_out, d_in, tokens) if self._by_kernel else [slice(0, d_out)]
 
     def column_pieces(self, tokens: int) -> list[slice]:
-        """Columns that are dense at a time in the backward of `tokens` tokens."""
+        """Pieces of columns, of which one at a time is dense in the backward of `tokens` tokens."""
         d_out, d_in = self.shape
         return pieces(d_in, d_out, tokens, max(PIECE_STEP, self.block)) if self._by_kernel else [slice(0, d_in)]
 

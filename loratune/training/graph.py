@@ -63,7 +63,7 @@ def layout_for(row: Row, layouts: dict[bool, RowLayout]) -> RowLayout:
     """The layout for a row, grown from the last layout of its kind.
 
     Args:
-        layouts: whether all documents are equally long -> the last layout of that kind; updated.
+        layouts: True for documents of one length, False for others -> last layout of that kind; updated.
     """
     tokens = len(row.tokens)
     documents, longest = len(row.cu_seqlens) - 1, int(row.cu_seqlens.diff().max())

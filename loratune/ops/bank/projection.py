@@ -280,7 +280,7 @@ def _dropped(pool: BankPool, segment: Segment, layer: BankLayer, x: Tensor) -> T
 def bank_linear(x: Tensor, projection: BankProjection) -> Tensor:
     """A linear layer with the updates of all slots, as one autograd node; (..., d_in) -> (..., D).
 
-    The backward adds the adapters' gradients to the pool, by the segments that are set at that time.
+    The backward adds the adapters' gradients to the pool, for the segments that are set when it runs.
     """
     x = x.to(projection.frozen.dtype)
     if torch.is_grad_enabled():

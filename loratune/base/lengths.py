@@ -43,7 +43,7 @@ class LongRow(NamedTuple):
 
     documents: tuple[int, ...]
     parts: tuple[slice, ...]
-    """Positions of the row: the short documents, and of the long one the places behind each length."""
+    """Slices of the row: each short document, and in the long document the positions after each length."""
 
 
 def long_row(model: PreTrainedModel, longest: int | None) -> LongRow | None:

@@ -121,7 +121,7 @@ class LoraLayer(AdaptedLayer):
     salt: int = 0
     """Number of the layer in the dropout hash, so that layers have different masks; see `ops.dropout`."""
     state: ForwardState
-    """State of the packed forward that runs this layer; outside of one, state of the layer's own."""
+    """State of the packed forward that runs this layer; outside of one, the layer's own state."""
     _unmerged: Tensor | None
     """The weight before `merge`, on the CPU."""
 

@@ -237,9 +237,10 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 
 
 def _any_row(tokens: int, documents: int) -> Row:
-    """A row that takes as much memory as any of its length: documents of different lengths, seven eighths trained.
+    """A row with the largest memory of its length: documents of different lengths, seven eighths of the tokens
+    trained.
 
-    Trained positions are gathered unless they are nearly all of a row.
+    With all tokens trained, no memory would be needed to gather the trained positions.
     """
     documents = min(documents, tokens)
     first = max(1, 2 * tokens // 5)

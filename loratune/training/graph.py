@@ -321,7 +321,7 @@ class GraphStep:
         return PreparedStep(rows, layouts, buffers, sum(map(trained_tokens, rows)))
 
     def _add_row(self, layout: RowLayout) -> None:
-        """Accumulates the row in the device's buffers."""
+        """Runs forward and backward of the row in the device's buffers."""
         assert self._buffers is not None
         values = self._buffers.device
         normaliser = values["normaliser"][0]

@@ -42,7 +42,7 @@ class NormForm:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """True if the module has a hook, or a `forward` that replaces its class's."""
+    """True if the module has a hook, or a `forward` of its own instead of its class's."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks)) or "forward" in vars(module)
 

@@ -29,7 +29,7 @@ class LayerRecipe:
     head_norms: tuple[str, str] | None = None
     """Norms of query and key. The size of their weights shows whether they normalise each head or all columns."""
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Gate and up, or one projection. One with twice the columns that `down` reads holds gate and up."""
+    """Gate and up, or one projection. It holds both gate and up if it has twice the columns that `down` reads."""
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
     attention_norm: str | None = "input_layernorm"

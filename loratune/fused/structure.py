@@ -138,7 +138,7 @@ class SavePolicy:
     tile: int = TILE
     """Tokens that pass through the MLP at once, where the output of `up` is not saved."""
     index: int = 0
-    """Number of the layer, for the host."""
+    """Number of the layer, under which `host` holds its activations."""
     host: HostOffload | None = None
     """Holds saved activations at levels that offload them."""
 

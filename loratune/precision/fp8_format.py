@@ -54,7 +54,7 @@ class Fp8Format(WeightFormat):
         return cast(Fp8Weight, joined).rows(rows)
 
     def has_adapter_columns(self, joined: FrozenWeight, ranks: int) -> bool:
-        """True if the stack has enough of them, or more would not pay."""
+        """True if the stack has enough adapter columns for `ranks`, or if so many would not pay."""
         return cast(Fp8Weight, joined).has_adapter_columns(ranks)
 
     def project(

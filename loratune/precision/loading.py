@@ -196,7 +196,7 @@ class _Quantiser(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True, with adapters."""
+        """True: adapters on such a model can train."""
         return True
 
 

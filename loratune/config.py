@@ -234,7 +234,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """All settings of one training run, as `run.toml` in an output folder."""
+    """All settings of one training run, as stored in `run.toml` of an output folder."""
 
     model: str
     """Base model: a local folder, a hub id, or "loratune/pocket", the bundled model."""

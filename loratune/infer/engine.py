@@ -311,7 +311,8 @@ def _cache_agrees(model: PreTrainedModel) -> bool:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """Far above the effect of rounding in a deep model, and far below the effect of foreign tokens (order 1)."""
+    """Largest difference of logits that counts as rounding: far above that of a deep model, and far below the effect
+    of other prompts' tokens (order 1)."""
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
 
 

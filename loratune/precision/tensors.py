@@ -134,7 +134,11 @@ def _names_in(index: Path) -> list[str]:
 
 
 def check_regular(file: Path, why: str = "") -> None:
-    """Raises ModelError if `file` is missing, or is a folder, a pipe or a device. `why` says who wants it."""
+    """Raises ModelError if `file` is missing, or is a folder, a pipe or a device.
+
+    Args:
+        why: reason to expect the file, for the message; for example, that an index names it.
+    """
     try:
         kind = file.stat().st_mode
     except (OSError, ValueError) as error:

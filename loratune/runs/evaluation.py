@@ -53,7 +53,7 @@ def loss(
 ) -> Loss:
     """Mean negative log-likelihood over the trained tokens of all records.
 
-    Rows have `settings.tokens_per_row` tokens; if unset, 2,048 or as many as the longest record has.
+    Rows have `settings.tokens_per_row` tokens. If it is unset, they have 2,048, or as many as the longest record.
     """
     limit = longest_allowed(settings, max_document_tokens(model.config))
     examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples

@@ -100,9 +100,9 @@ def _rope_types(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def restart_rotary(model: nn.Module) -> None:
-    """Gives rotary embeddings that grow with the longest document so far ("dynamic" NTK) their first frequencies.
+    """Restores the first frequencies of rotary embeddings that adapt to the longest document so far ("dynamic" NTK).
 
-    They would otherwise depend on the documents that ran before.
+    Otherwise results would depend on earlier documents.
     """
     for module in model.modules():
         first = getattr(module, "original_max_seq_len", None)

@@ -289,7 +289,7 @@ def _tokens(
 
 
 def _is_plain(cache: object) -> bool:
-    """True for a cache of keys and values that was filled, which needs no trial."""
+    """True for a filled cache of keys and values, with which left padding needs no trial."""
     if type(cache) is not DynamicCache or not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         return False
     return cache.get_seq_length() > 0

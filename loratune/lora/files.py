@@ -104,9 +104,8 @@ def _content(model: nn.Module, name: str) -> tuple[str, bytes]:
     """The text of the configuration and the bytes of the tensors."""
     state = require(model)
     adapter = state.get(name)
-    layer_paths = [each for path in adapter.layers for each in state.paths[path]]
     tensors = adapter_tensors(model, name)
-    return peft_config.to_json(model, adapter, layer_paths), to_bytes(tensors, metadata={"format": "pt"})
+    return peft_config.to_json(model, adapter), to_bytes(tensors, metadata={"format": "pt"})
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from transformers.models.auto.modeling_auto import (
 
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
-from loratune.lora.select import ALL_LINEAR, check_settings, find_modules, shortest_names
+from loratune.lora import peft_targets
+from loratune.lora.select import ALL_LINEAR, check_settings, find_modules, names_path
 from loratune.lora.state import Adapter
 from loratune.lora.variants import settings_of, values_of
 
@@ -104,6 +105,7 @@ def read(folder: Path) -> AdapterConfig:
         raise AdapterError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: holds a {type(values).__name__}; an adapter's configuration is an object")
+    values = peft_targets.read_back(values, path)
     try:
         settings = settings_of(values)
         _check_fields(path, values, _names(settings))
@@ -162,20 +164,19 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def to_json(model: nn.Module, adapter: Adapter, layer_paths: Iterable[str]) -> str:
-    """The text of adapter_config.json for an adapter of `model`.
-
-    Args:
-        layer_paths: every path of every adapted layer.
-    """
+def to_json(model: nn.Module, adapter: Adapter) -> str:
+    """The text of adapter_config.json for an adapter of `model`."""
     config = adapter.config
-    every = [path for entry in find_modules(model) for path in entry.paths]
+    modules = {path: entry for entry in find_modules(model) for path in entry.paths}
+    every = list(modules)
     values: dict[str, Any] = dict(UNUSED)
     values |= {name: getattr(config, name) for name in _names(type(config))}
-    if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
-        resolved = shortest_names(list(layer_paths), every)
-        values |= {"target_modules": resolved, "exclude_modules": None}
-        values |= {"layers_to_transform": None, "layers_pattern": None}
+    adapted = [modules[path] for path in adapter.layers]
+    unclear = any(not names_path(config.target_modules, entry.paths[0]) for entry in adapted) or any(
+        entry.paths[0].rpartition(".")[2] in peft_targets.rewritten_names(model) for entry in adapted
+    )
+    if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None or unclear:
+        values |= peft_targets.named(model, [entry.paths[0] for entry in adapted], values)
     if adapter.modules:
         values["modules_to_save"] = [_ending(path, every) for path in adapter.modules]
     task = task_type(model)
@@ -187,7 +188,7 @@ def to_json(model: nn.Module, adapter: Adapter, layer_paths: Iterable[str]) -> s
         "fan_in_fan_out": any(weights.kind.fan_in_fan_out for weights in adapter.layers.values()),
         "inference_mode": True,
         "lora_alpha": _whole(config.lora_alpha),
-        "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in values["alpha_pattern"].items()},
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 

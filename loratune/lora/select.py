@@ -128,7 +128,9 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         raise AdapterError(f"{_target_words(config)} leaves no layer of {type(model).__name__} to adapt{why}")
     if strict:
         _check_patterns(config, targets)
-    return Selection(tuple(targets), tuple(saved), tuple(left_out), tuple(_wide_line(targets)))
+    return Selection(
+        tuple(targets), tuple(saved), tuple(left_out), (*_wide_line(targets), *_two_paths(model, targets))
+    )
 
 
 def _narrow_line(narrow: Sequence[tuple[str, _TooNarrow]]) -> list[str]:
@@ -150,6 +152,22 @@ def _wide_line(targets: Sequence[Target]) -> list[str]:
         f'rank {first.r} is above the smaller side of "{first.path}", {d_in} -> {d_out}{more}; ranks above '
         f"{min(d_in, d_out)} there cost memory and add nothing"
     ]
+
+
+def _two_paths(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """One line for all layers that PEFT adapts at one of their places only."""
+    found = []
+    for target in targets:
+        places = {
+            (id(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]) for path in target.paths
+        }
+        if len(places) > 1:
+            found.append(target)
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    first, second, *_ = found[0].paths
+    return [f'"{first}" is also "{second}"{more}; adapted at both here, while PEFT adapts the first only']
 
 
 def check_settings(config: LoraConfig) -> None:
@@ -174,6 +192,13 @@ def find_modules(model: nn.Module) -> list[ModulePaths]:
             modules[id(module)] = module
             paths.setdefault(id(module), []).append(path)
     return [ModulePaths(module, tuple(paths[key])) for key, module in modules.items()]
+
+
+def names_path(entries: str | list[str], path: str) -> bool:
+    """True if target_modules `entries` selects a layer by `path`; "all-linear" may."""
+    if isinstance(entries, str):
+        return entries == ALL_LINEAR or re.fullmatch(entries, path) is not None
+    return any(_named(entry, path) for entry in entries)
 
 
 def shortest_names(paths: Sequence[str], others: Iterable[str]) -> list[str]:

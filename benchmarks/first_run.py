@@ -29,6 +29,8 @@ from loratune.runs.run import Prepared, run
 
 RATES = (6e-4, 1.8e-3, 4e-3)
 STEPS = (60, 180)
+STEPS_OF = {"long documents": (20, 60)}
+"""Shorter sweeps, where a step has thousands of tokens."""
 HELD_OUT = 100
 
 Records = list[dict[str, Any]]
@@ -107,8 +109,8 @@ def raw_text(rng: random.Random) -> dict[str, Any]:
 
 
 def long_document(rng: random.Random) -> dict[str, Any]:
-    """A text of a few hundred tokens with one code in it -> the code."""
-    lines = [f"{rng.choice(_NAMES)} saw a {rng.choice(_WORDS)} {rng.choice(_THINGS)}." for _ in range(25)]
+    """A text of about two hundred tokens with one code in it -> the code."""
+    lines = [f"{rng.choice(_NAMES)} saw a {rng.choice(_WORDS)} {rng.choice(_THINGS)}." for _ in range(14)]
     code = f"{rng.choice(_WORDS)}-{rng.choice(_THINGS)}"
     lines.insert(rng.randrange(len(lines)), f"The code is {code}.")
     return _chat(" ".join(lines) + " What is the code?", code)
@@ -139,13 +141,13 @@ DATA: dict[str, Callable[[], tuple[Records, Records]]] = {
     "raw text": lambda: _made(raw_text, 400),
     "dates": lambda: _of_the_box("dates", 2_400),
     "orders": lambda: _of_the_box("orders", 800),
-    "long documents": lambda: _made(long_document, 150),
+    "long documents": lambda: _made(long_document, 100),
     "chinese": lambda: _made(chinese, 20_000),
 }
 
 
 def measure(
-    name: str, folder: Path, rates: tuple[float, ...] = RATES, steps: tuple[int, ...] = STEPS
+    name: str, folder: Path, rates: tuple[float, ...] = RATES, steps: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
     """Trains without flags and in the sweep; returns metrics and seconds of all runs."""
     train, held = DATA[name]()
@@ -156,7 +158,7 @@ def measure(
     found, chosen = _trained(plain, files["held"], DataConfig(), TrainConfig())
     result: dict[str, Any] = {"data": name, "records": len(train), "no flags": found, "sweep": []}
     for rate in rates:
-        for count in steps:
+        for count in steps or STEPS_OF.get(name, STEPS):
             config = replace(plain, out=str(folder / f"{rate}-{count}"))
             training = replace(chosen.training, learning_rate=rate, max_steps=count)
             tuned, _ = _trained(config, files["held"], chosen.dataset, training)

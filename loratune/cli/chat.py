@@ -67,4 +67,5 @@ def run(words: list[str]) -> None:
         stop_ids=opened.stop_ids,
         console=process.console(),
         sampling=sampling,
+        forms=opened.forms,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loratune.cli import process
 from loratune.cli.common import AdapterFolders, Folder, parse
@@ -44,6 +45,7 @@ def run(words: list[str]) -> None:
     given = parse(CombineArguments, words, "combine")
     with process.library_imports():
         from loratune.adapters.combine import combine
+        from loratune.data import prompting
 
     combined = combine(
         given.adapters,
@@ -57,4 +59,5 @@ def run(words: list[str]) -> None:
         model=given.model,
         overwrite=given.overwrite,
     )
+    prompting.write(Path(given.out), prompting.common(given.adapters))
     process.console().print(str(combined), markup=False, soft_wrap=True)

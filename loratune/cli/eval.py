@@ -53,8 +53,8 @@ class EvalArguments:
     """Cut documents that are longer than a row while the loss is measured, as in train."""
     format: DataFormat = "auto"
     """Record format, as in train."""
-    train_on: TrainOn = "assistant"
-    """Tokens that count in the loss, as in train."""
+    train_on: TrainOn | None = None
+    """Tokens that count in the loss; by default as in the adapter's run."""
 
     def __post_init__(self) -> None:
         require_data(self.data)
@@ -67,6 +67,7 @@ def run(words: list[str]) -> None:
     """Measures one adapter or base and shows the result."""
     given = parse(EvalArguments, words, "eval")
     with process.library_imports():
+        from loratune.data.prompting import difference, forms_of
         from loratune.data.records import read_records
         from loratune.infer.opened import open_folders
         from loratune.runs.evaluation import evaluate
@@ -80,7 +81,8 @@ def run(words: list[str]) -> None:
         device=given.device,
         trust_remote_code=given.trust_remote_code,
     )
-    settings = DataConfig(train_on=given.train_on, tokens_per_row=given.tokens_per_row, truncate=given.truncate)
+    train_on = given.train_on or (opened.run.dataset.train_on if opened.run else "assistant")
+    settings = DataConfig(train_on=train_on, tokens_per_row=given.tokens_per_row, truncate=given.truncate)
     result = evaluate(
         opened.model,
         opened.tokenizer,
@@ -92,7 +94,11 @@ def run(words: list[str]) -> None:
         max_new_tokens=given.max_new_tokens,
     )
     data = ", ".join(given.data)
+    differs = difference(next(iter(opened.forms.values()), ()), forms_of(records))
     if given.json:
-        print(json.dumps(as_json([result], data=data, answers=True), ensure_ascii=False))
+        note = {"note": differs} if differs else {}
+        print(json.dumps(as_json([result], data=data, answers=True) | note, ensure_ascii=False))
     else:
         draw([result], process.console(), data=data)
+        if differs:
+            process.console().print(f"note  {differs}", markup=False, soft_wrap=True)

@@ -58,6 +58,7 @@ def run(words: list[str]) -> None:
             overwrite=given.overwrite,
             keep_adapter=False,
             sources=[folder],
+            forms=opened.forms.get(name, ()),
             card=lambda checked: render_merged_card(
                 Path(given.out).name, opened.base, read_config(folder), opened.run, checked.difference.largest
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from loratune.cli import process
 from loratune.cli.common import AdapterFolder, Folder, parse
@@ -27,6 +28,8 @@ def run(words: list[str]) -> None:
     given = parse(ResizeArguments, words, "resize")
     with process.library_imports():
         from loratune.adapters.combine import resize
+        from loratune.data import prompting
 
     resized = resize(given.adapter, given.out, given.rank, overwrite=given.overwrite)
+    prompting.write(Path(given.out), prompting.read(given.adapter))
     process.console().print(str(resized), markup=False, soft_wrap=True)

@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.config import DataConfig
 from loratune.data.examples import Example
+from loratune.data.prompting import PromptForm
 from loratune.data.template import read_template
 from loratune.errors import OutputError
 
 HASHED_OTHERWISE = ("cache_dir", "num_proc", "tokens_per_row", "chat_template")
 """Settings left out of the hash: they do not change examples, or their content is hashed instead of their value."""
 
-Content = tuple[list[Example], list[Example], list[str]]
+Content = tuple[list[Example], list[Example], list[str], tuple[PromptForm, ...]]
 
 
 def key_of(
@@ -68,7 +69,7 @@ def key_of(
 
 
 def load(cache_dir: str, key: str) -> Content | None:
-    """Returns (train, held-out, notes) from the cache, or None if the file is missing or damaged."""
+    """Returns (train, held-out, notes, forms) from the cache, or None if the file is missing or damaged."""
     path = Path(cache_dir) / f"{key}.safetensors"
     if not path.is_file():
         return None
@@ -82,16 +83,23 @@ def load(cache_dir: str, key: str) -> Content | None:
         return None
     about = json.loads(arrays["about"].tobytes())
     examples = _unpacked(arrays, about["sources"])
-    return examples[: about["n_train"]], examples[about["n_train"] :], about["notes"]
+    return examples[: about["n_train"]], examples[about["n_train"] :], about["notes"], tuple(about["forms"])
 
 
-def store(cache_dir: str, key: str, train: Sequence[Example], held_out: Sequence[Example], notes: list[str]) -> None:
+def store(
+    cache_dir: str,
+    key: str,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    notes: list[str],
+    forms: Sequence[PromptForm],
+) -> None:
     """Writes examples into the cache, atomically.
 
     Raises: OutputError: the folder cannot be written.
     """
     examples = [*train, *held_out]
-    about = {"n_train": len(train), "notes": notes, "sources": [example.source for example in examples]}
+    about = {"n_train": len(train), "notes": notes, "forms": forms, "sources": [e.source for e in examples]}
     arrays = {
         "token_ids": np.concatenate([example.token_ids for example in examples]),
         "weights": np.concatenate([example.weights for example in examples]),

@@ -20,6 +20,7 @@ from loratune.data import cache
 from loratune.data.examples import Example
 from loratune.data.files import content_hash
 from loratune.data.pack import Row, best_fit, fullness, make_row
+from loratune.data.prompting import PromptForm, forms_of
 from loratune.data.record import Record
 from loratune.data.records import read
 from loratune.data.render import render
@@ -40,6 +41,8 @@ class Dataset:
     """Remarks for the user about reading and rendering, without repetitions."""
     file_hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 (hex) of each data file's bytes, for the model card."""
+    forms: tuple[PromptForm, ...] = ()
+    """Forms of the training records."""
 
 
 class EpochRows(Sequence[Row]):
@@ -106,7 +109,8 @@ def prepare(
     hashes = {path: content_hash(path) for path in [*paths, *config.eval_data]}
     key = cache.key_of(hashes, list(paths), tokenizer, config, limit, stop_ids, seed)
     if cache_dir is not None and (found := cache.load(cache_dir, key)) is not None:
-        return Dataset(*found, hashes)
+        train, held_out, notes, forms = found
+        return Dataset(train, held_out, notes, hashes, forms)
     reading = read(paths, config.format)
     notes = list(reading.notes)
     if config.eval_data:
@@ -118,9 +122,11 @@ def prepare(
     notes += _duplicates(train, held)
     rendered = render([*train, *held], tokenizer, config, max_tokens=limit, stop_ids=stop_ids)
     n_train = sum(rendered.examples_per_record[: len(train)])
-    dataset = Dataset(rendered.examples[:n_train], rendered.examples[n_train:], notes + rendered.notes, hashes)
+    dataset = Dataset(
+        rendered.examples[:n_train], rendered.examples[n_train:], notes + rendered.notes, hashes, forms_of(train)
+    )
     if cache_dir is not None:
-        cache.store(cache_dir, key, dataset.train, dataset.eval, dataset.notes)
+        cache.store(cache_dir, key, dataset.train, dataset.eval, dataset.notes, dataset.forms)
     return dataset
 
 

@@ -38,6 +38,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
+from loratune.data import prompting
+from loratune.data.prompting import PromptForm
 from loratune.errors import DataError, ModelError, OutputError
 from loratune.export.dtypes import FileDtypes, dtypes_of_files, record_dtype
 from loratune.lora.inject import activate, active, merge, unmerge
@@ -141,6 +143,7 @@ def merge_checkpoint(
     keep_adapter: bool = True,
     sources: Collection[Path] = (),
     card: Callable[[Verification], str] | None = None,
+    forms: Sequence[PromptForm] = (),
 ) -> Merged:
     """Writes base + adapter `name` as an ordinary checkpoint with its tokenizer, and verifies it.
 
@@ -151,6 +154,7 @@ def merge_checkpoint(
         keep_adapter: False merges irreversibly, which needs no second copy of the adapted layers while writing.
         sources: folders that must not be overwritten, such as the adapter's own; the base's folder is always one.
         card: makes README.md from the verification.
+        forms: of the adapter's training data, stored for `chat`.
 
     Memory: the model, and in addition first the weights in `dtype` if it differs, then the reloaded model.
     Raises:
@@ -180,6 +184,7 @@ def merge_checkpoint(
             raise ModelError(_refusal(folder, verification))
         if card is not None:
             (temporary / "README.md").write_text(card(verification), encoding="utf-8")
+        prompting.write(temporary, forms)
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     return Merged(folder, str(dtypes.main).removeprefix("torch."), file_bytes, verification, dequantised)
 

@@ -7,13 +7,15 @@ its base in `adapter_config.json`. Several folders share one base, which is load
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.load import load, load_tokenizer, resolve, stop_ids
 from loratune.config import Precision, RunConfig, from_dict, read_toml
+from loratune.data import prompting
+from loratune.data.prompting import PromptForm
 from loratune.errors import AdapterError, ModelError
 from loratune.lora.files import load_adapter, read_config, read_info
 from loratune.lora.inject import activate
@@ -37,6 +39,8 @@ class Opened:
     stop_ids: frozenset[int]
     run: RunConfig | None
     """Settings of the run that made the first adapter; None if another program made it."""
+    forms: Mapping[str | None, tuple[PromptForm, ...]] = field(default_factory=dict)
+    """Adapter name, or None for a base alone -> forms of its training data; empty if unknown."""
 
 
 def open_folders(
@@ -78,7 +82,9 @@ def open_folders(
     tokenizer = load_tokenizer(base, template, trust_remote_code=trust_remote_code)
     _load_all(loaded, names)
     activate(loaded, next(iter(names)))
-    return Opened(loaded, tokenizer, base, {n: Path(f) for n, f in names.items()}, stop_ids(loaded, tokenizer), run)
+    folders_of = {name: Path(folder) for name, folder in names.items()}
+    forms = {name: prompting.read(folder) for name, folder in names.items()}
+    return Opened(loaded, tokenizer, base, folders_of, stop_ids(loaded, tokenizer), run, forms)
 
 
 def _load_all(model: PreTrainedModel, names: Mapping[str, str]) -> None:
@@ -107,7 +113,7 @@ def read_run(folder: str | Path) -> RunConfig | None:
 def _open_base(name: str, precision: Precision, device: str | None, trust_remote_code: bool) -> Opened:
     loaded = load(name, precision, device, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    return Opened(loaded, tokenizer, name, {}, stop_ids(loaded, tokenizer), None)
+    return Opened(loaded, tokenizer, name, {}, stop_ids(loaded, tokenizer), None, {None: prompting.read(name)})
 
 
 def _is_adapter(folder: str) -> bool:

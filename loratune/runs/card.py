@@ -51,6 +51,8 @@ class CardFacts:
     trainable_parameters: int = 0
     file_bytes: int = 0
     """Size of the adapter's tensors."""
+    without_template: bool = False
+    """The training data had no chat template, so prompts must not have one."""
     eval_data: tuple[DataFacts, ...] = ()
     license: str | None = None
     """SPDX identifier. It depends on base and data, so only the user can give it."""
@@ -152,11 +154,11 @@ def _use(facts: CardFacts) -> str:
     if facts.merged_difference is not None:
         commands = f"loratune chat {name}\nvllm serve {name}"
         return f"An ordinary checkpoint; run these beside the folder:\n\n```sh\n{commands}\n```"
-    width = len(f"loratune merge {name} --out {name}-merged")
+    width, plain = len(f"loratune merge {name} --out {name}-merged"), facts.without_template
     return f"""Run these beside the folder.
 
 ```sh
-{f"loratune chat {name}":<{width}}    # talk to it
+{f"loratune chat {name}":<{width}}    # {"continues a line, as in training" if plain else "talk to it"}
 loratune merge {name} --out {name}-merged    # one checkpoint, verified
 ```
 

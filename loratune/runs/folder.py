@@ -4,6 +4,7 @@
     run.toml                                          every setting, to run it again
     metrics.jsonl, loss.png                           the curves
     rates.json                                        the trials of `--learning-rate auto`
+    prompting.json                                    the form of the training data, for chat and eval
     README.md                                         the model card; written last, so it marks a complete folder
     checkpoints/                                      the newest and the best, and hashes of the data
 
@@ -25,8 +26,10 @@ import torch
 
 from loratune import atomic
 from loratune.config import LoraConfig, RunConfig, to_toml
+from loratune.data import prompting
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
+from loratune.data.prompting import PromptForm
 from loratune.errors import OutputError
 from loratune.many.rate import RateChoice
 from loratune.runs import metrics, resume, trackers
@@ -37,7 +40,15 @@ from loratune.training.loop import Ended, Event, peak_memory_bytes
 from loratune.version import __version__
 
 RATES_FILE = "rates.json"
-_OURS = ("adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md")
+_OURS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "run.toml",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+    prompting.FILE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +63,17 @@ class RunResult:
     """Step of the adapter in the model and the folder: the best on held-out data, or the last."""
     tokens_per_second: float
     peak_memory_bytes: int
+    forms: tuple[PromptForm, ...] = ()
+    """Forms of the training data."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out files that the user named."""
 
 
 class Recorder:
     """Writes events to metrics.jsonl and the trackers, and collects the numbers of the summary."""
 
     def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
-        self._out = out
+        self._out, self._forms, self._eval_data = out, dataset.forms, tuple(config.dataset.eval_data)
         self.last_loss: float | None = None
         self.ended: Ended | None = None
         self._tokens, self._seconds = 0.0, 0.0
@@ -69,6 +84,7 @@ class Recorder:
                 clear(out)
                 resume.record_data(out, dataset)
             (out / "README.md").unlink(missing_ok=True)  # written last: it marks a complete folder
+            prompting.write(out, dataset.forms)
             atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
             self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
             self.last_loss = next(reversed(metrics.losses_of(self._file.path)), None)
@@ -106,6 +122,8 @@ class Recorder:
             kept_step=progress.step if progress.best_step is None else progress.best_step,
             tokens_per_second=self.tokens_per_second,
             peak_memory_bytes=peak_memory_bytes(device),
+            forms=self._forms,
+            eval_data=self._eval_data,
         )
 
     def _write(self, values: dict[str, Any], step: int) -> None:
@@ -163,6 +181,7 @@ def _card_facts(
     return CardFacts(
         name=result.out.name,
         base_model=config.model,
+        without_template=prompting.without_template(dataset.forms),
         precision=config.precision,
         lora=lora,
         trainable_parameters=parameters,

@@ -11,7 +11,7 @@ line is echoed before its answer and no escape code is written, so transcripts c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.load import max_document_tokens
+from loratune.data.prompting import PromptForm, in_words, without_template
 from loratune.data.record import Message
 from loratune.data.template import chat_text, encode, plain_prefix
 from loratune.errors import ConfigError, DataError, LoratuneError, nearest
@@ -61,8 +62,14 @@ class Chat:
         stop_ids: Collection[int],
         console: Console,
         sampling: Sampling = DEFAULTS,
+        forms: Mapping[str | None, Sequence[PromptForm]] | None = None,
     ) -> None:
-        """Starts with the first adapter active, or with the base if there is none."""
+        """Starts with the first adapter active, or with the base if there is none.
+
+        Args:
+            forms: adapter name, or None for the base -> forms of its training data (`data.prompting`).
+        """
+        self.forms = forms or {}
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
         self.console, self.sampling = console, sampling
         self.names = adapters(model)
@@ -93,6 +100,8 @@ class Chat:
         )
         if not self.tokenizer.chat_template:
             self._note("This model has no chat template: it continues each line, without the earlier ones.")
+        elif self._plain:
+            self._note(self._how_trained())
 
     def _command(self, text: str) -> bool:
         word, _, rest = text.partition(" ")
@@ -122,7 +131,7 @@ class Chat:
         """Adds a question and its answer to the conversation, also an answer that Ctrl-C cut."""
         self._last_question = question
         answer = self._answer([*self.turns, {"role": "user", "content": question}])
-        if answer and self.tokenizer.chat_template:
+        if answer and not self._plain:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def _compare(self, question: str) -> None:
@@ -164,7 +173,7 @@ class Chat:
         return "".join(pieces)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        if not self.tokenizer.chat_template:
+        if self._plain:
             text = str(messages[-1]["content"])
             return plain_prefix(self.tokenizer) + encode(self.tokenizer, [text])[text]
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
@@ -177,6 +186,15 @@ class Chat:
             )
         return prompt
 
+    @property
+    def _plain(self) -> bool:
+        """True if the model sees a line without the chat template and the earlier turns, as in training."""
+        return not self.tokenizer.chat_template or without_template(self.forms.get(self.active, ()))
+
+    def _how_trained(self) -> str:
+        trained = in_words(self.forms.get(self.active, ()))
+        return f"{self.active or 'This model'} was trained on {trained}: it continues each line as it stands."
+
     def _choose(self, name: str) -> None:
         if not name:
             for known in (*self.names, None):
@@ -188,6 +206,8 @@ class Chat:
             raise ConfigError(f'no adapter "{name}"; there are {have}.{nearest(name, (*self.names, BASE))}')
         self._switch(None if name == BASE else name)
         self._note(f"{name} answers now" if name != BASE else "the base answers now, without an adapter")
+        if self.tokenizer.chat_template and self._plain:
+            self._note(self._how_trained())
 
     def _switch(self, name: str | None) -> None:
         if self.names:
@@ -234,14 +254,16 @@ def chat(
     stop_ids: Collection[int],
     console: Console,
     sampling: Sampling = DEFAULTS,
+    forms: Mapping[str | None, Sequence[PromptForm]] | None = None,
 ) -> None:
     """Runs a conversation on standard input until it ends.
 
     Args:
         model: the base with all adapters attached under the names that the user will type.
         base: name of the base model in the first line.
+        forms: see `Chat`.
     """
-    talk = Chat(model, tokenizer, stop_ids=stop_ids, console=console, sampling=sampling)
+    talk = Chat(model, tokenizer, stop_ids=stop_ids, console=console, sampling=sampling, forms=forms)
     talk.welcome(base)
     for line in _typed_lines(talk) if sys.stdin.isatty() else _piped_lines(console):
         if not talk.say(line):

@@ -7,6 +7,7 @@ evaluations scroll by above it. In a log file, a plain line is printed every ten
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterable
 
@@ -95,10 +96,16 @@ def summary(result: RunResult, console: Console) -> None:
     if result.out is not None:
         console.print("Next:", style="bold")
         if result.reason == "interrupted":
-            console.print(f"  loratune train --resume --out {result.out}", style="cyan", highlight=False)
-        for verb in ("chat", "eval", "merge"):
-            rest = {"chat": "", "eval": " HELD_OUT.jsonl", "merge": f" --out {result.out}-merged"}[verb]
-            console.print(f"  loratune {verb} {result.out}{rest}", style="cyan", highlight=False)
+            _next(console, "train", "--resume", "--out", str(result.out))
+        raw = ["--no-generate"] if "text" in result.forms else []  # raw text has no question to answer
+        _next(console, "chat", str(result.out))
+        _next(console, "eval", str(result.out), *(result.eval_data or ["HELD_OUT.jsonl"]), *raw)
+        _next(console, "merge", str(result.out), "--out", f"{result.out}-merged")
+
+
+def _next(console: Console, *words: str) -> None:
+    """Prints a command that a shell reads as these words."""
+    console.print(Text(f"  loratune {shlex.join(words)}", "cyan"), soft_wrap=True)
 
 
 def _memory(fit: FittedPlan) -> str:

@@ -160,7 +160,7 @@ def _row(lengths: Sequence[int], held_out: Sequence[int], tokens: float, batch: 
         why = "the shortest row; documents are very short"
     candidates = range(row, max(2 * row, _LONGEST_ROW) + 1, max(_ROW_STEP, _rounded(row / 8)))
     fuller = next((size for size in candidates if _packed(lengths, size)[1] >= _FULL), row)
-    return fuller, why if fuller == row else f"{why}, and such rows are well filled"
+    return fuller, why if fuller == row else f"{why}, rounded up to fill the rows"
 
 
 def _rounded(tokens: float) -> int:

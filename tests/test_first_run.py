@@ -57,7 +57,7 @@ def test_preview_shows_the_choices_of_the_run(folder: Path, capsys: pytest.Captu
     assert main(["preview", "loratune/pocket", *words]) == 0
     shown = capsys.readouterr().out
     for line in (
-        "tokens_per_row = 256:",
+        "tokens_per_row = 320:",
         "gradient_accumulation_steps = 1:",
         "epochs = 10:",
         "learning_rate = 0.0018:",

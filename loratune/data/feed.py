@@ -109,8 +109,8 @@ def prepare(
     hashes = {path: content_hash(path) for path in [*paths, *config.eval_data]}
     key = cache.key_of(hashes, list(paths), tokenizer, config, limit, stop_ids, seed)
     if cache_dir is not None and (found := cache.load(cache_dir, key)) is not None:
-        train, held_out, notes, forms = found
-        return Dataset(train, held_out, notes, hashes, forms)
+        examples, held_examples, remarks, forms = found
+        return Dataset(examples, held_examples, remarks, hashes, forms)
     reading = read(paths, config.format)
     notes = list(reading.notes)
     if config.eval_data:

@@ -83,7 +83,7 @@ def open_folders(
     _load_all(loaded, names)
     activate(loaded, next(iter(names)))
     folders_of = {name: Path(folder) for name, folder in names.items()}
-    forms = {name: prompting.read(folder) for name, folder in names.items()}
+    forms: dict[str | None, tuple[PromptForm, ...]] = {n: prompting.read(folder) for n, folder in names.items()}
     return Opened(loaded, tokenizer, base, folders_of, stop_ids(loaded, tokenizer), run, forms)
 
 

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -125,6 +126,8 @@ class DataConfig:
     """Share of the training records to hold out if eval_data is empty; 0 holds out nothing."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer with no template or a wrong one."""
+    template_date: str | None = None
+    """Date that chat templates print, such as 2026-11-28; by default the day on which the run begins."""
     num_proc: int | None = None
     """Processes that render and tokenise; by default one per core for large data, otherwise one."""
     cache_dir: str | None = None
@@ -134,6 +137,8 @@ class DataConfig:
         tokens = self.tokens_per_row
         _require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
         _require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
+        if self.template_date is not None:
+            _require(_is_date(self.template_date), f'template_date is "{self.template_date}"; write YYYY-MM-DD')
         _require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
 
     @property
@@ -324,7 +329,7 @@ def read_toml(path: str) -> dict[str, Any]:
     Raises: ConfigError: it cannot be read or parsed; the message has the line.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -346,6 +351,14 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
         for k, v in values.items()
         if v is not None
     }
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _required(setting: Field[Any]) -> bool:

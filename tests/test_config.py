@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,9 @@ def test_broken_toml_names_file_and_line(tmp_path):
 
 def test_an_int_will_do_for_a_float():
     assert from_dict(TrainConfig, {"weight_decay": 0}, "x").weight_decay == 0
+
+
+def test_a_byte_order_mark_before_toml_is_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(b'\xef\xbb\xbfmodel = "m"\n')
+    assert read_toml(str(file)) == {"model": "m"}

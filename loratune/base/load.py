@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -28,7 +27,8 @@ from loratune.base import model_config
 from loratune.base.model_config import LIBRARY_FAULTS, in_one_line
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
-from loratune.errors import ModelError, nearest
+from loratune.data.template import chat_text, read_template
+from loratune.errors import DataError, ModelError, nearest
 from loratune.ops.attention import documents as attention
 from loratune.precision.contract import weight_format
 from loratune.precision.loading import form_of_files, load_quantised
@@ -189,7 +189,8 @@ def load_tokenizer(
         chat_template: file with a Jinja chat template that replaces the tokenizer's own.
         trust_remote_code: run Python code that belongs to the tokenizer, as in `load`.
 
-    Raises: ModelError: the folder has no tokenizer, it needs code of its own, or the template file cannot be read.
+    Raises: ModelError: the folder has no tokenizer, or it needs code of its own. ConfigError: the template file is
+        unreadable.
     """
     source = resolve(model)
     if Path(source).is_dir():
@@ -206,7 +207,7 @@ def load_tokenizer(
             )
     tokenizer = _tokenizer(model, source, trust_remote_code)
     if chat_template is not None:
-        tokenizer.chat_template = _template_of(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template:
         _render_turns(tokenizer, chat_template or f"{model}: its chat template")
     result: PreTrainedTokenizerBase = tokenizer
@@ -240,6 +241,18 @@ def max_document_tokens(config: Any) -> int | None:
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit and limit > 0 else None
+
+
+def vocabulary(model: PreTrainedModel) -> int | None:
+    """The number of tokens that the model can read: rows of its input embedding. None if it has no such table."""
+    table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return int(table) if isinstance(table, int) else None
+
+
+def configured_vocabulary(config: Any) -> int | None:
+    """The number of tokens in a model's configuration, before it is loaded; None if it has none."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def default_device() -> torch.device:
@@ -276,18 +289,6 @@ def _check_causal(model: str, config: Any, trust_remote_code: bool) -> None:
         raise ModelError(f"{model}: {kind} is not a causal language model, which train and chat need")
 
 
-def _template_of(file: str) -> str:
-    try:
-        template = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"{file}: the chat template cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{file}: the chat template is not UTF-8 text: {error}") from error
-    if not template.strip():
-        raise ModelError(f"{file}: the chat template is empty")
-    return template
-
-
 def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """A question and the answer `_MARKER` through the chat template; "" if it refuses this conversation.
 
@@ -295,10 +296,10 @@ def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARKER}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"{where}:{error.lineno}: not valid Jinja: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # it may still accept the data's conversations
+        text = chat_text(tokenizer, turns, None, source=where, answer_next=False)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    except DataError:  # it may still accept the data's conversations
         return ""
     return text if _MARKER in text else ""
 

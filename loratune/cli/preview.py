@@ -64,6 +64,7 @@ def run(words: list[str]) -> None:
         given.dataset,
         stop_ids=stop_ids,
         max_tokens=base.max_document_tokens(model_config),
+        vocabulary=base.configured_vocabulary(model_config),
         seed=given.seed,
         cache_dir=process.cache_dir(given.dataset.cache_dir),
     )

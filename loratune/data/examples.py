@@ -16,9 +16,12 @@ trims or an answer repeats the question. All three fail silently.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +30,8 @@ from transformers import PreTrainedTokenizerBase
 from loratune.config import TrainOn
 from loratune.data.record import Message, Record
 from loratune.data.template import (
-    chat_text,
+    ChatTemplate,
+    checked_text,
     decode,
     encode,
     end_token,
@@ -36,6 +40,12 @@ from loratune.data.template import (
     special_tokens,
 )
 from loratune.errors import DataError
+
+MAX_ANSWERS = 512
+"""Trained answers of one conversation. The work grows with their square."""
+_ANCHORS = ("", "\n", "a", ".", ":", "0")
+_NOT_TRAINED = frozenset(("role", "content", "weight", "tool_calls", "tool_call_id", "id"))
+"""Fields of messages that are checked elsewhere, or only link messages."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +76,8 @@ class RenderJob:
     """Special tokens that the tokenizer puts before plain text, such as BOS."""
     max_tokens: int | None
     truncate: bool
+    date: datetime
+    """The time that chat templates print."""
 
 
 @dataclass(slots=True)
@@ -99,13 +111,17 @@ class Turn:
     """Place for errors: "file:line: message n"."""
 
 
-def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:
-    """Renders some records. Tokenises all texts in one call, and collects errors instead of raising them."""
+def render_batch(records: Sequence[Record], job: RenderJob, chat: ChatTemplate) -> Batch:
+    """Renders some records. Tokenises all texts in one call, and collects errors instead of raising them.
+
+    Args:
+        chat: the compiled template of the job.
+    """
     batch = Batch()
     plans: list[tuple[Record, list[Turn]]] = []
     for record in records:
         try:
-            plans.append((record, _turns(record, job, batch.counts)))
+            plans.append((record, _turns(record, job, chat, batch.counts)))
         except DataError as fault:
             batch.faults.append(fault)
     ids = encode(job.tokenizer, (text for _, turns in plans for turn in turns for text in (turn.prompt, turn.full)))
@@ -120,16 +136,16 @@ def render_batch(records: Sequence[Record], job: RenderJob) -> Batch:
     return batch
 
 
-def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[int]:
+def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None = None) -> list[int]:
     """The tokens of the prompt from which the model generates the record's last answer.
 
     Args:
-        chat_template: Jinja text used in place of the tokenizer's own.
+        chat: the template and its date; by default the tokenizer's own template, today.
     Raises:
         DataError: the record is raw text, which has no prompt, or the template rejects the conversation.
         ModelError: the record is a conversation, and there is no chat template.
     """
-    turn = _last_turn(record, tokenizer, chat_template)
+    turn = _last_turn(record, tokenizer, chat)
     ids = encode(tokenizer, [turn.prompt])[turn.prompt]
     if record.messages is not None:
         return ids
@@ -141,16 +157,15 @@ def reference(
     record: Record,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: frozenset[int],
-    chat_template: str | None = None,
+    chat: ChatTemplate | None = None,
 ) -> str:
     """The record's last answer as the model should generate it: rendered text without special tokens.
 
     Raises: as `prompt_ids`; also DataError if the answer has no stop token.
     """
+    turn = _last_turn(record, tokenizer, chat)
     if record.messages is None:
-        _last_turn(record, tokenizer, chat_template)  # raises DataError for raw text
         return record.completion or ""
-    turn = _last_turn(record, tokenizer, chat_template)
     _, answer = _split(turn, encode(tokenizer, [turn.prompt, turn.full]), tokenizer)
     stop = _stop_index(turn, answer, tokenizer, stop_ids, special_tokens(tokenizer))
     return decode(tokenizer, answer[:stop], specials=False)
@@ -159,24 +174,19 @@ def reference(
 # records to text
 
 
-def _turns(record: Record, job: RenderJob, counts: Counter[str]) -> list[Turn]:
+def _turns(record: Record, job: RenderJob, chat: ChatTemplate, counts: Counter[str]) -> list[Turn]:
     """The trained parts of a record, as text."""
     if record.text is not None:
-        return [Turn("", record.text, record.source)]
+        return [Turn("", checked_text(record.text, record.source), record.source)]
     if record.messages is None:
         return [_pair_turn(record)]
-    messages = record.messages
+    messages, shown = record.messages, chat.shown(record.messages)
     if job.train_on == "all":
-        text = chat_text(
-            job.tokenizer,
-            messages,
-            record.tools,
-            source=record.source,
-            chat_template=job.chat_template,
-            answer_next=False,
-        )
+        text = chat.render(shown, record.tools, source=record.source, answer_next=False)
         counts["weight ignored"] += any("weight" in message for message in messages)
-        return [Turn("", text, record.source)]
+        turn = Turn("", text, record.source)
+        _count_left_out(record, messages, turn, chat, counts)
+        return [turn]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if messages[-1]["role"] != "assistant":
         counts["trailing messages"] += 1
@@ -184,18 +194,22 @@ def _turns(record: Record, job: RenderJob, counts: Counter[str]) -> list[Turn]:
     trained = [index for index in chosen if messages[index].get("weight", 1)]
     if not trained:
         raise DataError(f'{record.source}: the last answer has "weight": 0, so train_on "last" trains nothing')
-    turns = [_chat_turn(record, index, job.tokenizer, job.chat_template) for index in trained]
-    _count_left_out(messages[: trained[-1] + 1], turns[-1], counts)
+    if len(trained) > MAX_ANSWERS:
+        raise DataError(
+            f"{record.source}: has {len(trained):,} answers, and each is rendered with all messages before it; the "
+            f"limit is {MAX_ANSWERS}: divide the conversation, or train only the last answer with --train-on last"
+        )
+    turns = [_chat_turn(record, shown, index, chat) for index in trained]
+    _count_left_out(record, messages[: trained[-1] + 1], turns[-1], chat, counts)
+    for index, turn in zip(trained, turns, strict=True):
+        _count_unshown_fields(record, messages[index], turn, chat, counts)
     return turns
 
 
-def _chat_turn(record: Record, index: int, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Turn:
-    assert record.messages is not None
+def _chat_turn(record: Record, shown: list[Message], index: int, chat: ChatTemplate) -> Turn:
     place = f"{record.source}: message {index + 1}"
-    prompt, full = (
-        chat_text(tokenizer, part, record.tools, source=place, chat_template=chat_template, answer_next=answer_next)
-        for part, answer_next in ((record.messages[:index], True), (record.messages[: index + 1], False))
-    )
+    prompt = chat.render(shown[:index], record.tools, source=place, answer_next=True)
+    full = chat.render(shown[: index + 1], record.tools, source=place, answer_next=False)
     if not full.startswith(prompt):
         raise DataError(
             f"{place}: the chat template shows the model {prompt[-40:]!r} before it answers, but renders the given "
@@ -207,11 +221,40 @@ def _chat_turn(record: Record, index: int, tokenizer: PreTrainedTokenizerBase, c
     return turn
 
 
-def _count_left_out(messages: Sequence[Message], turn: Turn, counts: Counter[str]) -> None:
+def _count_left_out(
+    record: Record, messages: Sequence[Message], turn: Turn, chat: ChatTemplate, counts: Counter[str]
+) -> None:
     """Counts messages whose text the template does not show. Dropped reasoning does not count, see above."""
     for message in messages:
-        if message["content"].split("</think>")[-1].strip() not in turn.full:
+        if message.get("content", "").split("</think>")[-1].strip() not in turn.full:
             counts[f"left out {message['role']}"] += 1
+        if message["role"] != "assistant" or record.messages is None or not turn.prompt:
+            _count_unshown_fields(record, message, turn, chat, counts)
+
+
+def _count_unshown_fields(
+    record: Record, message: Message, turn: Turn, chat: ChatTemplate, counts: Counter[str]
+) -> None:
+    """Counts fields of a message, besides those of every message, that the template does not print."""
+    for name, value in message.items():
+        if name == "tool_calls" and any(_is_printed_twice(call, turn.full) for call in value):
+            counts["arguments twice"] += 1
+        if name in _NOT_TRAINED or (not isinstance(value, str) and name in chat.source_of(record.tools)):
+            continue
+        if not _is_shown(value, turn.full):
+            counts[f"unshown {name}"] += 1
+
+
+def _is_shown(value: Any, text: str) -> bool:
+    """Whether the text holds a value, or the value as JSON."""
+    written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return written.strip() in text or json.dumps(written.strip(), ensure_ascii=False)[1:-1] in text
+
+
+def _is_printed_twice(call: dict[str, Any], text: str) -> bool:
+    """Whether the template prints arguments that are JSON in a string as a JSON string."""
+    arguments = call.get("function", call).get("arguments")
+    return isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text
 
 
 def _check_tools_shown(record: Record, index: int, turn: Turn) -> None:
@@ -234,17 +277,19 @@ def _common(a: str, b: str) -> int:
 def _pair_turn(record: Record) -> Turn:
     assert record.prompt is not None
     assert record.completion is not None
-    return Turn(record.prompt, record.prompt + record.completion, record.source)
+    return Turn(record.prompt, checked_text(record.prompt + record.completion, record.source), record.source)
 
 
-def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Turn:
+def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None) -> Turn:
     if record.text is not None:
         raise DataError(f"{record.source}: raw text has no question, so there is no answer to compare")
     if record.messages is None:
         return _pair_turn(record)
-    require_template(tokenizer, chat_template)
+    if chat is None:
+        require_template(tokenizer, None)
+        chat = ChatTemplate(tokenizer)
     last = max(index for index, message in enumerate(record.messages) if message["role"] == "assistant")
-    return _chat_turn(record, last, tokenizer, chat_template)
+    return _chat_turn(record, chat.shown(record.messages), last, chat)
 
 
 # text to examples
@@ -296,8 +341,18 @@ def _split(turn: Turn, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizer
     prompt, full = ids[turn.prompt], ids[turn.full]
     if full[: len(prompt)] == prompt:
         return prompt, full[len(prompt) :]
-    answer = turn.full[len(turn.prompt) :]  # one token would span both parts, which inference cannot produce
-    return prompt, encode(tokenizer, [answer])[answer]
+    # One token would span both parts, which inference cannot produce. So the answer is tokenised apart, and some
+    # tokenizers put a space before a text: then behind an anchor, whose tokens are removed.
+    answer, whole = turn.full[len(turn.prompt) :], decode(tokenizer, full)
+    for anchor in _ANCHORS:
+        found = encode(tokenizer, [anchor, anchor + answer])
+        head, both = found[anchor], found[anchor + answer]
+        if both[: len(head)] == head and decode(tokenizer, prompt + both[len(head) :]) == whole:
+            return prompt, both[len(head) :]
+    raise DataError(
+        f"{turn.place}: no tokens continue the prompt's end {turn.prompt[-20:]!r} with {answer[:20]!r}, because this "
+        "tokenizer joins both; begin the completion with a space instead of ending the prompt with one"
+    )
 
 
 def _stop_index(

@@ -23,8 +23,9 @@ from loratune.data.pack import Row, best_fit, fullness, make_row
 from loratune.data.prompting import PromptForm, forms_of
 from loratune.data.record import Record
 from loratune.data.records import read
-from loratune.data.render import render
-from loratune.errors import ConfigError, DataError
+from loratune.data.render import render, with_date
+from loratune.data.template import prints_date, read_template
+from loratune.errors import ConfigError, DataError, ModelError
 
 CUT_TO = 2048
 """Tokens to which `truncate` cuts documents if no row size is set."""
@@ -91,6 +92,7 @@ def prepare(
     *,
     stop_ids: frozenset[int],
     max_tokens: int | None = None,
+    vocabulary: int | None = None,
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
@@ -100,16 +102,20 @@ def prepare(
         paths: training files or hub data set ids.
         stop_ids: tokens at which generation stops.
         max_tokens: the model's context length, None for no limit. An example must fit into it and into a row.
+        vocabulary: rows of the model's embedding, None if unknown. Every token must have one.
         seed: selects the held-out records.
         cache_dir: folder for rendered data; None: no cache. The caller resolves `config.cache_dir`.
     Raises: DataError, ModelError, ConfigError: see `read_records` and `render`.
     """
     _check(config)
+    template = read_template(config.chat_template) if config.chat_template else None
+    config = with_date(config, tokenizer)
     limit = longest_allowed(config, max_tokens)
     hashes = {path: content_hash(path) for path in [*paths, *config.eval_data]}
     key = cache.key_of(hashes, list(paths), tokenizer, config, limit, stop_ids, seed)
     if cache_dir is not None and (found := cache.load(cache_dir, key)) is not None:
         examples, held_examples, remarks, forms = found
+        check_ids(tokenizer, vocabulary, [*examples, *held_examples])
         return Dataset(examples, held_examples, remarks, hashes, forms)
     reading = read(paths, config.format)
     notes = list(reading.notes)
@@ -120,7 +126,10 @@ def prepare(
     else:
         train, held = split(reading.records, config.eval_fraction, seed)
     notes += _duplicates(train, held)
+    if config.template_date is not None and not prints_date(tokenizer, template):
+        notes.append("The chat template prints no date, so template_date has no effect.")
     rendered = render([*train, *held], tokenizer, config, max_tokens=limit, stop_ids=stop_ids)
+    check_ids(tokenizer, vocabulary, rendered.examples)
     n_train = sum(rendered.examples_per_record[: len(train)])
     dataset = Dataset(
         rendered.examples[:n_train], rendered.examples[n_train:], notes + rendered.notes, hashes, forms_of(train)
@@ -154,6 +163,20 @@ def longest_allowed(config: DataConfig, context: int | None) -> int | None:
     if row is None and config.truncate:
         row = CUT_TO
     return min((limit for limit in (row, context or None) if limit is not None), default=None)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, examples: Sequence[Example]) -> None:
+    """Raises ModelError if an example holds a token that the model's embedding of `vocabulary` rows lacks."""
+    if vocabulary is None:
+        return
+    for example in examples:
+        if (largest := int(example.token_ids.max(initial=0))) >= vocabulary:
+            name = tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(
+                f'{example.source}: the token "{name}" has id {largest}, but the vocabulary of the model has '
+                f"{vocabulary} tokens; use the model's own tokenizer and chat template, or enlarge the model with "
+                "resize_token_embeddings and save it"
+            )
 
 
 def _check(config: DataConfig) -> None:

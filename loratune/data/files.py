@@ -17,7 +17,6 @@ A document that contains blank lines must be stored as JSONL, in a field "text".
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import itertools
@@ -27,12 +26,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loratune.data.record import RawRecord, without_nulls
+from loratune.data import json_files, strict_json
+from loratune.data.record import RawRecord, printable, quoted, without_nulls
 from loratune.errors import DataError, nearest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name, or owner/name:split
 JSON_COLUMNS = ("messages", "conversations", "tools", "history")  # CSV cells that hold JSON
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_LINE_ENDS = ("\r\n", "\n", "\r")
 
 
 Found = Iterator[RawRecord | DataError]
@@ -81,6 +83,8 @@ def is_hub_id(path: str) -> bool:
 def _reader(path: str) -> Callable[[str], Found]:
     """The reader for the file's extension. Raises DataError unless `path` is a file with content."""
     place = Path(path)
+    if not _is_utf8(path):
+        raise DataError(f"{printable(path)}: the name of this file is not UTF-8; rename the file")
     if place.is_dir():
         inside = sorted(child.name for child in place.iterdir() if child.suffix.lower() in READERS)
         fix = f"name a file in it: {_listed(inside)}" if inside else "and it holds no data files"
@@ -101,12 +105,22 @@ def _near_files(place: Path) -> str:
     if not place.parent.is_dir():
         return f' The folder "{place.parent}" does not exist either.'
     names = sorted(child.name for child in place.parent.iterdir() if child.suffix.lower() in READERS)
+    names = [name for name in names if _is_utf8(name)]
     return nearest(place.name, names) or (f" Data files there: {_listed(names)}." if names else "")
 
 
 def _listed(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(printable(name) for name in names[:limit]) + more
+
+
+def _is_utf8(name: str) -> bool:
+    """False for names with bytes that Python represents as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _not_empty(path: str, found: Found) -> Found:
@@ -129,6 +143,9 @@ def _text(path: str) -> str:
         data = file.read()
     if data.startswith(UTF16_MARKS):
         raise DataError(f"{path}:1: this is UTF-16 text; save the file as UTF-8")
+    if (zero := data.find(0)) >= 0:  # no text has zero bytes, and UTF-16 has one per Latin letter, blank or line end
+        line = data.count(b"\n", 0, zero) + 1
+        raise DataError(f"{path}:{line}: holds zero bytes, as UTF-16 and UTF-32 text do; save the file as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,189 +155,66 @@ def _text(path: str) -> str:
         ) from error
 
 
-# JSON
-
-
-class _Strict(json.JSONDecoder):
-    """A decoder for RFC 8259: no NaN, no Infinity, no duplicate keys. `json` accepts all, and keeps the last key."""
-
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-class _NotStrict(ValueError):
-    """Text that `json` accepts although the standard does not."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _NotStrict(f'the key "{twice}" appears twice in one object; keep one of them')
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise _NotStrict(f"{name} is not a JSON value; write null or leave the field out")
-
-
 def _read_jsonl(path: str) -> Found:
-    decoder = _Strict()
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            yield _object(source, decoder.decode(line), line)
-        except json.JSONDecodeError as error:
-            yield _broken(source, error.msg, error.colno, line)
-        except _NotStrict as error:
-            yield DataError(f"{source}: {error}")
-
-
-def _object(source: str, value: Any, written: str) -> RawRecord | DataError:
-    if isinstance(value, dict):
-        return _half_character(source, value, written) or RawRecord(source, value)
-    kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
-    kind = kinds.get(type(value), "a number")
-    return DataError(f'{source}: this is {kind}; a record must be an object such as {{"text": "..."}}')
-
-
-def _half_character(source: str, value: Any, written: str) -> DataError | None:
-    """An error if a string holds half of a surrogate pair. JSON can escape one, but no tokenizer accepts it."""
-    if "\\ud" not in written.lower():
-        return None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return DataError(f"{source}: \\u{ord(half):04x} is half of a surrogate pair, not a character; fix the text")
-    return None
-
-
-def _broken(source: str, message: str, column: int, line: str) -> DataError:
-    hint = ""
-    if line.lstrip().startswith("["):
-        hint = "; a JSON array over several lines belongs into a file named .json"
-    elif "'" in line[max(0, column - 2) : column + 1]:
-        hint = "; JSON strings stand in double quotes"
-    elif message == "Extra data":
-        hint = "; JSONL holds one object per line"
-    return DataError(f"{source}: broken JSON at column {column}: {message}{hint}")
+    return json_files.read_lines(path, _text(path))
 
 
 def _read_json(path: str) -> Found:
-    """Reads a list of objects, or {"data": [...]}, element by element, so that each has its line number."""
-    text = _text(path)
-    try:
-        start = _list_start(path, text)
-        if start < 0:  # several objects, one per line: JSONL under the name .json
-            yield from _read_jsonl(path)
-        else:
-            yield from _elements(path, text, start)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
-    except _NotStrict as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _list_start(path: str, text: str) -> int:
-    """Offset of the "[" that opens the list of records; -1 if the file holds JSONL."""
-    start = _skip(text, 0)
-    if text.startswith("[", start):
-        return start
-    if not text.startswith("{", start):
-        raise DataError(f'{path}:1: a JSON data file is a list of objects, or {{"data": [...]}}')
-    decoder, keys, at = _Strict(), [], _skip(text, start + 1)
-    while not text.startswith("}", at):
-        key, at = decoder.raw_decode(text, at)
-        keys.append(str(key))
-        at = _skip(text, at)
-        if not text.startswith(":", at):
-            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        at = _skip(text, at + 1)
-        if key == "data" and text.startswith("[", at):
-            return at
-        _, at = decoder.raw_decode(text, at)
-        at = _skip(text, at)
-        if text.startswith(",", at):
-            at = _skip(text, at + 1)
-        elif not text.startswith("}", at):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    if _skip(text, at + 1) < len(text) or "\n" not in text.strip():
-        return -1
-    raise DataError(
-        f'{path}:1: one object with the fields {_quoted(keys)}, but no list "data"; a JSON data file is a list of '
-        'objects, or {"data": [...]}'
-    )
-
-
-def _elements(path: str, text: str, start: int) -> Found:
-    decoder = _Strict()
-    at, line, counted = _skip(text, start + 1), 1, 0
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except _NotStrict as error:
-            raise DataError(f"{path}:{line}: {error}") from error
-        yield _object(f"{path}:{line}", value, text[at:end])
-        at = end
-        at = _skip(text, at)
-        if text.startswith(",", at):
-            at = _skip(text, at + 1)
-        elif not text.startswith("]", at):
-            raise json.JSONDecodeError("Expecting ',' delimiter or ']'", text, at)
-    whole_is_list = _skip(text, 0) == start
-    if whole_is_list and _skip(text, at + 1) < len(text):
-        raise json.JSONDecodeError("Extra data after the list", text, _skip(text, at + 1))
-    if not whole_is_list and not text.rstrip().endswith("}"):
-        raise json.JSONDecodeError("Expecting '}'", text, len(text))
-
-
-def _skip(text: str, at: int) -> int:
-    match = re.compile(r"[ \t\r\n]*").match(text, at)
-    assert match is not None  # the pattern matches the empty string
-    return match.end()
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    return json_files.read_document(path, _text(path))
 
 
 # CSV, text, Parquet
 
 
 def _read_csv(path: str) -> Found:
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    line = 1
-    try:
-        for row in rows:
-            source, line = f"{path}:{line}", rows.line_num + 1
-            if not any(cell.strip() for cell in row):
-                continue
-            if header is None:
-                header = _header(source, row)
-            elif len(row) != len(header):
-                yield DataError(
-                    f"{source}: {len(row)} cells, but the header names {len(header)} columns; "
-                    "put quotes around cells that contain the delimiter"
-                )
-            else:
-                yield _csv_record(source, dict(zip(header, row, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}:{line}: broken CSV: {error}; long texts are safer in JSONL or Parquet") from error
+    for line, row in _csv_rows(path, "\t" if path.lower().endswith(".tsv") else ","):
+        source = f"{path}:{line}"
+        if not any(cell.strip() for cell in row):
+            continue
+        if header is None:
+            header = _header(source, row)
+        elif len(row) != len(header):
+            yield DataError(
+                f"{source}: {len(row)} cells, but the header names {len(header)} columns; "
+                "put quotes around cells that contain the delimiter"
+            )
+        else:
+            yield _csv_record(source, dict(zip(header, row, strict=True)))
+
+
+def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row with the row's first line. (The csv module limits cells, for the whole process.)"""
+    text = _text(path)
+    cell = re.compile(
+        rf'(?:"(?P<quoted>[^"]*(?:""[^"]*)*)"|(?P<plain>(?:[^"{delimiter}\r\n][^{delimiter}\r\n]*)?))'
+        rf"(?P<end>{delimiter}|\r\n|\n|\r|\Z)"
+    )
+    at, line, row, first = 0, 1, list[str](), 1
+    while at < len(text) or row:
+        match = cell.match(text, at)
+        if match is None:
+            fault = (
+                "a quote is not closed, or text follows a closing quote" if text[at] == '"' else "the cell has no end"
+            )
+            raise DataError(f"{path}:{line}: broken CSV: {fault}; long texts are safer in JSONL or Parquet")
+        quoted_text = match["quoted"]
+        row.append(match["plain"] if quoted_text is None else quoted_text.replace('""', '"'))
+        at = match.end()
+        line += len(_LINE_END.findall(match[0])) if quoted_text is not None else match["end"] in _LINE_ENDS
+        if match["end"] != delimiter:
+            yield first, row
+            row, first = [], line
 
 
 def _header(source: str, row: list[str]) -> list[str]:
     names = [name.strip() for name in row]
+    seen: set[str] = set()
     for name in names:
-        if not name or names.count(name) > 1:
-            fault = "a column without a name" if not name else f'the column "{name}" twice'
+        if not name or name in seen:
+            fault = "a column without a name" if not name else f"the column {quoted([name])} twice"
             raise DataError(f"{source}: the header has {fault}; the first row of a CSV file names the columns")
+        seen.add(name)
     return names
 
 
@@ -328,8 +222,8 @@ def _csv_record(source: str, fields: dict[str, Any]) -> RawRecord | DataError:
     for name in JSON_COLUMNS:
         if fields.get(name, "").strip():
             try:
-                fields[name] = _Strict().decode(fields[name])
-            except ValueError as error:
+                fields[name] = strict_json.decode(fields[name])
+            except strict_json.NotStrict as error:
                 return DataError(f'{source}: the column "{name}" must hold JSON: {error}')
     return RawRecord(
         source, {name: value for name, value in fields.items() if value != "" or name not in JSON_COLUMNS}
@@ -337,9 +231,12 @@ def _csv_record(source: str, fields: dict[str, Any]) -> RawRecord | DataError:
 
 
 def _read_text(path: str) -> Found:
+    text = _text(path)
+    lines = text.split("\n") if "\n" in text else text.split("\r")  # line ends of Unix and Windows, or of old Macs
     document: list[str] = []
     first_line = 1
-    for number, line in enumerate([*_text(path).split("\n"), ""], start=1):
+    for number, line in enumerate([*lines, ""], start=1):
+        line = line.removeprefix("\ufeff")  # of a file that was appended to another
         if line.strip():
             if not document:
                 first_line = number
@@ -355,14 +252,41 @@ def _read_parquet(path: str) -> Found:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(f"{path}: has the column {quoted(twice[:1])} twice; rename or drop one of them")
             number = 0
             for batch in file.iter_batches():
-                for row in batch.to_pylist():
+                for row in _rows(batch):
                     number += 1
-                    yield RawRecord(f"{path}: row {number}", without_nulls(row))
+                    source = f"{path}: row {number}"
+                    if isinstance(row, str):
+                        yield DataError(f"{source}: {row}")
+                    elif strict_json.depth_exceeds(row, strict_json.MAX_DEPTH):
+                        yield DataError(f"{source}: lists are nested deeper than {strict_json.MAX_DEPTH} levels")
+                    else:
+                        yield RawRecord(source, without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = printable(str(error).splitlines()[0])
         raise DataError(f"{path}: cannot be read as Parquet: {reason}") from error
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch as Python values; in place of a row with a value that Python cannot hold, the fault."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError, LookupError, TypeError):  # invalid UTF-8, dates before year 1 or after 9999
+        pass
+    for at in range(batch.num_rows):
+        row: dict[str, Any] = {}
+        fault = ""
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[name] = column[at].as_py()
+            except (ValueError, OverflowError, LookupError, TypeError) as error:
+                fault = f"the column {quoted([name])} holds a value that cannot be read: {printable(str(error))}"
+        yield fault or row
 
 
 READERS: dict[str, Callable[[str], Found]] = {

@@ -1,17 +1,18 @@
 """Chat messages: checks them and converts them to the one form that chat templates expect.
 
-The form is OpenAI's: role, content, tool_calls, name, tool_call_id, and on an assistant's message weight 0 or 1. Two
-details follow transformers' templates: text parts are joined to one string, and the arguments of a tool call are an
-object, not JSON in a string. All other fields of a message reach the template unchanged.
+The form is OpenAI's: role, content, tool_calls, name, tool_call_id, and on an assistant's message weight 0 or 1.
+Flags with which other trainers leave an answer untrained become that weight. Text parts are joined to one string.
+All other fields reach the template unchanged. So do the arguments of a tool call, an object or JSON in a string: the
+tokens are those of `apply_chat_template` on the original message.
 Source: https://platform.openai.com/docs/api-reference/chat and transformers' chat templating guide.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from loratune.data.record import Message, misspelt
+from loratune.data import strict_json
+from loratune.data.record import Message, misspelt, quoted
 from loratune.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,6 +30,10 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
+LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+"""Fields with which trainers mark an answer: 1 or true trains it, 0 or false does not."""
+UNCLEAR_FLAGS = ("mask", "masked", "is_masked", "loss_weight", "loss_scale", "train_detail", "train_on")
+"""Similar fields that trainers read in opposite ways, or that weigh single parts of an answer."""
 SYNONYMS = SHAREGPT_ROLES | {"bot": "assistant", "ai": "assistant", "developer": "system", "prompter": "user"}
 
 
@@ -57,6 +62,10 @@ def check_tools(source: str, value: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f'{source}: "tools" must be a list of objects (JSON schemas of functions)')
+    for number, tool in enumerate(tools, start=1):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
+            raise DataError(f'{source}: tool {number}: "function" must be an object with a "name"')
     return tools
 
 
@@ -70,20 +79,24 @@ def _message(source: str, number: int, item: Any) -> Message:
     if role not in ROLES:
         synonym = SYNONYMS.get(str(role).lower())
         hint = f' Did you mean "{synonym}"?' if synonym else nearest(str(role).lower(), ROLES)
-        raise DataError(f'{where} has role "{role}"; roles are {", ".join(ROLES)}.{hint}')
+        raise DataError(f"{where} has role {quoted([role])}; roles are {', '.join(ROLES)}.{hint}")
     message = {key: field for key, field in item.items() if field is not None}
+    if len(message) > 2:
+        message = _with_weight(where, message)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(where, role, message["tool_calls"])
-    message["content"] = _content(where, message)
-    _check_weight(where, message)
+    content = _content(where, message)
+    if content is not None:
+        message["content"] = content
     return message
 
 
-def _content(where: str, message: Message) -> str:
+def _content(where: str, message: Message) -> str | None:
+    """The content as one string; None if the message has only tool calls."""
     content = message.get("content")
     if content is None:
         if message.get("tool_calls"):
-            return ""
+            return None
         raise DataError(f'{where} has no "content"{listed_fields(message)}.{misspelt("content", message)}')
     if isinstance(content, list):
         content = "".join(_part(where, part) for part in content)
@@ -102,13 +115,29 @@ def _part(where: str, part: Any) -> str:
     raise DataError(f'{where} has a content part of type "{kind}"; only text can be trained on')
 
 
-def _check_weight(where: str, message: Message) -> None:
-    if "weight" not in message:
-        return
-    if message["weight"] not in (0, 1):
-        raise DataError(f"{where} has weight {message['weight']!r}; it must be 0 (not trained) or 1 (trained)")
-    if message["role"] != "assistant":
+def _with_weight(where: str, message: Message) -> Message:
+    """The message with all flags of training replaced by one weight, 0 or 1."""
+    if unclear := [name for name in UNCLEAR_FLAGS if name in message]:
+        raise DataError(
+            f'{where} has the field "{unclear[0]}", which trainers read differently; write "train": true or false'
+        )
+    flags = [name for name in LOSS_FLAGS if name in message]
+    if not flags:
+        return message
+    for name in flags:
+        if not isinstance(message[name], int | float) or message[name] not in (0, 1):
+            raise DataError(
+                f"{where} has {name} {message[name]!r}; it must be 0 or false (not trained), or 1 or true (trained)"
+            )
+        if message[name] != message[flags[0]]:
+            raise DataError(f"{where} has {quoted(flags)} that contradict each other; keep one of them")
+    weight = int(message[flags[0]])
+    plain = {name: field for name, field in message.items() if name not in flags}
+    if message["role"] == "assistant":
+        return plain | {"weight": weight}
+    if weight:
         raise DataError(f'{where} has a weight but role "{message["role"]}"; only answers have one')
+    return plain
 
 
 def _tool_calls(where: str, role: str, calls: Any) -> list[dict[str, Any]]:
@@ -124,10 +153,9 @@ def _tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f'{where} has a tool call without a function "name"')
     arguments = parse_json(where, "the arguments of a tool call", function.get("arguments", {}))
-    if not isinstance(arguments, dict):
+    if arguments is not None and not isinstance(arguments, dict):
         raise DataError(f"{where}: the arguments of a tool call must be an object, or one as JSON in a string")
-    whole = function | {"arguments": arguments}
-    return call | {"function": whole} if "function" in call else {"type": "function", "function": whole}
+    return call if "function" in call else {"type": "function", "function": call}
 
 
 def parse_json(where: str, name: str, value: Any) -> Any:
@@ -142,8 +170,8 @@ def parse_json(where: str, name: str, value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return strict_json.decode(value)
+    except strict_json.NotStrict as error:
         raise DataError(f"{where}: {name} must be JSON: {error}") from error
 
 
@@ -164,4 +192,4 @@ def listed_fields(item: Any) -> str:
     """The end of an error about a missing field: "; it has" and the fields, or the type of a value without fields."""
     if not isinstance(item, dict):
         return f", not {type(item).__name__}"
-    return "; it has " + (", ".join(f'"{key}"' for key in item) or "no fields")
+    return "; it has " + (quoted(item) or "no fields")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from loratune.errors import DataError
 
 Message = dict[str, Any]
+MAX_NAMES, MAX_NAME = 12, 40
+"""Names in an error or a note, and characters of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,24 @@ def optional_text(raw: RawRecord, name: str) -> str:
 
 def misspelt(name: str, fields: Any) -> str:
     """A question about the field that resembles the missing `name`; "" if none does."""
-    close = difflib.get_close_matches(name, [str(field) for field in fields] if isinstance(fields, dict) else [], n=1)
+    known = [str(field)[:MAX_NAME] for field in islice(fields, MAX_NAMES)] if isinstance(fields, dict) else []
+    close = difflib.get_close_matches(name, known, n=1)
     return f' Is "{close[0]}" meant to be "{name}"?' if close else ""
 
 
-def quoted(names: Collection[str]) -> str:
-    """The names in double quotes, separated by commas."""
-    return ", ".join(f'"{name}"' for name in names)
+def quoted(names: Collection[object]) -> str:
+    """The first names in double quotes, separated by commas, and the number of the others.
+
+    Names come from data files, so control characters are escaped and long names are cut.
+    """
+    shown = [f'"{printable(str(name))[:MAX_NAME]}"' for name in islice(names, MAX_NAMES)]
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(shown) + more
+
+
+def printable(text: str) -> str:
+    """The text with escapes for characters that could control a terminal or cannot be printed."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def without_nulls(value: Any) -> Any:

@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loratune.config import DataFormat
 from loratune.data.files import read_objects
 from loratune.data.preference import refuse_preference
-from loratune.data.record import RawRecord, Record, RecordFormat, quoted
+from loratune.data.record import MAX_NAME, MAX_NAMES, RawRecord, Record, RecordFormat, quoted
 from loratune.errors import ConfigError, DataError, nearest
 from loratune.tables import FORMATS, load_entry
 
@@ -116,7 +117,8 @@ def _recognise(raw: RawRecord, formats: dict[str, RecordFormat]) -> str:
             return name
     known = "; ".join(f"{name}: {format.needs}" for name, format in formats.items())
     used = {field for format in formats.values() for field in format.uses}
-    near = next((hint for key in raw.fields if (hint := nearest(key, used, limit=1))), "")
+    some = [key[:MAX_NAME] for key in islice(raw.fields, MAX_NAMES)]
+    near = next((hint for key in some if (hint := nearest(key, used, limit=1))), "")
     raise DataError(
         f"{raw.source}: cannot tell the format from the fields {quoted(raw.fields) or 'of an empty object'}. "
         f"Known formats: {known}.{near}"

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import get_args
 
@@ -22,9 +23,17 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.config import DataConfig, TrainOn
 from loratune.data.examples import Batch, Example, RenderJob, prompt_ids, reference, render_batch
-from loratune.data.record import Record
+from loratune.data.record import Record, quoted
 from loratune.data.records import raise_all
-from loratune.data.template import end_token, plain_prefix, read_template, require_template, special_tokens
+from loratune.data.template import (
+    ChatTemplate,
+    end_token,
+    plain_prefix,
+    prints_date,
+    read_template,
+    require_template,
+    special_tokens,
+)
 from loratune.errors import ConfigError, DataError
 
 __all__ = ["Example", "Rendered", "prompt_ids", "reference", "render"]
@@ -79,6 +88,7 @@ def render(
         plain_prefix=plain_prefix(tokenizer),
         max_tokens=max_tokens,
         truncate=config.truncate,
+        date=template_date(config),
     )
     whole = Batch()
     for batch in _batches(records, job, _processes(len(records), config.num_proc)):
@@ -86,6 +96,25 @@ def render(
     raise_all(whole.faults)
     _refuse_too_long(whole.too_long, len(records), max_tokens)
     return Rendered(whole.examples, whole.examples_per_record, _notes(whole.counts, len(records), max_tokens))
+
+
+def template_date(config: DataConfig) -> datetime:
+    """The time that chat templates print: the day of `config.template_date`, or today, at midnight."""
+    day = config.template_date
+    return datetime.fromisoformat(day) if day else datetime.combine(datetime.now().date(), datetime.min.time())
+
+
+def with_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> DataConfig:
+    """The settings with a date if the chat template prints one, so that a run prints the same date on every day.
+
+    Args:
+        tokenizer: with the chat template of the run, unless `config.chat_template` names a file.
+        day: in the form YYYY-MM-DD, by default today.
+    """
+    template = read_template(config.chat_template) if config.chat_template else None
+    if config.template_date is not None or not prints_date(tokenizer, template):
+        return config
+    return replace(config, template_date=day or template_date(config).date().isoformat())
 
 
 def _batches(records: Sequence[Record], job: RenderJob, processes: int) -> Iterator[Batch]:
@@ -106,9 +135,9 @@ def _batches(records: Sequence[Record], job: RenderJob, processes: int) -> Itera
 
 
 def _render_part(records: Sequence[Record], job: RenderJob) -> Batch:
-    whole = Batch()
+    whole, chat = Batch(), ChatTemplate(job.tokenizer, job.chat_template, job.date)
     for at in range(0, len(records), RECORDS_PER_BATCH):
-        whole.add(render_batch(records[at : at + RECORDS_PER_BATCH], job))
+        whole.add(render_batch(records[at : at + RECORDS_PER_BATCH], job, chat))
     return whole
 
 
@@ -150,6 +179,11 @@ def _notes(counts: Counter[str], n_records: int, max_tokens: int | None) -> list
         notes.append(
             f'train_on "all" trains every token, so "weight" has no effect (conversations that set it: {ignored:,}).'
         )
+    if twice := counts["arguments twice"]:
+        notes.append(
+            "Tool arguments are JSON in a string, and the chat template prints that string in quotes (messages: "
+            f"{twice:,}), as in inference with such messages; write an object to train on an object."
+        )
     if cut := counts["cut"]:
         notes.append(
             f"{cut:,} of {n_records:,} documents were cut to {max_tokens:,} tokens, "
@@ -160,6 +194,11 @@ def _notes(counts: Counter[str], n_records: int, max_tokens: int | None) -> list
             notes.append(
                 f'Answers end with "{key.removeprefix("unknown stop ")}", which is not among the tokens that the '
                 "model stops at: set eos_token_id in its generation_config.json."
+            )
+        if key.startswith("unshown "):
+            notes.append(
+                f"The chat template does not print the field {quoted([key.removeprefix('unshown ')])} of messages "
+                f"(messages: {count:,}), so it is not trained."
             )
         if key.startswith("left out "):
             notes.append(

@@ -8,26 +8,41 @@ give two BOS tokens. Text without a template gets the special tokens that the to
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from loratune.data.record import Message
+from loratune.data.sandbox import TemplateEnvironment, TemplateLimit
 from loratune.errors import ConfigError, DataError, ModelError
 
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Everything that Jinja's own code and Python's operators raise in a template."""
+CLOCK = "strftime_now"
+"""The function with which templates print the date."""
 
 
 def read_template(path: str) -> str:
     """Reads a Jinja chat template from a file, for a tokenizer with no template or a wrong one.
 
-    Raises: ConfigError: the file is missing, unreadable or empty.
+    Raises: ConfigError: the file is missing, unreadable, not UTF-8 or empty.
     """
     try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        template = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template: {path} cannot be read: {error}") from error
     if not template.strip():
         raise ConfigError(f"chat_template: {path} is empty")
@@ -43,6 +58,120 @@ def require_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         )
 
 
+def prints_date(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> bool:
+    """True if the chat template can print the date, so that its text depends on the day."""
+    own = tokenizer.chat_template or ""
+    texts = [chat_template] if chat_template else list(own.values()) if isinstance(own, dict) else [own]
+    return any(CLOCK in text for text in texts)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, compiled once, with its clock stopped at one date."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, date: datetime | None = None
+    ) -> None:
+        """
+        Args:
+            text: Jinja text used in place of the tokenizer's own.
+            date: the time that the template prints, by default now.
+        """
+        self._tokenizer, self._text = tokenizer, text
+        self._environment = TemplateEnvironment(date or datetime.now())
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._tokens = tokenizer.special_tokens_map
+        own = type(tokenizer).apply_chat_template
+        self._replaced = own is not PreTrainedTokenizerBase.apply_chat_template
+
+    def shown(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as templates see them: without "weight", with all names of the reasoning."""
+        plain = [
+            {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+            for message in messages
+        ]
+        aliased: list[Message] = chat_template_utils._alias_reasoning_fields(plain)
+        return aliased
+
+    def source_of(self, tools: Sequence[dict[str, Any]] | None) -> str:
+        """The Jinja text for conversations with or without tools.
+
+        Raises: ModelError: the tokenizer has several templates and no default.
+        """
+        try:
+            text: str = self._tokenizer.get_chat_template(self._text, list(tools) if tools else None)
+        except ValueError as error:
+            raise ModelError(f"the tokenizer has no chat template for these data: {error}") from error
+        return text.removeprefix("\ufeff")
+
+    def render(
+        self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, *, source: str, answer_next: bool
+    ) -> str:
+        """Renders a conversation to text.
+
+        Args:
+            shown: messages from `shown`.
+            source: file:line, for errors.
+            answer_next: end with the header of an answer, after which the model generates.
+        Raises:
+            DataError: the template rejects the conversation; the message quotes it.
+            ModelError: the template has a syntax error, or exceeds the limits of `sandbox`.
+        """
+        listed: list[Any] | None = list(tools) if tools else None
+        if not shown:
+            raise DataError(f"{source}: there is no message before it")
+        try:
+            if self._replaced:
+                text = self._tokenizer.apply_chat_template(
+                    shown, listed, chat_template=self._text, add_generation_prompt=answer_next, tokenize=False
+                )
+            else:
+                text = self._template(listed).render(
+                    messages=shown, tools=listed, documents=None, add_generation_prompt=answer_next, **self._tokens
+                )
+        except ModelError:
+            raise
+        except TemplateLimit as error:  # the next conversation would take as long
+            raise ModelError(f"{source}: the chat template is not usable: {error}") from error
+        except TEMPLATE_FAULTS as error:
+            raise DataError(f"{source}: the chat template refuses this conversation: {describe(error)}") from error
+        return checked_text(str(text), source)
+
+    def _template(self, tools: list[dict[str, Any]] | None) -> jinja2.Template:
+        text = self.source_of(tools)
+        self._environment.start()
+        if text not in self._compiled:
+            self._compiled[text] = self._compile(text)
+            self._environment.start()
+        return self._compiled[text]
+
+    def _compile(self, text: str) -> jinja2.Template:
+        try:
+            return self._environment.from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"the chat template is broken at line {error.lineno}: {error.message}") from error
+        except (SyntaxError, *TEMPLATE_FAULTS) as error:
+            raise ModelError(f"the chat template is broken: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """The first lines of an error's message, or its type if it has none."""
+    text = str(error)
+    return text[:300] if text else type(error).__name__
+
+
+def checked_text(text: str, source: str) -> str:
+    """Returns the text. Raises DataError: it holds half of a surrogate pair, which no tokenizer accepts."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise DataError(
+                f"{source}: \\u{half:04x} is half of a surrogate pair, not a character; fix the text"
+            ) from error
+    return text
+
+
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -52,32 +181,9 @@ def chat_text(
     chat_template: str | None = None,
     answer_next: bool,
 ) -> str:
-    """Renders a conversation to text.
-
-    Args:
-        messages: checked messages; their "weight" is removed before the template sees them.
-        source: file:line, for errors.
-        chat_template: Jinja text used in place of the tokenizer's own.
-        answer_next: end with the header of an answer, after which the model generates.
-    Raises:
-        DataError: the template rejects the conversation; the message quotes it.
-        ModelError: the template has a syntax error.
-    """
-    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            shown,
-            tools=list(tools) if tools else None,
-            chat_template=chat_template,
-            add_generation_prompt=answer_next,
-            tokenize=False,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is broken at line {error.lineno}: {error.message}") from error
-    except TEMPLATE_FAULTS as error:
-        raise DataError(f"{source}: the chat template refuses this conversation: {error}") from error
-    assert isinstance(text, str)  # tokenize=False with one conversation
-    return text
+    """Renders one conversation to text, with today's date; for many, see `ChatTemplate.render`."""
+    chat = ChatTemplate(tokenizer, chat_template)
+    return chat.render(chat.shown(messages), tools, source=source, answer_next=answer_next)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:

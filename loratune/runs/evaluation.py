@@ -8,12 +8,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.base.forward import prepare
-from loratune.base.load import max_document_tokens
+from loratune.base.load import max_document_tokens, vocabulary
 from loratune.config import DataConfig, RunConfig
-from loratune.data.feed import longest_allowed, rows_of_epoch
+from loratune.data.feed import check_ids, longest_allowed, rows_of_epoch
 from loratune.data.record import Record
 from loratune.data.records import read_records
-from loratune.data.render import prompt_ids, reference, render
+from loratune.data.render import prompt_ids, reference, render, template_date
+from loratune.data.template import ChatTemplate
 from loratune.errors import DataError
 from loratune.infer.evaluate import Evaluation, ExactMatch, Loss, exact_match
 from loratune.training.step import evaluate_loss
@@ -40,7 +41,8 @@ def evaluate(
         generate: False skips exact match, which needs records with a question and an answer.
         max_new_tokens: longest answer; by default somewhat more than the longest reference.
     """
-    exact = answers(model, tokenizer, records, stop_ids, max_new_tokens) if generate else None
+    chat = chat_of(tokenizer, settings)
+    exact = answers(model, tokenizer, records, stop_ids, max_new_tokens, chat) if generate else None
     return Evaluation(name, loss(model, tokenizer, records, stop_ids, settings), exact)
 
 
@@ -57,6 +59,7 @@ def loss(
     """
     limit = longest_allowed(settings, max_document_tokens(model.config))
     examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples
+    check_ids(tokenizer, vocabulary(model), examples)
     tokens_per_row = settings.tokens_per_row or max(_ROW, *map(len, examples))
     rows = rows_of_epoch(examples, tokens_per_row, pad_id(tokenizer), seed=0, epoch=0)
     forward = prepare(model, tokens_per_row)
@@ -71,23 +74,32 @@ def answers(
     records: Sequence[Record],
     stop_ids: frozenset[int],
     max_new_tokens: int | None = None,
+    chat: ChatTemplate | None = None,
 ) -> ExactMatch:
     """Exact match of generated answers to the last assistant turn (or completion) of each record.
 
+    Args:
+        chat: the template and its date; by default the tokenizer's own template, today.
     Raises: DataError: a record is raw text and contains no question.
     """
+    chat = chat or ChatTemplate(tokenizer)
     raw = next((record.source for record in records if record.text is not None), None)
     if raw is not None:
         raise DataError(f"{raw}: raw text has no question to answer; measure only the loss with --no-generate")
     return exact_match(
         model,
         tokenizer,
-        [prompt_ids(record, tokenizer) for record in records],
-        [reference(record, tokenizer, stop_ids) for record in records],
+        [prompt_ids(record, tokenizer, chat) for record in records],
+        [reference(record, tokenizer, stop_ids, chat) for record in records],
         stop_ids=stop_ids,
         shown=[_question(record) for record in records],
         max_new_tokens=max_new_tokens,
     )
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, settings: DataConfig) -> ChatTemplate:
+    """The tokenizer's chat template with the date of a run."""
+    return ChatTemplate(tokenizer, date=template_date(settings))
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -100,7 +112,7 @@ def _question(record: Record) -> str:
     if record.messages is None:
         return record.prompt or ""
     asked = [m for m in record.messages if m["role"] == "user"]
-    return str(asked[-1]["content"]) if asked else ""
+    return str(asked[-1].get("content", "")) if asked else ""
 
 
 def real_prompts(
@@ -119,8 +131,9 @@ def real_prompts(
     if not paths:
         raise DataError("no prompts to compare on: the run's data is missing; name a file with --data")
     records = read_records(paths, run.dataset.format if run and not data else "auto")
+    chat = chat_of(tokenizer, run.dataset if run else DataConfig())
     chosen = records[:: max(1, len(records) // count)][:count]
     return [
-        tokenizer(record.text)["input_ids"] if record.text is not None else prompt_ids(record, tokenizer)
+        tokenizer(record.text)["input_ids"] if record.text is not None else prompt_ids(record, tokenizer, chat)
         for record in chosen
     ]

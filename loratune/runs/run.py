@@ -20,6 +20,7 @@ from loratune.base.forward import prepare as prepare_forward
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.pack import fullness
+from loratune.data.render import with_date
 from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
@@ -105,6 +106,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     tokenizer = base.load_tokenizer(
         config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
     )
+    config = replace(config, dataset=with_date(config.dataset, tokenizer))
     model = base.load(config.model, config.precision, config.device, trust_remote_code=config.trust_remote_code)
     by_trials = config.training.learning_rate == "auto"  # trials need the base without an adapter
     attached = None if by_trials else _adapter(model, config, resume_from)
@@ -154,7 +156,11 @@ def _with_known_choices(config: RunConfig) -> RunConfig:
         epochs=training.epochs or known.training.epochs,
         gradient_accumulation_steps=rows or known.training.gradient_accumulation_steps,
     )
-    dataset = replace(dataset, tokens_per_row=dataset.tokens_per_row or known.dataset.tokens_per_row)
+    dataset = replace(
+        dataset,
+        tokens_per_row=dataset.tokens_per_row or known.dataset.tokens_per_row,
+        template_date=dataset.template_date or known.dataset.template_date,
+    )
     return replace(config, training=training, dataset=dataset)
 
 
@@ -194,7 +200,7 @@ def train(
     if len(names) != 1:
         raise AdapterError(f"{len(names)} adapters are active; attach() one, or activate() the one to train")
     paths = [data] if isinstance(data, str) else list(data)
-    settings = dataset or DataConfig()
+    settings = with_date(dataset or DataConfig(), tokenizer)
     config = RunConfig(
         model=str(model.name_or_path or type(model).__name__),
         data=paths,
@@ -324,6 +330,7 @@ def dataset_of(
         settings,
         stop_ids=base.stop_ids(model, tokenizer),
         max_tokens=base.max_document_tokens(model.config),
+        vocabulary=base.vocabulary(model),
         seed=seed,
         cache_dir=cache_dir,
     )

@@ -19,6 +19,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class SweepState:
     """Job -> reason of its end; other jobs continue."""
     meetings: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished rung of halving: {"share", "losses": {job: held-out loss}, "kept": [job]}."""
+    date: str = field(default_factory=lambda: datetime.now().date().isoformat())
+    """The day on which the sweep began, for chat templates that print the date."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ class _Source:
         self.file, self.values = file, read_toml(file)
         self._lines: dict[tuple[str, str], int] = {}
         table, jobs = "", 0
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), start=1):
             if header := re.match(r"\s*(\[{1,2})\s*([\w.]+)\s*\]", line):
                 table = header[2]
                 if header[1] == "[[":

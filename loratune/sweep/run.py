@@ -28,6 +28,7 @@ from loratune.base.forward import prepare as prepare_forward
 from loratune.config import RunConfig
 from loratune.data import feed
 from loratune.data.feed import Dataset
+from loratune.data.render import with_date
 from loratune.errors import AdapterError, ConfigError, LoratuneError
 from loratune.lora.files import WEIGHTS_FILE, read_info
 from loratune.lora.peft_config import CONFIG_FILE
@@ -113,7 +114,7 @@ def sweep(
     first = plan.jobs[0].config
     for job in plan.jobs:
         trackers.require(job.config.training.log_to)
-    data, notes = _data(plan.jobs, cache_dir)
+    data, notes = _data(plan.jobs, state.date, cache_dir)
     plan = replace(plan, jobs=tuple(replace(job, config=data[job.name].config) for job in plan.jobs))
     yield from map(Note, notes)
     going = [job for job in plan.jobs if job.name not in state.ended]
@@ -372,7 +373,7 @@ def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> Swe
     return state
 
 
-def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
+def _data(jobs: Sequence[PlannedJob], day: str, cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
     """Reads and packs every job's data, once for all jobs that share them; also returns notes."""
     first = jobs[0].config
     tokenizers: dict[str | None, PreTrainedTokenizerBase] = {}
@@ -381,12 +382,13 @@ def _data(jobs: Sequence[PlannedJob], cache_dir: str | None) -> tuple[dict[str, 
     model_config = base.load_config(first.model, trust_remote_code=first.trust_remote_code)
     for job in jobs:
         config, template = job.config, job.config.dataset.chat_template
-        key = repr((config.data, config.dataset, config.training.seed))
         try:
             if template not in tokenizers:
                 tokenizers[template] = base.load_tokenizer(
                     config.model, template, trust_remote_code=config.trust_remote_code
                 )
+            config = replace(config, dataset=with_date(config.dataset, tokenizers[template], day))
+            key = repr((config.data, config.dataset, config.training.seed))
             if key not in datasets:
                 datasets[key] = _read(config, tokenizers[template], model_config, cache_dir)
             dataset = datasets[key]
@@ -417,6 +419,7 @@ def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: A
         config.dataset,
         stop_ids=base.stop_ids(config.model, tokenizer),
         max_tokens=base.max_document_tokens(model_config),
+        vocabulary=base.configured_vocabulary(model_config),
         seed=config.training.seed,
         cache_dir=cache_dir,
     )

@@ -6,6 +6,7 @@ The prompt has the same tokens, and the loss counts exactly the tokens that the 
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.data.toy_tokenizers import (
     REWRITES,
     STOPS,
     TEMPLATES,
+    metaspace_tokenizer,
     space_prefix_tokenizer,
     stop_ids,
     toy_tokenizer,
@@ -165,6 +167,32 @@ def test_an_answer_inside_a_word_gets_no_space_before_it() -> None:
     assert tokenizer.decode(example.token_ids) == "the dog and there</s>"
 
 
+@pytest.mark.parametrize("tokenizer", [space_prefix_tokenizer(), *map(metaspace_tokenizer, ("first", "always"))])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("the answer: ", "paris"),
+        ("par", "is"),
+        ("the", " dog"),
+        ("the ", " dog"),
+        ("a:", "\nb"),
+        ("", "dog"),
+        ("a\n", "b"),
+    ],
+)
+def test_tokens_decode_to_prompt_and_completion(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
+) -> None:
+    """For tokenizers that put a space before a text: no second space, no split word, and the prompt of inference."""
+    record = Record("f:1", prompt=prompt, completion=completion)
+    (example,) = render([record], tokenizer, DataConfig(), max_tokens=None, stop_ids=frozenset()).examples
+    start = int(example.weights.argmax())
+    whole = tokenizer("" + prompt + completion, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(example.token_ids[:-1]) == tokenizer.decode(whole)
+    if prompt:
+        assert example.token_ids[:start].tolist() == prompt_ids(record, tokenizer)
+
+
 def test_which_answers_are_trained() -> None:
     assert trained_text(rendered([chat("a", "b", "c", "d")], train_on="last").examples[0]) == ["d<|im_end|>"]
     (example,) = rendered([chat("a", "b")], train_on="all").examples
@@ -187,7 +215,7 @@ def test_tools_and_calls_reach_the_template_and_may_not_get_lost() -> None:
     record = Record("f:1", messages, tools=[{"type": "function", "function": {"name": "add"}}])
     (example,) = rendered([record], with_tools).examples
     assert TOKENIZER.decode(example.token_ids).startswith("[add]")
-    assert trained_text(example) == ['{"name": "add", "arguments": {"a": 1}}<|im_end|>']
+    assert trained_text(example) == ['{"name": "add", "arguments": "{\\"a\\": 1}"}<|im_end|>']  # text stays text
     with pytest.raises(DataError, match='f:1: message 2: the chat template does not show the function "add"'):
         rendered([record], CHATML)
 
@@ -233,3 +261,79 @@ def test_use_after_training_sees_the_trained_prompt_and_expects_the_trained_answ
     assert reference(pair, TOKENIZER, frozenset()) == " dog"
     with pytest.raises(DataError, match="f:1: raw text has no question"):
         prompt_ids(Record("f:1", text="a"), TOKENIZER)
+
+
+TOOL_TEXTS = [
+    "{{ c.function.name }} {{ c.function.arguments }}",
+    "{{ c.function.name + c.function.arguments }}",
+    "{{ c.function | tojson }}",
+    "{{ c.id }}{{ c.function.name }}{% if c.function.arguments is string %}{{ c.function.arguments }}{% endif %}",
+]
+
+
+@pytest.mark.parametrize("printed", TOOL_TEXTS)
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {"content": "I look"}, {}])
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo",  "now": true}', '{"é": [1.50, null]}', "{}", {"a": 1}])
+def test_tool_calls_render_as_in_apply_chat_template(
+    printed: str, content: dict[str, Any], arguments: object
+) -> None:
+    if "+" in printed and not isinstance(arguments, str):
+        return  # such templates accept text only
+    template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}" + printed + "{% endfor %}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    raw = [{"role": "user", "content": "how warm"}, {"role": "assistant", **content, "tool_calls": [call]}]
+    (example,) = rendered([Record("f:1", check_messages("f:1", raw))], template).examples
+    text = tokenizer_for(template).apply_chat_template(raw, tokenize=False)
+    assert TOKENIZER.decode(example.token_ids) == text
+
+
+def test_arguments_that_a_template_prints_as_a_string_in_quotes_are_said() -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = check_messages("f:1", [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}])
+    (note,) = rendered([Record("f:1", messages)], template).notes
+    assert note.startswith("Tool arguments are JSON in a string")
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "trainable", "loss", "loss_mask"])
+@pytest.mark.parametrize("value", [0, False, 0.0])
+def test_answers_marked_as_not_trained_are_context(flag: str, value: object) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m | tojson }}")  # would show a flag that is left
+    raw = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    raw[0][flag], raw[1][flag], raw[3][flag] = value, value, 1  # type: ignore[assignment]
+    (example,) = rendered([Record("f:1", check_messages("f:1", raw))], template).examples
+    assert trained_text(example) == ['{"role": "assistant", "content": "d"}<|im_end|>']
+    assert flag not in TOKENIZER.decode(example.token_ids)
+
+
+def test_fields_that_the_template_does_not_print_are_said() -> None:
+    raw = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b", "mood": {"x": [1]}}]
+    messages = check_messages("f:1", [raw[0], raw[1] | {"reasoning_content": "long thought"}])
+    notes = rendered([Record("f:1", messages)]).notes
+    assert [note.split('"')[1] for note in notes] == ["name", "mood", "reasoning_content"]
+    thinking = CHATML.replace(
+        "{{ m.content }}", "{{ m.reasoning_content }}{{ m.name }}{{ m.mood | tojson if m.mood }}{{ m.content }}"
+    )
+    result = rendered([Record("f:1", messages)], thinking)
+    assert result.notes == []
+    assert trained_text(result.examples[0]) == ['long thought{"x": [1]}b<|im_end|>']
+
+
+def test_a_conversation_with_thousands_of_answers_is_refused_at_once() -> None:
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"f:1: has 1,500 answers.*limit is 512.*--train-on last"):
+        rendered([chat(*["a"] * 3000)])
+    assert time.process_time() - started < 1
+    assert len(rendered([chat(*["a"] * 3000)], train_on="last").examples) == 1
+
+
+def test_half_a_surrogate_pair_is_refused_wherever_it_is() -> None:
+    for record in (
+        chat("a", "b\ud83d"),
+        Record("f:1", text="\ud83d"),
+        Record("f:1", prompt="\udc00", completion="b"),
+    ):
+        with pytest.raises(DataError, match=r"^f:1: .*is half of a surrogate pair"):
+            rendered([record])

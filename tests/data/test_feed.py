@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from loratune.config import DataConfig
 from loratune.data.feed import Dataset, prepare, rows_of_epoch
-from loratune.errors import ConfigError, DataError, OutputError
+from loratune.errors import ConfigError, DataError, ModelError, OutputError
 from tests.data.toy_tokenizers import CHATML, LLAMA3, stop_ids, toy_tokenizer
 
 TOKENIZER = toy_tokenizer(CHATML)
@@ -160,6 +162,38 @@ def test_settings_out_of_range_are_refused() -> None:
         prepared(eval_fraction=1)
     with pytest.raises(ConfigError, match="tokens_per_row is 1"):
         prepared(tokens_per_row=1)
+
+
+def test_every_token_must_be_in_the_models_vocabulary() -> None:
+    largest = max(int(example.token_ids.max()) for example in prepared(eval_fraction=0).train)
+    for cache in (None, "cache", "cache"):  # also if the examples come from the cache
+        config = DataConfig(tokens_per_row=128)
+        prepare(["a.jsonl"], TOKENIZER, config, stop_ids=STOPS, vocabulary=largest + 1, cache_dir=cache)
+        with pytest.raises(ModelError, match=rf'a\.jsonl:\d+: the token ".*" has id {largest}, .* {largest} tokens'):
+            prepare(["a.jsonl"], TOKENIZER, config, stop_ids=STOPS, vocabulary=largest, cache_dir=cache)
+
+
+def test_the_date_that_a_template_prints_is_one_of_the_inputs() -> None:
+    clock = toy_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ strftime_now('%Y-%m-%d') }}"))
+    Path("chat.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    )
+
+    def text(tokenizer: PreTrainedTokenizerFast, day: str | None) -> str:
+        config = DataConfig(tokens_per_row=128, eval_fraction=0, template_date=day)
+        (example,) = prepare(["chat.jsonl"], tokenizer, config, stop_ids=STOPS, cache_dir="cache").train
+        return str(tokenizer.decode(example.token_ids))
+
+    assert "b2020-01-02<|im_end|>" in text(clock, "2020-01-02")
+    assert "b2020-01-03<|im_end|>" in text(clock, "2020-01-03")
+    assert f"b{datetime.now().date().isoformat()}<|im_end|>" in text(clock, None)
+    assert len(os.listdir("cache")) == 3
+    config = DataConfig(tokens_per_row=128, eval_fraction=0, template_date="2020-01-02")
+    assert prepare(["chat.jsonl"], TOKENIZER, config, stop_ids=STOPS).notes == [
+        "The chat template prints no date, so template_date has no effect."
+    ]
+    with pytest.raises(ConfigError, match='template_date is "today"; write YYYY-MM-DD'):
+        DataConfig(template_date="today")
 
 
 def test_the_models_context_limits_like_a_row() -> None:

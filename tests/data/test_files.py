@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +15,7 @@ import pytest
 
 from loratune.data.files import content_hash, is_hub_id, read_objects
 from loratune.data.record import RawRecord
+from loratune.data.records import read_records
 from loratune.errors import DataError
 
 
@@ -75,6 +77,138 @@ def test_csv_cells_may_span_lines_and_hold_json() -> None:
     chat = found("b.csv", 'messages\n"[{""role"": ""user"", ""content"": ""hi""}]"\n')
     assert chat[0].fields["messages"][0]["role"] == "user"  # type: ignore[union-attr]
     assert found("c.tsv", "text\ta\nx\ty\n")[0].fields == {"text": "x", "a": "y"}  # type: ignore[union-attr]
+
+
+def test_csv_cells_may_be_long_and_hold_quotes() -> None:
+    """The csv module refuses cells over 131,072 characters."""
+    long = "x" * 200_000
+    text = f'a,b\r\n"{long}","say ""hi"", \r\n twice"\r\n,c"d\r\n\n"",last'
+    items = found("a.csv", text)
+    assert sources(items) == ["a.csv:2", "a.csv:4", "a.csv:6"]
+    assert [item.fields for item in items] == [  # type: ignore[union-attr]
+        {"a": long, "b": 'say "hi", \r\n twice'},
+        {"a": "", "b": 'c"d'},
+        {"a": "", "b": "last"},
+    ]
+    assert sources(found("b.csv", "a\r1\r2\r")) == ["b.csv:2", "b.csv:3"]
+
+
+def test_line_ends_of_old_macs_end_lines() -> None:
+    (one, two) = found("a.txt", "one\rline two\r\rtwo\r")
+    assert (one.fields, two.fields) == ({"text": "one\nline two"}, {"text": "two"})  # type: ignore[union-attr]
+    assert two.source == "a.txt:4"  # type: ignore[union-attr]
+    assert sources(found("a.jsonl", '{"text": "one"}\r{"text": "two"}\r')) == ["a.jsonl:1", "a.jsonl:2"]
+    assert len(found("a.json", '{"text": "one"}\r{"text": "two"}\r')) == 2
+    assert len(found("b.json", '[{"text": "one"},\r{"text": "two"}]\r')) == 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.md"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_text_in_other_encodings_is_refused(name: str, encoding: str) -> None:
+    message = only_fault(name, 'text\n{"text": "été 日本"}'.encode(encoding))
+    assert message.startswith(f"{name}:1: ")
+    assert message.endswith("save the file as UTF-8")
+
+
+def test_byte_order_marks_of_appended_files_are_no_text() -> None:
+    mark = "\ufeff"
+    (item, other) = found("a.txt", f"{mark}one\n\n{mark}two\n")
+    assert [item.fields["text"], other.fields["text"]] == ["one", "two"]  # type: ignore[union-attr]
+    assert len(found("a.jsonl", f'{mark}{{"text": "a"}}\n{mark}{{"text": "b"}}\n')) == 2
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = "9" * 5_000
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("a.json", '{"data": [{"a": 1}]} {"data": [{"a": 2}]}', "broken JSON"),
+        ("a.json", '{"data": [\n{"a": 1}]}\n{"a": 2}', "a.json:3: text after the object, which would be lost"),
+        ("a.json", '{"data": [\n{"a": 1}]} etc', "a.json:2: text after the object"),
+        ("a.json", '[{"a": 1}]\n[{"a": 1}]', "a.json:2: broken JSON at column 1: Extra data"),
+        ("a.json", '{"data": [{"a": 1}],\n "data": [{"a": 2}]}', 'a.json: the key "data" appears twice'),
+        ("a.json", '{"x": 1, "data": [\n{"a": 1}], "x": 2}', 'a.json: the key "x" appears twice'),
+        ("a.json", '{"data": [\n{"a": {"b": 1, "b": 2}}]}', 'the key "b" appears twice'),
+        ("a.json", '[\n{"a": 1, "a": 2}]', 'a.json:2: the key "a" appears twice'),
+        ("a.json", '{"text": "x", "data": [\n{"text": "y"}]}', "it could be a record or a list"),
+        ("a.json", '{"data": [{"a": 1}],}', "broken JSON"),
+        ("a.json", '[{"a": 1},]', "broken JSON"),
+        ("a.json", "[" + DEEP + "]", "nested deeper than 200 levels"),
+        ("a.jsonl", '{"unused": ' + DEEP + "}", "a.jsonl:1: lists and objects are nested deeper than 200 levels"),
+        ("a.jsonl", '{"unused": ' + "[" * 250 + "]" * 250 + "}", "a.jsonl:1: lists and objects are nested deeper"),
+        ("a.jsonl", '{"unused": ' + '{"a":' * 2000 + "1" + "}" * 2000 + "}", "a.jsonl:1: lists and objects"),
+        ("a.jsonl", '{"unused": ' + LONG + "}", "a.jsonl:1: a whole number has more than 4,300 digits"),
+        ("a.json", '[\n{"unused": [' + LONG + "]}]", "a.json:2: a whole number has more than 4,300 digits"),
+        ("a.json", '{"n": ' + LONG + ', "data": []}', "a.json: a whole number has more than 4,300 digits"),
+        ("a.jsonl", '{"unused": 1e999}', "a.jsonl:1: the number 1e999 is too large"),
+        ("a.jsonl", '{"unused": {"\\ud83d": 1}}', "a.jsonl:1: \\ud83d is half of a surrogate pair"),
+        ("a.csv", 'history\n"' + DEEP + '"', 'the column "history" must hold JSON: lists and objects are nested'),
+        ("a.csv", 'tools\n"[""\\ud83d""]"', 'the column "tools" must hold JSON: \\ud83d is half'),
+        ("a.csv", 'a\n"open\n', "a.csv:2: broken CSV: a quote is not closed"),
+    ],
+)
+def test_no_record_is_lost_and_limits_are_said(path: str, content: str, message: str) -> None:
+    fault = only_fault(path, content)
+    assert message in fault
+    assert len(fault) < 300
+
+
+def test_a_list_named_data_inside_the_records_of_json_lines_is_a_field() -> None:
+    items = found("a.json", '{"text": "a", "data": [{"text": "x"}]}\n{"text": "b", "data": []}\n')
+    assert [item.fields["text"] for item in items] == ["a", "b"]  # type: ignore[union-attr]
+
+
+def test_many_fields_take_no_time() -> None:
+    started = time.process_time()
+    keys = ", ".join(f'"key{number}": 1' for number in range(60_000))
+    assert 'the key "key7" appears twice' in only_fault("a.jsonl", "{" + keys + ', "key7": 2}')
+    names = ",".join(f"column{number}" for number in range(30_000))
+    assert len(found("a.csv", f"{names}\n{',' * 29_999}1\n")) == 1
+    assert 'the column "column7" twice' in only_fault("a.csv", f"{names},column7\n")
+    with pytest.raises(DataError) as fault:
+        read_records(["a.csv"])
+    assert len(str(fault.value)) < 300
+    found("b.csv", f"{names}\n{',' * 29_999}1\n")
+    with pytest.raises(DataError) as fault:
+        read_records(["b.csv"])
+    assert "and 29,988 more" in str(fault.value)
+    assert time.process_time() - started < 2
+
+
+def test_names_from_files_cannot_control_the_terminal() -> None:
+    for content in ('{"a\\u001b[31m": 1}', '{"messages": [{"role": "\\u001b[31m", "content": "x"}]}'):
+        Path("a.jsonl").write_text(content)
+        with pytest.raises(DataError) as fault:
+            read_records(["a.jsonl"])
+        assert "\\x1b[31m" in str(fault.value)
+        assert str(fault.value).isprintable()
+
+
+def test_a_name_that_is_not_utf8_is_refused() -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    Path(name).write_text('{"text": "x"}')
+    with pytest.raises(DataError, match=r"^caf\\udce9.jsonl: the name of this file is not UTF-8; rename the file"):
+        read_objects(name)
+    with pytest.raises(DataError, match=r"no such file\.$"):
+        read_objects("cafe.jsonl")
+
+
+def test_parquet_values_that_python_cannot_hold_are_named() -> None:
+    text = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    table = pyarrow.table({"text": text, "when": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))})
+    pyarrow.parquet.write_table(table, "a.parquet")
+    good, bad = read_objects("a.parquet")
+    assert good.fields["text"] == "fine"  # type: ignore[union-attr]
+    assert str(bad).startswith('a.parquet: row 2: the column "')
+
+
+def test_parquet_with_equal_column_names_is_refused() -> None:
+    column = pyarrow.array(["x"])
+    pyarrow.parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), "a.parquet")
+    with pytest.raises(DataError, match=r'a.parquet: has the column "text" twice'):
+        list(read_objects("a.parquet"))
 
 
 def test_text_is_divided_at_blank_lines() -> None:

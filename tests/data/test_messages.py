@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loratune.data.formats import sharegpt
+from loratune.data.formats import alpaca, sharegpt
 from loratune.data.messages import check_messages, check_tools
 from loratune.data.record import RawRecord
 from loratune.errors import DataError
@@ -20,13 +20,12 @@ def test_a_plain_conversation_stays_as_it_is() -> None:
     assert check_messages("f:1", [USER, ANSWER]) == (USER, ANSWER)
 
 
-def test_text_parts_are_joined_and_call_arguments_become_objects() -> None:
+def test_text_parts_are_joined_and_tool_calls_stay_as_they_are() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     user, answer = check_messages("f:1", [parts, calls])
     assert user["content"] == "ab"
-    assert answer["content"] == ""
-    assert answer["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert answer == {"role": "assistant", "tool_calls": [CALL]}  # without null fields, as in apply_chat_template
 
 
 def test_an_opening_by_the_assistant_is_context_if_it_has_no_weight() -> None:
@@ -55,6 +54,17 @@ def test_an_opening_by_the_assistant_is_context_if_it_has_no_weight() -> None:
         ([USER, ANSWER | {"weight": 0}], "every answer has weight 0"),
         ([USER, ANSWER | {"weight": 0.5}], "weight 0.5; it must be 0"),
         ([USER | {"weight": 1}, ANSWER], "only answers have one"),
+        ([USER, ANSWER | {"train": "no"}], "train 'no'; it must be 0 or false"),
+        ([USER, ANSWER | {"loss": [1]}], "loss [1]; it must be 0 or false"),
+        ([USER, ANSWER | {"train": True, "weight": 0}], '"weight", "train" that contradict each other'),
+        ([USER, ANSWER | {"mask": 1}], 'the field "mask", which trainers read differently; write "train"'),
+        ([USER, ANSWER | {"masked": True}], 'the field "masked", which trainers read differently'),
+        ([USER, ANSWER | {"train": False}], "every answer has weight 0"),
+        ([{"role": ["user"], "content": "x"}], "message 1 has role"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": "add"}]}], 'without a function "name"'),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}], "half of a"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 5000}]}], "nested deeper"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "9" * 5000}]}], "4,300 digits"),
         ([ANSWER, USER, ANSWER], "message 1 is from the assistant and answers nothing"),
         ([USER | {"tool_calls": [CALL]}, ANSWER], "only the assistant calls tools"),
         ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], 'without a function "name"'),
@@ -102,12 +112,47 @@ def test_sharegpt_becomes_messages() -> None:
         ([{"from": "humman", "value": "x"}], 'turn 1 is from "humman"'),
         ([{"from": "humman", "value": "x"}], 'Did you mean "human"'),
         ([{"from": "function_call", "value": "x"}], "turn 1 (function_call) must be JSON"),
+        ([{"from": "function_call", "value": "<think>x</think>"}], '"tool_calls" must be a list of objects'),
+        ([{"from": ["human"], "value": "x"}], "turn 1 is from \"['human']\""),
+        ([{"from": {"a": 1}, "value": "x"}], "turn 1 is from"),
+        ([{"from": "human", "value": "x", "role": "user"}], 'turn 1 has "role" beside "from"'),
     ],
 )
 def test_sharegpt_faults(turns: Any, message: str) -> None:
     with pytest.raises(DataError) as fault:
         sharegpt.FORMAT.convert(RawRecord("f:1", {"conversations": turns}))
     assert message in str(fault.value)
+
+
+def test_sharegpt_keeps_all_fields_of_a_turn_and_thoughts_before_a_call() -> None:
+    calls = [CALL]
+    turns = [
+        {"from": "human", "value": "q", "name": "Ann"},
+        {"from": "gpt", "value": "I look", "reasoning_content": "hm", "tool_calls": calls, "train": False},
+        {"from": "function_call", "value": '<think>cold?</think>{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "function_call", "value": '[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}]'},
+    ]
+    messages = sharegpt.FORMAT.convert(RawRecord("f:1", {"conversations": turns})).messages
+    assert messages is not None
+    assert messages[0] == {"role": "user", "content": "q", "name": "Ann"}
+    expected = {"role": "assistant", "content": "I look", "reasoning_content": "hm", "tool_calls": calls, "weight": 0}
+    assert messages[1] == expected
+    assert messages[2]["content"] == "<think>cold?</think>"
+    assert messages[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert [call["function"]["name"] for call in messages[3]["tool_calls"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("history", [3, "x", {"a": 1}, [["a"]], [3], True])
+def test_alpaca_history_must_be_pairs(history: object) -> None:
+    fields = {"instruction": "q", "output": "a", "history": history}
+    with pytest.raises(DataError, match=r'^f:1: "history"'):
+        alpaca.FORMAT.convert(RawRecord("f:1", fields))
+
+
+@pytest.mark.parametrize("function", ["add", 3, ["add"], {"name": 3}])
+def test_a_tool_is_an_object_with_a_name(function: object) -> None:
+    with pytest.raises(DataError, match=r'^f:1: tool 1: "function" must be an object with a "name"'):
+        check_tools("f:1", [{"type": "function", "function": function}])
 
 
 def test_tools_may_be_json_in_a_string() -> None:

@@ -113,3 +113,16 @@ def space_prefix_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=SPECIALS, show_progress=False)
     bpe.train_from_iterator(["▁the", "▁dog", "abcdefghijklmnopqrstuvwxyz"] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def metaspace_tokenizer(prepend_scheme: str) -> PreTrainedTokenizerFast:
+    """Like Mistral v1's: a space at the first word ("first") or after every special token too ("always")."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS + bytes_, show_progress=False)
+    bpe.train_from_iterator(["▁The▁answer:▁Paris", "▁is", "abcdefghijklmnopqrstuvwxyz.:0123456789"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

@@ -39,6 +39,7 @@ OTHERS = {
         "tokens_per_row": 64,
         "truncate": True,
         "eval_fraction": 0.5,
+        "template_date": "2026-01-02",
     },
     "training": {
         "objective": "other",

@@ -18,7 +18,10 @@ def _convert(raw: RawRecord) -> Record:
     system = optional_text(raw, "system")
     if system:
         messages.append({"role": "system", "content": system})
-    for number, pair in enumerate(raw.fields.get("history", []), start=1):
+    history = raw.fields.get("history", [])
+    if not isinstance(history, list):
+        raise DataError(f'{raw.source}: "history" must be a list of pairs, not {type(history).__name__}')
+    for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(f'{raw.source}: "history" entry {number} must be a list [instruction, output]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

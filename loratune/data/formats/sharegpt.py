@@ -1,6 +1,7 @@
 """ShareGPT's conversations: {"conversations": [{"from": "human", "value": "..."}, ...], "system": ..., "tools": ...}.
 
-The turns become messages in OpenAI's form.
+The turns become messages in OpenAI's form, with all other fields of a turn. A `function_call` holds one call or a
+list of calls as JSON; thoughts up to "</think>" before it are the message's content.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratune.data.messages import SHAREGPT_ROLES, check_messages, check_tools, listed_fields, parse_json
-from loratune.data.record import Message, RawRecord, Record, RecordFormat, optional_text, required
+from loratune.data.record import Message, RawRecord, Record, RecordFormat, optional_text, quoted, required
 from loratune.errors import DataError, nearest
 
 
@@ -40,18 +41,28 @@ def _message(source: str, number: int, turn: Any) -> Message:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise DataError(f'{source}: turn {number} must be an object with "from" and "value"{listed_fields(turn)}')
     speaker = turn["from"]
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise DataError(
-            f'{source}: turn {number} is from "{speaker}"; speakers are {", ".join(SHAREGPT_ROLES)}.'
+            f"{source}: turn {number} is from {quoted([speaker])}; speakers are {', '.join(SHAREGPT_ROLES)}."
             f"{nearest(str(speaker), SHAREGPT_ROLES)}"
         )
-    message: Message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+    if double := [key for key in ("role", "content") if key in turn]:
+        raise DataError(f'{source}: turn {number} has "{double[0]}" beside "from" and "value"; keep one form')
+    others: Message = {key: field for key, field in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":
-        call = parse_json(source, f"turn {number} (function_call)", turn["value"])
-        message = {"role": "assistant", "tool_calls": [call]}
-    if turn.get("weight") is not None:
-        message["weight"] = turn["weight"]
-    return message
+        return others | _calls(source, number, turn["value"])
+    return others | {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+
+
+def _calls(source: str, number: int, value: Any) -> Message:
+    """A message of tool calls, from one call or a list of calls as JSON, perhaps behind the model's thoughts."""
+    thought, call = "", value
+    if isinstance(value, str) and "</think>" in value:
+        before, mark, call = value.rpartition("</think>")
+        thought = before + mark
+    calls = parse_json(source, f"turn {number} (function_call)", call)
+    message: Message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return message | {"content": thought} if thought else message
 
 
 FORMAT = RecordFormat(

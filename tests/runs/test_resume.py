@@ -17,7 +17,7 @@ from loratune.runs.resume import check_data, find_checkpoint, record_data
 
 # A value other than the default for every setting that decides the result.
 OTHERS = {
-    "": {"model": "another", "precision": "bfloat16"},
+    "": {"model": "another", "precision": "bfloat16", "trust_remote_code": True},
     "lora": {
         "r": 8,
         "lora_alpha": 1.0,

@@ -120,7 +120,7 @@ def _meet_the_base(console: Console) -> _Bench:
         "It was pretrained on everyday tasks, but never on these two:"
     )
     for task, skill in _SKILLS.items():
-        console.print(f"  [cyan]{task:<7}[/] {skill}")
+        console.print(Text.assemble("  ", (f"{task:<7}", "cyan"), f" {skill}"))
     held_out = {task: read_records([str(data_file(task, "heldout"))]) for task in TASKS}
     return _Bench(model, tokenizer, stop_ids(model, tokenizer), held_out, console)
 
@@ -149,7 +149,11 @@ def _train(task: str, folder: Path, console: Console, overwrite: bool) -> RunRes
     result = progress.watch(run(config), console)
     seconds, losses = duration(result.progress.seconds), losses_of(folder / task / "metrics.jsonl")
     console.print(
-        f"loss {losses[0]:.2f} [blue]{curve(list(map(math.log, losses)), 40)}[/] {losses[-1]:.1g}  in {seconds}"
+        Text.assemble(
+            f"loss {losses[0]:.2f} ",
+            (curve(list(map(math.log, losses)), 40), "blue"),
+            f" {losses[-1]:.1g}  in {seconds}",
+        )
     )
     return result
 
@@ -188,8 +192,12 @@ def _merge(bench: _Bench, folder: Path, overwrite: bool) -> float:
         )
     largest = merged.verification.difference.largest
     bench.console.print(
-        "The merged checkpoint was loaded again and compared on held-out prompts:\n"
-        f"its logits differ from those of base + adapter by at most [green]{largest:.1e}[/]."
+        Text.assemble(
+            "The merged checkpoint was loaded again and compared on held-out prompts:\n"
+            "its logits differ from those of base + adapter by at most ",
+            (f"{largest:.1e}", "green"),
+            ".",
+        )
     )
     return largest
 
@@ -242,11 +250,13 @@ def _farewell(folder: Path, console: Console, figures: dict[str, Any], keep: boo
         "loratune train   MODEL train.jsonl --out my-adapter",
         "loratune chat    my-adapter",
     ):
-        console.print(f"  [cyan]{command}[/]")
+        console.print(f"  {command}", style="cyan")
     if keep:
         console.print(f"Kept in {folder}: adapters, loss.png of each, the merged checkpoint, demo.json.")
     else:
-        console.print("[dim]Nothing was kept; `loratune demo --out DIR` keeps the adapters, plots and figures.[/]")
+        console.print(
+            "Nothing was kept; `loratune demo --out DIR` keeps the adapters, plots and figures.", style="dim"
+        )
 
 
 def _training_figures(result: RunResult) -> dict[str, Any]:

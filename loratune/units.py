@@ -1,8 +1,9 @@
-"""Quantities for people: bytes in binary units, durations."""
+"""Text for people: bytes in binary units, durations, commands to copy."""
 
 from __future__ import annotations
 
 import re
+import shlex
 
 
 def size(count: float) -> str:
@@ -12,6 +13,17 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def command(*words: object) -> str:
+    """A command line that a shell splits into these words again: names with spaces or brackets are quoted."""
+    return shlex.join(map(str, words))
+
+
+def path_word(path: object) -> str:
+    """A path as a word of a command line that no program takes for an option."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def duration(seconds: float) -> str:

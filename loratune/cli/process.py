@@ -29,18 +29,19 @@ NOT_FOR_TEXT = ("librosa", "scipy", "sklearn", "soundfile", "torchaudio", "torch
 
 
 def console() -> Console:
-    """A console for standard output that does not colour numbers by itself."""
-    from rich.console import Console
+    """The console for standard output."""
+    from loratune.screen.console import PlainConsole
 
-    return Console(highlight=False)
+    return PlainConsole()
 
 
 def print_error(message: str) -> None:
     """Prints "error: message" to standard error, without a traceback. On a terminal, lines break between words."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, soft_wrap=True)
+    from loratune.screen.console import PlainConsole
+
+    console = PlainConsole(stderr=True, soft_wrap=True)
     lines = f"error: {message}".split("\n")
     if console.is_terminal:
         lines = [part for line in lines for part in help.wrap(line, console.width, hanging=2)]
@@ -82,7 +83,7 @@ def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        console.print("[yellow]stopping after this step and saving; Ctrl-C again to stop without saving[/]")
+        console.print("stopping after this step and saving; Ctrl-C again to stop without saving", style="yellow")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

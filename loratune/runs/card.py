@@ -19,7 +19,7 @@ from loratune.base.load import POCKET
 from loratune.config import LoraConfig, Precision, RunConfig
 from loratune.precision.contract import weight_format
 from loratune.tables import PRECISIONS
-from loratune.units import duration, size
+from loratune.units import command, duration, path_word, size
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values accepted by --max-lora-rank
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -150,24 +150,25 @@ def _description(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    name = facts.name
+    name, folder = json.dumps(facts.name), path_word(facts.name)
     if facts.merged_difference is not None:
-        commands = f"loratune chat {name}\nvllm serve {name}"
+        commands = f"{command('loratune', 'chat', folder)}\n{command('vllm', 'serve', folder)}"
         return f"An ordinary checkpoint; run these beside the folder:\n\n```sh\n{commands}\n```"
-    width, plain = len(f"loratune merge {name} --out {name}-merged"), facts.without_template
+    chat = command("loratune", "chat", folder)
+    merge = command("loratune", "merge", folder, "--out", f"{folder}-merged")
     return f"""Run these beside the folder.
 
 ```sh
-{f"loratune chat {name}":<{width}}    # {"continues a line, as in training" if plain else "talk to it"}
-loratune merge {name} --out {name}-merged    # one checkpoint, verified
+{chat:<{len(merge)}}    # {"continues a line, as in training" if facts.without_template else "talk to it"}
+{merge}    # one checkpoint, verified
 ```
 
 ```python
 import loratune as lt
 
-model = lt.load("{facts.base_model}"{_load_words(facts)})
-lt.load_adapter(model, "{name}", name="{name}")
-lt.activate(model, "{name}")    # None switches back to the base
+model = lt.load({json.dumps(facts.base_model)}{_load_words(facts)})
+lt.load_adapter(model, {name}, name={name})
+lt.activate(model, {name})    # None switches back to the base
 ```
 
 {_peft(facts)}
@@ -186,7 +187,7 @@ from peft import PeftModel
 {imports}
 
 base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, "{facts.name}")
+model = PeftModel.from_pretrained(base, {json.dumps(facts.name)})
 ```"""
 
 
@@ -199,11 +200,11 @@ def _vllm(facts: CardFacts) -> str:
         )
     rank = next((r for r in _VLLM_RANKS if r >= lora.r), lora.r)
     base = "$(python -c 'from loratune.box import MODEL_DIR; print(MODEL_DIR)')"
-    base = base if facts.base_model == POCKET else facts.base_model
+    base = base if facts.base_model == POCKET else command(path_word(facts.base_model))
     return (
         "With vLLM:\n\n"
         f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {facts.name}={facts.name}\n```"
+        f"--lora-modules {command(f'{facts.name}={facts.name}')}\n```"
     )
 
 

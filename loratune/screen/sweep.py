@@ -22,7 +22,7 @@ from loratune.sweep.folder import row_of, settings_shown
 from loratune.sweep.run import Ready, RungDone, SweepEvent, SweepResult
 from loratune.training.course import Evaluated, StepDone
 from loratune.training.loop import Ended
-from loratune.units import duration, size
+from loratune.units import command, duration, path_word, size
 
 _CURVE_WIDTH = 16
 _STYLES = {"running": "cyan", "done": "green", "early stop": "green", "dropped": "yellow", "waiting": "dim"}
@@ -76,15 +76,16 @@ def summary(result: SweepResult, console: Console) -> None:
     best = f"{result.out}/{result.standings[0].name}"
     if not result.complete:
         console.print("Stopped; everything is saved. Next:", style="bold yellow")
-        commands = [f"loratune sweep --resume --out {result.out}"]
+        commands = [command("loratune", "sweep", "--resume", "--out", result.out)]
     else:
         console.print(
             f"The ranking, all curves and the jobs are in {result.out}. Next:", style="bold", soft_wrap=True
         )
-        commands = [f"loratune {verb} {best}" for verb in ("chat", "inspect")]
-        commands.append(f"loratune merge {best} --out {result.standings[0].name}-merged")
-    for command in commands:
-        console.print(f"  {command}", style="cyan", highlight=False, soft_wrap=True)
+        commands = [command("loratune", verb, path_word(best)) for verb in ("chat", "inspect")]
+        merged = f"{result.standings[0].name}-merged"
+        commands.append(command("loratune", "merge", path_word(best), "--out", merged))
+    for line in commands:
+        console.print(f"  {line}", style="cyan", highlight=False, soft_wrap=True)
 
 
 @dataclass

@@ -10,6 +10,9 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "._-=+*#@"
 # Control characters could move the cursor or set colours. Those below 32 become their pictures, the others U+FFFD.
 _VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(127, 160), 0xFFFD)
+# Characters that reverse the order of others become U+FFFD too (Trojan Source, CVE-2021-42574). So do halves of
+# surrogate pairs, which mean bytes of file names that are not UTF-8 and cannot be printed.
+_VISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)), 0xFFFD)
 
 
 def visible(text: str) -> str:

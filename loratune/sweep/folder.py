@@ -26,6 +26,7 @@ from typing import Any
 from loratune import atomic
 from loratune.errors import OutputError
 from loratune.runs import metrics
+from loratune.units import command, path_word
 
 STATE_FILE, JOBS_FILE = "sweep.json", "jobs.toml"
 RESULTS_FILE, PLOT_FILE, CARD_FILE = "results.json", "sweep.png", "README.md"
@@ -169,12 +170,13 @@ def card(name: str, standings: Sequence[Standing], model: str) -> str:
         cells = [str(place), f"[{standing.name}]({standing.name})", *row_of(standing, columns)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     best = standings[0].name
+    folder = path_word(f"{name}/{best}")
     return (
         f"# {name}\n\n{len(standings)} LoRA adapters for `{model}`, trained over one base with loratune and ranked "
         "by held-out loss (nats per trained token). Every folder is an ordinary run.\n\n"
         + "\n".join(lines)
-        + f"\n\n![all losses]({PLOT_FILE})\n\n```sh\nloratune chat {name}/{best}\n"
-        f"loratune merge {name}/{best} --out {best}-merged\n```\n"
+        + f"\n\n![all losses]({PLOT_FILE})\n\n```sh\n{command('loratune', 'chat', folder)}\n"
+        f"{command('loratune', 'merge', folder, '--out', f'{best}-merged')}\n```\n"
     )
 
 

@@ -24,7 +24,9 @@ HOSTILE = "\x1b]52;c;Zm9v[bold]x[/INST] :smile: \x9b2J \u202ex \udcff"
 
 
 def shown(*things: object, terminal: bool = True) -> str:
-    console = PlainConsole(file=io.StringIO(), force_terminal=terminal, width=200, color_system="truecolor")
+    console = PlainConsole(
+        file=io.StringIO(), force_terminal=terminal, width=200, color_system="truecolor" if terminal else None
+    )
     for thing in things:
         console.print(thing)
     return console.file.getvalue()

@@ -37,7 +37,6 @@ from loratune.base.lengths import long_row, restart_rotary
 from loratune.base.probe import (
     ProbeRow,
     documents_alone,
-    in_evaluation,
     probe_result,
     probe_row,
     random_adapters,
@@ -51,6 +50,7 @@ from loratune.fused import layer as fused_layers
 from loratune.fused.fit import RecipeFit, recipe_fits
 from loratune.fused.policy import ActivationPlan
 from loratune.fused.stacking import Copies, holds_bank
+from loratune.lora.evaluation_mode import in_evaluation
 from loratune.lora.layer import running_with
 from loratune.ops.attention import documents as attention
 from loratune.ops.attention.capped import DocumentSpans

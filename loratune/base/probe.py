@@ -96,19 +96,6 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
     return bool(later > 1e-5 * own)
 
 
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Context in which all modules are in evaluation mode, so that dropout does not disturb comparisons."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def token_errors(got: Tensor, expected: Tensor) -> Tensor:
     """(T,) relative error of each token's hidden states, in float64 on the CPU."""
     got, expected = got.double(), expected.double()

@@ -24,6 +24,7 @@ from torch import nn
 
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
+from loratune.lora.direct_reads import direct_reads
 from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
 from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
 from loratune.lora.variants import variant_of
@@ -106,7 +107,7 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     modules = find_modules(model)
     saved = _saved(model, modules, config.modules_to_save or [], strict)
     inside = _inside([entry.paths for entry in saved])
-    variant = variant_of(config)
+    variant, read = variant_of(config), direct_reads(model)
     targets: list[Target] = []
     unadaptable: list[str] = []
     narrow: list[tuple[str, _TooNarrow]] = []
@@ -114,6 +115,8 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         if inside(entry.paths):
             continue
         try:
+            if entry.paths[0] in read:
+                raise Unadaptable(_read_directly(model, path))
             skip = strict and config.target_modules == ALL_LINEAR and not _matches_a_key(config.rank_pattern, path)
             targets.append(_target(entry, path, _kind_of(model, entry), variant, config, skip))
         except Unadaptable as error:
@@ -130,6 +133,14 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         _check_patterns(config, targets)
     return Selection(
         tuple(targets), tuple(saved), tuple(left_out), (*_wide_line(targets), *_two_paths(model, targets))
+    )
+
+
+def _read_directly(model: nn.Module, path: str) -> str:
+    parent = type(model.get_submodule(path.rpartition(".")[0])).__name__
+    return (
+        f'"{path}" cannot be adapted: {parent} reads its weight instead of calling it, so that an adapter would be '
+        "ignored"
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
+from loratune.lora import direct_reads
 from loratune.lora.layer import LoraLayer, LoraVariant
 from loratune.lora.select import Selection
 from loratune.ops.frozen import FrozenWeight
@@ -184,6 +185,7 @@ def install(model: nn.Module, state: Adapters) -> None:
 def uninstall(model: nn.Module) -> None:
     """Removes the state from the root module."""
     delattr(model, _ATTRIBUTE)
+    direct_reads.forget(model)
 
 
 def master_dtype(weight: Tensor | FrozenWeight) -> torch.dtype:

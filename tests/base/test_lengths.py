@@ -13,8 +13,8 @@ from torch import Tensor
 import loratune as lt
 from loratune.base.forward import prepare
 from loratune.base.lengths import long_row
-from loratune.base.probe import in_evaluation
 from loratune.errors import ModelError
+from loratune.lora.evaluation_mode import in_evaluation
 from tests.conftest import SMALL
 
 _SMALL: dict[str, Any] = SMALL | {"initializer_range": 0.2}

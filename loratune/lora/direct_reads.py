@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from loratune.lora.evaluation_mode import in_evaluation
 from loratune.lora.layers import is_adaptable, is_linear
 
+ADAPTERS = "loratune_adapters"
+"""Attribute of the root module that holds its adapters (`lora.state.Adapters`)."""
 _ATTRIBUTE = "loratune_direct_reads"
 _TOKENS = 8
 # Errors of models that need other inputs than those made here.
@@ -34,7 +36,7 @@ _REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, Inde
 def direct_reads(model: nn.Module) -> frozenset[str]:
     """Paths, the first of each module, of layers of `model` whose weight is read outside of their call.
 
-    The bare base must be in use. The result is kept on the model until `forget`.
+    The bare base must be in use. The result is kept on a model with adapters until `forget`.
     """
     known = vars(model).get(_ATTRIBUTE)
     if isinstance(known, frozenset):
@@ -48,7 +50,8 @@ def direct_reads(model: nn.Module) -> frozenset[str]:
             except _REFUSALS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     break
-    setattr(model, _ATTRIBUTE, found)
+    if ADAPTERS in vars(model):
+        setattr(model, _ATTRIBUTE, found)
     return found
 
 

@@ -26,7 +26,7 @@ from loratune.lora.layer import LoraLayer, LoraVariant
 from loratune.lora.select import Selection
 from loratune.ops.frozen import FrozenWeight
 
-_ATTRIBUTE = "loratune_adapters"
+_ATTRIBUTE = direct_reads.ADAPTERS
 
 
 @dataclass

@@ -98,7 +98,8 @@ def test_all_linear_names_them_and_an_explicit_choice_is_an_error(name: str) -> 
 def test_the_model_may_change_between_two_adapters(layer: str) -> None:
     """The result is forgotten with the last adapter."""
     model: Any = build("llama")
-    attach(model, LoraConfig(r=1, target_modules=[layer]))
+    for name in ("a", "b", "c"):
+        attach(model, LoraConfig(r=1, target_modules=[layer]), name=name)
     detach(model)
     assert not [name for name in vars(model) if name.startswith("loratune")]
 

@@ -1,4 +1,4 @@
-"""Chooses the activations that layers save, and runs one step of full size before any data are rendered.
+"""Chooses the activations that layers save, and runs one step of full size before the first real one.
 
 Every row has the same shape, so a row of arbitrary tokens takes the memory of every row. The dry step runs forward
 and backward with a buffer in place of the optimizer's state. It changes neither the adapter nor a random generator.

@@ -191,7 +191,7 @@ class TrainConfig:
     offload: full, with the inputs in host memory. Each uses less memory and more time than the one before.
     auto: the fastest that fits."""
     memory: str | None = None
-    """The most GPU memory that the run may use, such as 24GiB; by default all free memory."""
+    """The most GPU memory that the run may use, such as 24GiB; by default all free memory. Not for a CPU."""
     seed: int = 0
     """Seed of A's initial values, the order of the data, the held-out split and dropout."""
     log_to: list[Tracker] = field(default_factory=list)

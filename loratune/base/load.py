@@ -97,7 +97,7 @@ def load(
     Raises: ModelError: as `resolve`, and when the architecture is unknown, not a causal language model, needs code of
         its own, or tensors are missing from the checkpoint or in a form that is not read.
     """
-    where = _device(device)
+    where = device_of(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where}: this machine shows no CUDA GPU; leave the device out to run on the CPU")
     wanted = weight_format(precision) if precision in PRECISIONS else None
@@ -260,7 +260,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The named device, by default the first GPU, else the CPU. Raises: ModelError: no such device."""
     try:
         return torch.device(device) if device is not None else default_device()
     except RuntimeError as error:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
-from loratune.errors import TrainingError
+from loratune.errors import ConfigError, TrainingError
 from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.fused.recipes import decoder_layers
 from loratune.lora.contract import AdaptedLayer
@@ -79,8 +79,10 @@ def fit(
         parameters: trained parameters by name.
         tokens: length of a row.
 
-    Raises: TrainingError: the device is too small for every plan that the settings allow.
+    Raises: TrainingError: the device is too small for every plan that the settings allow. ConfigError: as
+        `check_limit`.
     """
+    check_limit(config, forward.model.device)
     layers = len(decoder_layers(forward.model))
     device = forward.model.device
     if device.type != "cuda":
@@ -107,6 +109,15 @@ def fit(
         masters_on_device(parameters.values())
     expected = budget.peak(found, setting, forward.plan) if found.ledgers else None
     return FittedPlan(forward.plan, expected, limit, fitted[1].tried)
+
+
+def check_limit(config: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError for a memory limit on a device that cannot enforce one."""
+    if config.memory is not None and device.type != "cuda":
+        raise ConfigError(
+            f"memory {config.memory} limits GPU memory, and this run is on {device.type}, where no limit can be "
+            "enforced. Leave it out; --activations full or a smaller --tokens-per-row saves memory"
+        )
 
 
 def first_that_fits(

@@ -25,7 +25,7 @@ from loratune.errors import AdapterError, ConfigError, TrainingError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
 from loratune.many.rate import RateChoice, RateTrial, choose_rate
-from loratune.memory.fit import FittedPlan, fit, memory_cap
+from loratune.memory.fit import FittedPlan, check_limit, fit, memory_cap
 from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
 from loratune.runs.evaluation import pad_id
@@ -103,6 +103,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
     else:
         folder.check_output(config, out)
     trackers.require(config.training.log_to)
+    check_limit(config.training, base.device_of(config.device))
     tokenizer = base.load_tokenizer(
         config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
     )

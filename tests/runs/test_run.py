@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import loratune as lt
 from loratune.base.load import POCKET
 from loratune.box import data_file
-from loratune.errors import AdapterError, OutputError
+from loratune.errors import AdapterError, ConfigError, OutputError
 from loratune.lora.files import read_config
 from loratune.lora.inject import active, adapters, trainable_parameters
 from loratune.runs.run import ADAPTER, Prepared, RunResult, run
@@ -98,6 +99,18 @@ def test_overwrite_replaces_only_the_files_of_a_run(data, tmp_path):
     assert (out / "precious.txt").read_text() == "mine"
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-000001"]
+
+
+def test_a_memory_limit_that_nothing_enforces_is_refused(data, tmp_path):
+    """On a CPU; before the model is loaded, and nothing is written."""
+    config = replace(settings(data, tmp_path / "out", memory="8GiB"), model=str(tmp_path / "no model"))
+    with pytest.raises(ConfigError, match=r"memory 8GiB limits GPU memory, and this run is on cpu"):
+        list(run(config))
+    model, tokenizer = lt.load(POCKET, device="cpu"), lt.load_tokenizer(POCKET)
+    lt.attach(model, lt.LoraConfig(r=4))
+    with pytest.raises(ConfigError, match="memory 8GiB"):
+        lt.train(model, tokenizer, config.data, config.training, dataset=config.dataset)
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_in_memory(data):

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import torch
 
-from loratune.errors import ConfigError, nearest
+from loratune.errors import ConfigError
+from loratune.memory.cards import Card, card_of, cards_like, refuse_other_makers
 from loratune.units import bytes_of
 
 _REACHED = 0.66
 """Share of the data sheet's dense bf16 rate that frozen products reach, as measured on an H200."""
 _GIB = 1 << 30
+_MOST_GIB = 1024.0
+"""A larger number without a unit is more likely part of a name."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +41,51 @@ class DeviceSpec:
     """Bandwidth of copies to or from pinned host memory, in each direction."""
 
 
-def _known(name: str, gib: float, sheet_tflops: float, terabytes: float, host_gigabytes: float) -> DeviceSpec:
-    memory = int(gib * _GIB)
-    return DeviceSpec(name, memory, sheet_tflops * _REACHED * 1e12, terabytes * 0.85e12, host_gigabytes * 1e9)
-
-
-_KNOWN = (
-    _known("NVIDIA H200", 139.8, 989, 4.8, 50),
-    _known("NVIDIA H100 80GB", 79.1, 989, 3.35, 50),
-    _known("NVIDIA A100 80GB", 79.2, 312, 2.0, 22),
-    _known("NVIDIA A100 40GB", 39.4, 312, 1.55, 22),
-    _known("NVIDIA L40S", 44.4, 362, 0.86, 22),
-    _known("NVIDIA L4", 22.5, 121, 0.3, 22),
-    _known("NVIDIA A10G", 22.2, 70, 0.6, 22),
-    _known("NVIDIA RTX 5090", 31.3, 209, 1.79, 45),
-    _known("NVIDIA RTX 4090", 23.6, 165, 1.01, 22),
-    _known("NVIDIA RTX 3090", 23.6, 71, 0.94, 22),
-    _known("NVIDIA T4", 14.6, 65, 0.32, 11),
-)
+CPU = DeviceSpec("CPU", 0, 0.0, 0.0, 0.0)
 
 
 def named(text: str) -> DeviceSpec:
-    """A device by part of its name ("H100", "rtx 4090"), or by its size alone ("24GiB").
+    """A device by its name ("H100", "NVIDIA GeForce RTX 4090"), by its size alone ("24GiB", "24" in GiB), or "cpu".
 
     Raises: ConfigError: neither a size nor a known name.
     """
-    words = text.lower().split()
-    found = [device for device in _KNOWN if all(word in device.name.lower() for word in words)]
-    if found:
-        return found[0]
+    plain = text.strip()
+    if plain.lower() == "cpu":
+        return CPU
+    card = card_of(plain)
+    if card is not None:
+        return _spec(card.name, int(card.gib * _GIB), card)
+    if re.match(r"\d+\s*[x×*]\s*\w", plain):
+        raise ConfigError(f'--gpu "{text}": a run uses one GPU; name one')
+    if re.fullmatch(r"\d+(\.\d+)?\s*[gG]?", plain) and float(plain.rstrip("gG ")) < _MOST_GIB:
+        plain = plain.rstrip("gG ") + "GiB"
     try:
-        memory = bytes_of(text)
+        memory = bytes_of(plain)
     except ValueError:
-        names = [device.name.removeprefix("NVIDIA ") for device in _KNOWN]
-        hint = nearest(text, names) or f" Known are {', '.join(names)}"
-        raise ConfigError(f'--gpu "{text}" is neither a size such as 24GiB nor a known device.{hint}') from None
+        refuse_other_makers(text)
+        raise ConfigError(
+            f'--gpu "{text}" is neither a size such as 24GiB nor a known device.{cards_like(text)}'
+        ) from None
+    if memory < 1 << 20:
+        raise ConfigError(f'--gpu "{text}" is less than 1 MiB')
     return DeviceSpec(text, memory, 0.0, 0.0, 0.0)
 
 
+def _spec(name: str, memory_bytes: int, card: Card | None) -> DeviceSpec:
+    """A device with the rates of a card."""
+    if card is None:
+        return DeviceSpec(name, memory_bytes, 0.0, 0.0, 0.0)
+    flops, traffic = card.teraflops * _REACHED * 1e12, card.terabytes * 0.85e12
+    return DeviceSpec(name, memory_bytes, flops, traffic, card.host_gigabytes * 1e9)
+
+
 def present(device: torch.device) -> DeviceSpec:
-    """This device. Its memory is free memory plus memory of this process; its rates are found by its name."""
+    """This device. Its memory is free memory plus memory of this process; its rates are those of the card with its name."""
     if device.type != "cuda":
-        return DeviceSpec("CPU", 0, 0.0, 0.0, 0.0)
+        return CPU
     name = torch.cuda.get_device_name(device)
-    known = next((other for other in _KNOWN if other.name.lower() in name.lower()), None)
     free, _ = torch.cuda.mem_get_info(device)
-    memory = free + torch.cuda.memory_reserved(device)
-    if known is None:
-        return DeviceSpec(name, memory, 0.0, 0.0, 0.0)
-    return DeviceSpec(name, memory, known.flops, known.bytes_per_second, known.host_bytes_per_second)
+    return _spec(name, free + torch.cuda.memory_reserved(device), card_of(name))
 
 
 def at_hand() -> DeviceSpec:

@@ -80,7 +80,7 @@ def _spec(name: str, memory_bytes: int, card: Card | None) -> DeviceSpec:
 
 
 def present(device: torch.device) -> DeviceSpec:
-    """This device. Its memory is free memory plus memory of this process; its rates are those of the card with its name."""
+    """This device: free memory plus that of this process, and the rates of the card of its name."""
     if device.type != "cuda":
         return CPU
     name = torch.cuda.get_device_name(device)

@@ -10,7 +10,8 @@ from tyro.conf import OmitArgPrefixes
 
 from loratune.cli import process
 from loratune.cli.common import ModelName, parse
-from loratune.config import Activations, DataConfig, LoraConfig, Precision, TrainConfig
+from loratune.config import Activations, DataConfig, LoraConfig, Optim, Precision, TrainConfig
+from loratune.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -24,6 +25,7 @@ class EstimateArguments:
         "activations",
         "tokens_per_row",
         "gradient_accumulation_steps",
+        "optim",
         "r",
         "target_modules",
         "data",
@@ -34,7 +36,7 @@ class EstimateArguments:
     model: ModelName
     """Base model: a local folder (config.json is enough), a hub id, or "loratune/pocket"."""
     gpu: str | None = None
-    """A memory size such as 24GiB, or a device such as "RTX 4090"; by default this machine's GPU, else its CPU."""
+    """A memory size such as 24GiB, or a card such as "RTX 4090"; by default this machine's GPU, else its CPU."""
     precision: Precision = "auto"
     """Number format of the base, as in train."""
     activations: Activations = "auto"
@@ -45,6 +47,8 @@ class EstimateArguments:
     """Tokens in one packed row; by default as train chooses it for --data, otherwise 2,048."""
     gradient_accumulation_steps: int | None = None
     """Rows in one optimizer step; by default as train chooses it for --data, otherwise 1."""
+    optim: Optim = "adamw"
+    """Format of AdamW's moments, as in train."""
     data: list[str] = field(default_factory=list)
     """Training files, for train's choices and the duration of the run; needs the model's tokenizer."""
     trust_remote_code: bool = False
@@ -67,14 +71,17 @@ def run(words: list[str]) -> None:
         from loratune.memory.budget import RowSetting
         from loratune.memory.devices import at_hand, named
         from loratune.screen.estimate import as_json, draw
+        from loratune.training.optim import STATE_BYTES
         from loratune.units import bytes_of
 
-    device = named(given.gpu) if given.gpu else at_hand()
+    device = named(given.gpu) if given.gpu is not None else at_hand()
+    if given.memory and not device.memory_bytes:
+        raise ConfigError("--memory limits GPU memory, and this estimate is for a CPU; name a GPU with --gpu")
     sizes = _run_of(given)
     request = estimate.EstimateRequest(
         given.precision,
         given.lora,
-        RowSetting(sizes.row, sizes.rows_per_step),
+        RowSetting(sizes.row, sizes.rows_per_step, STATE_BYTES[given.optim]),
         given.activations,
         device.memory_bytes > 0,
     )

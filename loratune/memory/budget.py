@@ -44,6 +44,9 @@ _LOOSE = 0.08
 _HOLES = 320 * _MIB
 """Bytes that the allocator holds in a run of any size: pages of 20 MiB that are partly used, before and after a
 recording. During a recording the allocator cannot return pages."""
+_PASSES = 3.0
+"""Passes over inputs and outputs of a linear layer that runs as a module: its own, those of the norm or activation
+beside it, and those of the adapter."""
 PlanFamily = Callable[[int], ActivationPlan]
 """Number of frugal layers -> a plan."""
 _TILES = (TILE, 4096, 2048, 1024)
@@ -217,6 +220,24 @@ def seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, devi
     )
 
 
+def seconds_of_modules(survey: ModelSurvey, setting: RowSetting, level: Level, device: DeviceSpec) -> float:
+    """Seconds of one optimizer step whose layers run as modules; 0 where the device's rates are unknown.
+
+    Every operation of a module is a pass over its input and output. Experts count as far as a token uses them.
+    """
+    if device.flops == 0:
+        return 0.0
+    tokens, cost = setting.tokens, weight_format(survey.quantised).cost
+    runs = 2 if level is Level.NONE else 3  # forward, backward, and the forward once more
+    attention = 2.0 * tokens * min(tokens, 4096) * survey.width / 2 * survey.layers
+    passes = _PASSES * tokens * survey.element_bytes * survey.active_columns
+    weights = survey.base_bytes + cost.unpack * survey.active_elements
+    products = runs * 2.0 * tokens * survey.active_elements + (3.5 + (level is not Level.NONE)) * 2 * attention
+    row = products / device.flops + runs * (passes + weights) / device.bytes_per_second
+    head = 4.0 * tokens * survey.width * survey.vocabulary / device.flops
+    return setting.rows * (row + head) + 30 * survey.trainable / device.bytes_per_second + 1e-3
+
+
 def _head_seconds(survey: ModelSurvey, setting: RowSetting, plan: ActivationPlan, device: DeviceSpec) -> float:
     """Seconds of the head for one row, and of its embeddings if they are on the host."""
     head = 4.0 * setting.tokens * survey.width * survey.vocabulary / device.flops
@@ -271,6 +292,8 @@ def choose(
         host_limit: bytes of host memory that may be pinned; None for any number.
     """
     best: PlanChoice | None = None
+    if survey.base_bytes - survey.embedding_bytes + CONTEXT > limit:
+        return None
     ways = (True, False) if weight_format(survey.quantised).holds_transposed else (False,)
     for embeddings, optimizer in ((False, False), (True, False), (True, True)):
         for hold_transposed in ways:

@@ -28,11 +28,11 @@ from loratune.errors import ModelError
 from loratune.fused.fit import recipe_fits
 from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.lora.build import build
-from loratune.lora.inject import add, attach
+from loratune.lora.inject import add
 from loratune.lora.select import select
-from loratune.memory.budget import PeakMemory, PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds
+from loratune.memory.budget import PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds, seconds_of_modules
 from loratune.memory.devices import DeviceSpec
-from loratune.memory.simulate import simulate
+from loratune.memory.modules import ModuleRows
 from loratune.memory.survey import LayerCopy, ModelSurvey, survey, without_values
 from loratune.precision.contract import smallest_format, weight_format
 from loratune.precision.linear import quantise_linears
@@ -73,6 +73,8 @@ class RunEstimate:
     """The requested plan. With `auto` the fastest plan that fits, or the most frugal if none does."""
     changes: tuple[SuggestedChange, ...]
     """Changes that make the run fit, fastest first; empty if it fits."""
+    why_rough: str | None = None
+    """The reason why activations are estimated from widths; None if layers ran without data."""
 
     @property
     def fits(self) -> bool:
@@ -80,10 +82,11 @@ class RunEstimate:
         return self.choice.bytes.total <= self.limit or self.limit == 0
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second; 0 if the device's rates are unknown."""
-        tokens = self.request.setting.tokens * self.request.setting.rows
-        return tokens / self.choice.seconds if self.choice.seconds else 0.0
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second; None if the device's rates are unknown or the run does not fit."""
+        if not self.device.flops or not self.choice.seconds or not self.fits:
+            return None
+        return self.request.setting.tokens * self.request.setting.rows / self.choice.seconds
 
 
 def model_from_config(model: str, precision: Precision, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -102,14 +105,16 @@ def estimate(model: PreTrainedModel, request: EstimateRequest, device: DeviceSpe
     Raises: AdapterError: the adapter's settings do not fit the model.
     """
     found = survey_of(model, request)
-    choice = _choice(found, request, device, limit, model)
-    estimated = RunEstimate(found, request, device, limit, choice, ())
+    rows = None if found.ledgers else ModuleRows(model, request.lora, on_gpu=device.memory_bytes > 0)
+    choice = _choice(found, request, device, limit, rows)
+    estimated = RunEstimate(found, request, device, limit, choice, (), rows.why_rough if rows else None)
     if estimated.fits:
         return estimated
     changes = [
         SuggestedChange(text, made)
         for text, other, on in _changes(model, request, found)
-        if (made := _choice(on, other, device, limit, model)).bytes.total <= limit
+        if (rows is None or _always_there(on, other.setting) <= limit)
+        and (made := _choice(on, other, device, limit, rows)).bytes.total <= limit
     ]
     changes.sort(key=lambda change: change.choice.seconds)
     return replace(estimated, changes=tuple(changes))
@@ -160,10 +165,10 @@ def _tree(path: str, module: nn.Module) -> nn.Module:
 
 
 def _choice(
-    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, rows: ModuleRows | None
 ) -> PlanChoice:
-    if not found.ledgers:
-        return _choice_of_modules(found, request, device, limit, model)
+    if rows is not None:
+        return _choice_of_modules(found, request, device, limit, rows)
     if request.activations == "auto":
         best = choose(found, request.setting, device, limit)
         if best is not None:
@@ -175,34 +180,28 @@ def _choice(
 
 
 def _choice_of_modules(
-    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, model: PreTrainedModel
+    found: ModelSurvey, request: EstimateRequest, device: DeviceSpec, limit: int, rows: ModuleRows
 ) -> PlanChoice:
     """The first level that fits, or the last; on a CPU `auto` saves everything."""
-    on_cpu = device.memory_bytes == 0
+    on_cpu, setting = device.memory_bytes == 0, request.setting
     levels = [_POLICIES[request.activations]] if request.activations != "auto" else list(_POLICIES.values())
+    if not on_cpu and _always_there(found, setting) > limit:
+        levels = levels[-1:]  # no level fits
     choice: PlanChoice | None = None
     for level in levels[:1] if on_cpu else levels:
         plan = ActivationPlan.uniform(level, found.layers)
-        needed = module_bytes(model, found, request, plan, resident_bytes() if on_cpu else None)
-        choice = PlanChoice(plan, needed, 0.0)
+        activations = rows(setting.tokens, level)
+        needed = peak_of_modules(found, setting, activations, resident_bytes() if on_cpu else None)
+        choice = PlanChoice(plan, needed, seconds_of_modules(found, setting, level, device))
         if needed.total <= limit:
             break
     assert choice is not None
     return choice
 
 
-def module_bytes(
-    model: PreTrainedModel,
-    found: ModelSurvey,
-    request: EstimateRequest,
-    plan: ActivationPlan,
-    baseline: int | None,
-) -> PeakMemory:
-    """Peak memory of a model whose layers are not fused; see `memory.budget.peak_of_modules`."""
-    copy = without_data(model.config, model.dtype)
-    attach(copy, request.lora, name="estimate", seed=0)
-    activations = simulate(copy, request.setting.tokens, plan, on_gpu=baseline is None)
-    return peak_of_modules(found, request.setting, activations, baseline)
+def _always_there(found: ModelSurvey, setting: RowSetting) -> int:
+    """Bytes of weights, masters, gradients and optimizer, which no activation level changes."""
+    return found.base_bytes + int((8 + setting.optimizer_bytes) * found.trainable)
 
 
 def resident_bytes() -> int:

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loratune.fused.fit import RecipeFit
@@ -25,6 +25,8 @@ from loratune.precision.contract import format_of, weight_format
 from loratune.precision.linear import QuantisedLinear, formats_in
 from loratune.tables import PRECISIONS
 
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+"""Names of the number of experts per token in configurations."""
 LayerCopy = Callable[[str, nn.Module], nn.Module]
 """Path and decoder layer -> the layer on the meta device, with its adapters, in the precision that will train."""
 
@@ -50,6 +52,10 @@ class ModelSurvey:
     element_bytes: int
     quantised: str
     """Precision of the base; "" for floating point."""
+    active_elements: int = 0
+    """Elements of all layers that one token is multiplied with."""
+    active_columns: int = 0
+    """Inputs and outputs of these products, per token."""
     embedding_bytes: int = 0
     """Bytes of the table of input embeddings; 0 if the head shares it."""
 
@@ -89,7 +95,9 @@ def survey(
         layer_elements=max((sum(map(_elements, layer.modules())) for layer in layers), default=0),
         width=weight.shape[1],
         vocabulary=weight.shape[0],
-        rotary_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        rotary_dim=_head_dim(config, weight.shape[1]),
+        active_elements=sum(_active(module, config)[0] for layer in layers for module in layer.modules()),
+        active_columns=sum(_active(module, config)[1] for layer in layers for module in layer.modules()),
         element_bytes=model.dtype.itemsize,
         quantised=quantised,
         embedding_bytes=_own_table(model, head),
@@ -159,6 +167,32 @@ def _refitted(fit: RecipeFit, layer: nn.Module, made: nn.Module) -> RecipeFit:
         activations={new(recipe.activation): fit.activations[old(recipe.activation)]},
         attention={},
     )
+
+
+def _head_dim(config: PreTrainedConfig, width: int) -> int:
+    """Columns of a head; the width over the number of heads if the configuration names none."""
+    named = getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None)
+    return named if isinstance(named, int) else width // heads if isinstance(heads, int) and heads else 0
+
+
+def _active(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
+    """Elements of a module's weights that one token is multiplied with, and the columns of inputs and outputs.
+
+    Experts that are held in one tensor count as far as the router chooses them.
+    """
+    if isinstance(module, QuantisedLinear):
+        return module.in_features * module.out_features, module.in_features + module.out_features
+    per_token = next((n for key in _CHOSEN if isinstance(n := getattr(config, key, None), int)), 1)
+    elements = columns = 0
+    for name, tensor in module.named_parameters(recurse=False):
+        if tensor.dim() == 3:
+            chosen = min(tensor.shape[0], per_token)
+            elements += chosen * tensor.shape[1] * tensor.shape[2]
+            columns += chosen * (tensor.shape[1] + tensor.shape[2])
+        elif tensor.dim() == 2 and name == "weight":
+            elements, columns = elements + tensor.numel(), columns + sum(tensor.shape)
+    return elements, columns
 
 
 def _own_table(model: PreTrainedModel, head: nn.Module | None) -> int:

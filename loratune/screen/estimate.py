@@ -31,7 +31,8 @@ def as_json(found: RunEstimate) -> dict[str, object]:
         "limit_bytes": found.limit,
         "fits": found.fits,
         "activations": str(found.choice.plan),
-        "tokens_per_second": round(found.tokens_per_second),
+        "tokens_per_second": None if found.tokens_per_second is None else round(found.tokens_per_second),
+        "note": found.why_rough,
         "changes": [
             {"what": c.what, "total_bytes": c.choice.bytes.total, "activations": str(c.choice.plan)}
             for c in found.changes
@@ -61,6 +62,10 @@ def draw(found: RunEstimate, console: Console, tokens_in_all: int = 0) -> None:
     if found.tokens_per_second:
         hours = f", {duration(tokens_in_all / found.tokens_per_second)} for these data" if tokens_in_all else ""
         console.print(f"about {found.tokens_per_second:,.0f} tokens/s{hours}")
+    if found.why_rough:
+        console.print(
+            f"note  activations are estimated from the widths of the layers ({found.why_rough})", markup=False
+        )
     if found.changes:
         console.print("\nIt would fit with, fastest first:", style="bold")
     for change in found.changes[:_SHOWN]:

@@ -8,6 +8,7 @@ data, because an operation reads values, gets an estimate from the widths of its
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from loratune.memory.simulate import SimulatedBytes, simulate, without_data
 
 _CANNOT_RUN = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """Errors of models whose forward needs data, a cache or further inputs."""
+_SCAN = re.compile(r"mamba|linearattention|lightning|recurrent|deltanet|ssm|rwkv|scan|mixer", re.IGNORECASE)
+"""Names of modules that walk over the tokens of a row."""
+_SHORT = 64
+"""Tokens of the shorter row of a model that walks over tokens."""
 _SCRATCH = 3
 """Tensors of the widest layer's size that live at once in a model that cannot run."""
 
@@ -36,6 +41,7 @@ class ModuleRows:
         self._on_gpu = on_gpu
         self._layers = list(decoder_layers(self._model))
         self._kinds = [_kind(layer) for layer in self._layers]
+        self._scans = any(_SCAN.search(type(m).__name__) for layer in self._layers for m in layer.modules())
         self._runs: dict[tuple[int, Level, tuple[int, ...]], SimulatedBytes] = {}
         self.why_rough: str | None = None
         """The reason why activations are estimated from widths; None if the model runs without data."""
@@ -44,10 +50,19 @@ class ModuleRows:
         """Bytes of one row of `tokens` tokens, every layer at `level`."""
         if self.why_rough is None:
             try:
-                return self._by_kind(tokens, level)
+                return self._by_tokens(tokens, level) if self._scans else self._by_kind(tokens, level)
             except _CANNOT_RUN as error:
                 self.why_rough = f"{type(error).__name__}: {error}".splitlines()[0]
         return self._by_width(tokens, level)
+
+    def _by_tokens(self, tokens: int, level: Level) -> SimulatedBytes:
+        """A line through two short rows: a scan takes one step after the other, each as much memory."""
+        if tokens <= 2 * _SHORT:
+            return self._by_kind(tokens, level)
+        one, two = self._by_kind(_SHORT, level), self._by_kind(2 * _SHORT, level)
+        more = tokens / _SHORT - 1
+        saved, peak = (int(a + more * (b - a)) for a, b in ((one.saved, two.saved), (one.peak, two.peak)))
+        return SimulatedBytes(saved, max(peak, saved))
 
     def _by_kind(self, tokens: int, level: Level) -> SimulatedBytes:
         counts = Counter(self._kinds)
@@ -55,14 +70,14 @@ class ModuleRows:
         if len(self._layers) <= len(counts) + 1:
             return self._run(tokens, level, range(len(self._layers)))
         base = self._run(tokens, level, sorted(first.values()))
-        saved, peak = base.saved, base.peak
+        saved, above = base.saved, base.peak - base.saved
         for kind, count in counts.items():
             if count > 1:
                 second = self._kinds.index(kind, first[kind] + 1)
                 more = self._run(tokens, level, sorted([*first.values(), second]))
                 saved += (count - 1) * (more.saved - base.saved)
-                peak += (count - 1) * max(more.peak - base.peak, more.saved - base.saved)
-        return SimulatedBytes(saved, max(peak, saved))
+                above = max(above, more.peak - more.saved)  # gradients of all layers are counted by the budget
+        return SimulatedBytes(saved, saved + above)
 
     def _run(self, tokens: int, level: Level, chosen: Sequence[int]) -> SimulatedBytes:
         key = (tokens, level, tuple(chosen))

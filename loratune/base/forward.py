@@ -283,15 +283,21 @@ def fuse(forward: PackedForward) -> bool:
     with random_adapters(model) as trained, forward.state.dropout(key):
         expected = probe_result(run, trained)
         options = forward.attention_options()
+        reasons = []
         for fit in fits:
             fit.attention = options
             forward.fused = fit
             try:
-                if probe_result(run, trained).agrees_with(expected, model):
-                    return True
-            except _REFUSALS:
-                pass
+                reason = probe_result(run, trained).disagreement(expected, model)
+            except _REFUSALS as error:
+                reason = str(error).partition("\n")[0]
+            if reason is None:
+                return True
+            reasons.append(reason)
             forward.fused = None
+    forward.notes.append(
+        f"decoder layers run as modules, which is slower, because fused layers failed a check: {reasons[0]}"
+    )
     return False
 
 

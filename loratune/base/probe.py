@@ -38,14 +38,18 @@ class ProbeResult(NamedTuple):
     states: Tensor
     gradients: Tensor
 
-    def agrees_with(self, expected: ProbeResult, model: PreTrainedModel) -> bool:
-        """True if both results are equal up to rounding."""
+    def disagreement(self, expected: ProbeResult, model: PreTrainedModel) -> str | None:
+        """Reason why the results differ by more than rounding, in one line; None if they agree."""
         most = tolerance(expected.states.dtype, model)
-        if relative_error(self.states, expected.states) > most:
-            return False
+        error = relative_error(self.states, expected.states)
+        if error > most:
+            return f"hidden states differ by {error:.2g} (limit {most:g})"
+        if not len(expected.gradients):
+            return None
         # Each gradient sums over tokens and layers that were rounded on their own.
         most = min(3 * most, _MOST_GRADIENT_ERROR)
-        return not len(expected.gradients) or relative_error(self.gradients, expected.gradients) <= most
+        error = relative_error(self.gradients, expected.gradients)
+        return f"gradients differ by {error:.2g} (limit {most:g})" if error > most else None
 
 
 def probe_row(model: PreTrainedModel, lengths: Sequence[int] = SHORT) -> ProbeRow:

@@ -94,7 +94,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
-    """Infinity occurs in real configurations (Mamba 2), NaN in none."""
+    """Accepts infinity, which occurs in real configurations (Mamba 2). Raises ValueError for NaN, which does not."""
     if name == "NaN":
         raise ValueError("NaN is not a value of JSON")
     return float(name)

@@ -88,7 +88,7 @@ def without_data(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_c
 def check_against_files(
     model: str, config: PreTrainedConfig, tensors: Mapping[str, StoredTensor], *, trust_remote_code: bool = False
 ) -> None:
-    """Raises ModelError if the configuration describes a model that the tensors of its files cannot be.
+    """Raises ModelError if the configuration and the tensors of the files cannot belong to one model.
 
     transformers would allocate and draw the missing values before it reports them. No format has below 4 bits per
     weight, so the model has at most two weights per byte.

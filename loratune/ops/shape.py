@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def own_shape(out: Tensor, shape: Sequence[int]) -> Tensor:
-    """`out` in another shape, without a copy, and not a view to autograd.
+    """Gives `out` another shape without a copy; autograd does not see the result as a view.
 
     A caller may change the output of any module in place, but autograd refuses this for a view that was made inside
-    a custom function. The other name of the memory must not be used any more.
+    a custom function. `out` must not be used afterwards.
     """
     shaped: Tensor = torch.ops.aten._unsafe_view(out, shape)
     return shaped

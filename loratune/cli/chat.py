@@ -23,9 +23,9 @@ class ChatArguments:
     top_p: float = 1.0
     """Sample from the most likely tokens that together have this probability."""
     max_new_tokens: int = 512
-    """Longest answer."""
+    """Largest number of tokens in an answer."""
     seed: int | None = None
-    """Makes sampled answers repeatable."""
+    """Seed of sampling; makes answers repeatable."""
     precision: Precision = "auto"
     """Number format of the base, as in train."""
     device: str | None = None

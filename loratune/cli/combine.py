@@ -25,7 +25,7 @@ class CombineArguments:
     """One weight per adapter; by default 1 each."""
     method: CombineMethod = "cat"
     """cat: the exact sum; its rank is the sum of the ranks. svd: the best approximation of a given rank.
-    The others are PEFT's: on A and B separately, or with _svd on the whole updates."""
+    The others are PEFT's methods: on A and B separately or, with _svd, on the whole updates."""
     rank: int | None = None
     """Rank of the result of svd and ..._svd; by default the largest rank of the adapters."""
     density: float | None = None

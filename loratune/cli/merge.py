@@ -13,7 +13,7 @@ from loratune.errors import ConfigError
 
 @dataclass(kw_only=True)
 class MergeArguments:
-    """Write a checkpoint with the adapter merged into the weights, and verify that it equals the adapter."""
+    """Write a checkpoint with the adapter merged into the weights, and verify that it equals base + adapter."""
 
     adapter: AdapterFolder
     """Folder of the adapter."""

@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune.config import LoraConfig
@@ -98,7 +99,7 @@ class ModuleRows:
         text = self._model.config.get_text_config()
         configs[id(text)] = text
         before = {key: dict(vars(config)) for key, config in configs.items()}
-        numbered = [(m, m.layer_idx) for m in layers.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        numbered = [(m, i) for m in layers.modules() if isinstance(i := getattr(m, "layer_idx", None), int)]
         places = {old: new for new, old in enumerate(chosen)}
         for config in configs.values():
             for name, value in vars(config).items():
@@ -107,14 +108,14 @@ class ModuleRows:
                 elif name in ("num_hidden_layers", "n_layer", "num_layers") and value == whole:
                     vars(config)[name] = len(chosen)
         for module, index in numbered:
-            module.layer_idx = places.get(index, index)
+            vars(module)["layer_idx"] = places.get(index, index)
         layers._modules = {str(place): self._layers[index] for place, index in enumerate(chosen)}
         try:
             yield
         finally:
             layers._modules = {str(index): layer for index, layer in enumerate(self._layers)}
             for module, index in numbered:
-                module.layer_idx = index
+                vars(module)["layer_idx"] = index
             for key, config in configs.items():
                 vars(config).clear()
                 vars(config).update(before[key])
@@ -126,7 +127,7 @@ class ModuleRows:
         widest = element * max(columns)
         if level is Level.NONE:
             return SimulatedBytes(element * sum(columns), element * sum(columns) + _SCRATCH * widest)
-        stream = element * self._model.get_input_embeddings().weight.shape[-1] * len(columns)
+        stream = element * cast(Tensor, self._model.get_input_embeddings().weight).shape[-1] * len(columns)
         return SimulatedBytes(stream, stream + (1 + _SCRATCH) * widest)
 
 

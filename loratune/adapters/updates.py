@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from loratune.adapters.lowrank import padded
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, OutputError
 from loratune.lora import peft_config
+from loratune.lora.expressions import fits_end
 from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
 from loratune.lora.layers import KEY_PAIRS, LoraEmbedding
 from loratune.lora.peft_config import CONFIG_FILE
@@ -119,7 +119,7 @@ def pair_of(key: str) -> tuple[str, str] | None:
 
 def _scaling(config: LoraConfig, path: str, r: int) -> float:
     patterns = config.alpha_pattern.items()
-    alpha = next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha)
+    alpha = next((a for key, a in patterns if fits_end("alpha_pattern", key, path)), config.lora_alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 

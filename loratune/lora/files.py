@@ -251,6 +251,12 @@ def _fitted(
     """The adapter of the file, built for `model` and filled; changes nothing."""
     config = replace(read.lora, modules_to_save=_saved_paths(model, read.lora.modules_to_save or [], tensors))
     selection = select(model, config, strict=False)
+    needed, held = sum(t.parameters for t in selection.targets), sum(t.numel() for t in tensors.values())
+    if needed > 4 * held + (1 << 20):  # before they are allocated; smaller differences are named below
+        raise AdapterError(
+            f"{folder}: was made for another model or rank: with r = {config.r} these layers need {needed:,} values, "
+            f"but the file has {held:,}"
+        )
     adapter = build(model, config, selection, seed=None, device=device)
     slots = _slots(adapter)
     given = _given(model, folder, slots, tensors)

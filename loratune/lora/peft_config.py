@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from loratune import foreign
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora import peft_targets
@@ -97,14 +98,7 @@ def read(folder: Path) -> AdapterConfig:
     Raises: AdapterError: it is missing, not JSON, not of a LoRA adapter, or sets a field not implemented here.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise AdapterError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: holds a {type(values).__name__}; an adapter's configuration is an object")
+    values = foreign.read_json(path, AdapterError)
     values = peft_targets.read_back(values, path)
     try:
         settings = settings_of(values)

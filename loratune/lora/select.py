@@ -15,7 +15,6 @@ Nothing here changes the model.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,6 +24,7 @@ from torch import nn
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
 from loratune.lora.direct_reads import direct_reads
+from loratune.lora.expressions import PathExpression, fits_end
 from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
 from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
 from loratune.lora.variants import variant_of
@@ -208,7 +208,7 @@ def find_modules(model: nn.Module) -> list[ModulePaths]:
 def names_path(entries: str | list[str], path: str) -> bool:
     """True if target_modules `entries` selects a layer by `path`; "all-linear" may."""
     if isinstance(entries, str):
-        return entries == ALL_LINEAR or re.fullmatch(entries, path) is not None
+        return entries == ALL_LINEAR or PathExpression("target_modules", entries).fits(path)
     return any(_named(entry, path) for entry in entries)
 
 
@@ -273,13 +273,13 @@ def _matcher(
         return lambda path: False
     every = [path for entry in modules for path in entry.paths]
     if isinstance(entries, str):
-        expression = _compiled(field, entries)
-        if strict and not any(expression.fullmatch(path) for path in every):
+        expression = PathExpression(field, entries)
+        if strict and not any(expression.fits(path) for path in every):
             raise AdapterError(
                 f'{field} "{entries}" is a regular expression that fits no module of {type(model).__name__} in full.'
                 f"{_layers_here(modules)}"
             )
-        return lambda path: expression.fullmatch(path) is not None
+        return expression.fits
     if strict:
         check_entries(field, entries, model, modules)
     return lambda path: any(_named(entry, path) for entry in entries)
@@ -301,13 +301,6 @@ def _layers_here(modules: list[ModulePaths]) -> str:
     return f" Layers here: {listed}{', …' if len(leaves) > _MAX_LISTED else ''}." if leaves else ""
 
 
-def _compiled(field: str, expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise AdapterError(f'{field} "{expression}" is not a regular expression: {error}') from error
-
-
 def output_heads(model: nn.Module) -> list[nn.Module]:
     """The head of a transformers model, which "all-linear" leaves out: token head, or else classification head."""
     get_head = getattr(model, "get_output_embeddings", None)
@@ -323,8 +316,8 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 def _layer_index(path: str, layers_pattern: Sequence[str] | None) -> int | None:
     """The first number in the path, or the number after one of the names in `layers_pattern`."""
     expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern or ()] or [r"(?:^|.*?\.)[^.]*\.(\d+)\."]
-    found = next((m for e in expressions if (m := _compiled("layers_pattern", e).match(path))), None)
-    return None if found is None else int(found[1])
+    found = (PathExpression("layers_pattern", expression).number_in(path) for expression in expressions)
+    return next((number for number in found if number is not None), None)
 
 
 def _in_layers(path: str, config: LoraConfig) -> bool:
@@ -376,12 +369,12 @@ def _target(
 
 
 def _matches_a_key(patterns: Iterable[str], path: str) -> bool:
-    return any(re.match(rf"(.*\.)?({key})$", path) for key in patterns)
+    return any(fits_end("rank_pattern", key, path) for key in patterns)
 
 
 def _by_pattern(field: str, patterns: dict[str, _Number], path: str, default: _Number) -> _Number:
     for key, value in patterns.items():
-        if _compiled(field, rf"(.*\.)?({key})$").match(path):
+        if fits_end(field, key, path):
             return value
     return default
 
@@ -394,8 +387,7 @@ def _check_patterns(config: LoraConfig, targets: list[Target]) -> None:
     }
     for field, keys in fields.items():
         for key in keys:
-            expression = _compiled(field, rf"(.*\.)?({key})$")
-            if not any(expression.match(path) for target in targets for path in target.paths):
+            if not any(fits_end(field, key, path) for target in targets for path in target.paths):
                 names = {suffix for target in targets for suffix in _suffixes(target.path)}
                 leaves = ", ".join(list({t.path.rpartition(".")[2]: None for t in targets})[:_MAX_LISTED])
                 near = nearest(key, names) or f" Adapted are: {leaves}."

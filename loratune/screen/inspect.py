@@ -8,7 +8,6 @@ Frobenius norm of scaling · B A. It needs two r x r products and never the full
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from loratune.adapters.updates import pair_of, read_report
 from loratune.config import LoraConfig, read_toml
+from loratune.lora.expressions import fits_end
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
 from loratune.lora.layer import PLAIN
 from loratune.lora.layers import KINDS
@@ -242,7 +242,7 @@ def _layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Lay
     A, B = lora_A.flatten(1).double(), lora_B.flatten(1).double()
     r = A.shape[0]
     alpha = next(
-        (a for key, a in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha
+        (a for key, a in config.alpha_pattern.items() if fits_end("alpha_pattern", key, path)), config.lora_alpha
     )
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
     square = float(((B.T @ B) * (A @ A.T)).sum())

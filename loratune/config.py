@@ -59,8 +59,20 @@ CombineMethod = Literal[
 MajoritySign = Literal["total", "frequency"]
 
 
-@dataclass(kw_only=True)
-class LoraConfig:
+class ShortRepr:
+    """Base of the configurations: `repr` shows the settings that are not the defaults, `str` too."""
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={value!r}"
+            for f in fields(typing.cast(Any, self))
+            if _required(f) or (value := getattr(self, f.name)) != default_of(f)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(kw_only=True, repr=False)
+class LoraConfig(ShortRepr):
     """The adapted layers and the shape of their adapters. Field names as in PEFT's adapter_config.json."""
 
     r: int = 16
@@ -93,6 +105,7 @@ class LoraConfig:
     """Regular expression (anchored as the end of a module's path) -> lora_alpha, for layers with another one."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, rank in {
             "r": self.r,
             **{f'rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()},
@@ -107,8 +120,8 @@ class LoraConfig:
         _require(bool(self.target_modules), 'target_modules is empty; give module names or "all-linear"')
 
 
-@dataclass(kw_only=True)
-class DataConfig:
+@dataclass(kw_only=True, repr=False)
+class DataConfig(ShortRepr):
     """Settings of the data: from records to rows of tokens."""
 
     format: DataFormat = "auto"
@@ -134,6 +147,7 @@ class DataConfig:
     """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         tokens = self.tokens_per_row
         _require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
         _require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
@@ -148,8 +162,8 @@ class DataConfig:
         return self.tokens_per_row
 
 
-@dataclass(kw_only=True)
-class TrainConfig:
+@dataclass(kw_only=True, repr=False)
+class TrainConfig(ShortRepr):
     """The optimisation: AdamW on the adapter, warm-up and schedule, evaluation, checkpoints."""
 
     objective: ObjectiveName = "sft"
@@ -198,6 +212,7 @@ class TrainConfig:
     """Trackers to report to, besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         rate = self.learning_rate
         numeric = rate is None or rate == "auto" or 0 < rate < math.inf
         _require(numeric, f"learning_rate is {rate}; it must be positive and finite")
@@ -237,8 +252,8 @@ class TrainConfig:
         return self.epochs or 1
 
 
-@dataclass(kw_only=True)
-class RunConfig:
+@dataclass(kw_only=True, repr=False)
+class RunConfig(ShortRepr):
     """All settings of one training run, as stored in `run.toml` of an output folder."""
 
     model: str
@@ -263,6 +278,9 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        for name, section in (("lora", LoraConfig), ("dataset", DataConfig), ("training", TrainConfig)):
+            given = getattr(self, name)
+            _require(isinstance(given, section), f"{name} is a {type(given).__name__}; write {section.__name__}(...)")
         _require(bool(self.model), "no model given")
         _require(bool(self.data), "no training data given")
         _require(bool(self.out), "no output folder given; pass --out DIR")
@@ -361,6 +379,11 @@ def _is_date(text: str) -> bool:
     return True
 
 
+def default_of(setting: Field[Any]) -> Any:
+    """The default of a field that is not required."""
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
+
+
 def _required(setting: Field[Any]) -> bool:
     return setting.default is MISSING and setting.default_factory is MISSING
 
@@ -416,6 +439,14 @@ def _describe(expected: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
         expected, str(expected)
     )
+
+
+def _check_types(config: object) -> None:
+    """Raises ConfigError if a value of a section has the wrong type, as Python does not check annotations."""
+    for name, expected in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, expected):
+            raise ConfigError(f"{name} = {value!r} is not {_describe(expected)}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -9,6 +9,7 @@ is an `assert` instead.
 from __future__ import annotations
 
 import difflib
+import types
 from collections.abc import Iterable
 
 
@@ -18,6 +19,10 @@ class LoratuneError(Exception):
 
 class ConfigError(LoratuneError, ValueError):
     """A setting is unknown, out of range, or contradicts another."""
+
+
+class ArgumentError(LoratuneError, TypeError):
+    """A Python call has an argument of the wrong type, for example two that are swapped."""
 
 
 class DataError(LoratuneError, ValueError):
@@ -38,6 +43,23 @@ class OutputError(LoratuneError, OSError):
 
 class TrainingError(LoratuneError, RuntimeError):
     """Training cannot continue, for example because the loss stays non-finite."""
+
+
+def expect(value: object, kind: type | types.UnionType, name: str, call: str, fix: str = "") -> None:
+    """Checks the type of an argument.
+
+    Args:
+        name: of the parameter.
+        call: the call in its right form, for example "attach(model, config)".
+        fix: a sentence about the nearest fix.
+
+    Raises: ArgumentError: `value` is not a `kind`.
+    """
+    if not isinstance(value, kind):
+        kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+        named = " or ".join(part.__name__ for part in kinds)
+        given = type(value).__name__
+        raise ArgumentError(f"{call}: {name} must be a {named}, but a {given} was given. {fix}".rstrip())
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:

@@ -13,12 +13,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from tyro.conf import Positional, arg
 
 from loratune import other_names
+from loratune.config import default_of
 from loratune.errors import ConfigError, nearest
 
 _POSITIONAL = typing.get_args(Positional[int])[1]
@@ -94,7 +95,7 @@ def options_of(kind: type[Any], default: object = None, section: str = "") -> li
         annotated = hints[setting.name]
         metadata = typing.get_args(annotated)[1:] if typing.get_origin(annotated) is typing.Annotated else ()
         plain = typing.get_args(annotated)[0] if metadata else annotated
-        value = _default(setting) if default is None else getattr(default, setting.name)
+        value = default_of(setting) if default is None else getattr(default, setting.name)
         if is_dataclass(plain) and isinstance(plain, type):
             # A variant of LoRA has a configuration class of its own.
             nested += options_of(type(value) if isinstance(value, plain) else plain, value, setting.name)
@@ -210,10 +211,6 @@ def _annotations(metadata: Sequence[Any]) -> tuple[str | None, tuple[str, ...]]:
         if isinstance(extra, type(arg(metavar=""))):
             return getattr(extra, "metavar", None), tuple(getattr(extra, "aliases", None) or ())
     return None, ()
-
-
-def _default(setting: Field[Any]) -> object:
-    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
 
 
 def _is_text(node: ast.stmt) -> typing.TypeGuard[ast.Expr]:

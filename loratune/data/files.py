@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data import json_files, strict_json
+from loratune.data.memory import RecordsInMemory
 from loratune.data.record import RawRecord, printable, quoted, without_nulls
 from loratune.errors import DataError, nearest
 
@@ -44,10 +45,12 @@ def read_objects(path: str) -> Found:
     """Yields every object of a file or hub data set in order, with a DataError in place of each broken one.
 
     Args:
-        path: a file with an extension of `READERS`, or `owner/name[:split]` of a hub data set if no local path has
-            this name.
+        path: a file with an extension of `READERS`; `owner/name[:split]` of a hub data set if no local path has
+            this name; or `RecordsInMemory`.
     Raises: DataError: the path is missing, a folder, empty or of an unknown kind.
     """
+    if isinstance(path, RecordsInMemory):
+        return _not_empty(path, path.objects())
     if is_hub_id(path):
         from loratune.data.hub import read_hub  # importing `datasets` takes a second, and few runs need it
 
@@ -61,6 +64,8 @@ def content_hash(path: str) -> str:
 
     Raises: DataError: `path` cannot be read.
     """
+    if isinstance(path, RecordsInMemory):
+        return path.content_hash()
     digest = hashlib.sha256()
     if is_hub_id(path):
         for found in read_objects(path):

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from loratune import atomic
 from loratune.config import LoraConfig
-from loratune.errors import AdapterError, OutputError, nearest
+from loratune.errors import AdapterError, OutputError, expect, nearest
 from loratune.lora import peft_config
 from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
 from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
 from loratune.lora.select import Selection, find_modules, select
 from loratune.lora.state import Adapter, require
+from loratune.lora.switch import is_plain, switch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -64,9 +65,12 @@ def save(model: nn.Module, directory: str | Path, name: str = "default", *, over
     last: whenever it can be read, the tensors that belong to it are there. The adapter need not be active.
 
     Raises:
+        ArgumentError: an argument has the wrong type.
         AdapterError: no such adapter.
         OutputError: there is an adapter already (and not `overwrite`), no space, or no permission.
     """
+    expect(model, nn.Module, "model", "save(model, directory)")
+    expect(directory, str | Path, "directory", "save(model, directory)")
     folder = Path(directory)
     config, weights = _content(model, name)
     if folder.is_file():
@@ -114,20 +118,72 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     return {key: slot.detach().to("cpu", copy=True).contiguous() for key, slot in slots.items()}
 
 
-def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Attached:
+def load_adapter(model: nn.Module, directory: str | Path, name: str = "default", *, active: bool = True) -> Attached:
     """Adds the adapter in `directory` to `model` under `name` and makes it the active one.
 
     Args:
         directory: a folder in PEFT's format, or one that holds `name/` in that format.
         name: need not be the name it was trained under, which files do not record.
+        active: False leaves the adapters in use as they are.
 
     Raises: AdapterError: the folder is not a LoRA adapter, uses a feature not implemented here, is damaged, or was
-        made for another model; the name is taken. The model is then unchanged.
+        made for another model; the name is taken. ArgumentError: an argument has the wrong type. The model is then
+        unchanged.
     """
+    expect(model, nn.Module, "model", "load_adapter(model, directory)")
+    expect(directory, str | Path, "directory", "load_adapter(model, directory)")
     folder = find_folder(directory, name)
     read = peft_config.read(folder)
     tensors = read_tensors(folder)
-    return add(model, name, lambda: _fitted(model, folder, read, tensors))
+    return add(model, name, lambda: _fitted(model, folder, read, tensors), active=active)
+
+
+def attach_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    name: str = "default",
+    *,
+    active: bool = True,
+) -> Attached:
+    """Adds an adapter whose tensors are in memory, for example those of `adapter_tensors` or of another process.
+
+    Args:
+        tensors: key as in PEFT's files ("base_model.model...lora_A.weight") -> tensor; copied.
+        config: with which the tensors were made.
+        active: False leaves the adapters in use as they are.
+
+    Raises: AdapterError: a tensor is missing, unexpected or misshapen; the name is taken. ArgumentError: an argument
+        has the wrong type. The model is then unchanged.
+    """
+    call = "attach_tensors(model, tensors, config)"
+    expect(model, nn.Module, "model", call)
+    expect(tensors, Mapping, "tensors", call)
+    expect(config, LoraConfig, "config", call, "Write LoraConfig(r=16, ...)")
+    read = AdapterConfig(config, None, None, None)
+    return add(model, name, lambda: _fitted(model, Path("tensors"), read, tensors), active=active)
+
+
+def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copies tensors into adapter `name`, which need not be active; the reverse of `adapter_tensors`.
+
+    Raises: AdapterError: no such adapter; a tensor is missing, unexpected or misshapen; the adapter is merged or in a
+        store. Nothing is then copied.
+    """
+    state = require(model)
+    state.require_unmerged("set tensors")
+    expect(tensors, Mapping, "tensors", "set_adapter_tensors(model, tensors, name)")
+    adapter = state.get(name)
+    if adapter.stored:
+        raise AdapterError(f'adapter "{name}" is in a store, which holds rounded copies; detach it and load it again')
+    slots, place = _slots(adapter), Path("tensors")
+    _check_keys(place, slots, tensors)
+    _check_shapes(place, slots, tensors)
+    with torch.no_grad():
+        for key, slot in slots.items():
+            slot.copy_(tensors[key])
+    if not is_plain(state.active):
+        switch(model, state, dict(state.active))  # a sum holds copies
 
 
 def read_adapter(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from loratune.config import LoraConfig
-from loratune.errors import AdapterError
+from loratune.errors import AdapterError, expect
 from loratune.lora.build import build
 from loratune.lora.layer import LoraLayer
 from loratune.lora.select import Selection, select
@@ -28,7 +28,7 @@ from loratune.ops.dropout import layer_salt
 from loratune.precision.linear import count_parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attached:
     """Report of `attach` or `load_adapter`; `print` it."""
 
@@ -44,6 +44,9 @@ class Attached:
     """Reasons why "all-linear" skipped linear layers; layers narrower than the rank share one line."""
     notes: tuple[str, ...] = ()
     """Settings that are legal and of no use, such as a rank above a layer's smaller side."""
+
+    def __repr__(self) -> str:
+        return f"<Attached {str(self).partition(chr(10))[0]}>"
 
     def __str__(self) -> str:
         share = self.trainable_parameters / max(1, self.total_parameters)
@@ -61,20 +64,28 @@ class Attached:
         return "\n".join(lines)
 
 
-def attach(model: nn.Module, config: LoraConfig, name: str = "default", seed: int = 0) -> Attached:
+def attach(
+    model: nn.Module, config: LoraConfig, name: str = "default", seed: int = 0, *, active: bool = True
+) -> Attached:
     """Adds a new adapter to `model`, freezes the base, and makes the adapter the active one.
 
     Args:
         model: any module; its layers are replaced in place. Move and cast it before, not after: masters are float32.
         name: any non-empty string that can name a folder.
         seed: seed of the initial A (and B); torch's global generator is not touched.
+        active: False leaves the adapters in use as they are.
 
     Raises:
+        ArgumentError: `model` is not a module, or `config` is not a LoraConfig.
         ConfigError: a value of `config` is out of range.
         AdapterError: the name is taken or unusable; an entry matches nothing, or a layer that cannot be adapted;
             another adapter is merged. The model is then unchanged.
     """
-    return add(model, name, lambda: _new(model, config, seed))
+    call = "attach(model, config)"
+    expect(model, nn.Module, "model", call)
+    keyword = "Write LoraConfig(**config)" if isinstance(config, Mapping) else "Write LoraConfig(r=16, ...)"
+    expect(config, LoraConfig, "config", call, keyword)
+    return add(model, name, lambda: _new(model, config, seed), active=active)
 
 
 def _new(model: nn.Module, config: LoraConfig, seed: int) -> tuple[Selection, Adapter]:
@@ -88,19 +99,54 @@ def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] 
     Args:
         which: one name: that adapter, trainable. None: the bare base, to the bit. Several names, or a mapping of
             names to weights: the weighted sum of their updates, for inference only (rank-concatenated copies).
+            A module of modules_to_save, or a bias, replaces the one of the base. So it may join a sum at weight 1,
+            if no other adapter of the sum changes the same module.
 
     Tensors of an adapter that comes into use move to the device of their layers.
-    Raises: AdapterError: an unknown name; an adapter is merged; a sum with an adapter that has modules_to_save or
-        biases, or that is not a low-rank sum.
+    Raises: AdapterError: an unknown name; an adapter is merged; two adapters of a sum change the same module of
+        modules_to_save or the same bias; such an adapter is weighted; one is not a low-rank sum.
     """
     state = require(model)
     state.require_unmerged("activate")
     weights = _as_weights(which)
-    for name in weights:
-        refusal = state.get(name).sum_refusal()
-        if refusal is not None and not is_plain(weights):
-            raise AdapterError(f'adapter "{name}" {refusal}; it cannot be weighted or summed: activate it alone')
+    if is_plain(weights):
+        for name in weights:
+            state.get(name)
+    else:
+        _check_sum(state, weights)
     switch(model, state, weights)
+
+
+def _check_sum(state: Adapters, weights: Mapping[str, float]) -> None:
+    """Raises AdapterError if the weighted sum of these adapters is not defined."""
+    for name, weight in weights.items():
+        refusal = state.get(name).sum_refusal()
+        if refusal is not None:
+            raise AdapterError(f'adapter "{name}" {refusal}; it cannot be weighted or summed: activate it alone')
+        replaced = _replaced(state, state.get(name))
+        if replaced and weight != 1.0:
+            raise AdapterError(
+                f'adapter "{name}" has modules_to_save or biases ("{replaced[0]}"), which replace those of the base '
+                f"and cannot be weighted by {weight:g}: use weight 1"
+            )
+        for other in weights:
+            for path in [] if other == name else _changed(state, state.get(other)):
+                clash = next((mine for mine in replaced if path == mine or path.startswith(mine + ".")), None)
+                if clash is not None:
+                    raise AdapterError(
+                        f'adapters "{name}" and "{other}" cannot be active together: "{name}" replaces "{clash}" '
+                        f'(modules_to_save or bias), which "{other}" changes too'
+                    )
+
+
+def _replaced(state: Adapters, adapter: Adapter) -> list[str]:
+    """Paths of the modules and biases that an adapter replaces."""
+    return [path for own in adapter.modules for path in state.paths[own]] + list(adapter.biases)
+
+
+def _changed(state: Adapters, adapter: Adapter) -> list[str]:
+    """Paths of everything that an adapter replaces or adds an update to."""
+    return _replaced(state, adapter) + [path for own in adapter.layers for path in state.paths[own]]
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -183,7 +229,7 @@ def merged(model: nn.Module) -> str | None:
     return None if state is None else state.merged
 
 
-def adapters(model: nn.Module) -> tuple[str, ...]:
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Names of all adapters of `model`, oldest first."""
     state = find(model)
     return () if state is None else tuple(state.adapters)
@@ -218,22 +264,43 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return adapter.parameters()
 
 
-def add(model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter]]) -> Attached:
-    """Adds the adapter that `make` builds while the bare base is in use; for `attach` and `load_adapter`."""
-    state = find(model) or Adapters()
-    state.require_unmerged("attach")
+def add(
+    model: nn.Module, name: str, make: Callable[[], tuple[Selection, Adapter]], *, active: bool = True
+) -> Attached:
+    """Adds the adapter that `make` builds while the bare base is in use; for `attach` and `load_adapter`.
+
+    Args:
+        active: the new adapter is in use afterwards; otherwise the ones from before are.
+    """
     check_name(name)
+    _check_foreign(model)
+    state = find(model) or Adapters()
+    before = dict(state.active)
+    state.require_unmerged("attach")
     if name in state.adapters:
         raise AdapterError(f'an adapter "{name}" is already attached; detach it first or choose another name')
     with base_in_use(model, state):
         selection, adapter = make()
     added = join(model, state, name, selection, adapter)
-    switch(model, state, {name: 1.0})
+    switch(model, state, {name: 1.0} if active else before)
     return added
 
 
+def _check_foreign(model: nn.Module) -> None:
+    """Raises AdapterError if PEFT has replaced layers of the model: its adapters and ours cannot be nested."""
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = f' (at "{path}")' if path else ""
+            raise AdapterError(
+                f"this model is wrapped by PEFT: it holds a {type(module).__name__}{where}, and adapters of two "
+                "libraries cannot be nested. Save the adapter with PEFT, take the base with model.unload(), and read "
+                "the folder with loratune.load_adapter(base, folder)"
+            )
+
+
 def check_name(name: str) -> None:
-    """Raises AdapterError for a name that cannot name a folder."""
+    """Raises AdapterError for a name that cannot name a folder. ArgumentError: it is no string."""
+    expect(name, str, "name", "attach(model, config, name)")
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise AdapterError(f"an adapter cannot be called {name!r}: a name is not empty and holds no / or \\")
 

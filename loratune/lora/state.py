@@ -12,15 +12,18 @@ An adapter's name is a key of `Adapters.adapters` and occurs nowhere else: in no
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loratune.config import LoraConfig
-from loratune.errors import AdapterError, nearest
+from loratune.errors import AdapterError, ArgumentError, nearest
 from loratune.lora import direct_reads
 from loratune.lora.layer import LoraLayer, LoraVariant
 from loratune.lora.select import Selection
@@ -103,8 +106,6 @@ class Adapter:
 
     def sum_refusal(self) -> str | None:
         """The reason why this adapter cannot be weighted or added to others, or None."""
-        if self.modules or self.biases:
-            return "has modules_to_save or biases"
         variant = next((w.variant for w in self.layers.values() if not w.variant.low_rank_sum), None)
         return None if variant is None else f"uses {type(variant).__name__}, which is not a low-rank sum"
 
@@ -148,6 +149,8 @@ class Adapters:
     store: AdapterStore | None = None
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters of the base that required a gradient before the first adapter was attached."""
+    hook: RemovableHandle | None = None
+    """Of `_warn_of_save_pretrained`."""
 
     def get(self, name: str) -> Adapter:
         """The adapter called `name`. Raises AdapterError with near names."""
@@ -170,7 +173,9 @@ def find(model: nn.Module) -> Adapters | None:
 
 
 def require(model: nn.Module) -> Adapters:
-    """The adapters of `model`. Raises AdapterError if it has none."""
+    """The adapters of `model`. Raises AdapterError if it has none. ArgumentError: it is no module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the first argument is the model, but a {type(model).__name__} was given")
     state = find(model)
     if state is None:
         raise AdapterError(f"this {type(model).__name__} has no adapters; attach or load one to it first")
@@ -180,12 +185,37 @@ def require(model: nn.Module) -> Adapters:
 def install(model: nn.Module, state: Adapters) -> None:
     """Puts `state` on the root module, as a plain attribute."""
     setattr(model, _ATTRIBUTE, state)
+    if state.hook is None:
+        state.hook = model.register_state_dict_pre_hook(_warn_of_save_pretrained)
 
 
 def uninstall(model: nn.Module) -> None:
     """Removes the state from the root module."""
+    if (state := find(model)) is not None and state.hook is not None:
+        state.hook.remove()
     delattr(model, _ATTRIBUTE)
     direct_reads.forget(model)
+
+
+def _warn_of_save_pretrained(model: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+    """Warns if transformers' `save_pretrained` asks for the weights, because it cannot write an adapter.
+
+    The names of an adapter's tensors mean nothing to `from_pretrained`, which skips them. A call of `state_dict` by
+    other code is complete, so it is not warned of: a Trainer's checkpoint can be loaded into the same model.
+    """
+    state = find(model)
+    if state is None or state.merged is not None or not state.adapters:
+        return
+    if all(frame.f_code.co_name != "save_pretrained" for frame, _ in traceback.walk_stack(None)):
+        return
+    name = next(iter(state.active or state.adapters))
+    warnings.warn(
+        f"save_pretrained writes the base model; from_pretrained will not find the adapters attached to it "
+        f"({', '.join(state.adapters)}). Save each with loratune.save(model, directory, {name!r}), or call "
+        f"loratune.merge(model, {name!r}) first to write merged weights",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def master_dtype(weight: Tensor | FrozenWeight) -> torch.dtype:

@@ -30,6 +30,8 @@ def switch(model: nn.Module, state: Adapters, weights: dict[str, float]) -> None
             _bring_in(model, state, state.adapters[name])
     else:
         _point_to_sum(state, weights)
+        for name in weights:
+            _bring_in(model, state, state.adapters[name])
     state.active = dict(weights)
 
 

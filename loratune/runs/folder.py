@@ -51,7 +51,7 @@ _OURS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """Summary of a finished run."""
 
@@ -67,6 +67,12 @@ class RunResult:
     """Forms of the training data."""
     eval_data: tuple[str, ...] = ()
     """Held-out files that the user named."""
+
+    def __repr__(self) -> str:
+        losses = {"training loss": self.last_loss, "held-out loss": self.progress.best_eval_loss}
+        known = "".join(f", {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        where = f", adapter in {self.out}" if self.out is not None else ""
+        return f"<RunResult {self.reason}: {self.progress.step:,} steps{known}{where}>"
 
 
 class Recorder:

@@ -5,7 +5,7 @@ Cheap checks come first, so an error appears before any more expensive work. `ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
+from loratune.data.memory import TableOfRecords, as_sources
 from loratune.data.pack import fullness
 from loratune.data.render import with_date
-from loratune.errors import AdapterError, ConfigError, TrainingError
+from loratune.errors import AdapterError, ConfigError, TrainingError, expect
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
 from loratune.many.rate import RateChoice, RateTrial, choose_rate
@@ -37,6 +38,10 @@ from loratune.training.loop import Event, Loop, RunsSlower
 
 ADAPTER = "default"
 """Name of the trained adapter. PEFT stores an adapter of this name at the top of its folder."""
+
+
+Data = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | TableOfRecords
+"""Files, hub ids, or records in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +180,11 @@ def completed(config: RunConfig, dataset: Dataset, model_config: Any) -> tuple[R
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Sequence[str],
+    data: Data,
     training: TrainConfig | None = None,
     *,
     dataset: DataConfig | None = None,
+    eval_data: Data | None = None,
     out: str | None = None,
     on_event: Callable[[RunEvent], None] | None = None,
 ) -> RunResult:
@@ -187,21 +193,26 @@ def train(
     Args:
         model: a causal language model with exactly one active adapter, see `attach`.
         tokenizer: tokenizer of the model, with a chat template if the data are conversations.
-        data: training files.
+        data: training files, a list of dicts, or a `datasets.Dataset`.
         training, dataset: settings, with the defaults of the command line.
+        eval_data: held-out data; by default those of `dataset`, which holds out a part of the training records.
         out: folder for the files of `loratune train`; None writes none.
         on_event: called with every event, such as a step or an evaluation.
 
     Returns: the summary; the model then has the best adapter on held-out data, or the last one.
-    Raises: AdapterError: not exactly one adapter is active. DataError, OutputError, TrainingError.
+    Raises: AdapterError: not exactly one adapter is active. ArgumentError: an argument has the wrong type. DataError,
+        OutputError, TrainingError.
     """
+    _check_types(model, tokenizer, training, dataset)
     if training is not None and training.learning_rate == "auto":
         raise ConfigError('learning_rate "auto" needs a base without adapters: name a number here')
     names = active(model)
     if len(names) != 1:
         raise AdapterError(f"{len(names)} adapters are active; attach() one, or activate() the one to train")
-    paths = [data] if isinstance(data, str) else list(data)
+    paths = as_sources(data, "data")
     settings = with_date(dataset or DataConfig(), tokenizer)
+    if eval_data is not None:
+        settings = replace(settings, eval_data=as_sources(eval_data, "eval_data"))
     config = RunConfig(
         model=str(model.name_or_path or type(model).__name__),
         data=paths,
@@ -227,6 +238,16 @@ def train(
             on_event(event)
     assert result is not None
     return result
+
+
+def _check_types(model: object, tokenizer: object, training: object, dataset: object) -> None:
+    """Raises ArgumentError if an argument of `train` has the wrong type."""
+    call = "train(model, tokenizer, data, training)"
+    expect(model, PreTrainedModel, "model", call, "load() loads one.")
+    expect(tokenizer, PreTrainedTokenizerBase, "tokenizer", call, "load_tokenizer() loads one.")
+    for name, value, kind in (("training", training, TrainConfig), ("dataset", dataset, DataConfig)):
+        if value is not None:
+            expect(value, kind, name, call, f"Write {name}={kind.__name__}(...)")
 
 
 def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:

@@ -26,7 +26,7 @@ from loratune.data.record import Message
 from loratune.data.template import chat_text, encode, plain_prefix
 from loratune.errors import ConfigError, DataError, LoratuneError, nearest
 from loratune.infer.engine import Detokenizer, Sampling, stream
-from loratune.lora.inject import activate, adapters
+from loratune.lora.inject import activate, adapter_names
 from loratune.screen.text import visible
 
 try:
@@ -72,7 +72,7 @@ class Chat:
         self.forms = forms or {}
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
         self.console, self.sampling = console, sampling
-        self.names = adapters(model)
+        self.names = adapter_names(model)
         self.active: str | None = None
         self.system: str | None = None
         self.turns: list[Message] = []

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -32,41 +34,25 @@ _CURVE_WIDTH = 24
 
 def watch(events: Iterable[RunEvent], console: Console) -> RunResult:
     """Draws a run's events as they arrive and returns its result."""
-    view = _ProgressView(console)
     result: RunResult | None = None
-    waiting = console.status("loading the model and rendering the data")
-    waiting.start()
-    try:
+    with drawing(console) as draw:
         for event in events:
-            waiting.stop()
-            match event:
-                case Note(text):
-                    view.note(text)
-                case RateTrial():
-                    waiting = console.status(f"trying {len(event.rates)} learning rates for {event.steps} steps each")
-                    waiting.start()
-                case RateChoice():
-                    view.chose(event)
-                case Prepared():
-                    view.prepare(event)
-                case StepDone():
-                    view.step(event)
-                case Evaluated():
-                    view.evaluated(event)
-                case Unreached(paths):
-                    view.note(
-                        f"{len(paths)} tensors of the adapter get no gradient, for example {paths[0]}: the model "
-                        "computes without calling those layers. Leave them out with --exclude-modules"
-                    )
-                case CheckpointSaved(step=step):
-                    view.last_saved = step
-                case RunResult():
-                    result = event
-    finally:
-        waiting.stop()
-        view.close()
+            draw(event)
+            if isinstance(event, RunResult):
+                result = event
     assert result is not None, "a run ends with its result"
     return result
+
+
+@contextmanager
+def drawing(console: Console) -> Iterator[Callable[[RunEvent], None]]:
+    """Shows a run: yields the function that draws one event. The live line is removed at the end."""
+    view = _ProgressView(console)
+    view.wait("loading the model and rendering the data")
+    try:
+        yield view.draw
+    finally:
+        view.close()
 
 
 def summary(result: RunResult, console: Console) -> None:
@@ -126,6 +112,36 @@ class _ProgressView:
         self._started = time.monotonic()
         self._first_step = 0
         self._eval_loss: float | None = None
+        self._waiting: Status | None = None
+
+    def wait(self, reason: str) -> None:
+        """Shows the reason for a pause until the next event."""
+        self._waiting = self.console.status(reason)
+        self._waiting.start()
+
+    def draw(self, event: RunEvent) -> None:
+        """Draws one event."""
+        self._end_wait()
+        match event:
+            case Note(text):
+                self.note(text)
+            case RateTrial():
+                self.wait(f"trying {len(event.rates)} learning rates for {event.steps} steps each")
+            case RateChoice():
+                self.chose(event)
+            case Prepared():
+                self.prepare(event)
+            case StepDone():
+                self.step(event)
+            case Evaluated():
+                self.evaluated(event)
+            case Unreached(paths):
+                self.note(
+                    f"{len(paths)} tensors of the adapter get no gradient, for example {paths[0]}: the model "
+                    "computes without calling those layers. Leave them out with --exclude-modules"
+                )
+            case CheckpointSaved(step=step):
+                self.last_saved = step
 
     def note(self, text: str) -> None:
         """Prints a remark."""
@@ -203,9 +219,15 @@ class _ProgressView:
 
     def close(self) -> None:
         """Removes the live line from the screen."""
+        self._end_wait()
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _end_wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.stop()
+            self._waiting = None
 
     def _line(self, event: StepDone, left: float) -> Group:
         bar = Table.grid(padding=(0, 1))

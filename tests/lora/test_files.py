@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError
 from loratune.lora.files import adapter_tensors, load_adapter, read_config, read_info, save
-from loratune.lora.inject import activate, active, adapters, attach, detach, trainable_parameters
+from loratune.lora.inject import activate, active, adapter_names, attach, detach, trainable_parameters
 from tests.lora.helpers import fill, make, make_mlp, run
 
 CONFIG = "adapter_config.json"
@@ -163,7 +163,7 @@ def test_folder_of_a_named_adapter_is_found_by_name_only(tmp_path: Path) -> None
     _saved(tmp_path / "out" / "dates")
     model = make_mlp()
     load_adapter(model, tmp_path / "out", name="sql")
-    assert adapters(model) == ("sql",)
+    assert adapter_names(model) == ("sql",)
     _assert_refused(tmp_path / "out", r"holds the adapters dates, sql; name one, for example .*out/dates")
 
 

@@ -12,13 +12,14 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune import other_names
 from loratune.errors import ConfigError
+from loratune.short_repr import ShortRepr, is_required
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
 from loratune.units import bytes_of
 
@@ -57,18 +58,6 @@ CombineMethod = Literal[
     "magnitude_prune_svd",
 ]
 MajoritySign = Literal["total", "frequency"]
-
-
-class ShortRepr:
-    """Base of the configurations: `repr` shows the settings that are not the defaults, `str` too."""
-
-    def __repr__(self) -> str:
-        shown = [
-            f"{f.name}={value!r}"
-            for f in fields(typing.cast(Any, self))
-            if _required(f) or (value := getattr(self, f.name)) != default_of(f)
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(kw_only=True, repr=False)
@@ -301,7 +290,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str, root: type[A
     Raises: ConfigError: a name is unknown, a value has the wrong type or is out of range, or one is missing.
     """
     checked = check_values(kind, values, where, root)
-    missing = [f.name for f in fields(kind) if _required(f) and f.name not in checked]  # type: ignore[arg-type]
+    missing = [f.name for f in fields(kind) if is_required(f) and f.name not in checked]  # type: ignore[arg-type]
     if missing:
         raise ConfigError(f"{where}: {missing[0]} is missing")
     try:
@@ -377,15 +366,6 @@ def _is_date(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def default_of(setting: Field[Any]) -> Any:
-    """The default of a field that is not required."""
-    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
-
-
-def _required(setting: Field[Any]) -> bool:
-    return setting.default is MISSING and setting.default_factory is MISSING
 
 
 def _elsewhere(root: type[Any], name: str) -> str:

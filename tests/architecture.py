@@ -24,7 +24,20 @@ MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 450
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "other_names", "units", "version", "tables", "foreign", "config", "atomic", "ahead", "hub", "box"),
+    (
+        "errors",
+        "other_names",
+        "short_repr",
+        "units",
+        "version",
+        "tables",
+        "foreign",
+        "config",
+        "atomic",
+        "ahead",
+        "hub",
+        "box",
+    ),
     ("data",),
     ("ops",),
     ("precision",),

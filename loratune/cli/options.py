@@ -19,8 +19,8 @@ from typing import Any, Literal
 from tyro.conf import Positional, arg
 
 from loratune import other_names
-from loratune.config import default_of
 from loratune.errors import ConfigError, nearest
+from loratune.short_repr import default_of
 
 _POSITIONAL = typing.get_args(Positional[int])[1]
 _HELP = ("-h", "--help", "--help-all")

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratune as lt
-from loratune.cli import VERBS
+from loratune.cli import VERBS, process
 from loratune.cli.process import NOT_FOR_TEXT
 from loratune.config import RunConfig, from_dict
 from tests.cli_lab import CHAT, SHORT, finish, loratune, small_model, start, tree, write_jsonl
@@ -302,3 +302,27 @@ def test_a_run_that_stopped_early_stays_stopped_until_patience_rises(here: Path)
     resumed = loratune("train", "--resume", "--out", "early", "--early-stopping-patience", "2")
     assert resumed.status == 0, resumed.err
     assert losses(here / "early")[-1][0] > ended
+
+
+def test_errors_cannot_control_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    """Messages quote data files, templates and names of files, also names that are not UTF-8."""
+    process.print_error("bad \x1b[31mred\x1b]0;title\x07 \x9b31m \udce9 name\nnext")
+    shown = capfd.readouterr().err
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "\x9b" not in shown
+    assert "\\udce9 name" in shown
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once() -> None:
+    """While data are rendered, nothing needs saving; once training asks, the step ends first."""
+    with process.stop_on_signals(process.console()) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -42,7 +42,8 @@ def print_error(message: str) -> None:
     from loratune.screen.console import PlainConsole
 
     console = PlainConsole(stderr=True, soft_wrap=True)
-    lines = f"error: {message}".split("\n")
+    shown = message.encode("utf-8", "backslashreplace").decode()  # it may name files whose names are not UTF-8
+    lines = f"error: {shown}".split("\n")
     if console.is_terminal:
         lines = [part for line in lines for part in help.wrap(line, console.width, hanging=2)]
     text = Text("\n".join(lines))
@@ -75,19 +76,26 @@ def grow_cuda_segments() -> None:
 def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into a stop after the current step. A second Ctrl-C stops at once.
 
+    Before the first step nothing needs saving, so the first signal stops at once, also while data are rendered.
+
     Yields: a function that returns True once a signal has arrived.
     """
     received: list[int] = []
+    asked: list[bool] = []  # one entry once training asks
+
+    def stopped() -> bool:
+        asked[:] = [True]
+        return bool(received)
 
     def handle(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
+        if not asked or (received and number == signal.SIGINT):
             raise KeyboardInterrupt
         received.append(number)
         console.print("stopping after this step and saving; Ctrl-C again to stop without saving", style="yellow")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

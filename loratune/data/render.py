@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +40,8 @@ from loratune.errors import ConfigError, DataError
 __all__ = ["Example", "Rendered", "prompt_ids", "reference", "render"]
 
 RECORDS_PER_BATCH = 256
+RECORDS_PER_TASK = 4096
+"""Records that a process renders at a time. After Ctrl-C, each process finishes its own."""
 RECORDS_WORTH_PROCESSES = 20_000
 
 
@@ -122,16 +125,22 @@ def _batches(records: Sequence[Record], job: RenderJob, processes: int) -> Itera
     if processes == 1:
         yield _render_part(records, job)
         return
-    size = -(-len(records) // processes)
+    size = min(-(-len(records) // processes), RECORDS_PER_TASK)
     parts = [records[at : at + size] for at in range(0, len(records), size)]
     try:
-        with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(processes, len(parts)), spawn, initializer=_leave_interrupts_to_parent) as pool:
             yield from pool.map(partial(_render_part, job=job), parts)
     except BrokenProcessPool as error:
         raise ConfigError(
             "the processes that render data ended unexpectedly; in a script of your own, put the call under "
             'if __name__ == "__main__":, or set num_proc to 1'
         ) from error
+
+
+def _leave_interrupts_to_parent() -> None:
+    """Lets the parent alone react to Ctrl-C, which reaches every process of a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _render_part(records: Sequence[Record], job: RenderJob) -> Batch:

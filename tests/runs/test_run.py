@@ -13,7 +13,7 @@ from loratune.base.load import POCKET
 from loratune.box import data_file
 from loratune.errors import AdapterError, ConfigError, OutputError
 from loratune.lora.files import read_config
-from loratune.lora.inject import active, adapters, trainable_parameters
+from loratune.lora.inject import active, adapter_names, trainable_parameters
 from loratune.runs.run import ADAPTER, Prepared, RunResult, run
 from loratune.training import checkpoint
 from loratune.training.course import StepDone
@@ -129,7 +129,7 @@ def test_train_in_memory(data):
     assert len(steps) == 5
     assert steps[-1].loss < steps[0].loss
     assert result.out is None
-    assert active(model) == adapters(model) == ("dates",)
+    assert active(model) == adapter_names(model) == ("dates",)
     assert not model.training
 
 

@@ -421,11 +421,17 @@ def _describe(expected: Any) -> str:
     )
 
 
+_TABLES: Mapping[str, Mapping[str, str]] = {"objective": OBJECTIVES, "format": FORMATS, "precision": PRECISIONS}
+
+
 def _check_types(config: object) -> None:
     """Raises ConfigError if a value of a section has the wrong type, as Python does not check annotations."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not _fits(value, expected):
+        added = isinstance(value, str) and value in _TABLES.get(
+            name, ()
+        )  # to a table, after this module was imported
+        if not added and not _fits(value, expected):
             raise ConfigError(f"{name} = {value!r} is not {_describe(expected)}")
 
 

@@ -120,15 +120,17 @@ def test_the_step_that_a_gpu_records_equals_the_eager_one(micro_steps: int, fuse
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-JOBS = [
-    Job("a", LoraConfig(r=2, init_lora_weights=False), config(objective="pairs", seed=1), rows(1)),
-    Job(
-        "b",
-        LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
-        config(objective="pairs", seed=2, gradient_accumulation_steps=2),
-        rows(2),
-    ),
-]
+def both_jobs() -> list[Job]:
+    """Made when the objective is in its table."""
+    return [
+        Job("a", LoraConfig(r=2, init_lora_weights=False), config(objective="pairs", seed=1), rows(1)),
+        Job(
+            "b",
+            LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
+            config(objective="pairs", seed=2, gradient_accumulation_steps=2),
+            rows(2),
+        ),
+    ]
 
 
 Found = tuple[list[float], list[float], list[float]]
@@ -158,8 +160,8 @@ def train(jobs: list[Job], step: type[BankStep | BankGraph]) -> dict[str, Found]
 
 @pytest.mark.parametrize("step", [BankStep, BankGraph])
 def test_two_jobs_in_a_bank_equal_each_alone(step: type[BankStep | BankGraph]) -> None:
-    together = train(JOBS, step)
-    for job in JOBS:
+    together = train(both_jobs(), step)
+    for job in both_jobs():
         model = build("llama")
         attach(model, job.lora, name="default", seed=job.training.seed)
         loop = Loop(prepare(model), "default", trainable_parameters(model), job.rows, job.training, None)
@@ -173,29 +175,28 @@ def test_two_jobs_in_a_bank_equal_each_alone(step: type[BankStep | BankGraph]) -
 @pytest.mark.parametrize("step", [BankStep, BankGraph])
 def test_a_job_that_diverges_leaves_its_neighbour_equal_to_the_bit(step: type[BankStep | BankGraph]) -> None:
     """Pairs are differences of neighbouring documents, and documents of other jobs are neighbours in a row."""
-    sick = replace(JOBS[1], training=replace(JOBS[1].training, learning_rate=1e30, max_grad_norm=0.0))
-    for jobs in ([JOBS[0], sick], [sick, JOBS[0]]):
+    sick = replace(both_jobs()[1], training=replace(both_jobs()[1].training, learning_rate=1e30, max_grad_norm=0.0))
+    for jobs in ([both_jobs()[0], sick], [sick, both_jobs()[0]]):
         found = train(jobs, step)
         steps = len(found["b"][0])
         assert not math.isfinite(found["b"][0][-1])
         assert 3 <= steps < len(found["a"][0])
-        sound = replace(JOBS[1], training=replace(JOBS[1].training, max_steps=steps))
+        sound = replace(both_jobs()[1], training=replace(both_jobs()[1].training, max_steps=steps))
         assert found["a"] == train([sound if job is sick else job for job in jobs], step)["a"]
 
 
 def test_a_bank_trains_one_objective() -> None:
     model = build("llama")
-    pool = Jobs(prepare(model), Bank.attach(model, [JOBS[0].lora], 1), 256)
-    pool.add(JOBS[0])
+    pool = Jobs(prepare(model), Bank.attach(model, [both_jobs()[0].lora], 1), 256)
+    pool.add(both_jobs()[0])
     ((name, event),) = pool.run()
     assert name == "a"
     assert isinstance(event, Failed)
     assert "share one objective" in event.why
 
 
-def test_an_unknown_objective_is_an_error_that_names_the_nearest() -> None:
-    model = model_with_adapter()
-    with pytest.raises(ConfigError, match=r'objective "pair" does not exist.*Did you mean "pairs"'):
-        Loop(prepare(model), "default", trainable(model), rows(), config(objective="pair"), None)
+def test_an_unknown_objective_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="objective = 'pair' is not one of"):
+        config(objective="pair")
     with pytest.raises(ConfigError, match="'sft'"):
         check_values(TrainConfig, {"objective": "stf"}, "run.toml")

@@ -12,7 +12,7 @@ import torch
 import loratune as lt
 from loratune.config import LoraConfig, RunConfig, from_dict, read_toml
 from loratune.errors import ConfigError, TrainingError
-from loratune.lora.inject import adapters
+from loratune.lora.inject import adapter_names
 from loratune.many.rate import RATES, RateChoice, RateTrial, choose_rate, measured_rows, pick
 from tests.cli_lab import CHAT, loratune, small_model, write_jsonl
 from tests.conftest import build
@@ -46,7 +46,7 @@ def test_the_choice_beats_rates_far_from_it_and_leaves_the_base_unchanged():
     assert choice.losses[choice.rate] < min(choice.base_loss, choice.losses[RATES[0]])
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    assert adapters(model) == ()
+    assert adapter_names(model) == ()
 
 
 def test_it_is_repeatable_and_the_number_of_rates_at_once_does_not_matter(monkeypatch):
@@ -76,7 +76,7 @@ def test_unsupported_adapters_and_models_are_errors():
     with pytest.raises(ConfigError, match="name a number here"):
         model = build("llama")
         lt.attach(model, LoraConfig(r=2))
-        lt.train(model, None, "nothing.jsonl", lt.TrainConfig(learning_rate="auto"))
+        lt.train(model, lt.load_tokenizer("loratune/pocket"), "nothing.jsonl", lt.TrainConfig(learning_rate="auto"))
 
 
 def test_a_run_stores_the_rate_and_the_reason(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -299,6 +300,9 @@ def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     try:
         text = chat_text(tokenizer, turns, None, source=where, answer_next=False)
     except ModelError as error:
+        fault = error.__cause__
+        if isinstance(fault, TemplateSyntaxError):
+            raise ModelError(f"{where}:{fault.lineno}: the chat template is broken: {fault.message}") from error
         raise ModelError(f"{where}: {error}") from error
     except DataError:  # it may still accept the data's conversations
         return ""

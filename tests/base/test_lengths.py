@@ -176,7 +176,7 @@ def test_models_without_a_language_model_head_are_refused(name):
 
 
 def test_training_an_encoder_and_decoder_is_refused():
-    config = tf.T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=300)
+    config = tf.T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=4096)
     model = tf.T5ForConditionalGeneration(config)
     tokenizer = lt.load_tokenizer("loratune/pocket")
     lt.attach(model, lt.LoraConfig(r=2))

@@ -86,7 +86,7 @@ def test_an_unanswered_last_message_is_said() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_proc is 0"):
         rendered([chat(1)], num_proc=0)
-    with pytest.raises(ConfigError, match="train_on is"):
+    with pytest.raises(ConfigError, match="train_on = 'answers' is not one of"):
         rendered([chat(1)], train_on="answers")
     endless = toy_tokenizer()
     endless.eos_token = None

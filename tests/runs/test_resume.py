@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratune import atomic
+from loratune import atomic, tables
 from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_toml
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
@@ -93,7 +93,10 @@ def test_the_same_settings_can_be_resumed(config: RunConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("section", "name"), [(s, name) for s, names in OTHERS.items() for name in names])
-def test_settings_that_decide_the_result_must_not_change(config: RunConfig, section: str, name: str) -> None:
+def test_settings_that_decide_the_result_must_not_change(
+    config: RunConfig, section: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tables.OBJECTIVES, "other", "tests.extending.toy_objective:pairs")
     if name == "layers_pattern":
         config = changed(config, "lora", layers_to_transform=[0])
         atomic.write_text(Path(config.out) / "run.toml", to_toml(config))

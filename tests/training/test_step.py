@@ -8,7 +8,7 @@ import torch
 from loratune.base.forward import prepare
 from loratune.data.pack import make_row
 from loratune.training.optim import adamw
-from loratune.training.step import evaluate_loss, train_step
+from loratune.training.step import evaluate_loss, row_loss, train_step
 from tests.conftest import CAUSAL
 from tests.training.helpers import NaN, config, examples, model_with_adapter, trainable
 
@@ -132,10 +132,11 @@ def test_a_non_finite_gradient_changes_nothing():
 def test_nothing_below_the_first_adapter_gets_a_gradient():
     """With adapters in the last layer only, the autograd graph begins there."""
     model = model_with_adapter("llama", layers_to_transform=[1])
-    reached = []
+    forward, reached = prepare(model), []
     model.model.layers[0].register_full_backward_hook(lambda *_: reached.append(0))
     model.model.layers[1].mlp.register_full_backward_hook(lambda *_: reached.append(1))
-    gradients(model, [make_row(examples(4), 200, 0)])
+    with forward.installed():
+        row_loss(forward, make_row(examples(4), 200, 0)).backward()
     assert reached == [1]
 
 

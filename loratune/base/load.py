@@ -302,7 +302,9 @@ def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     except ModelError as error:
         fault = error.__cause__
         if isinstance(fault, TemplateSyntaxError):
-            raise ModelError(f"{where}:{fault.lineno}: the chat template is not valid Jinja: {fault.message}") from error
+            raise ModelError(
+                f"{where}:{fault.lineno}: the chat template is not valid Jinja: {fault.message}"
+            ) from error
         raise ModelError(f"{where}: {error}") from error
     except DataError:  # it may still accept the data's conversations
         return ""

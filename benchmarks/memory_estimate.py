@@ -83,7 +83,7 @@ def on_gpu() -> Iterator[Found]:
         over.append(expected.allocated / GIB / allocated - 1)
         yield row | {
             "measured_gib": allocated, "over": round(over[-1], 4), "reserved_gib": found["reserved_gib"],
-            "recorded": found["recorded"],
+            "recorded": found["recorded"], "fused": found["fused"], "notes": forward.notes,
         }  # fmt: skip
     yield {
         "settings": len(ESTIMATED), "measured": len(over),

@@ -32,6 +32,7 @@ from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
 from loratune.lora.layers import KEY_PAIRS, LoraEmbedding
 from loratune.lora.peft_config import CONFIG_FILE
 from loratune.lora.variants import variant_of
+from loratune.precision.finite import check_finite, fault_of
 
 REPORT_FILE = "provenance.json"
 """Beside an adapter that was computed from others: its sources, the method, and the error."""
@@ -144,7 +145,7 @@ def _others(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tens
 
 def _check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if fault_of(tensor):
             raise AdapterError(f"{folder}: {key} holds values that are not finite")
 
 
@@ -203,7 +204,8 @@ def write_updates(
     Args:
         fields: adapter_config.json; fields of ranks and scalings are set here.
 
-    Raises: OutputError: `out` exists (without `overwrite`), the disk is full or read-only.
+    Raises: OutputError: `out` exists (without `overwrite`), the disk is full or read-only. AdapterError: a tensor
+        holds NaN or infinity.
     """
     rank = max(update.r for update in layers.values())
     tensors: dict[str, Tensor] = dict(others or {})
@@ -211,6 +213,7 @@ def write_updates(
         factors = padded(update.lora_A, update.lora_B * update.scaling, rank)
         for key, factor in zip(update.keys, factors, strict=True):
             tensors[f"{PREFIX}{path}.{key}"] = factor.cpu().contiguous()
+    check_finite(tensors, str(out), AdapterError)
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     with atomic.new_directory(out, overwrite=overwrite) as temporary:
         atomic.write_bytes(temporary / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loratune.base.load import load_config, local_folder, resolve
 from loratune.base.model_config import runs_own_code
+from loratune.errors import ModelError
+from loratune.precision.finite import check_finite, fault_of
 from loratune.precision.tensors import Checkpoint, StoredTensor
 
 _DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +69,12 @@ def _others(model: PreTrainedModel, stored: Mapping[str, StoredTensor], main: to
         if tensor is not None and tensor.dtype in _DENSE and tensor.dtype != main:
             found[name] = tensor.dtype
     return found
+
+
+def check_written(model: PreTrainedModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises ModelError if a tensor of a checkpoint holds NaN or infinity; buffers may hold infinity, as masks do."""
+    masks = {name for name, buffer in model.named_buffers() if fault_of(buffer) == "infinity"}
+    check_finite({name: tensor for name, tensor in tensors.items() if name not in masks}, where, ModelError)
 
 
 def record_dtype(folder: Path, dtype: torch.dtype) -> None:

@@ -41,9 +41,10 @@ from loratune import atomic
 from loratune.data import prompting
 from loratune.data.prompting import PromptForm
 from loratune.errors import DataError, ModelError, OutputError
-from loratune.export.dtypes import FileDtypes, dtypes_of_files, record_dtype
+from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
+from loratune.precision.finite import fault_of, overflow
 from loratune.precision.linear import count_parameters, dense_state_dict, quantised_layers
 from loratune.units import size
 
@@ -161,7 +162,8 @@ def merge_checkpoint(
         OutputError: `out` exists, is an input, or cannot hold the checkpoint.
         AdapterError: the adapter is unknown or cannot be merged, for example because a head is tied.
         DataError: no prompts.
-        ModelError: the reloaded checkpoint differs by more than rounding explains. `out` is then not written.
+        ModelError: a tensor holds NaN or infinity, or overflows its dtype; the reloaded checkpoint differs by more
+            than rounding explains. `out` is then not written.
     """
     folder = Path(out)
     _check_prompts(prompts)
@@ -232,6 +234,7 @@ def _verify(
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtypes: FileDtypes) -> set[str]:
     """Writes checkpoint and tokenizer; returns the names of tensors that `dtypes` do not represent exactly."""
     tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtypes)
+    check_written(model, tensors, "the merged checkpoint")
     try:
         model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
@@ -260,6 +263,11 @@ def _cast(tensors: dict[str, Tensor], source: torch.dtype, dtypes: FileDtypes) -
         key = (tensor.data_ptr(), tensor.shape, target)
         if key not in cast:
             cast[key] = tensor.to(target)
+            if fault_of(cast[key]) and not fault_of(tensor):
+                raise ModelError(
+                    f"{name}: a value of the merged weights is too large: {overflow(target)}. Nothing is written; "
+                    "merge with --precision bfloat16 or float32"
+                )
         result[name] = cast[key]
         if not torch.equal(cast[key].to(source), tensor):
             inexact.add(name)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.errors import AdapterError, ModelError, OutputError
-from loratune.export.dtypes import FileDtypes, dtypes_of_files, record_dtype
+from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
 from loratune.lora.state import find
 from loratune.precision.linear import count_parameters, formats_in, quantised_layers
 from loratune.units import size
@@ -54,8 +54,8 @@ def save_quantised(
     Tensors that are not quantised have the dtype of the base's files, also if the model is float32 on a CPU.
 
     Memory: the quantised model once more, on the host.
-    Raises: ModelError: nothing in the model is in 4 bits. AdapterError: it has adapters. OutputError: `out` exists,
-        or cannot hold the files.
+    Raises: ModelError: nothing in the model is in 4 bits, or a tensor holds NaN or infinity. AdapterError: it has
+        adapters. OutputError: `out` exists, or cannot hold the files.
     """
     folder = Path(out)
     layers = [layer for _, layer in quantised_layers(model)]
@@ -68,7 +68,9 @@ def save_quantised(
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
         model.config.quantization_config = settings
         try:
-            model.save_pretrained(temporary, state_dict=_state_dict(model, dtypes))
+            tensors = _state_dict(model, dtypes)
+            check_written(model, tensors, str(folder))
+            model.save_pretrained(temporary, state_dict=tensors)
             record_dtype(temporary, dtypes.main)
         except SafetensorError as error:  # raised by its Rust code for a full disk
             raise OutputError(f"{folder}: the weights cannot be written: {error}") from error

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, expect
@@ -25,6 +25,7 @@ from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, Adapters, find, identity, install, require, ties, uninstall
 from loratune.lora.switch import is_plain, set_module, switch
 from loratune.ops.dropout import layer_salt
+from loratune.precision.finite import fault_of, overflow
 from loratune.precision.linear import count_parameters
 
 
@@ -113,11 +114,11 @@ def activate(model: nn.Module, which: str | Sequence[str] | Mapping[str, float] 
         for name in weights:
             state.get(name)
     else:
-        _check_sum(state, weights)
+        _check_weighted(state, weights)
     switch(model, state, weights)
 
 
-def _check_sum(state: Adapters, weights: Mapping[str, float]) -> None:
+def _check_weighted(state: Adapters, weights: Mapping[str, float]) -> None:
     """Raises AdapterError if the weighted sum of these adapters is not defined."""
     for name, weight in weights.items():
         refusal = state.get(name).sum_refusal()
@@ -183,8 +184,8 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
     reversible=False nothing is saved: the adapter is gone, and the model is a plain one, as if trained in full.
 
     Raises: AdapterError: an unknown name; an adapter is merged already; a weight is tied to another module, which
-        would change too; the adapter holds non-finite values; an irreversible merge beside other adapters. The model
-        is then unchanged.
+        would change too; the adapter holds non-finite values; a merged weight overflows its
+        dtype; an irreversible merge beside other adapters. The model is then unchanged.
     """
     state = require(model)
     state.require_unmerged("merge")
@@ -197,7 +198,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
     with base_in_use(model, state):
         _check_ties(model, state, adapter)
         switch(model, state, {name: 1.0})
-        _fold([state.layers[path] for path in adapter.layers], reversible)
+        _fold(name, {path: state.layers[path] for path in adapter.layers}, reversible)
     if not reversible:
         # The base's modules and biases do not come back: the model keeps those of the adapter.
         state.base_modules.clear()
@@ -377,17 +378,37 @@ def _as_weights(which: str | Sequence[str] | Mapping[str, float] | None) -> dict
     return dict.fromkeys(which, 1.0)
 
 
-def _fold(layers: Sequence[LoraLayer], reversible: bool) -> None:
-    """Merges every layer. If memory runs out half-way, the merged layers are unmerged again."""
+def _fold(name: str, layers: Mapping[str, LoraLayer], reversible: bool) -> None:
+    """Merges every layer. If memory runs out half-way, or a sum overflows, the merged layers are unmerged again.
+
+    An irreversible merge tries every sum first.
+    """
+    if not reversible:
+        for path, layer in layers.items():
+            _check_sum(name, path, layer.merged_weight())
     folded: list[LoraLayer] = []
+    finished = False
     try:
-        for layer in layers:
-            layer.merge(reversible=reversible)
+        for path, layer in layers.items():
+            total = layer.merge(reversible=reversible)
             folded.append(layer)
+            if reversible:
+                _check_sum(name, path, total)
+        finished = True
     finally:
-        if reversible and len(folded) < len(layers):
+        if reversible and not finished:
             for layer in folded:
                 layer.unmerge()
+
+
+def _check_sum(name: str, path: str, total: Tensor) -> None:
+    """Raises AdapterError if a merged weight holds NaN or infinity."""
+    if fault := fault_of(total):
+        why = f" ({overflow(total.dtype)})" if fault == "infinity" else ""
+        raise AdapterError(
+            f'adapter "{name}" cannot be merged: the sum of {path}.weight and its update holds {fault}{why}. '
+            "Use the adapter unmerged, or load the base in bfloat16 or float32"
+        )
 
 
 def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
@@ -405,5 +426,11 @@ def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
 
 def _check_finite(name: str, adapter: Adapter) -> None:
     for path, weights in adapter.layers.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in weights.tensors.values()):
+        if any(fault_of(tensor) for tensor in weights.tensors.values()):
             raise AdapterError(f'adapter "{name}" holds non-finite values at "{path}"; it is not merged')
+    in_full = dict(adapter.biases)
+    for path, module in adapter.modules.items():
+        in_full |= {f"{path}.{key}": parameter for key, parameter in module.named_parameters()}
+    for path, parameter in in_full.items():
+        if fault := fault_of(parameter):
+            raise AdapterError(f'adapter "{name}" holds {fault} at "{path}", trained in full; it is not merged')

@@ -207,17 +207,25 @@ class LoraLayer(AdaptedLayer):
         return delta.T if self.transposed else delta
 
     @torch.no_grad()
-    def merge(self, *, reversible: bool = True) -> None:
+    def merged_weight(self) -> Tensor:
+        """The weight that `merge` would leave: weight plus `delta`, rounded once to the weight's dtype."""
+        return self.sum_with(self.weight).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> Tensor:
         """Adds `delta` to the weight in place, rounded once to its dtype, and releases the adapter.
+
+        Returns: the merged weight.
 
         Memory: `unmerge` must restore the exact bits, which no arithmetic on the rounded sum can. So the weight
         before the merge is saved in CPU memory; reversible=False saves nothing.
         """
-        total = self.sum_with(self.weight)
+        total = self.merged_weight()
         if reversible:
             self._unmerged = self.weight.detach().to("cpu", copy=True)
         self.weight.copy_(total)
         self.release()
+        return self.weight
 
     @torch.no_grad()
     def unmerge(self) -> None:

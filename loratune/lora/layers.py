@@ -118,13 +118,18 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         return lora_linear(x, self.frozen, self.bias, *self._plain_arguments())
 
     @torch.no_grad()
-    def merge(self, *, reversible: bool = True) -> None:
-        """Replaces W by the dense W + `delta`, and releases the adapter."""
-        before = self.frozen
-        total = self.sum_with(before.dense())
+    def merged_weight(self) -> Tensor:
+        """The weight that `merge` would leave, dense."""
+        return self.sum_with(self.frozen.dense()).to(self.frozen.dtype)
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> Tensor:
+        """Replaces W by the dense W + `delta`, and releases the adapter. Returns the merged weight."""
+        before, total = self.frozen, self.merged_weight()
         self._before_merge = before if reversible else None
-        self.frozen = DenseWeight(total.to(before.dtype))
+        self.frozen = DenseWeight(total)
         self.release()
+        return total
 
     def unmerge(self) -> None:
         """Restores the weight from before `merge`, to the bit."""

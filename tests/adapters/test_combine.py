@@ -14,6 +14,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratune.adapters.combine import CombineRecipe, combine, combine_layers, resize
@@ -275,10 +276,23 @@ def test_a_layer_of_two_shapes_is_refused(tmp_path: Path) -> None:
 def test_damaged_values_are_named(tmp_path: Path) -> None:
     model = make("llama")
     attach(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    next(iter(trainable_parameters(model).values())).data[0, 0] = math.inf
     save(model, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    next(t for key, t in tensors.items() if key.endswith("layers.0.self_attn.q_proj.lora_A.weight"))[0, 0] = math.inf
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"layers.0.self_attn.q_proj.lora_A.weight holds values that are not"):
         resize(tmp_path / "a", tmp_path / "b", 1)
+
+
+@pytest.mark.parametrize("scale", [1e30, math.nan])
+def test_results_that_are_not_finite_are_not_written(scale: float, tmp_path: Path) -> None:
+    """The sources are finite; the scaling (or the weight) of the sum is what overflows float32."""
+    folder = _saved(tmp_path / "a", lora_alpha=1e12)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: tensor * 1e30 for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises((AdapterError, ConfigError), match=r"out: .*lora_[AB].weight holds infinity|finite"):
+        combine([folder], tmp_path / "out", weights=[scale])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_source_is_never_overwritten(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, DataError, ModelError, OutputError
+from loratune.export.dtypes import check_written
 from loratune.export.merge import Merged, merge_checkpoint
 from loratune.lora.inject import activate, active, attach
 from tests.conftest import build
@@ -185,6 +186,53 @@ def test_rounding_that_loses_the_adapter_is_said(tokenizer: PreTrainedTokenizerF
     result = merge_checkpoint(model, tokenizer, "a", tmp_path / "out", prompts=PROMPTS, dtype=torch.bfloat16)
     assert not result.verification.adapter_survives
     assert "merge in float32" in str(result)
+
+
+def make_too_large(model: PreTrainedModel) -> str:
+    """A finite update that float16 cannot hold."""
+    model.model.layers[1].mlp.up_proj.lora_B.data[3] = 1e7
+    return r"model.layers.1.mlp.up_proj.weight: .* largest value of float16 is 65,504"
+
+
+def fill_head(value: float) -> Callable[[PreTrainedModel], str]:
+    def fault(model: PreTrainedModel) -> str:
+        model.lm_head.weight.data[2, 3] = value
+        return r"lm_head"
+
+    return fault
+
+
+def break_base(model: PreTrainedModel) -> str:
+    """NaN in a row of the base's embedding that no prompt reads, so that no logit shows it."""
+    model.model.embed_tokens.weight.data[299] = float("nan")
+    return r"model.embed_tokens.weight holds NaN"
+
+
+@pytest.mark.parametrize(
+    "fault", [make_too_large, fill_head(float("nan")), fill_head(float("inf")), fill_head(1e5), break_base]
+)
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_tensors_that_are_not_finite_are_named_and_not_written(
+    fault: Callable[[PreTrainedModel], str], keep_adapter: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = build("llama")
+    attach(model, LoraConfig(r=4, modules_to_save=["lm_head"], **RANDOM), name="a")
+    says = fault(model)
+    with pytest.raises((ModelError, AdapterError), match=says):
+        merge_checkpoint(
+            model, tokenizer, "a", tmp_path / "out", prompts=PROMPTS, dtype=torch.float16, keep_adapter=keep_adapter
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinity_in_a_mask_of_the_model_is_written(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Buffers hold infinity on purpose in some models; a merge leaves them."""
+    model = adapted("llama")
+    model.model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    check_written(model, model.state_dict(), "x")
+    with pytest.raises(ModelError, match=r"x: model.norm.weight holds infinity"):
+        model.model.norm.weight.data[0] = float("inf")
+        check_written(model, model.state_dict(), "x")
 
 
 @pytest.fixture

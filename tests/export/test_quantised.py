@@ -51,6 +51,19 @@ def test_the_files_are_those_of_bitsandbytes(tmp_path):
     assert how["bnb_4bit_use_double_quant"] is True
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj", "model.norm"])
+def test_values_that_are_not_finite_are_named_and_not_written(where, value, tmp_path):
+    """Also in a quantised layer, whose codes cannot hold them."""
+    made = build("llama")
+    made.get_submodule(where).weight.data.view(-1)[5] = value
+    made.save_pretrained(tmp_path / "dense")
+    model = load(str(tmp_path / "dense"), "nf4", "cpu")
+    with pytest.raises(ModelError, match=rf"out: {where}\.weight\S* holds (NaN|infinity), so it is not written"):
+        save_quantised(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_written_checkpoint_is_read_back_the_same(name, tmp_path):
     build(name).save_pretrained(tmp_path / "dense")

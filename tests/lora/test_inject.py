@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
+from loratune.lora.files import save
 from loratune.lora.inject import (
     activate,
     active,
@@ -25,6 +27,7 @@ from loratune.lora.inject import (
     unmerge,
 )
 from loratune.lora.layer import LoraLayer
+from loratune.precision.linear import quantise_linears
 from tests.conftest import build
 from tests.lora.helpers import fill, make, make_mlp, run
 
@@ -426,6 +429,47 @@ def test_non_finite_adapters_are_not_merged() -> None:
     with pytest.raises(AdapterError, match='non-finite values at "classifier"'):
         merge(model)
     assert merged(model) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["module", "bias"])
+def test_tensors_in_full_that_are_not_finite_are_neither_merged_nor_saved(
+    what: str, value: float, tmp_path: Path
+) -> None:
+    model = make_mlp()
+    full = {"modules_to_save": ["classifier"]} if what == "module" else {"bias": "all"}
+    attach(model, LoraConfig(r=2, target_modules=["0"], **full))
+    name, tensor = next((n, t) for n, t in trainable_parameters(model).items() if "lora" not in n)
+    with torch.no_grad():
+        tensor.view(-1)[0] = value
+    named = "NaN" if value != value else "infinity"
+    with pytest.raises(AdapterError, match=f'"default" holds {named} at "{name}"'):
+        merge(model)
+    assert merged(model) is None
+    with pytest.raises(AdapterError, match=f"{name.rpartition('.')[2]} holds {named}, so it is not written"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("reversible", [False, True])
+def test_sums_that_overflow_are_refused_and_leave_the_model_as_it_was(reversible: bool, quantised: bool) -> None:
+    """All values are finite, but the second layer's sum exceeds 65,504 in float16."""
+    model = make_mlp().half()
+    if quantised:
+        quantise_linears(model)
+    attach(model, LoraConfig(r=2, target_modules=["0", "classifier"]))
+    with torch.no_grad():
+        for tensor in trainable_parameters(model).values():
+            tensor.fill_(0.1)
+        model.classifier.lora_B[0, 0] = 1e7
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"classifier\.weight and its update holds infinity .*float16 is 65,504"):
+        merge(model, reversible=reversible)
+    assert merged(model) is None
+    assert active(model) == ("default",)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # Errors

@@ -31,7 +31,6 @@ from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
 from loratune.lora.select import Selection, find_modules, select
 from loratune.lora.state import Adapter, require
 from loratune.lora.switch import is_plain, switch
-from loratune.precision.finite import check_finite
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -67,7 +66,7 @@ def save(model: nn.Module, directory: str | Path, name: str = "default", *, over
 
     Raises:
         ArgumentError: an argument has the wrong type.
-        AdapterError: no such adapter, or it holds NaN or infinity.
+        AdapterError: no such adapter.
         OutputError: there is an adapter already (and not `overwrite`), no space, or no permission.
     """
     expect(model, nn.Module, "model", "save(model, directory)")
@@ -110,7 +109,6 @@ def _content(model: nn.Module, name: str) -> tuple[str, bytes]:
     state = require(model)
     adapter = state.get(name)
     tensors = adapter_tensors(model, name)
-    check_finite(tensors, f'adapter "{name}"', AdapterError)
     return peft_config.to_json(model, adapter), to_bytes(tensors, metadata={"format": "pt"})
 
 

@@ -7,29 +7,24 @@ missing tensors is an error instead of a model with random layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import foreign, hub
-from loratune.base import model_config
+from loratune.base import generation, model_config
 from loratune.base.model_config import LIBRARY_FAULTS, in_one_line
 from loratune.box import MODEL_DIR
 from loratune.config import Precision
-from loratune.data.template import chat_text, read_template
-from loratune.errors import DataError, ModelError, nearest
+from loratune.data.prompting import PromptForm
+from loratune.data.template import read_template
+from loratune.errors import ModelError, nearest
 from loratune.ops.attention import documents as attention
 from loratune.precision.contract import weight_format
 from loratune.precision.loading import form_of_files, load_quantised
@@ -38,8 +33,6 @@ from loratune.tables import PRECISIONS
 
 POCKET = "loratune/pocket"
 """Name of the bundled model, accepted in place of a folder or hub id."""
-
-_MARKER = "loratune"  # an answer to find again in rendered text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,6 +100,7 @@ def load(
         raise ModelError(f"--precision {precision}: {why}")
     source = resolve(model)
     config = load_config(model, trust_remote_code=trust_remote_code)
+    generation.read(source)  # transformers would treat a damaged file as missing
     _check_causal(model, config, trust_remote_code)
     files = form_of_files(model, config, wanted)
     stored = Checkpoint(Path(source)).tensors if Path(source).is_dir() else {}
@@ -210,29 +204,35 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template:
-        _render_turns(tokenizer, chat_template or f"{model}: its chat template")
+        generation.render_turns(tokenizer, chat_template or f"{model}: its chat template")
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
 
-def stop_ids(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> frozenset[int]:
     """Token ids that end the model's turn, from its generation config, its tokenizer and its chat template.
 
-    `model` may be a name, as for `load`; then only its generation config is read.
-
-    Chat models often end a turn with a token that is not their `eos_token` and is missing from
-    generation_config.json, so a short conversation is rendered and the first special token after the answer taken.
+    `model` may be a name, as for `load`; then no weights are read.
+    Raises: ModelError: as `load`; generation_config.json is damaged.
     """
-    found: set[int] = set()
-    generation = _generation_config(model) if isinstance(model, str) else model.generation_config
-    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
-        found.update(value if isinstance(value, list) else [value] if value is not None else [])
-    if tokenizer.chat_template:
-        text = _render_turns(tokenizer, f"{tokenizer.name_or_path}: its chat template")
-        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        after = tokenizer(text.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"] if text else []
-        found.update([i for i in after if i in special][:1])
-    return frozenset(found)
+    return generation.stop_ids(_generation(model, trust_remote_code), tokenizer)
+
+
+def stop_note(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forms: Sequence[PromptForm],
+    *,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """One sentence if answers in data of these forms end with a token at which other programs do not stop.
+
+    Raises: ModelError: as `stop_ids`.
+    """
+    found = generation.note(_generation(model, trust_remote_code), tokenizer, forms)
+    return [found] if found else []
 
 
 def max_document_tokens(config: Any) -> int | None:
@@ -291,31 +291,12 @@ def _check_causal(model: str, config: Any, trust_remote_code: bool) -> None:
         raise ModelError(f"{model}: {kind} is not a causal language model, which train and chat need")
 
 
-def _render_turns(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """A question and the answer `_MARKER` through the chat template; "" if it refuses this conversation.
-
-    Raises: ModelError: the template is not valid Jinja.
-    """
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARKER}]
-    try:
-        text = chat_text(tokenizer, turns, None, source=where, answer_next=False)
-    except ModelError as error:
-        fault = error.__cause__
-        if isinstance(fault, TemplateSyntaxError):
-            raise ModelError(
-                f"{where}:{fault.lineno}: the chat template is not valid Jinja: {fault.message}"
-            ) from error
-        raise ModelError(f"{where}: {error}") from error
-    except DataError:  # it may still accept the data's conversations
-        return ""
-    return text if _MARKER in text else ""
-
-
-def _generation_config(model: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(resolve(model))
-    except OSError:  # a model need not have one
-        return None
+def _generation(model: str | PreTrainedModel, trust_remote_code: bool) -> object:
+    """The generation settings; without a file, the model's configuration, as transformers does."""
+    if not isinstance(model, str):
+        return model.generation_config
+    found = generation.read(resolve(model))
+    return found or load_config(model, trust_remote_code=trust_remote_code).get_text_config()
 
 
 def _on_hub(model: str, near: str) -> str:

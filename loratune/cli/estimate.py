@@ -129,7 +129,7 @@ def _run_of(given: EstimateArguments) -> _Run:
         given.data,
         tokenizer,
         settings,
-        stop_ids=base.stop_ids(given.model, tokenizer),
+        stop_ids=base.stop_ids(given.model, tokenizer, trust_remote_code=trust),
         max_tokens=base.max_document_tokens(config),
         seed=0,
         cache_dir=process.cache_dir(None),

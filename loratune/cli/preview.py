@@ -53,11 +53,10 @@ def run(words: list[str]) -> None:
         from loratune.screen.preview import draw_preview
         from loratune.training import choices
 
-    tokenizer = base.load_tokenizer(
-        given.model, given.dataset.chat_template, trust_remote_code=given.trust_remote_code
-    )
-    stop_ids = base.stop_ids(given.model, tokenizer)
-    model_config = base.load_config(given.model, trust_remote_code=given.trust_remote_code)
+    trust = given.trust_remote_code
+    tokenizer = base.load_tokenizer(given.model, given.dataset.chat_template, trust_remote_code=trust)
+    stop_ids = base.stop_ids(given.model, tokenizer, trust_remote_code=trust)
+    model_config = base.load_config(given.model, trust_remote_code=trust)
     dataset = prepare(
         given.data,
         tokenizer,
@@ -68,6 +67,7 @@ def run(words: list[str]) -> None:
         seed=given.seed,
         cache_dir=process.cache_dir(given.dataset.cache_dir),
     )
+    dataset.notes.extend(base.stop_note(given.model, tokenizer, dataset.forms, trust_remote_code=trust))
     train, held_out = ([len(example) for example in part] for part in (dataset.train, dataset.eval))
     chosen = choices.choose(given.dataset, TrainConfig(), train, held_out, choices.width_of(model_config))
     rows = rows_of_epoch(dataset.train, chosen.data.row_tokens, pad_id(tokenizer), seed=given.seed, epoch=0)

@@ -42,6 +42,7 @@ from loratune.data import prompting
 from loratune.data.prompting import PromptForm
 from loratune.errors import DataError, ModelError, OutputError
 from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
+from loratune.export.generation import record_stops
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
 from loratune.precision.finite import fault_of, overflow
@@ -238,6 +239,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     try:
         model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
+        record_stops(folder, model, tokenizer)
     except SafetensorError as error:  # raised by its Rust code for a full disk
         raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
     except ValueError as error:

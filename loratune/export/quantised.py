@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune import atomic
 from loratune.errors import AdapterError, ModelError, OutputError
 from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
+from loratune.export.generation import record_stops
 from loratune.lora.state import find
 from loratune.precision.linear import count_parameters, formats_in, quantised_layers
 from loratune.units import size
@@ -49,7 +50,7 @@ def save_quantised(
     Args:
         model: the model, without adapters; these are saved separately.
         out: folder for the checkpoint.
-        tokenizer: written to the same folder if given.
+        tokenizer: written to the same folder if given, and its stop tokens into generation_config.json.
 
     Tensors that are not quantised have the dtype of the base's files, also if the model is float32 on a CPU.
 
@@ -78,6 +79,7 @@ def save_quantised(
             del model.config.quantization_config
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+            record_stops(temporary, model, tokenizer)
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     return Quantised(folder, file_bytes, len(layers), count_parameters(model))
 

@@ -273,6 +273,7 @@ def _train(
     model = forward.model
     (name,) = active(model)
     yield from map(Note, _notes(forward, dataset, attached))
+    yield from map(Note, base.stop_note(model, tokenizer, dataset.forms))
     parameters = trainable_parameters(model)
     rows = rows_of(tokenizer, dataset, config)
     lengths = [len(example) for example in dataset.train]

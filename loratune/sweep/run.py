@@ -397,7 +397,8 @@ def _data(jobs: Sequence[PlannedJob], day: str, cache_dir: str | None) -> tuple[
             raise type(error)(f'job "{job.name}": {error}') from error
         if (row_key := f"{key} {config.dataset.tokens_per_row}") not in packed:
             packed[row_key] = _rows(tokenizers[template], dataset, config)
-        notes += [note for note in dataset.notes if note not in notes]
+        remarks = dataset.notes + _stop_note(config, tokenizers[template], dataset)
+        notes += [note for note in remarks if note not in notes]
         for each in choices:
             chosen.setdefault(str(each), []).append(job.name)
         rows = packed[row_key]
@@ -417,12 +418,16 @@ def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: A
         config.data,
         tokenizer,
         config.dataset,
-        stop_ids=base.stop_ids(config.model, tokenizer),
+        stop_ids=base.stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code),
         max_tokens=base.max_document_tokens(model_config),
         vocabulary=base.configured_vocabulary(model_config),
         seed=config.training.seed,
         cache_dir=cache_dir,
     )
+
+
+def _stop_note(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> list[str]:
+    return base.stop_note(config.model, tokenizer, dataset.forms, trust_remote_code=config.trust_remote_code)
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:

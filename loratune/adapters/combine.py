@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def resize(
         found = decompose_product(here.lora_A, here.lora_B * here.scaling)
         lora_A, lora_B = found.factors(rank)
         _make_trainable(lora_A, lora_B, found.significant, generator)
-        layers[path] = Update(lora_A, lora_B, keys=update.keys)
+        layers[path] = replace(update, lora_A=lora_A, lora_B=lora_B, scaling=1.0)
         missed[path], norms[path] = found.error(rank), found.norm
     errors, error = _relative(missed, norms)
     report = _report("resize", {str(folder): 1.0}, error, errors) | {"rank": rank}
@@ -220,7 +220,6 @@ def combine_layers(
     for path in paths:
         members = [(layers[path], weight) for layers, weight in parts if path in layers]
         _check_layer(path, [update for update, _ in members], recipe)
-        keys = members[0][0].keys
         if recipe.method == "cat":
             lora_A, lora_B = _concatenated(members)
         elif recipe.cuts:
@@ -229,7 +228,7 @@ def combine_layers(
             lora_A, lora_B = found.factors(rank)
         else:
             lora_A, lora_B = _merged_factors(members, recipe, generator)
-        combined[path] = Update(lora_A, lora_B, keys=keys)
+        combined[path] = replace(members[0][0], lora_A=lora_A, lora_B=lora_B, scaling=1.0)
     errors, error = _relative(missed, norms)
     return combined, errors, error if recipe.cuts else None
 

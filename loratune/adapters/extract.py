@@ -130,7 +130,9 @@ def extract(
     with ExitStack() as stack:
         before, after = (WeightReader(name, stack) for name in (base, tuned))
         updates, layers = _updates(before, after, targets, rank, on)
-        left_out = dict(_left_out(before, after, {f"{path}.weight" for t in targets for path in t.paths}))
+        left_out = dict(
+            _left_out(before, after, {f"{path}.{t.kind.weight_name}" for t in targets for path in t.paths})
+        )
     extracted = Extracted(target, rank, layers, tuple(narrow), left_out)
     write_updates(
         target, updates, _adapter_fields(model, config, targets, base), _report(extracted, tuned), overwrite=overwrite
@@ -185,19 +187,23 @@ def _updates(
     updates, layers = {}, {}
     ranks = _ranks(rank)
     for target in targets:
-        weights = [checkpoint.read(f"{target.path}.weight") for checkpoint in (before, after)]
+        name, refusal = f"{target.path}.{target.kind.weight_name}", target.kind.merge_refusal(target.base)
+        if refusal is not None:
+            raise AdapterError(f"{name} has no equivalent low-rank update: {refusal}; leave it out of target_modules")
+        weights = [checkpoint.read(name) for checkpoint in (before, after)]
         if weights[0].shape != weights[1].shape:
             raise ModelError(
-                f"{after.name}: {target.path}.weight is {tuple(weights[1].shape)}, but {tuple(weights[0].shape)} in "
+                f"{after.name}: {name} is {tuple(weights[1].shape)}, but {tuple(weights[0].shape)} in "
                 f"{before.name}; they are not of one architecture"
             )
         old, new = (weight.to(device, torch.float32) for weight in weights)
-        delta = (new - old).T if target.kind.transposed else new - old
+        delta = ((new - old).T if target.kind.transposed else (new - old).flatten(1)) / target.kind.scaling_factor
         if not bool(delta.isfinite().all()):
-            raise ModelError(f"{target.path}.weight: the difference of {after.name} and {before.name} is not finite")
+            raise ModelError(f"{name}: the difference of {after.name} and {before.name} is not finite")
         found = decompose(delta, max(ranks))
         lora_A, lora_B = found.factors(rank)
-        updates[target.path] = Update(lora_A.cpu(), lora_B.cpu(), keys=target.kind.keys)
+        path, shape = target.kind.path_in_files(target.path), target.shapes_in_files().get("lora_A", ())
+        updates[path] = Update(lora_A.cpu(), lora_B.cpu(), keys=target.kind.keys, kernel=shape[2:])
         norm = found.norm
         errors = {r: found.error(r) / norm if norm else 0.0 for r in ranks}
         layers[target.path] = LayerError(norm, norm / max(float(old.norm()), 1e-30), errors, found.exact)
@@ -223,7 +229,7 @@ def _left_out(before: WeightReader, after: WeightReader, adapted: set[str]) -> I
 
 def _adapter_fields(model: nn.Module, config: LoraConfig, targets: Sequence[Target], base: str) -> dict[str, Any]:
     every = [path for entry in find_modules(model) for path in entry.paths]
-    adapted = [path for target in targets for path in target.paths]
+    adapted = [path for target in targets if not target.kind.is_part for path in target.paths]
     return (
         peft_config.UNUSED
         | {f.name: getattr(config, f.name) for f in fields(config)}

@@ -53,6 +53,8 @@ class Update:
     """Names of A and B in files, after the layer's path and a dot; see `LoraLayer.keys`."""
     transposed: bool = False
     """True if the layer stores its weight as (d_in, d_out): embeddings, transformers' Conv1D."""
+    kernel: tuple[int, ...] = ()
+    """Kernel size of a convolution: A is (r, channels · kernel size) here and (r, channels, *kernel) in files."""
 
     @property
     def r(self) -> int:
@@ -107,7 +109,8 @@ def read_updates(directory: str | Path) -> AdapterUpdates:
         scaling = _scaling(config, path, tensors[key].shape[0])
         transposed = keys == LoraEmbedding.keys or bool(fields.get("fan_in_fan_out"))
         _check_factors(folder, path, tensors[key], tensors[partner])
-        layers[path] = Update(tensors[key].float(), tensors[partner].float(), scaling, keys, transposed)
+        lora_A, lora_B = (tensors[name].float().flatten(1) for name in (key, partner))
+        layers[path] = Update(lora_A, lora_B, scaling, keys, transposed, tuple(tensors[key].shape[2:]))
     if not layers:
         raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no lora_A and lora_B")
     return AdapterUpdates(folder, config, fields, layers, _others(tensors, config))
@@ -125,10 +128,11 @@ def _scaling(config: LoraConfig, path: str, r: int) -> float:
 
 
 def _check_factors(folder: Path, path: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+    flat = lora_A.dim() == lora_B.dim() >= 2 and all(size == 1 for size in lora_B.shape[2:])
+    if not flat or lora_A.shape[0] != lora_B.shape[1]:
         raise AdapterError(
             f"{folder}: {path} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}; they must be (r, d_in) and "
-            "(d_out, r)"
+            "(d_out, r), or (r, channels, *kernel) and (d_out, r, 1, ...) of a convolution without groups"
         )
 
 
@@ -211,8 +215,10 @@ def write_updates(
     tensors: dict[str, Tensor] = dict(others or {})
     for path, update in layers.items():
         factors = padded(update.lora_A, update.lora_B * update.scaling, rank)
-        for key, factor in zip(update.keys, factors, strict=True):
-            tensors[f"{PREFIX}{path}.{key}"] = factor.cpu().contiguous()
+        kernels = update.kernel, (1,) * len(update.kernel)
+        for key, factor, kernel in zip(update.keys, factors, kernels, strict=True):
+            shape = (len(factor), -1, *kernel)
+            tensors[f"{PREFIX}{path}.{key}"] = factor.cpu().contiguous().view(shape)
     check_finite(tensors, str(out), AdapterError)
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     with atomic.new_directory(out, overwrite=overwrite) as temporary:

@@ -57,7 +57,7 @@ def _weights(
     if generator is not None:
         target.variant.initialise(tensors, target.base, target.kind, config, generator)
     parameters = {name: nn.Parameter(tensor.to(device or weight.device)) for name, tensor in tensors.items()}
-    return LayerWeights(target.kind, target.variant, parameters, target.scaling)
+    return LayerWeights(target.kind, target.variant, parameters, target.scaling, target.shapes_in_files())
 
 
 def _copies(model: nn.Module, saved: tuple[ModulePaths, ...]) -> dict[str, nn.Module]:

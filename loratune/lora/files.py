@@ -288,7 +288,7 @@ def _slots(adapter: Adapter) -> dict[str, Tensor]:
     """Key in the file -> the adapter's own tensor. Several keys may have one tensor where weights are tied."""
     slots: dict[str, Tensor] = {}
     for path, weights in adapter.layers.items():
-        slots |= {f"{PREFIX}{path}.{key}": weights.tensors[name] for name, key in weights.keys().items()}
+        slots |= {PREFIX + key: tensor for key, tensor in weights.in_files(path).items()}
     for path, bias in adapter.biases.items():
         owner = path.removesuffix("bias").rstrip(".")
         slots[PREFIX + (f"{owner}.base_layer.bias" if owner in adapter.layers else path)] = bias

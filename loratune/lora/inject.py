@@ -194,6 +194,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
     if others and not reversible:
         raise AdapterError(f'an irreversible merge would leave "{others[0]}" without its base; detach it first')
     _check_finite(name, adapter)
+    _check_mergeable(state, adapter)
     before = dict(state.active)
     with base_in_use(model, state):
         _check_ties(model, state, adapter)
@@ -413,15 +414,23 @@ def _check_sum(name: str, path: str, total: Tensor) -> None:
 
 def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
     layers = {path: state.layers[path] for path in adapter.layers if state.layers[path].weight_is_parameter}
-    holders = ties(model, [layer.weight for layer in layers.values()])
+    holders = ties(model, [layer.own_weight for layer in layers.values()])
     for path, layer in layers.items():
-        own = {f"{place}.weight" for place in state.paths[path]}
-        others = [where for where in holders[identity(layer.weight)] if where not in own]
+        own = {f"{place}.{layer.weight_name}" for place in state.paths[path]}
+        others = [where for where in holders[identity(layer.own_weight)] if where not in own]
         if others:
             raise AdapterError(
-                f'cannot merge into "{path}.weight": it is tied to "{others[0]}", which would change too. '
-                "Keep the adapter unmerged, or untie the weights first"
+                f'cannot merge into "{path}.{layer.weight_name}": it is tied to "{others[0]}", which would change '
+                "too. Keep the adapter unmerged, or untie the weights first"
             )
+
+
+def _check_mergeable(state: Adapters, adapter: Adapter) -> None:
+    for path in adapter.layers:
+        layer = state.layers[path]
+        refusal = layer.merge_refusal(layer)
+        if refusal is not None:
+            raise AdapterError(f'cannot merge into "{path}": {refusal}. Keep the adapter unmerged')
 
 
 def _check_finite(name: str, adapter: Adapter) -> None:

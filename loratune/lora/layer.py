@@ -98,8 +98,18 @@ class LoraLayer(AdaptedLayer):
 
     keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """Names of A and B in PEFT's files, after the layer's path and a dot."""
+    weight_name: ClassVar[str] = "weight"
+    """Name of the Parameter that the update is for."""
+    parts: ClassVar[Mapping[str, type[LoraLayer]]] = {}
+    """Name of a child -> kind, for children that belong to every adapter of this layer."""
+    is_part: ClassVar[bool] = False
+    """True if the layer is adapted together with its parent and cannot be selected by itself."""
     is_linear: ClassVar[bool] = True
-    """True for a linear map of activations; False for a table that is looked up."""
+    """True for y = x Wᵀ + b; False for a table that is looked up, a convolution, a weight that others read."""
+    scaling_factor: ClassVar[float] = 1.0
+    """Factor of lora_alpha / r that PEFT applies to such layers, and so do we."""
+    has_dropout: ClassVar[bool] = True
+    """False if the input of the low-rank pair cannot be dropped."""
     weight_is_parameter: ClassVar[bool] = True
     """False if the frozen weight is not a Parameter, and so is never tied to another."""
     transposed: ClassVar[bool] = False
@@ -140,6 +150,31 @@ class LoraLayer(AdaptedLayer):
     def features(base: nn.Module) -> tuple[int, int]:
         """(d_in, d_out) of a base layer of this kind."""
         raise NotImplementedError
+
+    @staticmethod
+    def refusal(base: nn.Module, r: int) -> str | None:
+        """The reason why an adapter of rank `r` does not fit `base`, or None."""
+        return None
+
+    @staticmethod
+    def merge_refusal(base: nn.Module) -> str | None:
+        """The reason why adapters of `base` are no update of its weight, or None."""
+        return None
+
+    @staticmethod
+    def shapes(base: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+        """Attribute name -> shape in memory of a variant's tensors at `base`."""
+        return {name: spec.shape for name, spec in specs.items()}
+
+    @staticmethod
+    def shapes_in_files(base: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+        """Attribute name -> shape in PEFT's files, for tensors whose shape differs from that in memory."""
+        return {}
+
+    @classmethod
+    def path_in_files(cls, path: str) -> str:
+        """Path of the layer in the keys of PEFT's files."""
+        return path
 
     @staticmethod
     def initialise(lora_A: Tensor, lora_B: Tensor, init: bool | str, generator: torch.Generator) -> None:
@@ -194,6 +229,13 @@ class LoraLayer(AdaptedLayer):
         out = (rows @ self.lora_A.to(x.dtype).T) @ self.lora_B.to(x.dtype).T * self.scaling
         return out.view(*x.shape[:-1], -1)
 
+    @property
+    def own_weight(self) -> Tensor:
+        """The frozen weight, without an update."""
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        return weight
+
     def low_rank_delta(self) -> Tensor:
         """scaling · B A, (d_out, d_in), in the adapter's dtype."""
         assert self.lora_A is not None
@@ -209,7 +251,7 @@ class LoraLayer(AdaptedLayer):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight that `merge` would leave: weight plus `delta`, rounded once to the weight's dtype."""
-        return self.sum_with(self.weight).to(self.weight.dtype)
+        return self.sum_with(self.own_weight).to(self.own_weight.dtype)
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> Tensor:
@@ -220,18 +262,18 @@ class LoraLayer(AdaptedLayer):
         Memory: `unmerge` must restore the exact bits, which no arithmetic on the rounded sum can. So the weight
         before the merge is saved in CPU memory; reversible=False saves nothing.
         """
-        total = self.merged_weight()
+        weight, total = self.own_weight, self.merged_weight()
         if reversible:
-            self._unmerged = self.weight.detach().to("cpu", copy=True)
-        self.weight.copy_(total)
+            self._unmerged = weight.detach().to("cpu", copy=True)
+        weight.copy_(total)
         self.release()
-        return self.weight
+        return weight
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restores the weight from before `merge`, to the bit."""
         assert self._unmerged is not None
-        self.weight.copy_(self._unmerged)
+        self.own_weight.copy_(self._unmerged)
         self._unmerged = None
 
     def sum_with(self, weight: Tensor) -> Tensor:
@@ -242,7 +284,7 @@ class LoraLayer(AdaptedLayer):
         if not self.variant.low_rank_sum:
             return weight + self.delta()
         left, right = (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
-        return torch.addmm(weight, left, right, alpha=self.scaling)
+        return torch.addmm(weight.flatten(1), left, right, alpha=self.scaling).view(weight.shape)
 
     def expect(self, names: Iterable[str]) -> None:
         """Registers the names of tensors that an adapter may hold here, as None."""

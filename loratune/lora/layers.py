@@ -1,4 +1,4 @@
-"""Adapted layers other than `nn.Linear` (Conv1D, embeddings, quantised layers), and which layers can be adapted.
+"""Conv1D, embeddings and quantised layers with an adapter, and which layers of a model can be adapted.
 
 A layer is adapted only if its replacement computes the same. A Linear subclass with its own forward, a sharded or
 parametrised layer, and a layer whose parent reads its weight instead of calling it would be silently wrong. Each is
@@ -15,6 +15,8 @@ from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import AdapterError
+from loratune.lora.attention import LoraMultiheadAttention, LoraOutProjection, attention_kind
+from loratune.lora.convolution import CONVOLUTIONS, convolution_kind
 from loratune.lora.layer import LoraLayer
 from loratune.lora.linear import LoraLinear
 from loratune.ops.frozen import DenseWeight, FrozenWeight
@@ -143,7 +145,15 @@ class LoraQuantised(LoraLayer, QuantisedLinear):
         return base.in_features, base.out_features
 
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraQuantised, LoraConv1D, LoraEmbedding)
+KINDS: tuple[type[LoraLayer], ...] = (
+    LoraLinear,
+    LoraQuantised,
+    LoraConv1D,
+    LoraEmbedding,
+    *CONVOLUTIONS.values(),
+    LoraMultiheadAttention,
+    LoraOutProjection,
+)
 """Every kind of adapted layer."""
 
 KEY_PAIRS: tuple[tuple[str, str], ...] = tuple({kind.keys: None for kind in KINDS})
@@ -152,7 +162,6 @@ KEY_PAIRS: tuple[tuple[str, str], ...] = tuple({kind.keys: None for kind in KIND
 # Modules that read the weight of a child layer instead of calling the layer, always or in a fused kernel: an adapter
 # there would be ignored without an error. Class name -> names of those layers.
 _READ_BY_PARENT: dict[str, frozenset[str]] = {
-    "MultiheadAttention": frozenset({"out_proj"}),
     "TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
     "MambaMixer": frozenset({"x_proj", "dt_proj", "out_proj"}),
     "FalconMambaMixer": frozenset({"x_proj", "dt_proj", "out_proj"}),
@@ -175,17 +184,19 @@ def kind_of(path: str, base: nn.Module, parent: nn.Module) -> type[LoraLayer]:
 
     Raises: Unadaptable: none computes the same; the message gives the reason.
     """
-    if isinstance(base, LoraLayer):
+    if isinstance(base, LoraLayer) and not base.is_part:
         return type(base)
     found, why = _candidate(base)
     name = type(base).__name__
-    weight = base._parameters.get("weight")
+    weight = None if found is None else base._parameters.get(found.weight_name)
     if found is None:
         pass
     elif "forward" in vars(base):
         why = f"the forward of this {name} was replaced on the instance, for example by accelerate's device_map"
     elif found.weight_is_parameter and (type(weight) is not nn.Parameter or weight.dtype not in _FLOATS):
         why = f"the weight of this {name} is quantised, sharded or parametrised"
+    elif isinstance(parent, nn.MultiheadAttention):
+        why = "MultiheadAttention reads its weight instead of calling it; target the MultiheadAttention, which has it"
     elif path.rpartition(".")[2] in _READ_BY_PARENT.get(type(parent).__name__, ()):
         why = f"{type(parent).__name__} reads its weight instead of calling it, so that an adapter would be ignored"
     if why or found is None:
@@ -200,7 +211,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_adaptable(module: nn.Module) -> bool:
     """True if adapters exist for layers of this kind."""
-    return is_linear(module) or isinstance(module, nn.Embedding)
+    return is_linear(module) or isinstance(module, (nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS))
 
 
 def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
@@ -218,9 +229,14 @@ def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
         return None, f"{name} is a Conv1D with a forward of its own"
     if isinstance(base, nn.Embedding):
         return _embedding_candidate(base)
+    if isinstance(base, nn.MultiheadAttention):
+        return attention_kind(base)
+    if isinstance(base, tuple(CONVOLUTIONS)):
+        kind = convolution_kind(base)
+        return kind, "" if kind else f"{name} is a convolution with a forward of its own"
     return None, (
-        f"it is a {name}; adapters fit Linear, Conv1D (of transformers) and Embedding layers: "
-        "name the layers inside it, or train it in full with modules_to_save"
+        f"it is a {name}; adapters fit Linear, Conv1D (of transformers), Embedding, Conv1d, Conv2d, Conv3d and "
+        "MultiheadAttention layers: name the layers inside it, or train it in full with modules_to_save"
     )
 
 

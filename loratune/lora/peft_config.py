@@ -165,7 +165,7 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
     every = list(modules)
     values: dict[str, Any] = dict(UNUSED)
     values |= {name: getattr(config, name) for name in _names(type(config))}
-    adapted = [modules[path] for path in adapter.layers]
+    adapted = [modules[path] for path, weights in adapter.layers.items() if not weights.kind.is_part]
     unclear = any(not names_path(config.target_modules, entry.paths[0]) for entry in adapted) or any(
         entry.paths[0].rpartition(".")[2] in peft_targets.rewritten_names(model) for entry in adapted
     )

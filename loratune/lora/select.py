@@ -61,8 +61,14 @@ class Target:
         return self.kind.features(self.base)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Attribute name -> tensor of the adapter at this layer."""
-        return self.variant.tensors(self.kind, *self.features, self.r)
+        """Attribute name -> tensor of the adapter at this layer, with its shape in memory."""
+        specs = self.variant.tensors(self.kind, *self.features, self.r)
+        shapes = self.kind.shapes(self.base, specs)
+        return {name: TensorSpec(spec.key, shapes[name]) for name, spec in specs.items()}
+
+    def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
+        """Attribute name -> shape in PEFT's files, for tensors whose shape differs from that in memory."""
+        return self.kind.shapes_in_files(self.base, self.variant.tensors(self.kind, *self.features, self.r))
 
     @property
     def parameters(self) -> int:
@@ -111,14 +117,19 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     targets: list[Target] = []
     unadaptable: list[str] = []
     narrow: list[tuple[str, _TooNarrow]] = []
+    taken: set[str] = set()
     for entry, path in _chosen(model, modules, config, strict):
-        if inside(entry.paths):
+        if inside(entry.paths) or entry.paths[0] in taken:
             continue
         try:
             if entry.paths[0] in read:
                 raise Unadaptable(_read_directly(model, path))
             skip = strict and config.target_modules == ALL_LINEAR and not _matches_a_key(config.rank_pattern, path)
-            targets.append(_target(entry, path, _kind_of(model, entry), variant, config, skip))
+            found = _with_parts(entry, path, _kind_of(model, entry), variant, config, skip)
+            if strict and config.lora_dropout and not all(target.kind.has_dropout for target in found):
+                raise Unadaptable(f'"{path}" cannot have lora_dropout: it never shows the input of a projection')
+            targets += found
+            taken |= {target.path for target in found}
         except Unadaptable as error:
             if config.target_modules != ALL_LINEAR:
                 raise AdapterError(f"{error}; leave it out with exclude_modules") from error
@@ -358,6 +369,9 @@ def _target(
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, path, config.lora_alpha)
     d_in, d_out = kind.features(entry.module)
+    unfit = kind.refusal(entry.module, r)
+    if unfit is not None:
+        raise Unadaptable(f'"{path}" cannot be adapted: {unfit}')
     if skip and r > min(d_in, d_out):
         leaf = path.rpartition(".")[2]
         raise _TooNarrow(
@@ -365,7 +379,18 @@ def _target(
             f'{min(d_in, d_out)}}} or exclude_modules ["{leaf}"]'
         )
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return Target(entry.paths[0], entry.paths, entry.module, kind, variant, r, scaling)
+    return Target(entry.paths[0], entry.paths, entry.module, kind, variant, r, scaling * kind.scaling_factor)
+
+
+def _with_parts(
+    entry: ModulePaths, path: str, kind: type[LoraLayer], variant: LoraVariant, config: LoraConfig, skip: bool
+) -> list[Target]:
+    """The layer that was matched by `path` and the children that are adapted with it, all of one rank."""
+    found = [_target(entry, path, kind, variant, config, skip)]
+    for name, part in kind.parts.items():
+        child = ModulePaths(entry.module.get_submodule(name), tuple(f"{place}.{name}" for place in entry.paths))
+        found.append(_target(child, path, part, variant, config, skip))
+    return found
 
 
 def _matches_a_key(patterns: Iterable[str], path: str) -> bool:

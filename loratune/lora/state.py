@@ -41,6 +41,8 @@ class LayerWeights:
     tensors: dict[str, nn.Parameter]
     """Attribute name -> tensor, as `variant.tensors` names them; float32 or, on a float64 base, float64."""
     scaling: float
+    shapes_in_files: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Attribute name -> shape in PEFT's files, for tensors that have another shape here."""
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -61,6 +63,14 @@ class LayerWeights:
         """Attribute name -> name in PEFT's files, after the layer's path and a dot."""
         specs = self.variant.tensors(self.kind, self.lora_A.shape[1], self.lora_B.shape[0], self.r)
         return {name: spec.key for name, spec in specs.items()}
+
+    def in_files(self, path: str) -> dict[str, Tensor]:
+        """Key in PEFT's files, without their prefix -> tensor of the layer at `path`, in the shape of the files."""
+        slots: dict[str, Tensor] = {}
+        for name, key in self.keys().items():
+            shape, tensor = self.shapes_in_files.get(name), self.tensors[name]
+            slots[f"{self.kind.path_in_files(path)}.{key}"] = tensor if shape is None else tensor.detach().view(shape)
+        return slots
 
     def fits(self, weight: Tensor | FrozenWeight) -> bool:
         """True if the tensors are on the device of the layer's weight and in the masters' dtype for it."""
@@ -107,7 +117,10 @@ class Adapter:
     def sum_refusal(self) -> str | None:
         """The reason why this adapter cannot be weighted or added to others, or None."""
         variant = next((w.variant for w in self.layers.values() if not w.variant.low_rank_sum), None)
-        return None if variant is None else f"uses {type(variant).__name__}, which is not a low-rank sum"
+        if variant is not None:
+            return f"uses {type(variant).__name__}, which is not a low-rank sum"
+        grouped = next((path for path, w in self.layers.items() if w.lora_B.shape[1] != w.r), None)
+        return None if grouped is None else f'adapts "{grouped}", a convolution with groups, which is no low-rank sum'
 
 
 class AdapterStore(Protocol):

@@ -46,7 +46,7 @@ def _point(state: Adapters, name: str | None) -> None:
     for layer, weights, tensors, attributes in state.switches.get(name) or _entries(state, name):
         parameters = layer._parameters
         if follows and weights is not None:
-            weight = parameters.get("weight")
+            weight = parameters.get(layer.weight_name)
             leader = frozen_of(layer) if weight is None else weight
             if not weights.fits(leader):
                 weights.follow(leader)

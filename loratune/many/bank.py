@@ -30,6 +30,7 @@ from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, nearest
@@ -37,7 +38,7 @@ from loratune.lora import files
 from loratune.lora.build import build
 from loratune.lora.contract import AdaptedLayer, BankSum, Fusion
 from loratune.lora.layer import LoraLayer
-from loratune.lora.layers import LoraQuantised
+from loratune.lora.layers import LoraConv1D, LoraQuantised
 from loratune.lora.linear import LoraLinear
 from loratune.lora.select import Selection, Target, select
 from loratune.lora.state import Adapter, Adapters, LayerWeights, find, install, master_dtype, uninstall
@@ -79,7 +80,15 @@ class BankedQuantised(BankedLayer, QuantisedLinear):
     """`QuantisedLinear` plus the low-rank updates of all slots of a bank."""
 
 
-_BANKED: Final[dict[type[LoraLayer], type[BankedLayer]]] = {LoraLinear: BankedLinear, LoraQuantised: BankedQuantised}
+class BankedConv1D(BankedLayer, Conv1D):
+    """transformers' Conv1D plus the low-rank updates of all slots of a bank."""
+
+
+_BANKED: Final[dict[type[LoraLayer], type[BankedLayer]]] = {
+    LoraLinear: BankedLinear,
+    LoraQuantised: BankedQuantised,
+    LoraConv1D: BankedConv1D,
+}
 """Kind of adapted layer -> its counterpart in a bank."""
 
 

@@ -105,11 +105,14 @@ class QuantisedLinear(nn.Module):
 
 
 def frozen_of(module: nn.Module) -> FrozenWeight:
-    """The weight of a linear layer, a Conv1D or an embedding, as (d_out, d_in)."""
+    """The weight of a layer as (d_out, d_in): a linear layer, an embedding, a convolution, a packed attention."""
     if isinstance(module, QuantisedLinear):
         return module.frozen
-    weight = cast(Tensor, module.weight)
-    return DenseWeight(weight.T if isinstance(module, Conv1D) else weight)
+    if isinstance(module, nn.MultiheadAttention):
+        return DenseWeight(cast(Tensor, module._parameters["in_proj_weight"]))
+    own = module._parameters.get("weight")
+    weight = cast(Tensor, module.weight) if own is None else own
+    return DenseWeight(weight.T if isinstance(module, Conv1D) else weight.flatten(1))
 
 
 def can_stack(layer: nn.Module) -> bool:

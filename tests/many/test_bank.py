@@ -31,6 +31,13 @@ CONFIGS = [
     LoraConfig(r=12, use_rslora=True, target_modules=["o_proj", "up_proj", "v_proj"], init_lora_weights=False),
     LoraConfig(r=6, lora_dropout=0.3, rank_pattern={"q_proj": 2}, init_lora_weights=False),
 ]
+# The same on transformers' Conv1D, whose weight is (d_in, d_out).
+GPT2_CONFIGS = [
+    LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
+    LoraConfig(r=1, lora_alpha=3, target_modules=["c_attn"], init_lora_weights=False),
+    LoraConfig(r=12, use_rslora=True, target_modules=["c_fc", "mlp.c_proj"], init_lora_weights=False),
+    LoraConfig(r=6, lora_dropout=0.3, rank_pattern={"c_attn": 2}, init_lora_weights=False),
+]
 
 
 def rows(tokens: int = 144) -> list[Row]:
@@ -46,10 +53,10 @@ def end_to_end(parts: list[Row]) -> Row:
     return Row(**fields, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), *bounds]).int())
 
 
-def filled(model, slots=4) -> Bank:
-    bank = Bank.attach(model, CONFIGS, slots)
-    for slot in range(min(slots, len(CONFIGS))):
-        bank.place(slot, CONFIGS[slot], seed=slot)
+def filled(model, slots=4, configs=CONFIGS) -> Bank:
+    bank = Bank.attach(model, configs, slots)
+    for slot in range(min(slots, len(configs))):
+        bank.place(slot, configs[slot], seed=slot)
     return bank
 
 
@@ -72,12 +79,16 @@ def run(bank: Bank, forward: PackedForward, order: list[int], parts: list[Row]) 
     }
 
 
+@pytest.mark.parametrize(("name", "configs"), [("llama", CONFIGS), ("gpt2", GPT2_CONFIGS)], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
-def test_each_slot_computes_the_same_as_its_adapter_alone(fused):
+def test_each_slot_computes_the_same_as_its_adapter_alone(fused, name, configs):
     """In float64, so that rounding hides no mistake; the modules' norms are in float32, 6e-8 each."""
-    model, parts = build("llama", dtype=torch.float64), rows()
+    model, parts = build(name, dtype=torch.float64), rows()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # GPT-2's own
+            module.p = 0.0
     expected = {}
-    for slot, config in enumerate(CONFIGS):
+    for slot, config in enumerate(configs):
         attach(model, config, seed=slot)
         forward = prepare(model)
         model.train()
@@ -88,7 +99,7 @@ def test_each_slot_computes_the_same_as_its_adapter_alone(fused):
         gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
         expected[slot] = loss.detach(), gradients
         detach(model)
-    bank = filled(model)
+    bank = filled(model, configs=configs)
     forward = prepare(model)
     assert not fused or fuse(forward)
     got = run(bank, forward, [2, 0, 3, 1], parts)

@@ -174,7 +174,7 @@ def merge_checkpoint(
     dequantised = len(list(quantised_layers(model)))
     _check_space(model, folder, dtypes.main)
     reference, adapter_effect = _reference(model, name, prompts)
-    rounded = {f"{path}.weight" for path in adapter.layers}
+    rounded = {f"{path}.{weights.kind.weight_name}" for path, weights in adapter.layers.items()}
     with atomic.new_directory(folder, overwrite=overwrite) as temporary:
         merge(model, name, reversible=keep_adapter)
         try:

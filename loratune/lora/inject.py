@@ -407,7 +407,7 @@ def _check_sum(name: str, path: str, total: Tensor) -> None:
     if fault := fault_of(total):
         why = f" ({overflow(total.dtype)})" if fault == "infinity" else ""
         raise AdapterError(
-            f'adapter "{name}" cannot be merged: the sum of the weight of {path} and its update holds {fault}{why}. '
+            f'adapter "{name}" cannot be merged: the sum of {path}.weight and its update holds {fault}{why}. '
             "Use the adapter unmerged, or load the base in bfloat16 or float32"
         )
 

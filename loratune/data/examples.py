@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from loratune.config import TrainOn
+from loratune.data.pieces import Cut, Ids, Pieces, common, joined
 from loratune.data.record import Message, Record
 from loratune.data.template import (
     ChatTemplate,
@@ -111,21 +112,85 @@ class Turn:
     """Place for errors: "file:line: message n"."""
 
 
-def render_batch(records: Sequence[Record], job: RenderJob, chat: ChatTemplate) -> Batch:
-    """Renders some records. Tokenises all texts in one call, and collects errors instead of raising them.
+@dataclass(frozen=True, slots=True)
+class CutTurn:
+    """A turn with its texts in pieces, see `pieces`."""
+
+    turn: Turn
+    prompt: list[str]
+    full: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The tokens of a turn: those of the prompt, as in inference, and those of the answer."""
+
+    prompt: int
+    """Tokens of the prompt."""
+    answer: list[int]
+    pieces: list[str] | None
+    """Pieces whose tokens are prompt and answer, or None."""
+    apart: list[int]
+    """Prompt and answer if no pieces have their tokens."""
+
+    def tokens(self, ids: Ids) -> list[int]:
+        """Prompt and answer."""
+        return self.apart if self.pieces is None else joined(ids, self.pieces)
+
+
+@dataclass(slots=True)
+class Plan:
+    """Some records as texts, cut into pieces, between rendering and tokenisation."""
+
+    batch: Batch
+    turns: list[tuple[Record, list[CutTurn]]] = field(default_factory=list)
+
+    def pieces(self) -> Iterator[str]:
+        """All texts to tokenise."""
+        for _, turns in self.turns:
+            for cut in turns:
+                yield from cut.prompt
+                yield from cut.full
+
+
+def plan_batch(records: Sequence[Record], job: RenderJob, chat: ChatTemplate, pieces: Pieces) -> Plan:
+    """Renders some records to text. Collects errors instead of raising them.
 
     Args:
         chat: the compiled template of the job.
+        pieces: cuts texts for the tokenizer of the job.
     """
-    batch = Batch()
-    plans: list[tuple[Record, list[Turn]]] = []
+    plan, rendered = Plan(Batch()), list[tuple[Record, list[Turn]]]()
     for record in records:
         try:
-            plans.append((record, _turns(record, job, chat, batch.counts)))
+            rendered.append((record, _turns(record, job, chat, plan.batch.counts)))
         except DataError as fault:
-            batch.faults.append(fault)
-    ids = encode(job.tokenizer, (text for _, turns in plans for turn in turns for text in (turn.prompt, turn.full)))
-    for record, turns in plans:
+            plan.batch.faults.append(fault)
+    pieces.compare([turn.full for _, turns in rendered for turn in turns])
+    plan.turns = [(record, _cut(turns, pieces)) for record, turns in rendered]
+    return plan
+
+
+def _cut(turns: Sequence[Turn], pieces: Pieces) -> list[CutTurn]:
+    """Each text begins with the one before it, unless the template rewrites earlier turns."""
+    found: list[CutTurn] = []
+    known: Cut = ("", [""])
+    for turn in turns:
+        prompt = pieces.cut(turn.prompt, known)
+        full = pieces.cut(turn.full, (turn.prompt, prompt))
+        known = (turn.full, full)
+        found.append(CutTurn(turn, prompt, full))
+    return found
+
+
+def finish_batch(plan: Plan, ids: Ids, job: RenderJob) -> Batch:
+    """Makes the examples of a plan. Collects errors instead of raising them.
+
+    Args:
+        ids: the tokens of all pieces of the plan.
+    """
+    batch = plan.batch
+    for record, turns in plan.turns:
         try:
             examples = _examples(record, turns, ids, job, batch.counts)
             for example in examples:
@@ -166,7 +231,8 @@ def reference(
     turn = _last_turn(record, tokenizer, chat)
     if record.messages is None:
         return record.completion or ""
-    _, answer = _split(turn, encode(tokenizer, [turn.prompt, turn.full]), tokenizer)
+    ids = encode(tokenizer, [turn.prompt, turn.full])
+    answer = _split(CutTurn(turn, [turn.prompt], [turn.full]), ids, tokenizer).answer
     stop = _stop_index(turn, answer, tokenizer, stop_ids, special_tokens(tokenizer))
     return decode(tokenizer, answer[:stop], specials=False)
 
@@ -199,17 +265,16 @@ def _turns(record: Record, job: RenderJob, chat: ChatTemplate, counts: Counter[s
             f"{record.source}: has {len(trained):,} answers, and each is rendered with all messages before it; the "
             f"limit is {MAX_ANSWERS}: divide the conversation, or train only the last answer with --train-on last"
         )
-    turns = [_chat_turn(record, shown, index, chat) for index in trained]
+    texts = chat.turns(shown, record.tools, trained, source=record.source)
+    turns = [_chat_turn(record, index, *pair) for index, pair in zip(trained, texts, strict=True)]
     _count_left_out(record, messages[: trained[-1] + 1], turns[-1], chat, counts)
     for index, turn in zip(trained, turns, strict=True):
         _count_unshown_fields(record, messages[index], turn, chat, counts)
     return turns
 
 
-def _chat_turn(record: Record, shown: list[Message], index: int, chat: ChatTemplate) -> Turn:
+def _chat_turn(record: Record, index: int, prompt: str, full: str) -> Turn:
     place = f"{record.source}: message {index + 1}"
-    prompt = chat.render(shown[:index], record.tools, source=place, answer_next=True)
-    full = chat.render(shown[: index + 1], record.tools, source=place, answer_next=False)
     if not full.startswith(prompt):
         raise DataError(
             f"{place}: the chat template shows the model {prompt[-40:]!r} before it answers, but renders the given "
@@ -289,45 +354,51 @@ def _last_turn(record: Record, tokenizer: PreTrainedTokenizerBase, chat: ChatTem
         require_template(tokenizer, None)
         chat = ChatTemplate(tokenizer)
     last = max(index for index, message in enumerate(record.messages) if message["role"] == "assistant")
-    return _chat_turn(record, chat.shown(record.messages), last, chat)
+    (texts,) = chat.turns(chat.shown(record.messages), record.tools, [last], source=record.source)
+    return _chat_turn(record, last, *texts)
 
 
 # text to examples
 
 
-def _examples(
-    record: Record, turns: list[Turn], ids: dict[str, list[int]], job: RenderJob, counts: Counter[str]
-) -> list[Example]:
+def _examples(record: Record, turns: list[CutTurn], ids: Ids, job: RenderJob, counts: Counter[str]) -> list[Example]:
     if record.messages is None:
         return [_plain_example(record, turns[0], ids, job, counts)]
     if job.train_on == "all":
-        whole = ids[turns[0].full]
+        whole = joined(ids, turns[0].full)
         return [_example(record.source, whole, [(1, len(whole))])]
-    parts = [_split(turn, ids, job.tokenizer) for turn in turns]
+    parts = [_split(cut, ids, job.tokenizer) for cut in turns]
     ends = [
-        _stop_index(turn, answer, job.tokenizer, job.stop_ids, job.special_ids) + 1
-        for turn, (_, answer) in zip(turns, parts, strict=True)
+        _stop_index(cut.turn, part.answer, job.tokenizer, job.stop_ids, job.special_ids) + 1
+        for cut, part in zip(turns, parts, strict=True)
     ]
-    for (_, answer), end in zip(parts, ends, strict=True):
-        _count_unknown_stop(answer[end - 1], job, counts)
-    spans = [(len(prompt), len(prompt) + end) for (prompt, _), end in zip(parts, ends, strict=True)]
-    sequences = [prompt + answer for prompt, answer in parts]
-    whole = sequences[-1]
-    if all(ids_[:end] == whole[:end] for ids_, (_, end) in zip(sequences, spans, strict=True)):
-        return [_example(record.source, whole, spans)]
+    for part, end in zip(parts, ends, strict=True):
+        _count_unknown_stop(part.answer[end - 1], job, counts)
+    spans = [(part.prompt, part.prompt + end) for part, end in zip(parts, ends, strict=True)]
+    last = parts[-1]
+    if all(_begin_alike(part, last, end, ids) for part, (_, end) in zip(parts[:-1], spans[:-1], strict=True)):
+        return [_example(record.source, last.tokens(ids), spans)]
     counts["one per answer"] += 1
-    return [_example(record.source, ids_, [span]) for ids_, span in zip(sequences, spans, strict=True)]
+    return [_example(record.source, part.tokens(ids), [span]) for part, span in zip(parts, spans, strict=True)]
 
 
-def _plain_example(
-    record: Record, turn: Turn, ids: dict[str, list[int]], job: RenderJob, counts: Counter[str]
-) -> Example:
+def _begin_alike(part: _Parts, whole: _Parts, end: int, ids: Ids) -> bool:
+    """True if the first `end` tokens of two turns are equal."""
+    if part.pieces is None or whole.pieces is None:
+        return part.tokens(ids)[:end] == whole.tokens(ids)[:end]
+    same = common(part.pieces, whole.pieces)
+    left = end - sum(len(ids[piece]) for piece in part.pieces[:same])
+    return left <= 0 or joined(ids, part.pieces[same:])[:left] == joined(ids, whole.pieces[same:])[:left]
+
+
+def _plain_example(record: Record, cut: CutTurn, ids: Ids, job: RenderJob, counts: Counter[str]) -> Example:
     """Text without a template: the tokenizer's prefix (BOS), the text, EOS. A prompt is not trained."""
-    prompt, answer = _split(turn, ids, job.tokenizer)
-    whole = prompt + answer
+    parts = _split(cut, ids, job.tokenizer)
+    start, whole = parts.prompt, parts.tokens(ids)
     if whole[: len(job.plain_prefix)] != job.plain_prefix:  # otherwise the text has its own BOS
-        prompt, whole = job.plain_prefix + prompt, job.plain_prefix + whole
-    start = 1 if record.text is not None or job.train_on == "all" else len(prompt)
+        start, whole = start + len(job.plain_prefix), job.plain_prefix + whole
+    if record.text is not None or job.train_on == "all":
+        start = 1
     end = end_token(job.tokenizer)
     if whole[-1] != end and whole[-1] not in job.stop_ids:  # otherwise the text has its own end
         whole = [*whole, end]
@@ -336,11 +407,14 @@ def _plain_example(
     return _example(record.source, whole, [(start, len(whole))])
 
 
-def _split(turn: Turn, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, as in inference, and of the answer after it."""
-    prompt, full = ids[turn.prompt], ids[turn.full]
-    if full[: len(prompt)] == prompt:
-        return prompt, full[len(prompt) :]
+def _split(cut: CutTurn, ids: Ids, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+    """Divides a turn into prompt and answer. The prompt's tokens are those of inference."""
+    same = common(cut.prompt, cut.full)
+    before = sum(len(ids[piece]) for piece in cut.full[:same])
+    head, rest = joined(ids, cut.prompt[same:]), joined(ids, cut.full[same:])
+    if rest[: len(head)] == head:
+        return _Parts(before + len(head), rest[len(head) :], cut.full, [])
+    turn, prompt, full = cut.turn, joined(ids, cut.prompt), joined(ids, cut.full)
     # One token would span both parts, which inference cannot produce. So the answer is tokenised apart, and some
     # tokenizers put a space before a text: then behind an anchor, whose tokens are removed.
     answer, whole = turn.full[len(turn.prompt) :], decode(tokenizer, full)
@@ -348,7 +422,7 @@ def _split(turn: Turn, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizer
         found = encode(tokenizer, [anchor, anchor + answer])
         head, both = found[anchor], found[anchor + answer]
         if both[: len(head)] == head and decode(tokenizer, prompt + both[len(head) :]) == whole:
-            return prompt, both[len(head) :]
+            return _Parts(len(prompt), both[len(head) :], None, prompt + both[len(head) :])
     raise DataError(
         f"{turn.place}: no tokens continue the prompt's end {turn.prompt[-20:]!r} with {answer[:20]!r}, because this "
         "tokenizer joins both; begin the completion with a space instead of ending the prompt with one"
@@ -366,10 +440,10 @@ def _stop_index(
 
     Raises: DataError: there is none, or text follows it, which the model could never generate.
     """
-    stop = next((at for at, token in enumerate(answer) if token in stop_ids), None)
+    stop = min((answer.index(token) for token in stop_ids if token in answer), default=None)
     if stop is not None:
-        rest = decode(tokenizer, answer[stop + 1 :], specials=False).strip()
-        if rest:
+        behind = answer[stop + 1 :]
+        if behind and (rest := decode(tokenizer, behind, specials=False).strip()):
             name = decode(tokenizer, [answer[stop]])
             raise DataError(
                 f'{turn.place}: the answer continues after the stop token "{name}" with {rest[:40]!r}, which the '

@@ -11,9 +11,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,7 +23,8 @@ from typing import get_args
 from transformers import PreTrainedTokenizerBase
 
 from loratune.config import DataConfig, TrainOn
-from loratune.data.examples import Batch, Example, RenderJob, prompt_ids, reference, render_batch
+from loratune.data.examples import Batch, Example, Plan, RenderJob, finish_batch, plan_batch, prompt_ids, reference
+from loratune.data.pieces import Ids, Pieces
 from loratune.data.record import Record, quoted
 from loratune.data.records import raise_all
 from loratune.data.template import (
@@ -144,10 +145,23 @@ def _leave_interrupts_to_parent() -> None:
 
 
 def _render_part(records: Sequence[Record], job: RenderJob) -> Batch:
-    whole, chat = Batch(), ChatTemplate(job.tokenizer, job.chat_template, job.date)
-    for at in range(0, len(records), RECORDS_PER_BATCH):
-        whole.add(render_batch(records[at : at + RECORDS_PER_BATCH], job, chat))
+    """Renders records in this process. One batch is tokenised in a thread while the next is rendered to text."""
+    whole, chat, pieces = Batch(), ChatTemplate(job.tokenizer, job.chat_template, job.date), Pieces(job.tokenizer)
+    waiting: deque[tuple[Plan, Future[Ids]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for at in range(0, len(records), RECORDS_PER_BATCH):
+            plan = plan_batch(records[at : at + RECORDS_PER_BATCH], job, chat, pieces)
+            waiting.append((plan, thread.submit(pieces.encode, list(plan.pieces()))))
+            if len(waiting) > 1:
+                _finish_first(waiting, job, whole)
+        while waiting:
+            _finish_first(waiting, job, whole)
     return whole
+
+
+def _finish_first(waiting: deque[tuple[Plan, Future[Ids]]], job: RenderJob, whole: Batch) -> None:
+    plan, ids = waiting.popleft()
+    whole.add(finish_batch(plan, ids.result(), job))
 
 
 def _processes(n_records: int, num_proc: int | None) -> int:

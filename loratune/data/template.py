@@ -7,7 +7,7 @@ give two BOS tokens. Text without a template gets the special tokens that the to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import chat_template_utils
 
 from loratune.data.record import Message
 from loratune.data.sandbox import TemplateEnvironment, TemplateLimit
+from loratune.data.stepwise import Watched, prints_stepwise, texts_so_far
 from loratune.errors import ConfigError, DataError, ModelError
 
 TEMPLATE_FAULTS = (
@@ -31,6 +32,8 @@ TEMPLATE_FAULTS = (
     ValueError,
 )
 """Everything that Jinja's own code and Python's operators raise in a template."""
+COMPARED = 16
+"""Conversations for which texts from one rendering are compared with texts rendered one by one."""
 CLOCK = "strftime_now"
 """The function with which templates print the date."""
 
@@ -79,6 +82,9 @@ class ChatTemplate:
         self._tokenizer, self._text = tokenizer, text
         self._environment = TemplateEnvironment(date or datetime.now())
         self._compiled: dict[str, jinja2.Template] = {}
+        self._stepwise: dict[str, bool] = {}  # template -> whether it prints message by message
+        self._ends: dict[str, str] = {}  # template -> its text for `add_generation_prompt`
+        self._to_compare = COMPARED
         self._tokens = tokenizer.special_tokens_map
         own = type(tokenizer).apply_chat_template
         self._replaced = own is not PreTrainedTokenizerBase.apply_chat_template
@@ -135,6 +141,70 @@ class ChatTemplate:
         except TEMPLATE_FAULTS as error:
             raise DataError(f"{source}: the chat template refuses this conversation: {describe(error)}") from error
         return checked_text(str(text), source)
+
+    def turns(
+        self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, answers: Sequence[int], *, source: str
+    ) -> Iterator[tuple[str, str]]:
+        """Renders the prompt of each answer, as in inference, and the prompt with the answer.
+
+        Args:
+            answers: increasing indices of messages.
+            source: file:line; errors also name the message.
+        Raises: as `render`.
+        """
+        quick = self._turns_at_once(shown[: answers[-1] + 1], tools, answers)
+        if quick is None:
+            return self._turns_one_by_one(shown, tools, answers, source)
+        if self._to_compare:
+            self._to_compare -= 1
+            one_by_one = list(self._turns_one_by_one(shown, tools, answers, source))
+            if quick != one_by_one:
+                self._stepwise[self.source_of(tools)] = False
+                return iter(one_by_one)
+        return iter(quick)
+
+    def _turns_one_by_one(
+        self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, answers: Sequence[int], source: str
+    ) -> Iterator[tuple[str, str]]:
+        for index in answers:
+            place = f"{source}: message {index + 1}"
+            prompt = self.render(shown[:index], tools, source=place, answer_next=True)
+            yield prompt, self.render(shown[: index + 1], tools, source=place, answer_next=False)
+
+    def _turns_at_once(
+        self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, answers: Sequence[int]
+    ) -> list[tuple[str, str]] | None:
+        """All turns from one rendering; None if the template does not allow it, or fails in any way."""
+        text = "" if self._replaced else self.source_of(tools)
+        if not self._stepwise.get(text, True) or not text or answers[0] == 0:
+            return None
+        try:
+            if text not in self._ends:
+                self._stepwise[text] = prints_stepwise(jinja2.parser.Parser(self._environment, text).parse())
+                if not self._stepwise[text]:
+                    return None
+                whole, beginnings = self._beginnings(shown, tools, answer_next=True)
+                self._ends[text] = whole[len(beginnings[-1]) :]
+            whole, beginnings = self._beginnings(shown, tools, answer_next=False)
+        except (DataError, *TEMPLATE_FAULTS):  # found again, with its place, when rendered one by one
+            return None
+        end = whole[len(beginnings[-1]) :]
+        return [(beginnings[index] + self._ends[text], beginnings[index + 1] + end) for index in answers]
+
+    def _beginnings(
+        self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, *, answer_next: bool
+    ) -> tuple[str, list[str]]:
+        """The text of a conversation, and the part of it before each message and behind the last one."""
+        listed: list[Any] | None = list(tools) if tools else None
+        parts: list[str] = []
+        watched = Watched(shown, parts)
+        template = self._template(listed)
+        names = {"messages": watched, "tools": listed, "documents": None, "add_generation_prompt": answer_next}
+        for part in template.root_render_func(template.new_context(names | self._tokens)):
+            parts.append(part)
+        if len(watched.marks) != len(shown) + 1:
+            raise DataError("the template leaves its loop early")
+        return checked_text(self._environment.concat(parts), ""), texts_so_far(parts, watched.marks)
 
     def _template(self, tools: list[dict[str, Any]] | None) -> jinja2.Template:
         text = self.source_of(tools)

@@ -1,22 +1,29 @@
 """Rendering of chat data against `datasets.map` with two `apply_chat_template` calls per record, as TRL does it.
 
-    python -m benchmarks.rendering [--megabytes 60] [--processes 2]
+    python -m benchmarks.rendering [--megabytes 60] [--cores 2] [--rounds 3] [--out benchmarks/results/rendering.json]
 
-Both read the same JSON Lines file in one run and end with token ids and a mask of the trained tokens. loratune's time
-includes all of its checks. Conversations have one to three answers of random words, from a fixed seed.
+Both read the same JSON Lines file and end with token ids and a mask of the trained tokens. loratune's time includes
+all of its checks. Each measurement runs in a process of its own, by turns, so that memory can be told apart; imports
+are not timed. Conversations have one to three answers of random words, from a fixed seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import resource
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import transformers
 from transformers import AutoTokenizer
 
 from loratune.box import MODEL_DIR
@@ -26,24 +33,32 @@ from loratune.data.render import render
 
 
 def main() -> None:
-    """Writes the data, measures both ways and prints tokens per second."""
+    """Writes the data, measures both ways by turns and prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=60)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    if given.one:
+        print(json.dumps(measured(*given.one, given.cores)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "chat.jsonl")
         write(Path(path), int(given.megabytes * 1e6))
-        started = time.perf_counter()
-        theirs = as_trl(path, tokenizer, given.processes, folder)
-        middle = time.perf_counter()
-        ours = as_loratune(path, tokenizer, given.processes)
-        ended = time.perf_counter()
-    rates = {"datasets.map": theirs / (middle - started), "loratune": ours / (ended - middle)}
-    for name, rate in rates.items():
-        print(f"{name:<14}{rate / 1e6:8.2f}M tokens/s")
-    print(f"{'ratio':<14}{rates['loratune'] / rates['datasets.map']:8.2f}")
+        rounds = [{way: in_process(way, path, given.cores) for way in WAYS} for _ in range(given.rounds)]
+    assert len({found["tokens"] for one in rounds for found in one.values()}) == 1  # both made the same tokens
+    ratios = [one["loratune"]["tokens_per_second"] / one["datasets.map"]["tokens_per_second"] for one in rounds]
+    result = {
+        "command": "python -m benchmarks.rendering", "megabytes": given.megabytes, "cores": given.cores,
+        "machine_cores": os.cpu_count(), "transformers": transformers.__version__, "datasets": datasets.__version__,
+        "rounds": rounds, "ratios": [round(ratio, 2) for ratio in ratios],
+        "median_ratio": round(statistics.median(ratios), 2),
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if given.out:
+        Path(given.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def write(path: Path, size: int) -> None:
@@ -60,7 +75,35 @@ def write(path: Path, size: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def as_trl(path: str, tokenizer: Any, processes: int, folder: str) -> int:
+def in_process(way: str, path: str, cores: int) -> dict[str, Any]:
+    """Measures one way in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.rendering", "--one", way, path, "--cores", str(cores)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(way: str, path: str, cores: int) -> dict[str, Any]:
+    """Seconds, tokens and the memory that the work adds, in MB, in this process."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer("a")
+    before, started = _peak_mb(), time.perf_counter()
+    tokens = WAYS[way](path, tokenizer, cores)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": round(seconds, 2),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds),
+        "added_peak_mb": round(_peak_mb() - before),
+    }
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process, without its workers."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def as_trl(path: str, tokenizer: Any, cores: int) -> int:
     """The prompt and the whole conversation of each record through the template. Returns the number of tokens."""
 
     def tokenised(record: dict[str, Any]) -> dict[str, list[int]]:
@@ -69,19 +112,22 @@ def as_trl(path: str, tokenizer: Any, processes: int, folder: str) -> int:
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
         return {"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}
 
-    data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=folder)
-    mapped = data.map(tokenised, num_proc=processes if processes > 1 else None, remove_columns=data.column_names)
-    return sum(map(len, mapped["input_ids"]))
+    with tempfile.TemporaryDirectory() as folder:
+        data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=folder)
+        mapped = data.map(tokenised, num_proc=cores if cores > 1 else None, remove_columns=data.column_names)
+        return sum(map(len, mapped["input_ids"]))
 
 
-def as_loratune(path: str, tokenizer: Any, processes: int) -> int:
+def as_loratune(path: str, tokenizer: Any, cores: int) -> int:
     """Reads, checks and renders the file. Returns the number of tokens."""
-    config = DataConfig(num_proc=processes)
+    config = DataConfig(num_proc=cores)
     rendered = render(
         read_records([path]), tokenizer, config, max_tokens=None, stop_ids=frozenset({tokenizer.eos_token_id})
     )
     return sum(map(len, rendered.examples))
 
+
+WAYS = {"datasets.map": as_trl, "loratune": as_loratune}
 
 if __name__ == "__main__":
     main()

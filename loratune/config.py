@@ -131,7 +131,7 @@ class DataConfig(ShortRepr):
     template_date: str | None = None
     """Date that chat templates print, such as 2026-11-28; by default the day on which the run begins."""
     num_proc: int | None = None
-    """Processes that render and tokenise; by default one per core for large data, otherwise one."""
+    """Cores that render and tokenise; by default all for large data, otherwise two. Two cores need one process."""
     cache_dir: str | None = None
     """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
 

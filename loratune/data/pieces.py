@@ -33,6 +33,7 @@ Cut = tuple[str, list[str]]
 class _AddedToken(Protocol):
     content: str
     lstrip: bool
+    single_word: bool
     normalized: bool
 
 
@@ -72,16 +73,21 @@ class Pieces:
             return
         ends = accumulate(map(len, texts))
         chosen = [text for text, end in zip(texts[:COMPARED], ends, strict=False) if end <= COMPARED_CHARACTERS]
+        whole = encode(self._tokenizer, chosen)  # first, since it also resets truncation and padding
         cut = [self.cut(text) for text in chosen]
         ids = self.encode(chain.from_iterable(cut))
-        whole = encode(self._tokenizer, chosen)
         if any(joined(ids, pieces) != whole[text] for text, pieces in zip(chosen, cut, strict=True)):
             self._mark = None
         self._compared = True
 
     def encode(self, pieces: Iterable[str]) -> Ids:
         """Tokenises each distinct piece once."""
-        return encode(self._tokenizer, pieces)
+        if self._mark is None:
+            return encode(self._tokenizer, pieces)
+        distinct = list(dict.fromkeys(pieces))
+        backend = self._tokenizer.backend_tokenizer  # `cut_tokens` found it
+        encoded = backend.encode_batch_fast(distinct, add_special_tokens=False)  # without offsets, at half the cost
+        return {piece: tokens.ids for piece, tokens in zip(distinct, encoded, strict=True)}
 
 
 def joined(ids: Ids, pieces: Sequence[str]) -> list[int]:
@@ -103,11 +109,11 @@ def cut_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or getattr(tokenizer, "split_special_tokens", False):
         return []
-    added: list[_AddedToken] = [
-        token for token in backend.get_added_tokens_decoder().values() if not token.normalized
-    ]
-    texts = [token.content for token in added]
-    return [token.content for token in added if not token.lstrip and _stands_alone(token.content, texts)]
+    every: Iterable[_AddedToken] = backend.get_added_tokens_decoder().values()
+    raw = [token for token in every if not token.normalized]
+    texts = [token.content for token in raw]
+    plain = [token.content for token in raw if not (token.lstrip or token.single_word)]
+    return [text for text in plain if _stands_alone(text, texts)]
 
 
 def _stands_alone(token: str, all_tokens: Sequence[str]) -> bool:

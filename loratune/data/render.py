@@ -1,9 +1,10 @@
-"""Renders all records to examples, in order, in several processes if there are many.
+"""Renders all records to examples, in order, on several cores if there are many.
 
-Jinja templates run in Python and hold its global lock, so large data needs processes. They are spawned, not forked,
-because a fork of a process with CUDA or tokenizer threads may hang. Small data is rendered in this process, because
-each worker imports transformers, which takes seconds. Errors name file:line and are raised before training starts.
-Remarks about the result are collected as notes, each once.
+Jinja templates run in Python and hold its global lock; tokenizers release it. So each process renders one batch of
+records while a thread tokenises another, which keeps two cores busy, and more cores need more processes. They are
+spawned, not forked, because a fork of a process with CUDA or tokenizer threads may hang. Small data is rendered in
+this process, because each worker imports transformers, which takes seconds. Errors name file:line and are raised
+before training starts. Remarks about the result are collected as notes, each once.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def render(
         date=template_date(config),
     )
     whole = Batch()
-    for batch in _batches(records, job, _processes(len(records), config.num_proc)):
+    for batch in _batches(records, job, _processes(len(records), config.num_proc, tokenizer)):
         whole.add(batch)
     raise_all(whole.faults)
     _refuse_too_long(whole.too_long, len(records), max_tokens)
@@ -164,13 +165,15 @@ def _finish_first(waiting: deque[tuple[Plan, Future[Ids]]], job: RenderJob, whol
     whole.add(finish_batch(plan, ids.result(), job))
 
 
-def _processes(n_records: int, num_proc: int | None) -> int:
+def _processes(n_records: int, num_proc: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of processes for `num_proc` cores. A process keeps two busy: one renders, the other tokenises."""
     if num_proc is not None and num_proc < 1:
         raise ConfigError(f"num_proc is {num_proc}; it must be at least 1")
     if num_proc is None and n_records < RECORDS_WORTH_PROCESSES:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_proc or cores, max(1, n_records))
+    cores_each = 2 if tokenizer.is_fast else 1  # a tokenizer in Python holds the global lock
+    return min(max(1, (num_proc or cores) // cores_each), max(1, n_records))
 
 
 def _refuse_too_long(too_long: list[tuple[int, str]], n_records: int, max_tokens: int | None) -> None:

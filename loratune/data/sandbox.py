@@ -33,7 +33,7 @@ MAX_BITS = 20_000
 """Largest product or power of whole numbers; Python prints at most 4,300 digits."""
 MAX_FORMAT = 200
 """Longest format of a date, in characters."""
-_STEPS_PER_LOOK = 16
+_STEPS_PER_LOOK = 32
 _WIDE = re.compile(r"\d{6}")
 _GROWS = re.compile(
     "batch|center|encode|expandtabs|format|format_map|indent|join|ljust|pprint|replace|rjust|round|slice|tojson"
@@ -56,7 +56,8 @@ class _Meter(threading.local):
     """Steps of the rendering in progress, and the processor time at which it must end."""
 
     steps = 0
-    deadline = float("inf")
+    deadline: float | None = None
+    """None until the first look at the clock."""
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -82,13 +83,18 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def start(self) -> None:
         """Begins to count the steps of one rendering."""
-        self._meter.steps, self._meter.deadline = 0, time.thread_time() + SECONDS
+        self._meter.steps, self._meter.deadline = 0, None
 
     def count(self) -> None:
         """Counts one step. Raises TemplateLimit: the time is over."""
         meter = self._meter
         meter.steps += 1
-        if meter.steps % _STEPS_PER_LOOK == 0 and time.thread_time() > meter.deadline:
+        if meter.steps % _STEPS_PER_LOOK:
+            return
+        now = time.thread_time()  # a system call, which short renderings do without
+        if meter.deadline is None:
+            meter.deadline = now + SECONDS
+        elif now > meter.deadline:
             raise TemplateLimit(f"it has taken {SECONDS} seconds of processor time and is not done")
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -72,12 +72,18 @@ class ChatTemplate:
     """A tokenizer's chat template, compiled once, with its clock stopped at one date."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, date: datetime | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None = None,
+        date: datetime | None = None,
+        *,
+        at_once: bool = True,
     ) -> None:
         """
         Args:
             text: Jinja text used in place of the tokenizer's own.
             date: the time that the template prints, by default now.
+            at_once: False: `turns` renders each text on its own, the reference to compare with.
         """
         self._tokenizer, self._text = tokenizer, text
         self._environment = TemplateEnvironment(date or datetime.now())
@@ -88,6 +94,7 @@ class ChatTemplate:
         self._tokens = tokenizer.special_tokens_map
         own = type(tokenizer).apply_chat_template
         self._replaced = own is not PreTrainedTokenizerBase.apply_chat_template
+        self._at_once = at_once and not self._replaced
 
     def shown(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as templates see them: without "weight", with all names of the reasoning."""
@@ -175,8 +182,8 @@ class ChatTemplate:
         self, shown: list[Message], tools: Sequence[dict[str, Any]] | None, answers: Sequence[int]
     ) -> list[tuple[str, str]] | None:
         """All turns from one rendering; None if the template does not allow it, or fails in any way."""
-        text = "" if self._replaced else self.source_of(tools)
-        if not self._stepwise.get(text, True) or not text or answers[0] == 0:
+        text = self.source_of(tools) if self._at_once else ""
+        if not text or not self._stepwise.get(text, True) or answers[0] == 0:
             return None
         try:
             if text not in self._ends:

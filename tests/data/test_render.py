@@ -27,7 +27,7 @@ def rendered(records: list[Record], max_tokens: int | None = None, **settings: o
 
 def test_processes_change_nothing() -> None:
     records = [chat(number) for number in range(2 * RECORDS_PER_BATCH + 3)]
-    alone, together = rendered(records, num_proc=1), rendered(records, num_proc=2)
+    alone, together = rendered(records, num_proc=1), rendered(records, num_proc=4)
     assert [example.source for example in together.examples] == [record.source for record in records]
     for a, b in zip(alone.examples, together.examples, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
@@ -36,9 +36,9 @@ def test_processes_change_nothing() -> None:
 
 def test_faults_from_processes_keep_their_place_and_are_counted() -> None:
     records = [chat(number, answer="b<|im_end|>c") for number in range(6)]
-    for processes in (1, 2):
+    for cores in (1, 4):
         with pytest.raises(DataError) as fault:
-            rendered(records, num_proc=processes)
+            rendered(records, num_proc=cores)
         assert [line.split(": ")[0] for line in str(fault.value).splitlines()] == ["f:0", "f:1", "f:2", "and 3 more"]
 
 

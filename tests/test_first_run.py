@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import loratune as lt
-from benchmarks.first_run import DATA
+from benchmarks.first_run import DATA, rows_of_table
 from loratune.cli import main
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data import prompting
@@ -163,3 +163,18 @@ def test_python_and_a_sweep_choose_alike(folder: Path, tmp_path: Path) -> None:
         found = settings(tmp_path / "sweep" / job)
         assert (found.dataset.tokens_per_row, found.training.gradient_accumulation_steps) == (256, 1)
         assert found.training.learning_rate == rate
+
+
+def test_the_table_compares_with_the_best_run_of_the_sweep(tmp_path: Path) -> None:
+    """Of equally good runs the shorter one counts; a sweep in one bank has no times of single runs."""
+    jobs = [(0.5, 180, 40.0), (0.8, 180, 40.0), (0.8, 60, 10.0)]
+    sweep = [{"metric": m, "rate": 0.001, "steps": n, "seconds": s} for m, n, s in jobs]
+    plain = {"metric": 0.76, "seconds": 30.0, "steps": 300, "epochs": 6, "tokens_per_row": 256}
+    found = {"records": 2_400, "no flags": plain, "sweep": sweep, "sweep seconds": 90.0}
+    (tmp_path / "dates.json").write_text(json.dumps(found))
+    row = "| dates | 2,400 | 256, 6, 300 | 0.760 | 0.800 (rate 0.001, 60 steps) | 95% | "
+    assert list(rows_of_table(tmp_path))[2:] == [row + "3.0 | 0.33 |"]
+    for job in sweep:
+        del job["seconds"]
+    (tmp_path / "dates.json").write_text(json.dumps(found))
+    assert list(rows_of_table(tmp_path))[2:] == [row + " | 0.33 |"]

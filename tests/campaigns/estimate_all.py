@@ -1,10 +1,10 @@
 """`loratune estimate` on every configuration of transformers' causal-LM mapping, and on models people use.
 
-    python -m tests.campaigns.estimate_all [--only llama mixtral ...] [--gpu 24GiB]
+    python -m tests.campaigns.estimate_all [--only llama mixtral ...] [--gpu 24GiB] [--out FILE]
 
 Each configuration is estimated by the command line in a process of its own, which already has the imports. Right is
 a JSON answer of finite numbers within 10 seconds, or one error that says why the configuration makes no model. The
-script prints one line per configuration and exits with 1 if any line is wrong.
+script prints one line per configuration and exits with 1 if any line is wrong. FILE gets one JSON line for each.
 """
 
 from __future__ import annotations
@@ -99,15 +99,19 @@ def _estimate(folder: str, words: tuple[str, ...], report: Path) -> None:
         os._exit(0)
 
 
-def run(only: list[str] | None, *words: str) -> int:
+def run(only: list[str] | None, out: Path | None, *words: str) -> int:
     """Estimates all configurations and prints a line for each. Returns the number of faults."""
-    faults = 0
+    faults, lines = 0, list[str]()
     for name, config in configurations(only):
         found = answer(config, *words)
         faults += bool(found.fault)
         last = found.said.strip().splitlines()[-1:] or [""]
-        shown = last[0][:160] if found.status else _short(json.loads(found.said))
-        print(f"{found.fault or 'right':<22}{found.seconds:6.1f} s  {name:<28}{shown}", flush=True)
+        shown = last[0] if found.status else _short(json.loads(found.said))
+        print(f"{found.fault or 'right':<22}{found.seconds:6.1f} s  {name:<28}{shown[:160]}", flush=True)
+        line = {"name": name, "fault": found.fault, "status": found.status, "seconds": round(found.seconds, 1)}
+        lines.append(json.dumps(line | {"answer": shown}) + "\n")
+        if out is not None:
+            out.write_text("".join(lines))
     return faults
 
 
@@ -121,6 +125,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--gpu", default="24GiB")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     main(["estimate", "loratune/pocket", "--gpu", given.gpu])  # the imports, once
-    sys.exit(1 if run(given.only, "--gpu", given.gpu) else 0)
+    sys.exit(1 if run(given.only, given.out, "--gpu", given.gpu) else 0)

@@ -25,11 +25,12 @@ def config(size: str = "pocket") -> LlamaConfig:
     """The shape of a model of this family.
 
     "pocket", 5.2 million parameters, is narrow enough for two CPU cores and deep enough to find, copy and rewrite.
-    "larger", 79 million, is not shipped: measurements on quantised bases and fast paths want a trained model whose
-    products are of a width that GPUs are made for.
+    "middle", 37 million, and "larger", 79 million, are not shipped: measurements on quantised bases, fast paths and
+    default settings want a trained model whose products are of a width that GPUs are made for.
     """
     width, mlp, layers, heads, key_value_heads = {
         "pocket": (256, 640, 6, 4, 2),
+        "middle": (512, 1408, 12, 8, 4),
         "larger": (768, 2048, 12, 12, 4),
     }[size]
     return LlamaConfig(

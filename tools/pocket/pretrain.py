@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder made by tools.pocket.tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--size", choices=("pocket", "larger"), default="pocket")
+    parser.add_argument("--size", choices=("pocket", "middle", "larger"), default="pocket")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--rows", type=int, default=128, help="rows of 1,024 tokens a step")
     parser.add_argument("--device", default="cuda")

@@ -76,8 +76,8 @@ def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
 def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
     """Random values for a `weight` without data; their variance is about 1 / d_in, their mean nearly zero.
 
-    The mean of NF4's 16 values is 0.023. A wide weight with this mean is dominated by one direction: all tokens become
-    equal, most gradients are rounding noise, and fused layers fail their check. So 0.338 replaces 0.723.
+    The mean of the 16 values of NF4 is 0.023. A wide weight with this mean is dominated by one direction: all tokens
+    become equal, most gradients are rounding noise, and fused layers fail their check. So 0.338 replaces 0.723.
     """
     d_out, d_in = weight.shape
     blocks = -(-d_out * d_in // nf4.BLOCK)

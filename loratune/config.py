@@ -73,6 +73,9 @@ class LoraConfig(ShortRepr):
     target_modules: str | list[str] = "all-linear"
     """Names (exact, or the end of a path after a dot), a regular expression matched in full, or "all-linear".
     all-linear: every linear layer but the output head and layers narrower than the rank."""
+    target_parameters: str | list[str] | None = None
+    """Expert weights held in one Parameter, such as "experts.gate_up_proj" (exact, or the end of a path after a dot);
+    each expert gets a pair of its own. "all-experts": every such Parameter that can be adapted. By default none."""
     exclude_modules: str | list[str] | None = None
     """Names or one regular expression of modules to leave out, matched like target_modules."""
     use_rslora: bool = False
@@ -106,7 +109,8 @@ class LoraConfig(ShortRepr):
             **{f'alpha_pattern["{k}"]': v for k, v in self.alpha_pattern.items()},
         }.items():
             _require(0 < alpha < math.inf, f"{name} is {alpha}; it must be positive and finite")
-        _require(bool(self.target_modules), 'target_modules is empty; give module names or "all-linear"')
+        named = bool(self.target_modules) or bool(self.target_parameters)
+        _require(named, 'target_modules is empty; give module names or "all-linear"')
 
 
 @dataclass(kw_only=True, repr=False)

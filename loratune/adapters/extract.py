@@ -30,7 +30,8 @@ from loratune.base.model_config import without_data
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.lora import peft_config
-from loratune.lora.select import Target, find_modules, select, shortest_names
+from loratune.lora.paths import find_modules, shortest_names
+from loratune.lora.select import Target, select
 from loratune.precision.tensors import Checkpoint
 from loratune.version import __version__
 

@@ -94,6 +94,11 @@ def read_updates(directory: str | Path) -> AdapterUpdates:
         raise AdapterError(
             f"{folder}: uses {type(variant).__name__}; only plain low-rank updates can be combined or resized"
         )
+    if config.target_parameters:
+        raise AdapterError(
+            f"{folder}: adapts experts (target_parameters), and only updates of layers can be combined or resized; "
+            "merge the adapter, or train it again without target_parameters"
+        )
     fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     tensors = read_tensors(folder)
     _check_finite(folder, tensors)

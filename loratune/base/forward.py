@@ -59,6 +59,7 @@ from loratune.ops.dropout import row_key
 from loratune.ops.host import HostOffload, is_mapped, mapped
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.state import ForwardState
+from loratune.precision import experts
 
 ExecutionPath = Literal["packed", "position mask", "per document"]
 PATHS: tuple[ExecutionPath, ...] = ("packed", "position mask", "per document")
@@ -112,6 +113,7 @@ class PackedForward:
         """Replaces attention, and decoder layers or parts of them, and puts the originals back on exit."""
         with ExitStack() as stack:
             stack.enter_context(_attention_of(self.model, self.path))
+            stack.enter_context(_experts_of(self.model, self.path))
             stack.enter_context(running_with(self.model, self.state))
             self._contained = holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
@@ -232,6 +234,7 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
     """
     check_causal(model)
     attention.register()
+    experts.register()
     attention.keep_soft_caps(model)
     row = probe_row(model)
     with torch.no_grad(), in_evaluation(model):
@@ -412,6 +415,20 @@ def _attention_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _experts_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]:
+    """Runs experts as grouped products that do not wait for the device (`precision.experts`), on a GPU."""
+    before = model.get_experts_implementation() if path == "packed" and model.device.type == "cuda" else {}
+    if not any(before.values()):
+        yield
+        return
+    model.set_experts_implementation(experts.IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def _embeddings_to_host(model: PreTrainedModel) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.layer import LoraLayer
-from loratune.lora.select import ModulePaths, Selection, Target
+from loratune.lora.paths import ModulePaths
+from loratune.lora.select import Selection, Target
 from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
 from loratune.precision.linear import frozen_of
 

@@ -27,8 +27,9 @@ from loratune.errors import AdapterError, OutputError, expect, nearest
 from loratune.lora import peft_config
 from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
+from loratune.lora.paths import find_modules
 from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
-from loratune.lora.select import Selection, find_modules, select
+from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, require
 from loratune.lora.switch import is_plain, switch
 

@@ -84,6 +84,14 @@ class LoraVariant:
         """Output of `layer` with its adapter; x as in the base layer's forward."""
         return layer.lora_forward(x)
 
+    def rank_of(self, lora_A: Tensor) -> int:
+        """Rank of the adapter whose tensor `lora_A` is given."""
+        return lora_A.shape[0]
+
+    def pattern_paths(self, path: str) -> tuple[str, ...]:
+        """Paths that keys of rank_pattern and alpha_pattern match for the layer at `path`."""
+        return (path,)
+
     def delta(self, layer: LoraLayer) -> Tensor:
         """The update of W, (d_out, d_in), that is equivalent to `forward` without dropout; in the adapter's dtype."""
         return layer.low_rank_delta()
@@ -304,7 +312,7 @@ class LoraLayer(AdaptedLayer):
     @property
     def rank(self) -> int:
         """Rank of the adapter in use, 0 without one."""
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
+        return 0 if self.lora_A is None else self.variant.rank_of(self.lora_A)
 
     def hold(self, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, dropout: float) -> None:
         """Makes a plain adapter the one in use, from its tensors A, (r, d_in), and B, (d_out, r)."""
@@ -320,7 +328,7 @@ class LoraLayer(AdaptedLayer):
 
     def extra_repr(self) -> str:
         """Text of the base layer, and the rank of the adapter in use."""
-        rank = "no adapter" if self.lora_A is None else f"rank={self.lora_A.shape[0]}"
+        rank = "no adapter" if self.lora_A is None else f"rank={self.rank}"
         return f"{self._base[0].extra_repr()}, {rank}"
 
     def _plain_arguments(self) -> tuple[Tensor, Tensor, float, float, int, ForwardState | None]:

@@ -17,10 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import AdapterError
 from loratune.lora.attention import LoraMultiheadAttention, LoraOutProjection, attention_kind
 from loratune.lora.convolution import CONVOLUTIONS, convolution_kind
+from loratune.lora.experts import LoraExperts
 from loratune.lora.layer import LoraLayer
 from loratune.lora.linear import LoraLinear
 from loratune.ops.frozen import DenseWeight, FrozenWeight
 from loratune.ops.lora import lora_linear
+from loratune.precision.experts import ExpertForm, form_of
 from loratune.precision.linear import QuantisedLinear
 
 
@@ -153,6 +155,7 @@ KINDS: tuple[type[LoraLayer], ...] = (
     *CONVOLUTIONS.values(),
     LoraMultiheadAttention,
     LoraOutProjection,
+    LoraExperts,
 )
 """Every kind of adapted layer."""
 
@@ -234,6 +237,9 @@ def _candidate(base: nn.Module) -> tuple[type[LoraLayer] | None, str]:
     if isinstance(base, tuple(CONVOLUTIONS)):
         kind = convolution_kind(base)
         return kind, "" if kind else f"{name} is a convolution with a forward of its own"
+    if isinstance(form := form_of(base), ExpertForm):
+        names = ", ".join(f'"{entry}"' for entry in form.names)
+        return None, f"it is a {name}, whose weights are Parameters; name them in target_parameters: {names}"
     return None, (
         f"it is a {name}; adapters fit Linear, Conv1D (of transformers), Embedding, Conv1d, Conv2d, Conv3d and "
         "MultiheadAttention layers: name the layers inside it, or train it in full with modules_to_save"

@@ -26,8 +26,10 @@ from transformers.models.auto.modeling_auto import (
 from loratune import foreign
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
-from loratune.lora import peft_targets
-from loratune.lora.select import ALL_LINEAR, check_settings, find_modules, names_path
+from loratune.lora import expert_targets, peft_targets
+from loratune.lora.experts import LoraExperts
+from loratune.lora.paths import find_modules
+from loratune.lora.select import ALL_LINEAR, check_settings, names_path
 from loratune.lora.state import Adapter
 from loratune.lora.variants import settings_of, values_of
 
@@ -51,7 +53,6 @@ UNUSED: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "revision": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
@@ -130,7 +131,7 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
             f"{path}: init_lora_weights = {init!r} changes the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion) first"
         )
-    if not given.get("target_modules"):
+    if not given.get("target_modules") and not given.get("target_parameters"):
         raise AdapterError(f"{path}: target_modules is missing, so the adapted layers are unknown")
 
 
@@ -144,6 +145,7 @@ def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
             values.pop(name, None)
     if values.get("init_lora_weights") not in (True, False, "gaussian", *values_of("init_lora_weights")):
         values.pop("init_lora_weights", None)
+    values.setdefault("target_modules", [])
     if str(values["target_modules"]).lower() == ALL_LINEAR:
         values["target_modules"] = ALL_LINEAR
     return values
@@ -165,12 +167,15 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
     every = list(modules)
     values: dict[str, Any] = dict(UNUSED)
     values |= {name: getattr(config, name) for name in _names(type(config))}
+    experts = expert_targets.parameter_paths((path, weights.variant) for path, weights in adapter.layers.items())
     adapted = [modules[path] for path, weights in adapter.layers.items() if not weights.kind.is_part]
     unclear = any(not names_path(config.target_modules, entry.paths[0]) for entry in adapted) or any(
         entry.paths[0].rpartition(".")[2] in peft_targets.rewritten_names(model) for entry in adapted
     )
     if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None or unclear:
         values |= peft_targets.named(model, [entry.paths[0] for entry in adapted], values)
+    if experts:
+        values["target_parameters"] = peft_targets.parameters_named(model, experts, values["target_parameters"])
     if adapter.modules:
         values["modules_to_save"] = [_ending(path, every) for path in adapter.modules]
     task = task_type(model)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import conversion_mapping
 
 from loratune.errors import AdapterError
-from loratune.lora.select import find_modules, shortest_names
+from loratune.lora.paths import find_modules, shortest_names
 
 DROPOUT = "lora_dropout_in_training"
 """Field for the dropout of an adapter that PEFT reads without one."""
@@ -60,23 +60,30 @@ def named(model: nn.Module, paths: Collection[str], values: dict[str, Any]) -> d
     return fields
 
 
-def read_back(given: dict[str, Any], where: object) -> dict[str, Any]:
-    """The fields of a file with the weights of target_parameters among target_modules; the reverse of `named`.
+def parameters_named(model: nn.Module, experts: Collection[str], others: object) -> list[str]:
+    """Value of target_parameters for expert weights at these paths, and `others` that `named` has chosen."""
+    parameters = {name for name, _ in model.named_parameters()} | set(experts)
+    weights = [name for name in others if name.endswith(_WEIGHT)] if isinstance(others, list) else []
+    return sorted({*shortest_names(list(experts), parameters), *weights})
 
-    Raises: AdapterError: a parameter that is not the weight of a layer, such as stacked experts.
+
+def read_back(given: dict[str, Any], where: object) -> dict[str, Any]:
+    """The fields of a file with the weights of layers in target_parameters among target_modules; reverses `named`.
+
+    Raises: AdapterError: they stand beside an expression in target_modules.
     """
-    parameters = given.get("target_parameters")
-    if not parameters:
+    parameters = given.get("target_parameters") or []
+    layers = [name for name in parameters if str(name).endswith(_WEIGHT)]
+    if not layers:
         return given
     modules = given.get("target_modules") or []
-    others = [name for name in parameters if not str(name).endswith(_WEIGHT)]
-    if others or not isinstance(modules, list):
+    if not isinstance(modules, list):
         raise AdapterError(
-            f"{where}: target_parameters = {others or parameters} (a field that loratune implements for weights of "
-            "layers only); without it the adapter would be another one"
+            f"{where}: target_parameters = {layers} beside target_modules as an expression (which loratune does not "
+            "combine); without the parameters the adapter would be another one"
         )
-    values = dict(given, target_parameters=None)
-    values["target_modules"] = sorted({*modules, *(name.removesuffix(_WEIGHT) for name in parameters)})
+    values = dict(given, target_parameters=[name for name in parameters if name not in layers] or None)
+    values["target_modules"] = sorted({*modules, *(name.removesuffix(_WEIGHT) for name in layers)})
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = given.get(field) or {}
         doubles = {f"({key}){_WEIGHT}" for key in pattern}

@@ -23,24 +23,19 @@ from torch import nn
 
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
+from loratune.lora import expert_targets
 from loratune.lora.direct_reads import direct_reads
+from loratune.lora.experts import LoraExperts
 from loratune.lora.expressions import PathExpression, fits_end
 from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
 from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
+from loratune.lora.paths import ModulePaths, find_modules, inside, named, suffixes
 from loratune.lora.variants import variant_of
 
 ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("score", "classifier")  # of transformers' classification models
 _MAX_LISTED = 12
 _Number = TypeVar("_Number", int, float)
-
-
-@dataclass(frozen=True)
-class ModulePaths:
-    """One module and every path at which it is found; files name the first."""
-
-    module: nn.Module
-    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,11 @@ class Target:
     def parameters(self) -> int:
         """Number of values that train at this layer."""
         return sum(math.prod(spec.shape) for spec in self.tensors().values())
+
+    @property
+    def pattern_paths(self) -> tuple[str, ...]:
+        """Paths that keys of rank_pattern and alpha_pattern match."""
+        return tuple(name for path in self.paths for name in self.variant.pattern_paths(path))
 
     @property
     def is_low_rank_sum(self) -> bool:
@@ -112,14 +112,14 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     check_settings(config)
     modules = find_modules(model)
     saved = _saved(model, modules, config.modules_to_save or [], strict)
-    inside = _inside([entry.paths for entry in saved])
+    is_inside = inside([entry.paths for entry in saved])
     variant, read = variant_of(config), direct_reads(model)
     targets: list[Target] = []
     unadaptable: list[str] = []
     narrow: list[tuple[str, _TooNarrow]] = []
     taken: set[str] = set()
     for entry, path in _chosen(model, modules, config, strict):
-        if inside(entry.paths) or entry.paths[0] in taken:
+        if is_inside(entry.paths) or entry.paths[0] in taken:
             continue
         try:
             if entry.paths[0] in read:
@@ -136,15 +136,59 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
             unadaptable.append(str(error))
         except _TooNarrow as error:
             narrow.append((path, error))
-    left_out = unadaptable + _narrow_line(narrow)
+    chosen = _experts(model, modules, config, variant, is_inside, strict)
+    targets = _in_order(modules, [*targets, *chosen.targets])
+    left_out = unadaptable + _narrow_line(narrow) + list(chosen.left_out)
     if not targets:
         why = f": {narrow[0][1] if narrow and not unadaptable else left_out[0]}" if left_out else ""
         raise AdapterError(f"{_target_words(config)} leaves no layer of {type(model).__name__} to adapt{why}")
     if strict:
         _check_patterns(config, targets)
     return Selection(
-        tuple(targets), tuple(saved), tuple(left_out), (*_wide_line(targets), *_two_paths(model, targets))
+        tuple(targets),
+        tuple(saved),
+        tuple(left_out),
+        (*_wide_line(targets), *_two_paths(model, targets), *chosen.notes),
     )
+
+
+@dataclass(frozen=True)
+class _ExpertsChosen:
+    targets: tuple[Target, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _experts(
+    model: nn.Module,
+    modules: list[ModulePaths],
+    config: LoraConfig,
+    variant: LoraVariant,
+    is_inside: Callable[[Sequence[str]], bool],
+    strict: bool,
+) -> _ExpertsChosen:
+    """The experts that target_parameters selects. PEFT does not apply exclude_modules to them, so files do not."""
+    fits = _matcher("exclude_modules", config.exclude_modules if strict else None, model, modules, False)
+    found = expert_targets.choose(
+        [(entry.module, entry.paths) for entry in modules],
+        config,
+        variant,
+        lambda paths: is_inside(paths) or any(map(fits, paths)),
+        strict=strict,
+    )
+    targets = []
+    for expert in found.targets:
+        last = expert.pairs.parameters[-1]
+        targets.append(
+            Target(expert.paths[0], expert.paths, expert.module, LoraExperts, expert.pairs, last.r, last.scaling)
+        )
+    return _ExpertsChosen(tuple(targets), found.left_out, found.notes)
+
+
+def _in_order(modules: list[ModulePaths], targets: list[Target]) -> list[Target]:
+    """The targets in the order of the model's modules."""
+    order = {entry.paths[0]: index for index, entry in enumerate(modules)}
+    return sorted(targets, key=lambda target: order[target.path])
 
 
 def _read_directly(model: nn.Module, path: str) -> str:
@@ -205,52 +249,11 @@ def check_settings(config: LoraConfig) -> None:
         )
 
 
-def find_modules(model: nn.Module) -> list[ModulePaths]:
-    """Every module below the root with all its paths, in the order of `named_modules`."""
-    paths: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path:
-            modules[id(module)] = module
-            paths.setdefault(id(module), []).append(path)
-    return [ModulePaths(module, tuple(paths[key])) for key, module in modules.items()]
-
-
 def names_path(entries: str | list[str], path: str) -> bool:
     """True if target_modules `entries` selects a layer by `path`; "all-linear" may."""
     if isinstance(entries, str):
         return entries == ALL_LINEAR or PathExpression("target_modules", entries).fits(path)
-    return any(_named(entry, path) for entry in entries)
-
-
-def shortest_names(paths: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The names with the fewest dots that, matched as exact path or `.suffix`, mean `paths` and none of `others`.
-
-    Files hold these instead of "all-linear": `["q_proj", "v_proj", ...]`, which every reader understands.
-    """
-    wanted, unwanted = set(paths), set(others) - set(paths)
-    suffixes_of_others = {suffix for path in unwanted for suffix in _suffixes(path)}
-    names = {next((s for s in _suffixes(p) if s not in suffixes_of_others), p) for p in wanted}
-    return sorted(names)
-
-
-def _suffixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def _named(entry: str, path: str) -> bool:
-    return path == entry or path.endswith("." + entry)
-
-
-def _inside(groups: Iterable[Sequence[str]]) -> Callable[[Sequence[str]], bool]:
-    """A test of paths: true if one of them is at or below one of the groups' paths."""
-    roots = [path for group in groups for path in group]
-
-    def test(paths: Sequence[str]) -> bool:
-        return any(p == root or p.startswith(root + ".") for p in paths for root in roots)
-
-    return test
+    return any(named(entry, path) for entry in entries)
 
 
 def _chosen(
@@ -293,12 +296,12 @@ def _matcher(
         return expression.fits
     if strict:
         check_entries(field, entries, model, modules)
-    return lambda path: any(_named(entry, path) for entry in entries)
+    return lambda path: any(named(entry, path) for entry in entries)
 
 
 def check_entries(field: str, entries: Iterable[str], model: nn.Module, modules: list[ModulePaths]) -> None:
     """Raises AdapterError for the first entry that is neither a path in the model nor the end of one."""
-    names = {suffix for module in modules for path in module.paths for suffix in _suffixes(path)}
+    names = {suffix for module in modules for path in module.paths for suffix in suffixes(path)}
     for entry in entries:
         if entry not in names:
             near = nearest(entry, names) or _layers_here(modules)
@@ -412,9 +415,10 @@ def _check_patterns(config: LoraConfig, targets: list[Target]) -> None:
     }
     for field, keys in fields.items():
         for key in keys:
-            if not any(fits_end(field, key, path) for target in targets for path in target.paths):
-                names = {suffix for target in targets for suffix in _suffixes(target.path)}
-                leaves = ", ".join(list({t.path.rpartition(".")[2]: None for t in targets})[:_MAX_LISTED])
+            if not any(fits_end(field, key, path) for target in targets for path in target.pattern_paths):
+                paths = [path for target in targets for path in target.pattern_paths]
+                names = {suffix for path in paths for suffix in suffixes(path)}
+                leaves = ", ".join(list({path.rpartition(".")[2]: None for path in paths})[:_MAX_LISTED])
                 near = nearest(key, names) or f" Adapted are: {leaves}."
                 raise AdapterError(f'{field} "{key}" fits none of the adapted layers.{near}')
 
@@ -423,8 +427,10 @@ def _saved(model: nn.Module, modules: list[ModulePaths], entries: list[str], str
     """The outermost modules that modules_to_save names."""
     if strict:
         check_entries("modules_to_save", entries, model, modules)
-    named = [m for m in modules if any(_named(entry, path) for path in m.paths for entry in entries)]
-    outermost = [m for m in named if not any(_inside([o.paths])(m.paths) for o in named if o.module is not m.module)]
+    matched = [m for m in modules if any(named(entry, path) for path in m.paths for entry in entries)]
+    outermost = [
+        m for m in matched if not any(inside([o.paths])(m.paths) for o in matched if o.module is not m.module)
+    ]
     for saved in outermost:
         if next(saved.module.parameters(), None) is None:
             raise AdapterError(f'modules_to_save: "{saved.paths[0]}" has no parameters to train')

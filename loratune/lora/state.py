@@ -56,8 +56,8 @@ class LayerWeights:
 
     @property
     def r(self) -> int:
-        """Rank."""
-        return self.lora_A.shape[0]
+        """Rank; of experts, the rank of each expert's pair."""
+        return self.variant.rank_of(self.lora_A)
 
     def keys(self) -> dict[str, str]:
         """Attribute name -> name in PEFT's files, after the layer's path and a dot."""

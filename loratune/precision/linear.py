@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loratune.ops.frozen import DenseWeight, FrozenWeight, frozen_linear
-from loratune.precision import nf4
+from loratune.precision import experts, nf4
 from loratune.precision.contract import WeightFormat, format_of
 from loratune.precision.dense import FrozenParameter, separate, stack_parameters
+from loratune.precision.experts import ExpertForm
 
 
 class WeightSlot:
@@ -105,11 +106,13 @@ class QuantisedLinear(nn.Module):
 
 
 def frozen_of(module: nn.Module) -> FrozenWeight:
-    """The weight of a layer as (d_out, d_in): a linear layer, an embedding, a convolution, a packed attention."""
+    """The weight of a layer as (d_out, d_in): a linear layer, an embedding, a convolution, a packed attention; of experts, the last."""
     if isinstance(module, QuantisedLinear):
         return module.frozen
     if isinstance(module, nn.MultiheadAttention):
         return DenseWeight(cast(Tensor, module._parameters["in_proj_weight"]))
+    if isinstance(form := experts.form_of(module), ExpertForm):
+        return experts.projection(module, form, form.down).frozen
     own = module._parameters.get("weight")
     weight = cast(Tensor, module.weight) if own is None else own
     return DenseWeight(weight.T if isinstance(module, Conv1D) else weight.flatten(1))

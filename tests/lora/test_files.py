@@ -287,7 +287,6 @@ def test_a_damaged_or_foreign_configuration_is_refused(content: str, tmp_path: P
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 4], [2, 5]]),
         ("alora_invocation_tokens", [7]),

@@ -17,7 +17,8 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import attach
-from loratune.lora.select import select, shortest_names
+from loratune.lora.paths import shortest_names
+from loratune.lora.select import select
 from tests.conftest import SMALL
 from tests.lora.helpers import make, make_mlp, run
 

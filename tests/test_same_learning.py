@@ -13,10 +13,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.shapes import row_of
+from loratune.base.forward import prepare
 from loratune.config import LoraConfig
 from loratune.lora.files import adapter_tensors
 from loratune.lora.inject import attach, trainable_parameters
+from loratune.training.step import train_step
 from tests.conftest import build
+from tests.lora.test_peft_targets import mixture
 
 STEPS = 50
 LEARNING_RATE = 2e-3
@@ -59,3 +63,52 @@ def test_same_losses_and_weights_as_peft_over_50_steps(name: str) -> None:
     for key, tensor in our_end.items():
         assert not torch.equal(tensor, start[key]), key
         torch.testing.assert_close(tensor, their_end[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_experts_learn_as_in_peft_over_50_steps(name: str) -> None:
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    ours = mixture(name)
+    attach(ours, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], target_parameters=parameters))
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(mixture(name), settings)
+    start = adapter_tensors(ours)
+    peft.set_peft_model_state_dict(theirs, start)
+
+    our_losses = _learn(ours, list(trainable_parameters(ours).values()))
+    their_losses = _learn(theirs, [p for p in theirs.parameters() if p.requires_grad])
+
+    assert our_losses[-1] < our_losses[0] - 0.01, "nothing was learnt, so nothing was compared"
+    assert our_losses == pytest.approx(their_losses, rel=1e-5)
+    our_end, their_end = adapter_tensors(ours), peft.get_peft_model_state_dict(theirs)
+    assert our_end.keys() == their_end.keys()
+    for key, tensor in our_end.items():
+        assert not torch.equal(tensor, start[key]), key
+        torch.testing.assert_close(tensor, their_end[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_learn_the_same_from_packed_rows_and_from_documents_alone(name: str) -> None:
+    losses, ends = [], []
+    for path in ("packed", "per document"):
+        model = mixture(name)
+        attach(model, LoraConfig(r=4, lora_alpha=8, target_parameters="all-experts"))
+        forward = prepare(model)
+        assert forward.path == "packed"
+        forward.path = path  # type: ignore[assignment]
+        parameters = list(trainable_parameters(model).values())
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        rows = [row_of([9, 14, 20], 48, seed) for seed in range(4)]
+        found = []
+        with forward.installed():
+            for step in range(STEPS):
+                found.append(train_step(forward, [rows[step % 4]], parameters, optimizer, max_grad_norm=1.0).loss)
+        losses.append(found)
+        ends.append(adapter_tensors(model))
+    assert losses[0][-1] < losses[0][0] - 0.01
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][key], rtol=0, atol=1e-5)

@@ -28,6 +28,7 @@ class EstimateArguments:
         "optim",
         "r",
         "target_modules",
+        "target_parameters",
         "data",
         "json",
     )

@@ -30,6 +30,7 @@ class TrainArguments(RunConfig):
         "r",
         "lora_alpha",
         "target_modules",
+        "target_parameters",
         "precision",
         "memory",
         "tokens_per_row",
@@ -105,6 +106,7 @@ def as_run_config(given: TrainArguments) -> RunConfig:
     lora = config.lora
     modules = {
         "target_modules": module_names(lora.target_modules),
+        "target_parameters": module_names(lora.target_parameters),
         "exclude_modules": module_names(lora.exclude_modules),
     }
     return replace(config, lora=replace(lora, **modules))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from loratune.config import LoraConfig
 from loratune.lora.expressions import fits_end
 from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
 from loratune.ops.experts import ExpertPair
+from loratune.ops.frozen import DenseWeight
 from loratune.precision import experts
-from loratune.precision.experts import ExpertForm
+from loratune.precision.experts import ExpertForm, HeldExperts, QuantisedExperts
 
 _TRIAL_TOKENS = 3
 
@@ -188,12 +189,48 @@ class LoraExperts(LoraLayer):
         return experts.features(base, form, form.down)
 
 
+class LoraQuantisedExperts(LoraExperts, QuantisedExperts):
+    """Quantised experts plus low-rank updates. A merge makes the sums dense, as for `LoraQuantised`."""
+
+    _held_before_merge: dict[str, HeldExperts] | None = None
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> Tensor:
+        """Replaces the weights by the dense sums. Returns: as `LoraExperts.merge`."""
+        found = []
+        if reversible:
+            self._held_before_merge = dict(self.held)
+        for name, pair in self._pairs().items():
+            held = self.held[name]
+            total = torch.stack(list(self._sums(self._weight(name), pair))).to(held.frozen.dtype)
+            frozen, transposed = DenseWeight(total.flatten(0, 1)), bool(self.is_transposed)
+            self.held[name] = replace(held, frozen=frozen, transposed=transposed, as_in_module=True)
+            found.append(total.abs().amax())
+        self.release()
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the weights from before `merge`, to the bit."""
+        assert self._held_before_merge is not None
+        self.held.update(self._held_before_merge)
+        self._held_before_merge = None
+
+    def _weight(self, name: str) -> Tensor:
+        return experts.dense_of(self.held[name])
+
+
+def kind_of_experts(module: nn.Module) -> type[LoraExperts]:
+    """The kind of layer that replaces an experts module."""
+    return LoraQuantisedExperts if isinstance(module, QuantisedExperts) else LoraExperts
+
+
 def why_not(module: nn.Module) -> str | None:
     """The reason why experts cannot have adapters, or None. Runs the module on a few tokens."""
     form = experts.form_of(module)
     if isinstance(form, str):
         return form
-    if isinstance(module, LoraExperts) or getattr(module, form.down).is_meta:
+    if isinstance(module, LoraExperts | QuantisedExperts) or getattr(module, form.down).is_meta:
         return None
     return None if _computes_as_stated(module, form) else f"{type(module).__name__} computes another formula"
 

@@ -25,7 +25,7 @@ from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
 from loratune.lora import expert_targets
 from loratune.lora.direct_reads import direct_reads
-from loratune.lora.experts import LoraExperts
+from loratune.lora.experts import kind_of_experts
 from loratune.lora.expressions import PathExpression, fits_end
 from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
 from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
@@ -180,7 +180,15 @@ def _experts(
     for expert in found.targets:
         last = expert.pairs.parameters[-1]
         targets.append(
-            Target(expert.paths[0], expert.paths, expert.module, LoraExperts, expert.pairs, last.r, last.scaling)
+            Target(
+                expert.paths[0],
+                expert.paths,
+                expert.module,
+                kind_of_experts(expert.module),
+                expert.pairs,
+                last.r,
+                last.scaling,
+            )
         )
     return _ExpertsChosen(tuple(targets), found.left_out, found.notes)
 

@@ -28,8 +28,9 @@ from loratune.errors import ModelError
 from loratune.fused.fit import recipe_fits
 from loratune.fused.policy import TILE, ActivationPlan, Level
 from loratune.lora.build import build
+from loratune.lora.expert_targets import parameter_paths
 from loratune.lora.inject import add
-from loratune.lora.select import select
+from loratune.lora.select import Selection, select
 from loratune.memory.budget import PlanChoice, RowSetting, choose, peak, peak_of_modules, seconds, seconds_of_modules
 from loratune.memory.devices import DeviceSpec
 from loratune.memory.modules import ModuleRows
@@ -129,23 +130,27 @@ def survey_of(model: PreTrainedModel, request: EstimateRequest) -> ModelSurvey:
     half = model.dtype in (torch.bfloat16, torch.float16)
     fuses = request.on_gpu and half and all(target.variant.low_rank_sum for target in selection.targets)
     fit = next((fit for fit in recipe_fits(model) if fit.why_not(model) is None), None) if fuses else None
-    paths = [target.path for target in selection.targets]
-    made = _layer_copy(request, paths)
+    made = _layer_copy(request, selection)
     return survey(model, trained, trainable, precision=request.precision, fit=fit, layer_copy=made)
 
 
-def _layer_copy(request: EstimateRequest, targets: list[str]) -> LayerCopy:
+def _layer_copy(request: EstimateRequest, selection: Selection) -> LayerCopy:
     """Copies decoder layers as they will train: in the requested precision, with the requested adapter."""
+
+    experts = parameter_paths((target.path, target.variant) for target in selection.targets)
+    owners = {path.rpartition(".")[0] for path in experts}
+    layers = [target.path for target in selection.targets if target.path not in owners]
 
     def made(path: str, layer: nn.Module) -> nn.Module:
         tree = _tree(path, without_values(layer))
         if request.precision in PRECISIONS:
             quantise_linears(tree, weight_format(request.precision).quantise)
-        inside = [target for target in targets if target.startswith(f"{path}.")]
-        if inside:
-            settings = replace(request.lora, target_modules=inside, modules_to_save=None, bias="none")
-            selection = select(tree, settings, strict=False)
-            add(tree, "estimate", lambda: (selection, build(tree, settings, selection, None)))
+        inside, stacked = ([name for name in names if name.startswith(f"{path}.")] for names in (layers, experts))
+        if inside or stacked:
+            chosen = {"target_modules": inside, "target_parameters": stacked or None}
+            settings = replace(request.lora, **chosen, modules_to_save=None, bias="none")  # type: ignore[arg-type]
+            found = select(tree, settings, strict=False)
+            add(tree, "estimate", lambda: (found, build(tree, settings, found, None)))
         return tree.get_submodule(path)
 
     return made

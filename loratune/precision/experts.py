@@ -9,8 +9,8 @@ grouped products (`ops.experts`) that wait for nothing, so the step can be a CUD
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,82 @@ class ExpertProjection:
         return stacked if self.transposed else stacked.transpose(1, 2)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldExperts:
+    """One projection in a form of `precision.contract`."""
+
+    frozen: FrozenWeight
+    """(E d_out, d_in); transposed (E d_in, d_out)."""
+    transposed: bool
+    as_in_module: bool
+    """True if the architecture's Parameter is transposed in the same way."""
+    shape: tuple[int, int, int]
+    """Shape of that Parameter."""
+
+
+class QuantisedExperts(nn.Module):
+    """An experts module whose projections are quantised. Each is made dense for the length of one product.
+
+    Its state_dict holds the projections dense, as the architecture does.
+    """
+
+    held: dict[str, HeldExperts]
+    """Name of a projection -> its weight. Shared with the module that replaces this one to hold adapters."""
+    _original: tuple[nn.Module]
+    """The replaced module, for its activation. In a tuple, so that `nn.Module` does not register it as a child."""
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module) -> QuantisedExperts:
+        """A replacement with all Parameters of an experts module, of which none is quantised yet."""
+        replacement = cls.__new__(cls)
+        replacement.__dict__.update(module.__dict__)
+        replacement._parameters = dict(module._parameters)
+        replacement.held, replacement._original = {}, (module,)
+        return replacement
+
+    def hold(self, name: str, frozen: FrozenWeight, *, transposed: bool) -> None:
+        """Replaces the Parameter `name` by its quantised form."""
+        weight = self._parameters[name]
+        assert weight is not None
+        experts, first, second = weight.shape
+        same = transposed == bool(self.is_transposed)
+        self.held[name] = HeldExperts(frozen, transposed, same, (experts, first, second))
+        del self._parameters[name]
+        self._original[0]._parameters[name] = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, d) tokens, (T, k) experts and (T, k) factors -> (T, d)."""
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def __getattr__(self, name: str) -> Any:
+        """A projection, made dense now: right but slow, for code that reads a weight of the module."""
+        held = self.__dict__.get("held", {}).get(name)
+        return super().__getattr__(name) if held is None else dense_of(held)
+
+    def _apply_gate(self, rows: Tensor) -> Tensor:
+        return cast(Tensor, self._original[0]._apply_gate(rows))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
+        """`to`, `cuda` and so on: moves the weights and sets their compute dtype; codes keep their dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, held in self.held.items():
+            wanted = fn(torch.empty(0, dtype=held.frozen.dtype, device=held.frozen.device))
+            if (wanted.device, wanted.dtype) != (held.frozen.device, held.frozen.dtype):
+                self.held[name] = replace(held, frozen=held.frozen.to(wanted.device, wanted.dtype))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: dense_of(held) for name, held in self.held.items()})
+
+
+def dense_of(held: HeldExperts) -> Tensor:
+    """The projection in the shape of the architecture's Parameter, made now."""
+    experts, first, second = held.shape
+    dense = held.frozen.dense()
+    return dense.view(held.shape) if held.as_in_module else dense.view(experts, second, first).transpose(1, 2)
+
+
 def form_of(module: nn.Module) -> ExpertForm | str:
     """The form of an experts module, or the reason why it has none that is supported."""
     kind = type(module).__name__
@@ -77,6 +153,8 @@ def form_of(module: nn.Module) -> ExpertForm | str:
         bool(module.is_transposed),
     )
     for name in form.names:
+        if isinstance(module, QuantisedExperts) and name in module.held:
+            continue
         weight = module._parameters.get(name)
         if weight is None or weight.dim() != 3 or weight.shape[0] != form.experts:
             return f"{kind} has no Parameter {name} with three dimensions, one matrix for each expert"
@@ -87,19 +165,27 @@ def form_of(module: nn.Module) -> ExpertForm | str:
 
 def parameter_names(module: nn.Module, form: ExpertForm) -> list[str]:
     """Names of both projections in the order in which the module holds them, which PEFT's files follow."""
-    return sorted(form.names, key=list(module._parameters).index)
+    held = module.held if isinstance(module, QuantisedExperts) else {}
+    if not held:
+        return sorted(form.names, key=list(module._parameters).index)
+    return [name for name in list(module._original[0]._parameters) if name in form.names]
 
 
 def features(module: nn.Module, form: ExpertForm, name: str) -> tuple[int, int]:
     """(d_in, d_out) of a projection."""
-    first, second = cast(Tensor, getattr(module, name)).shape[1:]
+    held = module.held.get(name) if isinstance(module, QuantisedExperts) else None
+    shape = cast(Tensor, module._parameters[name]).shape if held is None else held.shape
+    first, second = shape[1:]
     return (first, second) if form.transposed else (second, first)
 
 
 def projection(module: nn.Module, form: ExpertForm, name: str) -> ExpertProjection:
     """A projection of an experts module."""
-    weight = cast(Tensor, getattr(module, name)).detach()
+    held = module.held.get(name) if isinstance(module, QuantisedExperts) else None
     bias = getattr(module, f"{name}_bias", None) if module.has_bias else None
+    if held is not None:
+        return ExpertProjection(held.frozen, form.experts, held.transposed, bias)
+    weight = cast(Tensor, module._parameters[name]).detach()
     return ExpertProjection(DenseWeight(weight.flatten(0, 1)), form.experts, form.transposed, bias)
 
 

@@ -10,6 +10,7 @@ no such tensors or a merged adapter has replaced the codes.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Self, cast
@@ -23,7 +24,7 @@ from loratune.ops.frozen import DenseWeight, FrozenWeight, frozen_linear
 from loratune.precision import experts, nf4
 from loratune.precision.contract import WeightFormat, format_of
 from loratune.precision.dense import FrozenParameter, separate, stack_parameters
-from loratune.precision.experts import ExpertForm
+from loratune.precision.experts import ExpertForm, HeldExperts, QuantisedExperts
 
 
 class WeightSlot:
@@ -175,7 +176,7 @@ def _same(before: Sequence[FrozenWeight], now: Sequence[FrozenWeight]) -> bool:
 def quantise_linears(
     module: nn.Module, form: Callable[[Tensor], FrozenWeight] = nf4.quantise, skip: Collection[nn.Module] = ()
 ) -> None:
-    """Replaces every `nn.Linear` and Conv1D below `module` by a `QuantisedLinear`, one after the other.
+    """Replaces every `nn.Linear` and Conv1D below `module` by a `QuantisedLinear`, and experts by `QuantisedExperts`.
 
     Args:
         form: makes the frozen weight from a dense one, (d_out, d_in); usually `WeightFormat.quantise`.
@@ -186,6 +187,12 @@ def quantise_linears(
             weight = cast(Tensor, layer.weight).detach()
             frozen = form(weight.T.contiguous() if isinstance(layer, Conv1D) else weight)
             module.set_submodule(path, QuantisedLinear.in_place_of(layer, frozen))
+        elif isinstance(found := experts.form_of(layer), ExpertForm) and not isinstance(layer, QuantisedExperts):
+            replacement = QuantisedExperts.in_place_of(layer)
+            for name in found.names:
+                stacked = cast(Tensor, layer._parameters[name]).detach().flatten(0, 1)
+                replacement.hold(name, form(stacked), transposed=found.transposed)
+            module.set_submodule(path, replacement)
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
@@ -195,9 +202,18 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
             yield path, module
 
 
+def quantised_experts(model: nn.Module) -> Iterator[tuple[str, HeldExperts]]:
+    """Every quantised projection of experts with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantisedExperts):
+            yield from ((f"{path}.{name}", held) for name, held in module.held.items())
+
+
 def formats_in(model: nn.Module) -> list[WeightFormat]:
     """Precisions of the model's quantised layers, each once, without floating point."""
-    found = {layer.frozen.precision: format_of(layer.frozen) for _, layer in quantised_layers(model)}
+    weights = [layer.frozen for _, layer in quantised_layers(model)]
+    weights += [held.frozen for _, held in quantised_experts(model)]
+    found = {frozen.precision: format_of(frozen) for frozen in weights}
     return [form for name, form in sorted(found.items()) if name != "dense"]
 
 
@@ -211,19 +227,24 @@ def form_in_memory(model: PreTrainedModel) -> str:
 def mostly_dense(model: PreTrainedModel) -> str | None:
     """One line for a user whose quantised model is mostly dense; else None."""
     total = count_parameters(model)
-    quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
+    quantised = _quantised_parameters(model)
     if not 0 < quantised < total / 2:
         return None
     return (
-        f"{quantised / total:.0%} of the base's {total:,} parameters are quantised: linear layers are, embeddings "
-        "and experts that are held in one tensor are not"
+        f"{quantised / total:.0%} of the base's {total:,} parameters are quantised: linear layers and experts of "
+        "transformers' experts interface are, embeddings and other tensors are not"
     )
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model, quantised weights included."""
-    quantised = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
+    quantised = _quantised_parameters(model)
     return quantised + sum(parameter.numel() for parameter in model.parameters())
+
+
+def _quantised_parameters(model: nn.Module) -> int:
+    linear = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
+    return linear + sum(math.prod(held.shape) for _, held in quantised_experts(model))
 
 
 def dense_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -29,7 +29,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loratune.errors import ModelError
 from loratune.ops.frozen import FrozenWeight
+from loratune.precision import experts
 from loratune.precision.contract import CheckpointReader, WeightFormat, quantised_formats
+from loratune.precision.experts import ExpertForm, QuantisedExperts
 from loratune.precision.linear import QuantisedLinear
 from loratune.precision.tensors import Checkpoint, frozen_form
 
@@ -172,6 +174,10 @@ class _Quantiser(HfQuantizer):
             and path not in tied
             and (settings.wanted is not None or f"{path}.weight" in settings.packed)
         }
+        for path, module in model.named_modules():
+            form = experts.form_of(module)
+            if isinstance(form, ExpertForm) and settings.wanted is not None:
+                self._chosen |= {f"{path}.{name}" for name in form.names}
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -211,18 +217,51 @@ class _Swap(ConversionOps):
     ) -> dict[str, Any]:
         """Takes arrived weights of one or several layers, by name."""
         for name, value in input_dict.items():
-            path = name.removesuffix(".weight")
-            layer = model.get_submodule(path)
-            frozen = self._frozen(value[0] if isinstance(value, list) else value, layer)
-            if frozen is None:
+            weight = value[0] if isinstance(value, list) else value
+            if not (self._hold_experts if not name.endswith(".weight") else self._replace)(model, name, weight):
                 self._how.unfit.append(name)
                 continue
-            replacement = QuantisedLinear.in_place_of(layer, frozen)
-            replacement._is_hf_initialized = True  # type: ignore[assignment]  # else transformers draws initial values
-            model.set_submodule(path, replacement)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
+
+    def _replace(self, model: nn.Module, name: str, weight: Tensor | FrozenWeight) -> bool:
+        """Replaces a linear layer; False if the shape does not fit it."""
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        frozen = self._frozen(weight, layer)
+        if frozen is None:
+            return False
+        replacement = QuantisedLinear.in_place_of(layer, frozen)
+        replacement._is_hf_initialized = True  # type: ignore[assignment]  # else transformers draws initial values
+        model.set_submodule(path, replacement)
+        return True
+
+    def _hold_experts(self, model: nn.Module, name: str, weight: Tensor | FrozenWeight) -> bool:
+        """Quantises one projection of experts; False if the shape does not fit it. Weights that arrive quantised are
+        (E d_out, d_in)."""
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters[own]
+        assert parameter is not None
+        count, first, second = parameter.shape
+        transposed = bool(module.is_transposed)
+        if isinstance(weight, Tensor):
+            if tuple(weight.shape) != (count, first, second):
+                return False
+            assert self._how.wanted is not None
+            frozen = self._how.wanted.quantise(weight.flatten(0, 1))
+        else:
+            d_out, d_in = (second, first) if transposed else (first, second)
+            if weight.shape != (count * d_out, d_in):
+                return False
+            frozen, transposed = weight, False
+        if not isinstance(module, QuantisedExperts):
+            module = QuantisedExperts.in_place_of(module)
+            module._is_hf_initialized = True  # type: ignore[assignment]  # else transformers draws initial values
+            model.set_submodule(path, module)
+        module.hold(own, frozen, transposed=transposed)
+        return True
 
     def _frozen(self, weight: Tensor | FrozenWeight, layer: nn.Module) -> FrozenWeight | None:
         """The layer's frozen weight; None if the shape does not fit the layer."""

@@ -226,13 +226,13 @@ def _load_words(facts: CardFacts) -> str:
 
 def _training_rows(facts: CardFacts) -> dict[str, str]:
     lora = facts.lora
-    targets = lora.target_modules
     scaling = f"{lora.lora_alpha:g}, {'rank-stabilised' if lora.use_rslora else 'over the rank'}"
     rows = {
         "rank `r`": _ranks(lora),
         "`lora_alpha`": scaling + (f", patterns {lora.alpha_pattern}" if lora.alpha_pattern else ""),
         "`lora_dropout`": f"{lora.lora_dropout:g}",
-        "`target_modules`": targets if isinstance(targets, str) else ", ".join(targets),
+        "`target_modules`": _names(lora.target_modules),
+        "`target_parameters`": _names(lora.target_parameters),
         "`modules_to_save`": ", ".join(lora.modules_to_save or []),
         "`bias`": "" if lora.bias == "none" else lora.bias,
         "base weights": _form(facts) or "",
@@ -240,6 +240,10 @@ def _training_rows(facts: CardFacts) -> dict[str, str]:
     }
     rows |= dict(_run_rows(facts))
     return {key: value for key, value in rows.items() if value}
+
+
+def _names(value: str | list[str] | None) -> str:
+    return value if isinstance(value, str) else ", ".join(value or [])
 
 
 def _run_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:

@@ -131,10 +131,18 @@ def _adapter_facts(found: Inspected) -> dict[str, str]:
         "scaling": ", ".join(f"{s:.4g}" for s in scalings) + f"  ({kind}, alpha {config.lora_alpha:g})",
         "size": f"{info.parameters:,} parameters, {size(info.size_bytes)} in {', '.join(info.dtypes)}",
         "targets": _words(config.target_modules),
+        "experts": _experts(config.target_parameters),
         "dropout": f"{config.lora_dropout:g}" if config.lora_dropout else "",
         "in full": _words(list(found.in_full)),
         "made by": _made_by(found.made),
     }
+
+
+def _experts(parameters: str | Sequence[str] | None) -> str:
+    """The adapted expert weights, and the programs that apply them."""
+    if not parameters:
+        return ""
+    return f"{_words(parameters)}; PEFT applies them, vLLM and SGLang may drop or refuse them: merge for these"
 
 
 def _made_by(made: Mapping[str, Any]) -> str:
@@ -229,12 +237,49 @@ def _read_layers(info: AdapterInfo) -> tuple[tuple[Layer, ...], tuple[str, ...]]
                 continue
             stem = key.removesuffix(pair[0])
             path = stem.removeprefix(_PREFIX).removesuffix(".")
-            layer = _layer(path, file.get_tensor(key), file.get_tensor(other), info.config)
+            tensors = file.get_tensor(key), file.get_tensor(other)
+            expert = _expert_parameter(path, info)
+            if expert is not None:
+                layers.append(_expert_layer(expert, *tensors, info.config))
+                taken |= {key, other}
+                continue
+            layer = _layer(path, *tensors, info.config)
             specs = variant.tensors(kinds[pair], layer.d_in, layer.d_out, layer.r).values()
             taken |= {stem + spec.key for spec in specs}
             layers.append(layer)
     rest = [key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in info.shapes if key not in taken]
     return tuple(sorted(layers, key=_depth)), tuple(rest)
+
+
+def _expert_parameter(path: str, info: AdapterInfo) -> str | None:
+    """Path of the expert weights that the tensors at `path` adapt, or None for those of a layer.
+
+    Keys do not name the weights: with two, the first is under `base_layer`, and `down_proj` is always the last.
+    """
+    owner = path.removesuffix(".base_layer")
+    given = info.config.target_parameters
+    names = [given] if isinstance(given, str) else given or []
+    leaves = sorted({name.rpartition(".")[2] for name in names}, key=lambda leaf: (leaf == "down_proj", leaf))
+    is_nested = f"{_PREFIX}{owner}.base_layer.lora_A.weight" in info.shapes
+    last = owner.rpartition(".")[2]
+    if not leaves or not (is_nested or last == "experts"):
+        return None
+    here = [leaf for leaf in leaves if any(f"{owner}.{leaf}".endswith(name) for name in names if name.endswith(leaf))]
+    if not here:
+        return None
+    return f"{owner}.{here[0] if path != owner else here[-1]}"
+
+
+def _expert_layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Layer:
+    """Facts of the pairs of all experts: the rank of one, and the norm of all updates together."""
+    ranks, alphas = config.rank_pattern.items(), config.alpha_pattern.items()
+    r = next((value for key, value in ranks if fits_end("rank_pattern", key, path)), config.r)
+    alpha = next((value for key, value in alphas if fits_end("alpha_pattern", key, path)), config.lora_alpha)
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    A = lora_A.double().view(-1, r, lora_A.shape[1])
+    B = lora_B.double().view(lora_B.shape[0], r, -1).permute(2, 0, 1)
+    square = float(((B.mT @ B) * (A @ A.mT)).sum())
+    return Layer(path, r, A.shape[2], B.shape[1], scaling, abs(scaling) * math.sqrt(max(0.0, square)))
 
 
 def _layer(path: str, lora_A: Tensor, lora_B: Tensor, config: LoraConfig) -> Layer:

@@ -31,7 +31,8 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.lora import peft_config
 from loratune.lora.paths import find_modules, shortest_names
-from loratune.lora.select import Target, select
+from loratune.lora.select import select
+from loratune.lora.target import Target
 from loratune.precision.tensors import Checkpoint
 from loratune.version import __version__
 

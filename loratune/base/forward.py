@@ -256,6 +256,10 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
         if not fuse(forward) and expected.dtype.itemsize == 2:
             take_one_pass(forward)
         forward.notes += forward.state.flash.why_not(row.tokens.device)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        forward.notes.append(
+            "the auxiliary loss of the router (output_router_logits) is left out; the router is frozen"
+        )
     if forward.head is None:
         forward.notes.append(
             f"{type(model).__name__} computes its logits in a way of its own: whole rows of logits are held"

@@ -16,8 +16,9 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError
 from loratune.lora.layer import LoraLayer
 from loratune.lora.paths import ModulePaths
-from loratune.lora.select import Selection, Target
+from loratune.lora.select import Selection
 from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
+from loratune.lora.target import Target
 from loratune.precision.linear import frozen_of
 
 

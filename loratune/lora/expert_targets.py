@@ -7,16 +7,17 @@ expert weight (a router, a bias, the weight of a layer), is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, nearest
-from loratune.lora.experts import ExpertPairs, parameter_of, why_not
+from loratune.lora.experts import ExpertPairs, kind_of_experts, parameter_of, why_not
 from loratune.lora.layer import LoraVariant
-from loratune.lora.paths import named
+from loratune.lora.paths import ModulePaths, named
+from loratune.lora.target import Target
 from loratune.precision import experts
 from loratune.precision.experts import ExpertForm
 
@@ -24,42 +25,31 @@ ALL_EXPERTS = "all-experts"
 
 
 @dataclass(frozen=True)
-class ExpertTarget:
-    """An experts module with its adapted Parameters."""
-
-    module: nn.Module
-    paths: tuple[str, ...]
-    pairs: ExpertPairs
-
-
-@dataclass(frozen=True)
 class ExpertChoice:
     """The result of `choose`."""
 
-    targets: tuple[ExpertTarget, ...] = ()
+    targets: tuple[Target, ...] = ()
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def choose(
-    modules: Iterable[tuple[nn.Module, tuple[str, ...]]],
+    modules: Sequence[ModulePaths],
     config: LoraConfig,
     variant: LoraVariant,
-    excluded: Callable[[Sequence[str]], bool],
     *,
     strict: bool,
 ) -> ExpertChoice:
     """The experts that `config` selects.
 
     Args:
-        modules: modules of the model with their paths.
+        modules: modules of the model, without those that other settings exclude or train in full.
         variant: the variant that the configuration chooses for layers.
-        excluded: a test of a module's paths, for modules that other settings exclude or train in full.
         strict: as for `select`.
     Raises: AdapterError: an entry matches nothing, or a Parameter that cannot be adapted. ConfigError: experts do not
         go with another setting.
     """
-    found = [(module, paths) for module, paths in modules if not excluded(paths)]
+    found = [(entry.module, entry.paths) for entry in modules]
     wanted = config.target_parameters
     if not wanted:
         return ExpertChoice(notes=_not_adapted(found, config))
@@ -69,7 +59,8 @@ def choose(
         _check_settings(config, variant)
     if isinstance(wanted, list):
         _check_entries(found, wanted, strict=strict)
-    targets, left_out = [], []
+    targets: list[Target] = []
+    left_out: list[str] = []
     for module, paths in found:
         form = experts.form_of(module)
         names = _selected(module, paths, form, wanted)
@@ -82,11 +73,37 @@ def choose(
             left_out.append(f'"{paths[0]}" cannot be adapted: {reason}')
             continue
         parameters = [parameter_of(module, form, name, paths[0], config) for name in names]
-        targets.append(ExpertTarget(module, paths, ExpertPairs(parameters)))
+        pairs, last = ExpertPairs(parameters), parameters[-1]
+        targets.append(Target(paths[0], paths, module, kind_of_experts(module), pairs, last.r, last.scaling))
     if wanted == ALL_EXPERTS and not targets:
         why = f": {left_out[0]}" if left_out else ""
         raise AdapterError(f'target_parameters "{ALL_EXPERTS}": the model has no experts that can be adapted{why}')
     return ExpertChoice(tuple(targets), tuple(left_out), _adapted(targets))
+
+
+def routers(modules: Sequence[ModulePaths]) -> set[str]:
+    """Paths of linear layers that choose experts: beside an experts module, with one output for each expert."""
+    counts = {
+        path.rpartition(".")[0]: form.experts
+        for entry in modules
+        if isinstance(form := experts.form_of(entry.module), ExpertForm)
+        for path in entry.paths
+    }
+    found = set()
+    for entry in modules:
+        outputs = getattr(entry.module, "out_features", None)
+        beside = [n for parent, n in counts.items() for path in entry.paths if path.startswith(f"{parent}.")]
+        if outputs is not None and outputs in beside:
+            found.add(entry.paths[0])
+    return found
+
+
+def routers_line(found: Iterable[str]) -> list[str]:
+    """One line for all routers."""
+    paths = sorted(found)
+    if not paths:
+        return []
+    return [f'{len(paths)} routers of experts, the first "{paths[0]}"; name them in target_modules to adapt them']
 
 
 def _check_settings(config: LoraConfig, variant: LoraVariant) -> None:
@@ -190,11 +207,12 @@ def _has_form(module: nn.Module) -> bool:
     return isinstance(experts.form_of(module), ExpertForm)
 
 
-def _adapted(targets: Sequence[ExpertTarget]) -> tuple[str, ...]:
+def _adapted(targets: Sequence[Target]) -> tuple[str, ...]:
     """One line about the adapted experts."""
     if not targets:
         return ()
-    parameters = [parameter for target in targets for parameter in target.pairs.parameters]
+    variants = [target.variant for target in targets]
+    parameters = [p for variant in variants if isinstance(variant, ExpertPairs) for p in variant.parameters]
     names = ", ".join(dict.fromkeys(parameter.name for parameter in parameters))
     ranks = ", ".join(str(r) for r in sorted({parameter.r for parameter in parameters}))
     counts = ", ".join(str(n) for n in sorted({parameter.experts for parameter in parameters}))

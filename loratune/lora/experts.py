@@ -105,8 +105,10 @@ class ExpertPairs(LoraVariant):
 class LoraExperts(LoraLayer):
     """An experts module plus low-rank updates of its weights."""
 
+    is_part = True
     is_linear = False
     weight_is_parameter = False
+    has_dropout = False
     is_transposed: bool
     _before_merge: dict[str, Tensor] | None = None
 

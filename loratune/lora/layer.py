@@ -111,7 +111,7 @@ class LoraLayer(AdaptedLayer):
     parts: ClassVar[Mapping[str, type[LoraLayer]]] = {}
     """Name of a child -> kind, for children that belong to every adapter of this layer."""
     is_part: ClassVar[bool] = False
-    """True if the layer is adapted together with its parent and cannot be selected by itself."""
+    """True if target_modules cannot select the layer: it is adapted together with its parent, or is experts."""
     is_linear: ClassVar[bool] = True
     """True for y = x Wᵀ + b; False for a table that is looked up, a convolution, a weight that others read."""
     scaling_factor: ClassVar[float] = 1.0

@@ -27,7 +27,6 @@ from loratune import foreign
 from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora import expert_targets, peft_targets
-from loratune.lora.experts import LoraExperts
 from loratune.lora.paths import find_modules
 from loratune.lora.select import ALL_LINEAR, check_settings, names_path
 from loratune.lora.state import Adapter

@@ -25,60 +25,17 @@ from loratune.config import LoraConfig, from_dict
 from loratune.errors import AdapterError, ConfigError, nearest
 from loratune.lora import expert_targets
 from loratune.lora.direct_reads import direct_reads
-from loratune.lora.experts import kind_of_experts
 from loratune.lora.expressions import PathExpression, fits_end
-from loratune.lora.layer import LoraLayer, LoraVariant, TensorSpec
+from loratune.lora.layer import LoraLayer, LoraVariant
 from loratune.lora.layers import Unadaptable, is_adaptable, is_linear, kind_of
 from loratune.lora.paths import ModulePaths, find_modules, inside, named, suffixes
+from loratune.lora.target import Target
 from loratune.lora.variants import variant_of
 
 ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("score", "classifier")  # of transformers' classification models
 _MAX_LISTED = 12
 _Number = TypeVar("_Number", int, float)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer to adapt."""
-
-    path: str
-    paths: tuple[str, ...]
-    base: nn.Module
-    kind: type[LoraLayer]
-    variant: LoraVariant
-    r: int
-    scaling: float
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """(d_in, d_out)"""
-        return self.kind.features(self.base)
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        """Attribute name -> tensor of the adapter at this layer, with its shape in memory."""
-        specs = self.variant.tensors(self.kind, *self.features, self.r)
-        shapes = self.kind.shapes(self.base, specs)
-        return {name: TensorSpec(spec.key, shapes[name]) for name, spec in specs.items()}
-
-    def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
-        """Attribute name -> shape in PEFT's files, for tensors whose shape differs from that in memory."""
-        return self.kind.shapes_in_files(self.base, self.variant.tensors(self.kind, *self.features, self.r))
-
-    @property
-    def parameters(self) -> int:
-        """Number of values that train at this layer."""
-        return sum(math.prod(spec.shape) for spec in self.tensors().values())
-
-    @property
-    def pattern_paths(self) -> tuple[str, ...]:
-        """Paths that keys of rank_pattern and alpha_pattern match."""
-        return tuple(name for path in self.paths for name in self.variant.pattern_paths(path))
-
-    @property
-    def is_low_rank_sum(self) -> bool:
-        """True if the adapted layer computes y = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ; see `lora.contract`."""
-        return self.kind.is_linear and self.variant.low_rank_sum
 
 
 @dataclass(frozen=True)
@@ -114,12 +71,13 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     saved = _saved(model, modules, config.modules_to_save or [], strict)
     is_inside = inside([entry.paths for entry in saved])
     variant, read = variant_of(config), direct_reads(model)
+    routers = expert_targets.routers(modules) if config.target_modules == ALL_LINEAR else set()
     targets: list[Target] = []
     unadaptable: list[str] = []
     narrow: list[tuple[str, _TooNarrow]] = []
     taken: set[str] = set()
     for entry, path in _chosen(model, modules, config, strict):
-        if is_inside(entry.paths) or entry.paths[0] in taken:
+        if is_inside(entry.paths) or entry.paths[0] in taken | routers:
             continue
         try:
             if entry.paths[0] in read:
@@ -138,7 +96,7 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
             narrow.append((path, error))
     chosen = _experts(model, modules, config, variant, is_inside, strict)
     targets = _in_order(modules, [*targets, *chosen.targets])
-    left_out = unadaptable + _narrow_line(narrow) + list(chosen.left_out)
+    left_out = unadaptable + _narrow_line(narrow) + expert_targets.routers_line(routers) + list(chosen.left_out)
     if not targets:
         why = f": {narrow[0][1] if narrow and not unadaptable else left_out[0]}" if left_out else ""
         raise AdapterError(f"{_target_words(config)} leaves no layer of {type(model).__name__} to adapt{why}")
@@ -152,13 +110,6 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
     )
 
 
-@dataclass(frozen=True)
-class _ExpertsChosen:
-    targets: tuple[Target, ...]
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def _experts(
     model: nn.Module,
     modules: list[ModulePaths],
@@ -166,31 +117,11 @@ def _experts(
     variant: LoraVariant,
     is_inside: Callable[[Sequence[str]], bool],
     strict: bool,
-) -> _ExpertsChosen:
+) -> expert_targets.ExpertChoice:
     """The experts that target_parameters selects. PEFT does not apply exclude_modules to them, so files do not."""
     fits = _matcher("exclude_modules", config.exclude_modules if strict else None, model, modules, False)
-    found = expert_targets.choose(
-        [(entry.module, entry.paths) for entry in modules],
-        config,
-        variant,
-        lambda paths: is_inside(paths) or any(map(fits, paths)),
-        strict=strict,
-    )
-    targets = []
-    for expert in found.targets:
-        last = expert.pairs.parameters[-1]
-        targets.append(
-            Target(
-                expert.paths[0],
-                expert.paths,
-                expert.module,
-                kind_of_experts(expert.module),
-                expert.pairs,
-                last.r,
-                last.scaling,
-            )
-        )
-    return _ExpertsChosen(tuple(targets), found.left_out, found.notes)
+    allowed = [entry for entry in modules if not is_inside(entry.paths) and not any(map(fits, entry.paths))]
+    return expert_targets.choose(allowed, config, variant, strict=strict)
 
 
 def _in_order(modules: list[ModulePaths], targets: list[Target]) -> list[Target]:

@@ -40,9 +40,10 @@ from loratune.lora.contract import AdaptedLayer, BankSum, Fusion
 from loratune.lora.layer import LoraLayer
 from loratune.lora.layers import LoraConv1D, LoraQuantised
 from loratune.lora.linear import LoraLinear
-from loratune.lora.select import Selection, Target, select
+from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, Adapters, LayerWeights, find, install, master_dtype, uninstall
 from loratune.lora.switch import set_module
+from loratune.lora.target import Target
 from loratune.lora.variants import variant_of
 from loratune.ops.bank.pool import BankLayer, BankPool, Segment, SlotWeights
 from loratune.ops.bank.projection import BankProjection, bank_linear

@@ -107,7 +107,8 @@ class QuantisedLinear(nn.Module):
 
 
 def frozen_of(module: nn.Module) -> FrozenWeight:
-    """The weight of a layer as (d_out, d_in): a linear layer, an embedding, a convolution, a packed attention; of experts, the last."""
+    """The weight of a layer as (d_out, d_in): a linear layer, an embedding, a convolution, a packed attention. Of
+    experts, their last projection."""
     if isinstance(module, QuantisedLinear):
         return module.frozen
     if isinstance(module, nn.MultiheadAttention):

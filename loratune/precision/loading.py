@@ -36,7 +36,7 @@ from loratune.precision.linear import QuantisedLinear
 from loratune.precision.tensors import Checkpoint, frozen_form
 
 _METHOD = "loratune"
-_DEQUANTISED = ("fp8", "mxfp4")
+_DEQUANTISED = ("fp8",)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CheckpointForm:
     reader: CheckpointReader | None = None
     """Reader of these weights; None for dense ones."""
     dequantised: bool = False
-    """True for forms that transformers makes dense while it reads: MXFP4, and FP8 with experts in 4 bits."""
+    """True for forms that transformers makes dense while it reads: FP8 with experts in 4 bits."""
 
 
 def form_of_files(model: str, config: Any, wanted: WeightFormat | None) -> CheckpointForm:

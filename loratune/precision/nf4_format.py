@@ -12,6 +12,7 @@ from torch import Tensor
 from loratune.ops.frozen import FrozenWeight
 from loratune.precision import nf4, nf4_files
 from loratune.precision.contract import CheckpointReader, ProductCost, UnreadWeight, WeightFormat
+from loratune.precision.mxfp4_files import Mxfp4Reader
 from loratune.precision.nf4 import AugmentedNf4, Nf4Weight
 from loratune.precision.projection import AugmentedWeight
 from loratune.precision.tensors import StoredTensor
@@ -63,8 +64,10 @@ class Nf4Format(WeightFormat):
         return nf4_files.quantization_config(dtype, nested)
 
     def reader(self, quantization_config: Mapping[str, Any]) -> CheckpointReader | None:
-        """Reader of checkpoints that bitsandbytes wrote in 4 bits; None for others."""
+        """Reader of checkpoints that bitsandbytes wrote in 4 bits, or with MXFP4 experts; None for others."""
         how = quantization_config
+        if how.get("quant_method") == "mxfp4":
+            return Mxfp4Reader()
         method = how.get("quant_method") or ("bitsandbytes" if how.get("load_in_4bit") else None)
         return Nf4Reader() if method == "bitsandbytes" and not how.get("load_in_8bit") else None
 

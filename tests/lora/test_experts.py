@@ -146,6 +146,14 @@ def test_all_linear_says_that_experts_stay_frozen() -> None:
     assert f"{values:,} more values" in note
 
 
+def test_all_linear_leaves_routers_out_and_says_so() -> None:
+    model = mixture("hunyuan_v1_moe")
+    attached = attach(model, LoraConfig(r=2))
+    assert not any(path.endswith("wg") for path in attached.ranks)
+    assert '2 routers of experts, the first "model.layers.0.mlp.gate.wg"' in attached.left_out[-1]
+    attach(model, LoraConfig(r=2, target_modules=["wg"]), name="named")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

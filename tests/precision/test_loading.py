@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -120,8 +121,10 @@ def test_other_quantised_files_are_refused_before_a_weight_is_read(folder, how, 
         load(str(folder), device="cpu")
 
 
-def test_mxfp4_files_become_dense(tmp_path):
-    """Experts in 4-bit floating point with a power of two for every 32, as gpt-oss has them: exact in bfloat16."""
+@pytest.fixture
+def mxfp4(tmp_path):
+    """A folder with experts in 4-bit floating point with a power of two for every 32, as gpt-oss has them, and the
+    same model dense."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])
     expected = build("gptoss")
@@ -139,9 +142,41 @@ def test_mxfp4_files_become_dense(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     change_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
-    model = load(str(tmp_path), "bfloat16", "cpu")
+    return str(tmp_path), expected
+
+
+def test_mxfp4_files_become_dense(mxfp4):
+    folder, expected = mxfp4
+    model = load(folder, "bfloat16", "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits(load(str(tmp_path), device="cpu")), logits(expected))
+    assert torch.equal(logits(load(folder, device="cpu")), logits(expected))
+
+
+def test_mxfp4_experts_stay_in_4_bits_under_nf4_without_rounding(mxfp4):
+    folder, expected = mxfp4
+    model = load(folder, "nf4", "cpu")
+    for ours, theirs in zip(model.model.layers, expected.model.layers, strict=True):
+        held = ours.mlp.experts.held
+        assert held.keys() == {"gate_up_proj", "down_proj"}
+        for name, weight in held.items():
+            elements = math.prod(weight.shape)
+            assert 0.53 * elements < weight.frozen.nbytes < 0.58 * elements
+            dense = theirs.mlp.experts.get_parameter(name)
+            assert torch.equal(getattr(ours.mlp.experts, name), dense)
+        x, index = torch.randn(5, expected.config.hidden_size), torch.tensor([[0, 1]] * 5)
+        factors = torch.rand(5, 2)
+        torch.testing.assert_close(ours.mlp.experts(x, index, factors), theirs.mlp.experts(x, index, factors))
+
+
+def test_mxfp4_blocks_without_scales_are_an_error(mxfp4):
+    folder, _ = mxfp4
+    file = Path(folder, "model.safetensors")
+    tensors = load_file(file)
+    gone = next(name for name in tensors if name.endswith("_scales"))
+    del tensors[gone]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{gone}, which is missing"):
+        load(folder, device="cpu")
 
 
 def test_what_is_asked_of_the_files_does_not_reach_the_configuration_on_disk(folder):

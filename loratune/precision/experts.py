@@ -92,7 +92,7 @@ class QuantisedExperts(nn.Module):
         replacement.held, replacement._original = {}, (module,)
         return replacement
 
-    def hold(self, name: str, frozen: FrozenWeight, *, transposed: bool) -> None:
+    def replace_parameter(self, name: str, frozen: FrozenWeight, *, transposed: bool) -> None:
         """Replaces the Parameter `name` by its quantised form."""
         weight = self._parameters[name]
         assert weight is not None
@@ -112,7 +112,7 @@ class QuantisedExperts(nn.Module):
         return super().__getattr__(name) if held is None else dense_of(held)
 
     def _apply_gate(self, rows: Tensor) -> Tensor:
-        return cast(Tensor, self._original[0]._apply_gate(rows))
+        return cast(Callable[[Tensor], Tensor], self._original[0]._apply_gate)(rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedExperts:
         """`to`, `cuda` and so on: moves the weights and sets their compute dtype; codes keep their dtype."""
@@ -165,10 +165,8 @@ def form_of(module: nn.Module) -> ExpertForm | str:
 
 def parameter_names(module: nn.Module, form: ExpertForm) -> list[str]:
     """Names of both projections in the order in which the module holds them, which PEFT's files follow."""
-    held = module.held if isinstance(module, QuantisedExperts) else {}
-    if not held:
-        return sorted(form.names, key=list(module._parameters).index)
-    return [name for name in list(module._original[0]._parameters) if name in form.names]
+    original = module._original[0] if isinstance(module, QuantisedExperts) else module
+    return sorted(form.names, key=list(original._parameters).index)
 
 
 def features(module: nn.Module, form: ExpertForm, name: str) -> tuple[int, int]:

@@ -192,7 +192,7 @@ def quantise_linears(
             replacement = QuantisedExperts.in_place_of(layer)
             for name in found.names:
                 stacked = cast(Tensor, layer._parameters[name]).detach().flatten(0, 1)
-                replacement.hold(name, form(stacked), transposed=found.transposed)
+                replacement.replace_parameter(name, form(stacked), transposed=found.transposed)
             module.set_submodule(path, replacement)
 
 

@@ -260,7 +260,7 @@ class _Swap(ConversionOps):
             module = QuantisedExperts.in_place_of(module)
             module._is_hf_initialized = True  # type: ignore[assignment]  # else transformers draws initial values
             model.set_submodule(path, module)
-        module.hold(own, frozen, transposed=transposed)
+        module.replace_parameter(own, frozen, transposed=transposed)
         return True
 
     def _frozen(self, weight: Tensor | FrozenWeight, layer: nn.Module) -> FrozenWeight | None:

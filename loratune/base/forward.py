@@ -6,7 +6,11 @@ of the documents run one at a time:
 
     packed          our attention by document, through transformers' attention interface (`ops.attention.documents`)
     position mask   the model's own attention, with the mask that transformers derives from restarting positions
-    per document    one document at a time, for layers that carry state along the row (state-space models)
+    document mask   the model's own attention, with our mask (`base.masks`)
+    padded batches  documents of similar length as batches, padded on the right (`base.batches`)
+    per document    one document at a time
+
+On the first three a row is one call, and positions reach the model by a rule that is found too (`base.positions`).
 
 Models may compute differently behind a certain length: a window, or frequencies of a long context. So a path must
 also reproduce a row with a document longer than every such length in the configuration (`base.lengths`).
@@ -21,25 +25,29 @@ measurements on the model, not promises about an architecture.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune.base import one_pass, recompute
+from loratune.base import batches, masks, one_pass, recompute
 from loratune.base.causal import backbone_of, check_causal, check_logits
+from loratune.base.head import HeadTail, find_head
 from loratune.base.lengths import long_row, restart_rotary
+from loratune.base.offload import embeddings_to_host
+from loratune.base.paths import IN_ONE_CALL, IN_PARTS, PATHS, ExecutionPath, attention_of, experts_of
+from loratune.base.positions import PositionRule, RunningRow, position_rules
 from loratune.base.probe import (
+    REFUSALS,
     ProbeRow,
     documents_alone,
     probe_result,
     probe_row,
     random_adapters,
+    reads_across,
     reads_ahead,
     relative_error,
     token_errors,
@@ -56,26 +64,13 @@ from loratune.ops.attention import documents as attention
 from loratune.ops.attention.capped import DocumentSpans
 from loratune.ops.attention.documents import AttentionOptions
 from loratune.ops.dropout import row_key
-from loratune.ops.host import HostOffload, is_mapped, mapped
+from loratune.ops.host import HostOffload
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.state import ForwardState
 from loratune.precision import experts
 
-ExecutionPath = Literal["packed", "position mask", "per document"]
-PATHS: tuple[ExecutionPath, ...] = ("packed", "position mask", "per document")
-"""Execution paths, fastest first."""
 _ROUNDING_GROWTH = 8.0
 """Largest allowed ratio of the rounding error of a long document to that of a short one."""
-# Errors of an architecture that cannot run on a path, as opposed to errors of this package.
-_REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
-
-
-@dataclass(frozen=True)
-class HeadTail:
-    """Elementwise operations after the output embeddings, as in `ops.logprobs.token_logprobs`."""
-
-    scale: float
-    softcap: float | None
 
 
 @dataclass
@@ -100,24 +95,35 @@ class PackedForward:
     record: bool = True
     """True if steps may be recorded as CUDA graphs. `memory.fit` sets False if there is too little memory for
     them."""
+    positions: PositionRule = field(default_factory=PositionRule)
+    """How positions reach the model where a row is one call."""
+    least_share: float | None = None
+    """As in `base.batches`; None takes that of the path."""
     state: ForwardState = field(default_factory=ForwardState)
     """State that belongs to this forward, given to adapter layers and fused layers while installed."""
     _copies: Copies | None = None
     _contained: bool = False
     """True if adapters share a row; see `contained` in `ops.attention.documents.document_attention`."""
+    _row: RunningRow = field(default_factory=RunningRow)
     _collected: dict[nn.Module, AttentionOptions] | None = None
     """Receives the options of attention layers during `attention_options`."""
+
+    @property
+    def in_one_call(self) -> bool:
+        """True if a row is one call of the model, whose shapes do not depend on the documents' lengths."""
+        return self.path in IN_ONE_CALL
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replaces attention, and decoder layers or parts of them, and puts the originals back on exit."""
         with ExitStack() as stack:
-            stack.enter_context(_attention_of(self.model, self.path))
-            stack.enter_context(_experts_of(self.model, self.path))
+            stack.enter_context(attention_of(self.model, self.path))
+            stack.enter_context(experts_of(self.model, self.path))
+            stack.enter_context(self.positions.installed(self.model, self._row))
             stack.enter_context(running_with(self.model, self.state))
             self._contained = holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
-                _embeddings_to_host(self.model)
+                embeddings_to_host(self.model)
             if self.fused is not None and self.fused.why_not(self.model) is None:
                 self._copies = stack.enter_context(
                     fused_layers.installed(self.model, self.fused, self.plan, self.state)
@@ -127,8 +133,8 @@ class PackedForward:
                 if self.one_pass:
                     stack.enter_context(one_pass.installed(self.model))
                 if self.plan is not None:
-                    # One document at a time, a layer runs several times per row, but it has only one host buffer.
-                    host = None if self.path == "per document" else HostOffload()
+                    # Cut into parts, a layer runs several times per row, but it has only one host buffer.
+                    host = HostOffload() if self.in_one_call else None
                     stack.enter_context(recompute.installed(self.model, self.plan, host, self.state))
             yield
         self._copies = None
@@ -202,25 +208,29 @@ class PackedForward:
         longest: int | None = None,
     ) -> Tensor:
         """Runs one row, (T,) tokens to (T, ...) outputs, on the chosen path."""
-        if self.path == "per document":
-            bounds = cu_seqlens.tolist()
-            parts = []
-            for a, b in itertools.pairwise(bounds):
-                if b > a:
-                    restart_rotary(self.model)
-                    parts.append(call(input_ids=tokens[None, a:b], use_cache=False)[0])
-            return torch.cat(parts)
-        row = {"input_ids": tokens[None], "position_ids": position_ids[None], "use_cache": False}
+        if not self.in_one_call:
+            share = IN_PARTS[self.path] if self.least_share is None else self.least_share
+            return batches.run(lambda ids: self._part(call, ids), tokens, cu_seqlens.tolist(), share)
+        if longest is None:
+            longest = int(cu_seqlens.diff().max())
+            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
+        row = {"input_ids": tokens[None], "use_cache": False} | self.positions.arguments(position_ids)
+        self._row.position_ids, self._row.longest = position_ids, longest
+        if self.path == "document mask":
+            with masks.running(self.model, masks.row_of(position_ids, cu_seqlens)):
+                return call(**row).squeeze(0)
         if self.path == "packed":
-            if longest is None:
-                longest = int(cu_seqlens.diff().max())
-                cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
             row |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             row |= {"max_length_q": longest, "max_length_k": longest}
             row |= {"spans": DocumentSpans(cu_seqlens, self.state.flash), "contained": self._contained}
             if self._collected is not None:
                 row["collected"] = self._collected
         return call(**row).squeeze(0)
+
+    def _part(self, call: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        """Runs documents, (documents, length) tokens to (documents, length, ...) outputs."""
+        restart_rotary(self.model)
+        return call(input_ids=ids, use_cache=False)
 
 
 def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward:
@@ -235,6 +245,7 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
     check_causal(model)
     attention.register()
     experts.register()
+    masks.register()
     attention.keep_soft_caps(model)
     row = probe_row(model)
     with torch.no_grad(), in_evaluation(model):
@@ -247,11 +258,14 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
                 f"{type(model).__name__} sees later tokens, so a loss of the next token means nothing; use a causal "
                 "model, or set its configuration to one (is_decoder, causal)"
             )
-        path, notes = _find_path(model, expected, longest)
-        forward = PackedForward(model, path, None, notes)
+        head = find_head(model, expected, row)
+        forward = _find_path(model, expected, longest, head)
         if forward.path == "per document":
             forward.notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
-        forward.head = _find_head(model, expected, row)
+        elif forward.path == "padded batches":
+            forward.notes.append(
+                f"packed rows run as padded batches of documents, which is slower: {why_not_packed(model)}"
+            )
     if row.tokens.is_cuda:
         if not fuse(forward) and expected.dtype.itemsize == 2:
             take_one_pass(forward)
@@ -292,11 +306,14 @@ def fuse(forward: PackedForward) -> bool:
         options = forward.attention_options()
         reasons = []
         for fit in fits:
+            if not fit.attention_layers(model) <= options.keys():
+                reasons.append("the model computes attention in a way of its own")
+                continue
             fit.attention = options
             forward.fused = fit
             try:
                 reason = probe_result(run, trained).disagreement(expected, model)
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 reason = str(error).partition("\n")[0]
             if reason is None:
                 return True
@@ -311,7 +328,7 @@ def fuse(forward: PackedForward) -> bool:
 @torch.no_grad()
 def take_one_pass(forward: PackedForward) -> bool:
     """Runs norms and gated activations in one pass each, if hidden states stay the same."""
-    if forward.path == "per document":
+    if not forward.in_one_call:
         return False
     row = probe_row(forward.model)
     with forward.installed():
@@ -326,33 +343,49 @@ def why_not_packed(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
 
 
-def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None) -> tuple[ExecutionPath, list[str]]:
-    """The first path that reproduces `expected` and a long row, and notes. Raises: ModelError: no path runs."""
-    *packed, last = PATHS
+def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None, head: HeadTail | None) -> PackedForward:
+    """The first path and rule that reproduce `expected` and a long row. Raises: ModelError: no path runs."""
     lengths = long_row(model, longest)
-    notes: list[str] = []
     alone: Tensor | None = None
-    for path in packed:
-        forward = PackedForward(model, path, None)
-        if not _agrees(forward, expected):
+    for forward in _candidates(model, expected):
+        forward.head = head
+        if not _agrees(forward, expected) or _mixes(forward) or (head is None and not _logits_agree(forward)):
             continue
+        share, forward.least_share = forward.least_share, None
         if lengths is None:
-            return path, notes
+            return forward
         row = probe_row(model, lengths.documents)
         try:
             alone = documents_alone(backbone_of(model), row) if alone is None else alone
-        except _REFUSALS as error:
+        except REFUSALS as error:
             length = max(lengths.documents)
-            return path, [f"a document of {length:,} tokens could not be compared with itself alone: {error}"]
+            forward.notes.append(f"a document of {length:,} tokens could not be compared with itself alone: {error}")
+            return forward
+        forward.least_share = share
         if _agrees_behind(forward, expected, row, alone, lengths.parts):
-            return path, notes
+            forward.least_share = None
+            return forward
     try:
-        forward = PackedForward(model, last, None)
+        forward = PackedForward(model, PATHS[-1], head)
         with forward.installed():
             forward.hidden_states(*probe_row(model))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ModelError(f"{type(model).__name__} cannot run a packed row: {error}") from error
-    return last, notes
+    return forward
+
+
+def _candidates(model: PreTrainedModel, expected: Tensor) -> Iterator[PackedForward]:
+    """Forwards to try, fastest first. Rules of positions are looked for only if the plain one fails everywhere."""
+    plain, counting = PositionRule(), PositionRule(counting=True)
+    yield PackedForward(model, "packed", None)
+    yield PackedForward(model, "position mask", None)
+    yield PackedForward(model, "document mask", None, positions=counting)
+    rules = position_rules(model, backbone_of(model), probe_row(model), expected)
+    for path in IN_ONE_CALL:
+        for rule in rules:
+            if rule != plain or path == "document mask":
+                yield PackedForward(model, path, None, positions=rule)
+    yield PackedForward(model, "padded batches", None, least_share=0.0)  # the most padding, to see whether it leaks
 
 
 def _agrees_behind(
@@ -367,11 +400,34 @@ def _agrees_behind(
         with forward.installed():
             noise = token_errors(forward.hidden_states(*probe_row(forward.model)), short).median()
             errors = token_errors(forward.hidden_states(*row), expected)
-    except _REFUSALS:
+    except REFUSALS:
         return False
     floor = 3e-5 if expected.dtype in (torch.float32, torch.float64) else 0.02
     most = min(max(floor, _ROUNDING_GROWTH * float(noise)), tolerance(expected.dtype, forward.model))
     return all(float(errors[part].median()) <= most for part in parts)
+
+
+def _mixes(forward: PackedForward) -> bool:
+    """True if documents of a row depend on one another."""
+    if not forward.in_one_call:
+        return False
+    row = probe_row(forward.model)
+    with forward.installed():
+        return reads_across(forward.model, lambda: forward.hidden_states(*row), row)
+
+
+def _logits_agree(forward: PackedForward) -> bool:
+    """True if the model's own logits of a row equal those of the documents alone. Hidden states do not show it: some
+    models arrange their logits in a way that depends on the batch."""
+    row = probe_row(forward.model)
+    found = []
+    for other in (forward, PackedForward(forward.model, PATHS[-1], None)):
+        try:
+            with other.installed():
+                found.append(other._full_logits(*row, torch.arange(len(row.tokens)).to(row.tokens.device)))
+        except REFUSALS:
+            return False
+    return relative_error(*found) <= tolerance(found[1].dtype, forward.model)
 
 
 def _agrees(forward: PackedForward, expected: Tensor) -> bool:
@@ -379,70 +435,6 @@ def _agrees(forward: PackedForward, expected: Tensor) -> bool:
     try:
         with forward.installed():
             got = forward.hidden_states(*probe_row(forward.model))
-    except _REFUSALS:
+    except REFUSALS:
         return False
     return relative_error(got, expected) <= tolerance(expected.dtype, forward.model)
-
-
-def _find_head(model: PreTrainedModel, hidden: Tensor, row: ProbeRow) -> HeadTail | None:
-    """The head whose chunked computation reproduces the model's own logits, or None."""
-    module = model.get_output_embeddings()
-    if not isinstance(module, nn.Module):
-        return None
-    end = int(row.cu_seqlens[1])
-    expected = model(input_ids=row.tokens[None, :end], use_cache=False).logits[0].float()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    divisor = getattr(config, "logits_scaling", None)
-    for scale in (1.0, getattr(config, "logit_scale", None), 1 / divisor if divisor else None):
-        if not isinstance(scale, float | int):
-            continue
-        try:
-            logits = module(hidden[:end]).float() * scale
-        except _REFUSALS:  # a layer between hidden states and head (Electra)
-            return None
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if relative_error(logits, expected) <= tolerance(hidden.dtype, model):
-            return HeadTail(float(scale), float(softcap) if softcap else None)
-    return None
-
-
-@contextmanager
-def _attention_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]:
-    if path != "packed":
-        yield
-        return
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention.IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _experts_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]:
-    """Runs experts as grouped products that do not wait for the device (`precision.experts`), on a GPU."""
-    before = model.get_experts_implementation() if path == "packed" and model.device.type == "cuda" else {}
-    if not any(before.values()):
-        yield
-        return
-    model.set_experts_implementation(experts.IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
-def _embeddings_to_host(model: PreTrainedModel) -> None:
-    """Moves the input embeddings of a model on a GPU to host memory, unless the head shares the table.
-
-    The table stays there afterwards. It works as before, and the GPU may have no free memory to take it back.
-    """
-    weight = cast(nn.Parameter, model.get_input_embeddings().weight)
-    head = model.get_output_embeddings()
-    shared = isinstance(head, nn.Module) and head.weight is weight
-    if weight.is_cuda and not shared and not is_mapped(weight):
-        weight.data = mapped(weight.data)
-        torch.cuda.empty_cache()

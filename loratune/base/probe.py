@@ -16,6 +16,8 @@ from loratune.base.lengths import SHORT, restart_rotary
 from loratune.lora.contract import LowRankSum, fusion_of
 from loratune.precision.linear import formats_in, frozen_of
 
+REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
+"""Errors of an architecture that cannot run on a path, as opposed to errors of this package."""
 _UPDATE_SHARE = 0.25
 """Norm of a random update scaling · B A, relative to the norm of its weight."""
 _MOST_GRADIENT_ERROR = 0.5
@@ -58,6 +60,9 @@ def probe_row(model: PreTrainedModel, lengths: Sequence[int] = SHORT) -> ProbeRo
     vocabulary, device = table.shape[0], table.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (sum(lengths),), generator=generator, device="cpu").to(device)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if isinstance(padding, int):  # some models give padding no position
+        tokens = torch.where(tokens == padding, (tokens + 1) % vocabulary, tokens)
     position_ids = torch.cat([torch.arange(n, device="cpu") for n in lengths]).to(device)
     cu_seqlens = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     return ProbeRow(tokens, position_ids, cu_seqlens)
@@ -80,6 +85,31 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
     """
     begin, end = row.cu_seqlens[1:3].tolist()
     document, kept = row.tokens[None, begin:end], (end - begin) // 2
+
+    def first_half() -> Tensor:
+        states: Tensor = backbone(input_ids=document, use_cache=False).last_hidden_state[0, :kept]
+        return states
+
+    return _depends(model, first_half, document.shape, slice(kept), slice(kept, None))
+
+
+def reads_across(model: PreTrainedModel, run: Callable[[], Tensor], row: ProbeRow) -> bool:
+    """True if hidden states of the row's last document depend on the documents before it, by the same gradient.
+
+    In half precision a weak dependence stays below the tolerance of values.
+
+    Args:
+        run: gives the hidden states of the row, (T, d), in one call of the model.
+    """
+    begin = int(row.cu_seqlens[-2])
+    shape = torch.Size([1, len(row.tokens)])
+    return _depends(model, lambda: run()[begin:], shape, slice(begin, None), slice(begin))
+
+
+def _depends(
+    model: PreTrainedModel, run: Callable[[], Tensor], shape: torch.Size, own: slice, foreign: slice
+) -> bool:
+    """True if the states that `run` gives depend on the tokens `foreign`; the tokens have `shape`."""
     leaves: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -90,14 +120,14 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
     handle = model.get_input_embeddings().register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            states = backbone(input_ids=document, use_cache=False).last_hidden_state[0, :kept]
+            states = run()
     finally:
         handle.remove()
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(states)
     found = torch.autograd.grad(states, leaves, weights, allow_unused=True, materialize_grads=True)
-    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == document.shape]
-    own, later = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (slice(kept), slice(kept, None)))
-    return bool(later > 1e-5 * own)
+    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == shape]
+    here, there = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (own, foreign))
+    return bool(there > 1e-5 * here)
 
 
 def token_errors(got: Tensor, expected: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune import atomic
 from loratune.data import prompting
@@ -283,7 +283,7 @@ def _reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             folder,
             dtype=model.dtype,
             device_map={"": model.device},
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=_attention(model),
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -298,6 +298,14 @@ def _reload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 @torch.inference_mode()
+def _attention(model: PreTrainedModel) -> dict[str, str | None]:
+    """Attention of the model and of each of its parts, which may have only one of their own."""
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {"": model.config._attn_implementation} | {
+        name: part._attn_implementation for name, part in parts.items() if isinstance(part, PreTrainedConfig)
+    }
+
+
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits of each prompt's last positions, (positions, V), on the CPU, in float32, or float64 if the model is."""
     keep = max(1, _MAX_LOGITS // (len(prompts) * int(model.config.get_text_config().vocab_size)))

@@ -52,6 +52,10 @@ class RecipeFit:
         reasons = (self._why_not(layer) for layer in decoder_layers(model))
         return next((reason for reason in reasons if reason is not None), None)
 
+    def attention_layers(self, model: PreTrainedModel) -> set[nn.Module]:
+        """Attention layers of the decoder layers."""
+        return {layer.get_submodule(self.recipe.attention) for layer in decoder_layers(model)}
+
     def structure(self, layer: nn.Module, copies: Copies, below: LayerLink) -> LayerStructure:
         """The structure of one decoder layer; `copies` receives the working copies of its adapters."""
         recipe, get = self.recipe, layer.get_submodule

@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import CacheLayerMixin
 
 from loratune.base.load import max_document_tokens
+from loratune.base.positions import first_position
 from loratune.errors import ConfigError, DataError, ModelError
 
 BATCH_SIZE = 32
@@ -140,6 +141,8 @@ class Decoding:
     """Position of the next token of each sequence, from 0 at its own first token."""
     columns_BT: Tensor
     """All tokens so far."""
+    first: int | None = 0
+    """Position of a text's first token; None if the model takes no positions."""
     cached: bool = True
     """False for a model without a usable cache: every step runs all tokens again."""
 
@@ -160,9 +163,10 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[D
     padded = any(len(prompt) < longest for prompt in prompts)
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min_(0).to(device)
     tokens_BT = tokens_BT.to(device)
-    state = Decoding(None, mask_BT.to(device) if padded else None, position_BT[:, -1] + 1, tokens_BT)
+    mask = mask_BT.to(device) if padded else None
+    state = Decoding(None, mask, position_BT[:, -1] + 1, tokens_BT, first_position(model))
     logits_BV = _step(model, state, tokens_BT, position_BT)
-    if state.cached and not _is_plain(state.cache) and not _cache_agrees(model):
+    if state.cached and not _is_plain(state.cache) and not _cache_agrees(model, state.first):
         state.cached = False
         logits_BV = _again(model, state)
     return state, logits_BV
@@ -295,7 +299,7 @@ def _is_plain(cache: object) -> bool:
     return cache.get_seq_length() > 0
 
 
-def _cache_agrees(model: PreTrainedModel) -> bool:
+def _cache_agrees(model: PreTrainedModel, first: int | None) -> bool:
     """True if a token after a cached prompt gets the logits of prompt and token run together.
 
     Some models give no cache back, keep it in their modules, or fail with one.
@@ -303,7 +307,7 @@ def _cache_agrees(model: PreTrainedModel) -> bool:
     vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = torch.tensor([[i % vocabulary for i in range(2, 9)]], device=model.device)
     position = torch.arange(tokens.shape[1], device=model.device)[None]
-    state = Decoding(None, None, position[:, -1] + 1, tokens)
+    state = Decoding(None, None, position[:, -1] + 1, tokens, first)
     _step(model, state, tokens[:, :-1], position[:, :-1])
     got = _step(model, state, tokens[:, -1:], position[:, -1:]).double()
     expected = _again(model, state).double()
@@ -334,7 +338,7 @@ def _again(model: PreTrainedModel, state: Decoding) -> Tensor:
     ahead_T = torch.arange(count, device=state.columns_BT.device) - count
     position_BT = (state.position_B[:, None] + ahead_T).clamp_min_(0)
     accepted = inspect.signature(model.forward).parameters
-    wanted = {"attention_mask": state.mask_BT, "position_ids": position_BT, "use_cache": False}
+    wanted = {"attention_mask": state.mask_BT, "use_cache": False} | _positions(state, position_BT)
     given = {name: value for name, value in wanted.items() if name in accepted}
     logits_BV: Tensor = model(input_ids=state.columns_BT, **given).logits[:, -1]
     return logits_BV
@@ -346,12 +350,17 @@ def _cached(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position
     cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
     if state.cache is None and cache_name == "past_key_values":
         state.cache = DynamicCache(config=model.config)
-    wanted = {"attention_mask": state.mask_BT, "position_ids": position_BT, "logits_to_keep": 1}
+    wanted = {"attention_mask": state.mask_BT, "logits_to_keep": 1} | _positions(state, position_BT)
     given = {name: value for name, value in wanted.items() if name in accepted}
     output = model(input_ids=tokens_BT, use_cache=True, **{cache_name: state.cache}, **given)
     state.cache = output[cache_name]
     logits_BV: Tensor = output.logits[:, -1]
     return logits_BV
+
+
+def _positions(state: Decoding, position_BT: Tensor) -> dict[str, Tensor]:
+    """The argument for positions from 0."""
+    return {} if state.first is None else {"position_ids": position_BT + state.first}
 
 
 def _batches(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

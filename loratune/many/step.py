@@ -61,7 +61,7 @@ class BankStep:
     why_not: str | None = None
 
     def __init__(self, forward: PackedForward, bank: Bank, objective: Objective = sft) -> None:
-        if forward.path == "per document" or forward.head is None:
+        if not forward.in_one_call or forward.head is None:
             raise ModelError(
                 f"{type(forward.model).__name__} cannot train several adapters in one row: "
                 f"{forward.notes[0] if forward.notes else 'its documents do not run together'}"

@@ -248,7 +248,7 @@ class GraphStep:
         They cannot without a GPU, without memory for graphs, and for a model that runs one document at a time.
         """
         on_gpu = forward.model.device.type == "cuda" and all(parameter.is_cuda for parameter in parameters)
-        if not on_gpu or not forward.record or forward.path == "per document" or forward.head is None:
+        if not on_gpu or not forward.record or not forward.in_one_call or forward.head is None:
             return None
         return cls(forward, parameters, optimizer, max_grad_norm, objective)
 

@@ -184,7 +184,7 @@ class Loop:
             max_grad_norm=self.config.max_grad_norm,
             objective=self._objective,
             # A document that runs alone has no position in the row, so torch's generator draws its dropout.
-            key=None if self.forward.path == "per document" else key,
+            key=key if self.forward.in_one_call else None,
         )
 
     def _evaluate(self) -> Evaluated:

@@ -37,12 +37,12 @@ def test_packed_logprobs_equal_each_document_alone(name):
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "per document")],
+    [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "padded batches")],
 )
 def test_takes_the_fastest_path_that_agrees(name, path):
     forward = prepare(build(name))
     assert forward.path == path
-    assert bool(forward.notes) == (path == "per document")
+    assert bool(forward.notes) == (path == "padded batches")
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,8 @@ def _one_by_one(
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1).to(dtype)  # contiguous, because some models take a view of it
 
 
 def explicit(

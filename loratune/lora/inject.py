@@ -386,7 +386,8 @@ def _fold(name: str, layers: Mapping[str, LoraLayer], reversible: bool) -> None:
     """
     if not reversible:
         for path, layer in layers.items():
-            _check_sum(name, path, layer.merged_weight())
+            if not layer.sum_is_bounded():
+                _check_sum(name, path, layer.merged_weight())
     folded: list[LoraLayer] = []
     finished = False
     try:

@@ -270,12 +270,31 @@ class LoraLayer(AdaptedLayer):
         Memory: `unmerge` must restore the exact bits, which no arithmetic on the rounded sum can. So the weight
         before the merge is saved in CPU memory; reversible=False saves nothing.
         """
-        weight, total = self.own_weight, self.merged_weight()
+        weight, tensor = self.own_weight, self.lora_A
         if reversible:
             self._unmerged = weight.detach().to("cpu", copy=True)
-        weight.copy_(total)
+        if weight.dim() == 2 and tensor is not None and tensor.dtype == weight.dtype and self.variant.low_rank_sum:
+            weight.addmm_(*self._factors(), alpha=self.scaling)
+        else:
+            weight.copy_(self.merged_weight())
         self.release()
         return weight
+
+    @torch.no_grad()
+    def sum_is_bounded(self) -> bool:
+        """True if the merged weight is finite for certain, found without computing it; False says nothing.
+
+        |B A| <= |row of B| |column of A|, so one reading of the weight is enough.
+        """
+        if self.lora_A is None or self.lora_B is None or not (self.weight_is_parameter and self.variant.low_rank_sum):
+            return False
+        weight = self.own_weight
+        if weight.numel() == 0:
+            return False
+        least, most = weight.aminmax()
+        update = abs(self.scaling) * self.lora_A.norm(dim=0).max() * self.lora_B.norm(dim=1).max()
+        bound = torch.maximum(least.abs(), most.abs()).double() + update.double()
+        return bool(bound < torch.finfo(weight.dtype).max / 2)  # False for NaN
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -291,8 +310,13 @@ class LoraLayer(AdaptedLayer):
         weight = weight.to(self.lora_A.dtype)
         if not self.variant.low_rank_sum:
             return weight + self.delta()
-        left, right = (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
-        return torch.addmm(weight.flatten(1), left, right, alpha=self.scaling).view(weight.shape)
+        return torch.addmm(weight.flatten(1), *self._factors(), alpha=self.scaling).view(weight.shape)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product, times `scaling`, is `delta` of a low-rank sum."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
 
     def expect(self, names: Iterable[str]) -> None:
         """Registers the names of tensors that an adapter may hold here, as None."""

@@ -12,7 +12,10 @@ from loratune.errors import LoratuneError
 
 def fault_of(tensor: Tensor) -> str:
     """ "NaN" or "infinity" if the tensor holds one, "" if all its values are finite numbers."""
-    if not tensor.is_floating_point() or tensor.itemsize < 2 or bool(tensor.isfinite().all()):
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.numel() == 0:
+        return ""
+    least, most = tensor.aminmax()  # one reading; NaN wins over every number
+    if bool(least.isfinite() & most.isfinite()):
         return ""
     return "NaN" if bool(tensor.isnan().any()) else "infinity"
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from loratune.lora.inject import merged as merged
     from loratune.lora.inject import unmerge as unmerge
     from loratune.lora.replace import replace as replace
+    from loratune.lora.status import status as status
     from loratune.lora.store import Store as Store
     from loratune.screen.training import train as train
 
@@ -66,6 +67,7 @@ _HOME = {
     "save": "loratune.lora.files",
     "set_adapter_tensors": "loratune.lora.files",
     "replace": "loratune.lora.replace",
+    "status": "loratune.lora.status",
     "Store": "loratune.lora.store",
     "activate": "loratune.lora.inject",
     "active": "loratune.lora.inject",

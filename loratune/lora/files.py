@@ -29,6 +29,7 @@ from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
 from loratune.lora.paths import find_modules
 from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
+from loratune.lora.portable import portable as portable_form
 from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, require
 from loratune.lora.switch import is_plain, switch
@@ -59,21 +60,32 @@ class AdapterInfo:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def save(model: nn.Module, directory: str | Path, name: str = "default", *, overwrite: bool = False) -> None:
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    name: str = "default",
+    *,
+    overwrite: bool = False,
+    portable: bool = False,
+) -> None:
     """Writes adapter `name` of `model` to `directory`, which PEFT, transformers, vLLM and llama.cpp read.
 
     A new folder appears whole or not at all. In an existing folder other files stay, and the configuration is written
     last: whenever it can be read, the tensors that belong to it are there. The adapter need not be active.
 
+    Args:
+        portable: multiply each layer's scaling into its B and pad all layers to one rank, so that readers that ignore
+            rank_pattern, alpha_pattern or use_rslora compute the same (`lora.portable`).
+
     Raises:
         ArgumentError: an argument has the wrong type.
-        AdapterError: no such adapter.
+        AdapterError: no such adapter; with `portable`, it is not a low-rank sum.
         OutputError: there is an adapter already (and not `overwrite`), no space, or no permission.
     """
     expect(model, nn.Module, "model", "save(model, directory)")
     expect(directory, str | Path, "directory", "save(model, directory)")
     folder = Path(directory)
-    config, weights = _content(model, name)
+    config, weights = _content(model, name, portable)
     if folder.is_file():
         raise OutputError(f"{folder}: is a file; an adapter is saved as a folder")
     taken = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if (folder / file).exists()]
@@ -105,18 +117,22 @@ def _replace(config_path: Path, weights_path: Path, config: str, weights: bytes)
         atomic.write_text(config_path, config)
 
 
-def _content(model: nn.Module, name: str) -> tuple[str, bytes]:
+def _content(model: nn.Module, name: str, in_portable_form: bool) -> tuple[str, bytes]:
     """The text of the configuration and the bytes of the tensors."""
-    state = require(model)
-    adapter = state.get(name)
-    tensors = adapter_tensors(model, name)
+    adapter = require(model).get(name)
+    if in_portable_form:
+        adapter = portable_form(name, adapter)
+    tensors = _copies(adapter)
     return peft_config.to_json(model, adapter), to_bytes(tensors, metadata={"format": "pt"})
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Copies on the CPU of all tensors of an adapter, by their keys in the file. Raises AdapterError."""
-    slots = _slots(require(model).get(name))
-    return {key: slot.detach().to("cpu", copy=True).contiguous() for key, slot in slots.items()}
+    return _copies(require(model).get(name))
+
+
+def _copies(adapter: Adapter) -> dict[str, Tensor]:
+    return {key: slot.detach().to("cpu", copy=True).contiguous() for key, slot in _slots(adapter).items()}
 
 
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default", *, active: bool = True) -> Attached:

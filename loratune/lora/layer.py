@@ -16,7 +16,7 @@ Source: Hu et al. 2021, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -317,6 +317,16 @@ class LoraLayer(AdaptedLayer):
         assert self.lora_A is not None
         assert self.lora_B is not None
         return (self.lora_A.T, self.lora_B.T) if self.transposed else (self.lora_B, self.lora_A)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `cuda`, `half` and so on: the adapter in use follows the base and keeps its masters' dtype."""
+        before = {name: tensor.data for name, tensor in self.adapter_tensors().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, after in self.adapter_tensors().items():
+            if after.dtype != before[name].dtype:  # made from the values before the cast, which are not rounded
+                master = torch.float64 if after.dtype == torch.float64 else torch.float32
+                after.data = before[name].to(after.device, master)
+        return self
 
     def expect(self, names: Iterable[str]) -> None:
         """Registers the names of tensors that an adapter may hold here, as None."""

@@ -6,11 +6,13 @@ Cases: a shape, the tokens of its one row, and what has adapters, joined by colo
 
     qwen3-30b:4096:attention    r = 16 on the attention of Qwen3-30B-A3B, experts frozen
     qwen3-30b:4096:experts      and a pair of rank 16 for every expert
+    qwen3-30b:4096:experts:nf4  the same with random 4-bit codes in linear layers and experts
     gpt-oss-20b:4096:attention
     products:qwen3-30b:4096     microseconds of each grouped product, ours beside torch.nn.functional.grouped_mm
 
-Weights are random, in bfloat16. A step trains all tokens of one packed row of two documents, runs as a CUDA graph
-where the model allows, and its time ends with the loss on the host; rows give the median.
+Weights are random, in bfloat16 unless the case says otherwise. Codes of NF4 and of MXFP4 cost the same, except
+that MXFP4 has 4.25 instead of 4.13 bits. A step trains all tokens of one packed row of two documents. It runs as a
+CUDA graph where the model allows. Its time ends with the loss on the host; rows give the median.
 
 With `--layers N` a model has N decoder layers. `tok_s_extrapolated` and `peak_gib_extrapolated` then state what all
 layers would take: a second model with N / 2 layers is measured, and the difference is the cost of a layer.
@@ -32,11 +34,12 @@ import transformers as tf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.shapes import row_of
+from benchmarks.shapes import random_codes, row_of
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
 from loratune.lora.inject import attach
 from loratune.ops.experts import grouped_outer, grouped_product, route
+from loratune.precision.linear import quantise_linears
 from loratune.training.graph import GraphStep
 from loratune.training.optim import adamw, set_rate
 
@@ -57,7 +60,7 @@ SHAPES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }
 
 
-def random_model(shape: str, layers: int | None, device: str) -> PreTrainedModel:
+def random_model(shape: str, layers: int | None, device: str, precision: str) -> PreTrainedModel:
     """A frozen model with random weights; bfloat16 on a GPU, float32 on a CPU."""
     config, kind, values = SHAPES[shape]
     torch.manual_seed(0)
@@ -66,6 +69,8 @@ def random_model(shape: str, layers: int | None, device: str) -> PreTrainedModel
         settings = values | ({} if layers is None else {"num_hidden_layers": layers})
         with torch.device("meta"):
             model: PreTrainedModel = kind(config(**settings))
+        if precision == "nf4":
+            quantise_linears(model.model.layers, lambda weight: random_codes(weight, torch.device(device)))
         model.to_empty(device=device)
         model.tie_weights()
         with torch.device(device):
@@ -78,11 +83,13 @@ def random_model(shape: str, layers: int | None, device: str) -> PreTrainedModel
         torch.set_default_dtype(torch.float32)
 
 
-def measure(shape: str, tokens: int, adapted: str, layers: int | None, steps: int, device: str) -> dict[str, Any]:
+def measure(
+    shape: str, tokens: int, adapted: str, precision: str, layers: int | None, steps: int, device: str
+) -> dict[str, Any]:
     """One case with a number of layers."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = random_model(shape, layers, device)
+    model = random_model(shape, layers, device, precision)
     parameters_of = {"experts": "all-experts", "attention": None}[adapted]
     report = attach(model, LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=parameters_of))
     forward = prepare(model)
@@ -116,12 +123,13 @@ def release() -> None:
 
 def of_a_model(case: str, layers: int | None, steps: int, device: str) -> dict[str, Any]:
     """The row of a case, extrapolated to all layers if it has fewer."""
-    shape, tokens, adapted = case.split(":")
-    row = measure(shape, int(tokens), adapted, layers, steps, device)
+    shape, tokens, adapted, *rest = case.split(":")
+    precision = rest[0] if rest else "bf16"
+    row = measure(shape, int(tokens), adapted, precision, layers, steps, device)
     release()
     if layers is None:
         return row
-    half = measure(shape, int(tokens), adapted, layers // 2, steps, device)
+    half = measure(shape, int(tokens), adapted, precision, layers // 2, steps, device)
     release()
     missing, more = SHAPES[shape][2]["num_hidden_layers"] - layers, layers - layers // 2
     step_ms = row["step_ms"] + (row["step_ms"] - half["step_ms"]) / more * missing

@@ -61,7 +61,7 @@ def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = kind(config(**SHAPES[shape] | {"max_position_embeddings": 8192}))
-        quantise_linears(model.model.layers, lambda weight: _random_codes(weight, place))
+        quantise_linears(model.model.layers, lambda weight: random_codes(weight, place))
         model.to_empty(device=place)
         model.tie_weights()
         with torch.device(place):
@@ -73,7 +73,7 @@ def nf4_model_of(shape: str, device: str = "cuda") -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def _random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
+def random_codes(weight: Tensor, device: torch.device) -> Nf4Weight:
     """Random values for a `weight` without data; their variance is about 1 / d_in, their mean nearly zero.
 
     The mean of the 16 values of NF4 is 0.023. A wide weight with this mean is dominated by one direction: all tokens

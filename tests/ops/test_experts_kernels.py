@@ -23,17 +23,18 @@ def test_grouped_products() -> None:
         _INPUTS
         + """
 product = reference.grouped_product.__wrapped__
-for dtype in (torch.float16, torch.float32):
-    for transposed in (False, True):
-        w = random(E, N, K, dtype=dtype).transpose(1, 2) if transposed else random(E, K, N, dtype=dtype)
-        for gather in (False, True):
-            x = random(T if gather else S, K, seed=3, dtype=dtype)
-            rows = routing.tokens if gather else None
-            low, added = random(S, R, seed=4, dtype=dtype), random(E, N, R, seed=5, dtype=dtype).transpose(1, 2)
-            bias = random(E, N, seed=6, dtype=dtype)
-            for more in ((), (low, added), (low, added, bias), (None, None, bias)):
-                same(twins.grouped_product(x, w, routing.ends, rows, *more),
-                     product(x, w, routing.ends, rows, *more), dtype)
+low, added, bias = random(S, R, seed=4), random(E, N, R, seed=5).transpose(1, 2), random(E, N, seed=6)
+for dtype, transposed, gather, more in (
+    (torch.float16, True, True, ()),
+    (torch.float16, True, True, (low, added, bias)),
+    (torch.float16, False, False, (low, added)),
+    (torch.float16, False, True, (None, None, bias)),
+    (torch.float32, True, False, (low, added, bias)),
+):
+    w = random(E, N, K, dtype=dtype).transpose(1, 2) if transposed else random(E, K, N, dtype=dtype)
+    x, rows = random(T if gather else S, K, seed=3, dtype=dtype), routing.tokens if gather else None
+    more = [None if t is None else t.to(dtype) for t in more]
+    same(twins.grouped_product(x, w, routing.ends, rows, *more), product(x, w, routing.ends, rows, *more), dtype)
 """
     )
 
@@ -44,16 +45,15 @@ def test_grouped_outer_products_and_the_sum_over_choices() -> None:
         _INPUTS
         + """
 outer, combine = reference.grouped_outer.__wrapped__, reference.combine.__wrapped__
-for dtype in (torch.float16, torch.float32):
-    for gather in (False, True):
-        x, low = random(T if gather else S, K, seed=3, dtype=dtype), random(S, R, seed=4, dtype=dtype)
-        rows = routing.tokens if gather else None
-        for last in (False, True):
-            same(twins.grouped_outer(low, x, routing.ends, rows, last, 0.7),
-                 outer(low, x, routing.ends, rows, last, 0.7), dtype)
-    rows, weights = random(S, K, dtype=dtype), torch.rand(T, 2)
-    places = routing.places.view(T, 2)
-    for given in (weights, weights.to(dtype), None):
-        same(twins.combine(rows, places, given), combine(rows, places, given), dtype)
+for dtype, gather, last in (
+    (torch.float16, True, False), (torch.float16, False, True), (torch.float32, True, True),
+):
+    x, low = random(T if gather else S, K, seed=3, dtype=dtype), random(S, R, seed=4, dtype=dtype)
+    rows = routing.tokens if gather else None
+    same(twins.grouped_outer(low, x, routing.ends, rows, last, 0.7),
+         outer(low, x, routing.ends, rows, last, 0.7), dtype)
+rows, weights, places = random(S, K), torch.rand(T, 2), routing.places.view(T, 2)
+for given in (weights, weights.half(), None):
+    same(twins.combine(rows, places, given), combine(rows, places, given), torch.float16)
 """
     )

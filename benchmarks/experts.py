@@ -1,6 +1,6 @@
 """Mixtures of experts: tokens a second of a whole optimizer step, and the time of their grouped products.
 
-    python -m benchmarks.experts OUT.jsonl CASE... [--layers N] [--steps 8] [--device cuda]
+    python -m benchmarks.experts OUT.jsonl CASE... [--layers N] [--recompute SHARE] [--steps 8] [--device cuda]
 
 Cases: a shape, the tokens of its one row, and what has adapters, joined by colons; for example
 
@@ -13,6 +13,8 @@ Cases: a shape, the tokens of its one row, and what has adapters, joined by colo
 Weights are random, in bfloat16 unless the case says otherwise. Codes of NF4 and of MXFP4 cost the same, except
 that MXFP4 has 4.25 instead of 4.13 bits. A step trains all tokens of one packed row of two documents. It runs as a
 CUDA graph where the model allows. Its time ends with the loss on the host; rows give the median.
+
+With `--recompute SHARE`, that share of the layers saves its input and attention's output alone, for less memory.
 
 With `--layers N` a model has N decoder layers. `tok_s_extrapolated` and `peak_gib_extrapolated` then state what all
 layers would take: a second model with N / 2 layers is measured, and the difference is the cost of a layer.
@@ -37,6 +39,7 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_codes, row_of
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
+from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
 from loratune.ops.experts import grouped_outer, grouped_product, route
 from loratune.precision.linear import quantise_linears
@@ -84,7 +87,14 @@ def random_model(shape: str, layers: int | None, device: str, precision: str) ->
 
 
 def measure(
-    shape: str, tokens: int, adapted: str, precision: str, layers: int | None, steps: int, device: str
+    shape: str,
+    tokens: int,
+    adapted: str,
+    precision: str,
+    layers: int | None,
+    recompute: float,
+    steps: int,
+    device: str,
 ) -> dict[str, Any]:
     """One case with a number of layers."""
     if device == "cuda":
@@ -93,6 +103,9 @@ def measure(
     parameters_of = {"experts": "all-experts", "attention": None}[adapted]
     report = attach(model, LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=parameters_of))
     forward = prepare(model)
+    count = model.config.num_hidden_layers
+    if recompute:
+        forward.plan = ActivationPlan.mixed(Level.SELECTIVE, round(recompute * count), Level.NONE, count)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
     step = GraphStep(forward, parameters, optimizer, 1.0, record=device == "cuda")
@@ -106,7 +119,7 @@ def measure(
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[WARM_UP:])
     return {
-        "layers": model.config.num_hidden_layers, "tokens": tokens, "trained": report.trainable_parameters,
+        "layers": count, "recompute": recompute, "tokens": tokens, "trained": report.trainable_parameters,
         "tok_s": round(tokens / median), "step_ms": round(median * 1e3, 2), "path": forward.path,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
         "fused": forward.fused is not None, "notes": [*forward.notes, *filter(None, [step.why_not])],
@@ -121,15 +134,15 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def of_a_model(case: str, layers: int | None, steps: int, device: str) -> dict[str, Any]:
+def of_a_model(case: str, layers: int | None, recompute: float, steps: int, device: str) -> dict[str, Any]:
     """The row of a case, extrapolated to all layers if it has fewer."""
     shape, tokens, adapted, *rest = case.split(":")
     precision = rest[0] if rest else "bf16"
-    row = measure(shape, int(tokens), adapted, precision, layers, steps, device)
+    row = measure(shape, int(tokens), adapted, precision, layers, recompute, steps, device)
     release()
     if layers is None:
         return row
-    half = measure(shape, int(tokens), adapted, precision, layers // 2, steps, device)
+    half = measure(shape, int(tokens), adapted, precision, layers // 2, recompute, steps, device)
     release()
     missing, more = SHAPES[shape][2]["num_hidden_layers"] - layers, layers - layers // 2
     step_ms = row["step_ms"] + (row["step_ms"] - half["step_ms"]) / more * missing
@@ -202,6 +215,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--layers", type=int, help="decoder layers, instead of all")
+    parser.add_argument("--recompute", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
@@ -211,7 +225,7 @@ def main() -> None:
             if kind == "products":
                 row = of_products(rest[0], int(rest[1]), given.device)
             else:
-                row = of_a_model(case, given.layers, given.steps, given.device)
+                row = of_a_model(case, given.layers, given.recompute, given.steps, given.device)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             row = {"error": f"{type(error).__name__}: {error}"[:600]}
             release()

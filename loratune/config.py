@@ -8,7 +8,8 @@ needed. This module imports no torch, because `loratune --help` reads it.
 from __future__ import annotations
 
 import math
-import tomllib
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from loratune import other_names
+from loratune import foreign, other_names
 from loratune.errors import ConfigError
 from loratune.short_repr import ShortRepr, is_required
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
@@ -319,11 +320,13 @@ def check_values(
             section = _section(typing.cast(type[Any], expected), value)
             built[name] = from_dict(section, value, f"{where} [{name}]", root or kind)
         elif is_dataclass(expected) and not is_dataclass(value):
-            raise ConfigError(f"{where}: {name} = {value!r} is a value, but {name} is a section: [{name}]")
+            raise ConfigError(
+                f"{where}: {name} = {reprlib.repr(value)} is a value, but {name} is a section: [{name}]"
+            )
         elif _fits(value, expected):
             built[name] = value
         else:
-            raise ConfigError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
+            raise ConfigError(f"{where}: {name} = {reprlib.repr(value)} is not {_describe(expected)}")
     return built
 
 
@@ -339,12 +342,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
     Raises: ConfigError: it cannot be read or parsed; the message has the line.
     """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return foreign.parse_toml(foreign.read_text(Path(path), ConfigError), path, ConfigError)
 
 
 def to_toml(config: object) -> str:
@@ -392,7 +390,10 @@ def _all_names(root: type[Any]) -> list[str]:
 
 
 def _fits(value: object, expected: Any) -> bool:
-    """True if `value` has the annotated type. An int counts as a float; a bool does not count as a number."""
+    """True if `value` has the annotated type. An int counts as a float; a bool does not count as a number.
+
+    Numbers are finite: no setting can be NaN, infinite, or a whole number that no 64 bits hold.
+    """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in arguments)
@@ -403,9 +404,9 @@ def _fits(value: object, expected: Any) -> bool:
     if origin is dict:
         return isinstance(value, Mapping) and all(_fits(v, arguments[1]) for v in value.values())
     if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     return isinstance(value, expected)
 
 
@@ -425,6 +426,7 @@ def _describe(expected: Any) -> str:
     )
 
 
+_LARGEST = sys.float_info.max
 _TABLES: Mapping[str, Mapping[str, str]] = {"objective": OBJECTIVES, "format": FORMATS, "precision": PRECISIONS}
 
 
@@ -436,7 +438,7 @@ def _check_types(config: object) -> None:
             name, ()
         )  # to a table, after this module was imported
         if not added and not _fits(value, expected):
-            raise ConfigError(f"{name} = {value!r} is not {_describe(expected)}")
+            raise ConfigError(f"{name} = {reprlib.repr(value)} is not {_describe(expected)}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.adapters.lowrank import padded
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, OutputError
@@ -99,7 +99,7 @@ def read_updates(directory: str | Path) -> AdapterUpdates:
             f"{folder}: adapts experts (target_parameters), and only updates of layers can be combined or resized; "
             "merge the adapter, or train it again without target_parameters"
         )
-    fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    fields = foreign.read_json(folder / CONFIG_FILE, AdapterError)
     tensors = read_tensors(folder)
     _check_finite(folder, tensors)
     layers: dict[str, Update] = {}
@@ -234,12 +234,21 @@ def write_updates(
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report that `write_updates` wrote beside an adapter; empty if there is none or it is damaged."""
-    try:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The report that `write_updates` wrote beside an adapter; empty if there is none.
+
+    Raises: AdapterError: it is damaged.
+    """
+    file = folder / REPORT_FILE
+    if not file.exists():
         return {}
-    return report if isinstance(report, dict) else {}
+    report = foreign.read_json(file, AdapterError)
+    sources, recipe, error = (report.get(name) for name in ("sources", "recipe", "relative_error"))
+    numbers = [*sources.values(), error or 0] if isinstance(sources, dict) else [sources]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or not (
+        recipe is None or (isinstance(recipe, dict) and isinstance(recipe.get("method"), str))
+    ):
+        raise AdapterError(f"{file}: damaged; remove it, since the adapter works without it")
+    return report
 
 
 def selection_fields(sources: Sequence[AdapterUpdates], paths: Iterable[str]) -> dict[str, Any]:

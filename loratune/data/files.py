@@ -175,8 +175,6 @@ def _read_csv(path: str) -> Found:
     header: list[str] | None = None
     for line, row in _csv_rows(path, "\t" if path.lower().endswith(".tsv") else ","):
         source = f"{path}:{line}"
-        if not any(cell.strip() for cell in row):
-            continue
         if header is None:
             header = _header(source, row)
         elif len(row) != len(header):
@@ -208,7 +206,8 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         at = match.end()
         line += len(_LINE_END.findall(match[0])) if quoted_text is not None else match["end"] in _LINE_ENDS
         if match["end"] != delimiter:
-            yield first, row
+            if len(row) > 1 or quoted_text is not None or row[0].strip(" \t"):  # else it is a blank line
+                yield first, row
             row, first = [], line
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loratune.adapters.updates import pair_of, read_report
-from loratune.config import LoraConfig, read_toml
+from loratune.config import LoraConfig, RunConfig, from_dict, read_toml
 from loratune.lora.expressions import fits_end
 from loratune.lora.files import WEIGHTS_FILE, AdapterInfo, read_info
 from loratune.lora.layer import PLAIN
@@ -59,6 +59,8 @@ class Inspected:
     """Names of tensors that belong to no adapted layer: modules_to_save and biases."""
     run: dict[str, Any]
     """Content of run.toml; empty if there is none."""
+    settings: RunConfig | None
+    """The same as checked settings."""
     history: list[dict[str, Any]]
     """Lines of metrics.jsonl; empty if there is none."""
     made: dict[str, Any]
@@ -69,16 +71,16 @@ def inspect(directory: str | Path) -> Inspected:
     """Reads all facts about the adapter in a folder.
 
     Raises:
-        AdapterError: it holds no LoRA adapter.
+        AdapterError: it holds no LoRA adapter, or provenance.json is damaged.
         ConfigError: its run.toml is damaged.
     """
     info = read_info(directory)
     layers, in_full = _read_layers(info)
     run_file = info.folder / "run.toml"
     run = read_toml(str(run_file)) if run_file.is_file() else {}
-    return Inspected(
-        info, layers, in_full, run, metrics.read(info.folder / "metrics.jsonl"), read_report(info.folder)
-    )
+    settings = from_dict(RunConfig, run, str(run_file)) if run else None
+    history = metrics.read(info.folder / "metrics.jsonl")
+    return Inspected(info, layers, in_full, run, settings, history, read_report(info.folder))
 
 
 def as_json(found: Inspected) -> dict[str, Any]:
@@ -156,14 +158,13 @@ def _made_by(made: Mapping[str, Any]) -> str:
 
 
 def _training_facts(found: Inspected, console: Console) -> dict[str, str]:
-    run, steps = found.run, [line for line in found.history if line.get("loss") is not None]
-    training, dataset = run.get("training", {}), run.get("dataset", {})
+    run, steps = found.settings, [line for line in found.history if line.get("loss") is not None]
     losses = [float(line["loss"]) for line in steps if not line.get("skipped")]
     held_out = [(float(m["eval_loss"]), m["step"]) for m in found.history if m.get("eval_loss") is not None]
-    facts = {"trained on": _words([Path(path).name for path in run.get("data", [])])}
+    facts = {"trained on": _words([Path(path).name for path in run.data]) if run else ""}
     if steps:
         last = steps[-1]
-        seconds = math.fsum(m["tokens"] / m["tokens_per_second"] for m in steps if m.get("tokens_per_second"))
+        seconds = math.fsum(m.get("tokens", 0) / m["tokens_per_second"] for m in steps if m.get("tokens_per_second"))
         took = f" in {duration(seconds)}" if seconds else ""
         facts["steps"] = f"{last['step']:,}{took}, {last.get('trained_tokens', 0):,} trained tokens"
     if losses:
@@ -174,13 +175,14 @@ def _training_facts(found: Inspected, console: Console) -> dict[str, str]:
             f"{held_out[0][0]:.4f} {_curve([loss for loss, _ in held_out], console)} {held_out[-1][0]:.4f}"
         )
         facts["best"] = f"{best:.4f} held-out, at step {step:,}"
-    if training:
-        rate = f"{training.get('learning_rate', 'not chosen')}, {training['lr_scheduler_type']}"
-        facts["learning rate"] = rate + f", warm-up {training['warmup_ratio']:.0%}"
-        rows, row = training.get("gradient_accumulation_steps"), dataset.get("tokens_per_row")
+    if run is not None:
+        training = run.training
+        rate = "not chosen" if training.learning_rate is None else f"{training.learning_rate}"
+        facts["learning rate"] = f"{rate}, {training.lr_scheduler_type}, warm-up {training.warmup_ratio:.0%}"
+        rows, row = training.gradient_accumulation_steps, run.dataset.tokens_per_row
         if rows and row:
             facts["batch"] = f"{rows} x {row:,} tokens"
-        facts["seed"] = str(training["seed"])
+        facts["seed"] = str(training.seed)
     return facts
 
 

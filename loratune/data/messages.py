@@ -2,8 +2,8 @@
 
 The form is OpenAI's: role, content, tool_calls, name, tool_call_id, and on an assistant's message weight 0 or 1.
 Flags with which other trainers leave an answer untrained become that weight. Text parts are joined to one string.
-All other fields reach the template unchanged. So do the arguments of a tool call, an object or JSON in a string: the
-tokens are those of `apply_chat_template` on the original message.
+All other fields reach the template unchanged. So do tool calls, with or without "function", and their arguments, an
+object or JSON in a string: the tokens are those of `apply_chat_template` on the original message.
 Source: https://platform.openai.com/docs/api-reference/chat and transformers' chat templating guide.
 """
 
@@ -155,7 +155,7 @@ def _tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
     arguments = parse_json(where, "the arguments of a tool call", function.get("arguments", {}))
     if arguments is not None and not isinstance(arguments, dict):
         raise DataError(f"{where}: the arguments of a tool call must be an object, or one as JSON in a string")
-    return call if "function" in call else {"type": "function", "function": call}
+    return call
 
 
 def parse_json(where: str, name: str, value: Any) -> Any:

@@ -129,7 +129,7 @@ def _check_tools_shown(record: Record, index: int, turn: Turn) -> None:
     """Raises DataError if the template shows neither the tools nor the calls that the record holds."""
     assert record.messages is not None
     functions = [tool.get("function", tool) for tool in record.tools or []]
-    functions += [call["function"] for call in record.messages[index].get("tool_calls", [])]
+    functions += [call.get("function", call) for call in record.messages[index].get("tool_calls", [])]
     for function in functions:
         if str(function.get("name", "")) not in turn.full:
             raise DataError(

@@ -17,7 +17,7 @@ from loratune.errors import AdapterError
 from loratune.lora.layer import LoraLayer
 from loratune.lora.paths import ModulePaths
 from loratune.lora.select import Selection
-from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype, ties
+from loratune.lora.state import Adapter, LayerWeights, identity, master_dtype
 from loratune.lora.target import Target
 from loratune.precision.linear import frozen_of
 
@@ -35,10 +35,10 @@ def build(
         seed: seed of the initial values; None leaves the layers' tensors uninitialised, for a reader that fills them.
         device: device of the layers' tensors; by default the device of each layer.
 
-    Raises: AdapterError: a module of modules_to_save is tied to a module outside of it; there is no bias to train.
+    Raises: AdapterError: there is no bias to train; two modules of modules_to_save share memory.
     """
     adapter = Adapter(copy.deepcopy(config))
-    adapter.modules = _copies(model, selection.saved)
+    adapter.modules = _copies(selection.saved)
     adapter.biases = _biases(model, config, selection)
     if seed is not None and config.bias != "none" and not adapter.biases:
         raise AdapterError(
@@ -62,9 +62,9 @@ def _weights(
     return LayerWeights(target.kind, target.variant, parameters, target.scaling, target.shapes_in_files())
 
 
-def _copies(model: nn.Module, saved: tuple[ModulePaths, ...]) -> dict[str, nn.Module]:
+def _copies(saved: tuple[ModulePaths, ...]) -> dict[str, nn.Module]:
     """Trainable copies of the modules; modules that are tied to each other stay tied."""
-    _check_ties(model, saved)
+    _check_memory(saved)
     memo: dict[int, object] = {}
     copies = {entry.paths[0]: _with_base_layers(copy.deepcopy(entry.module, memo)) for entry in saved}
     for module in copies.values():
@@ -82,24 +82,11 @@ def _with_base_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_ties(model: nn.Module, saved: tuple[ModulePaths, ...]) -> None:
-    """Raises AdapterError if a parameter of `saved` also belongs to a module outside of it."""
-    inside = {p: "" for entry in saved for path in entry.paths for p in _paths_below(model, path)}
+def _check_memory(saved: tuple[ModulePaths, ...]) -> None:
+    """Raises AdapterError if two Parameters of `saved` are views of one memory: their copies would not be."""
     parameters = [p for entry in saved for p in entry.module.parameters()]
-    for where in ties(model, parameters).values():
-        outside = [path for path in where if path not in inside]
-        if outside:
-            raise AdapterError(
-                f'modules_to_save: "{next(p for p in where if p in inside)}" is tied to "{outside[0]}", which is not '
-                "named; training one alone would break the tie. Name both modules, or neither"
-            )
     if len({identity(p) for p in parameters}) < len({id(p) for p in parameters}):
         raise AdapterError("modules_to_save: two parameters share their memory without being the same Parameter")
-
-
-def _paths_below(model: nn.Module, path: str) -> list[str]:
-    module = model.get_submodule(path)
-    return [f"{path}.{name}" for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
 def _biases(model: nn.Module, config: LoraConfig, selection: Selection) -> dict[str, nn.Parameter]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loratune import atomic
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError, expect, nearest
-from loratune.lora import peft_config
+from loratune.lora import peft_config, tied
 from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
 from loratune.lora.paths import find_modules
@@ -335,6 +335,8 @@ def _fitted(
     given = _given(model, folder, slots, tensors)
     _check_keys(folder, slots, given)
     _check_shapes(folder, slots, given)
+    if tied.separate_if_different(adapter, slots, given):
+        slots = _slots(adapter)
     filled: dict[int, str] = {}
     with torch.no_grad():
         for key, slot in slots.items():
@@ -354,7 +356,8 @@ def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) 
     owners = {suffix for key in keys for suffix in _parents(key.removeprefix(PREFIX))}
     paths = [entry.paths[0] for entry in find_modules(model)]
     found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]
-    return found or None
+    also = {path for own in found for path in tied.partners(model, own)}  # PEFT's ensure_weight_tying saves them too
+    return [path for path in paths if path in found or (path in owners and path in also)] or None
 
 
 def _parents(key: str) -> Iterable[str]:

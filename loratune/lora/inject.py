@@ -13,12 +13,13 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, expect
+from loratune.lora import tied
 from loratune.lora.build import build
 from loratune.lora.layer import LoraLayer
 from loratune.lora.select import Selection, select
@@ -91,6 +92,7 @@ def attach(
 
 def _new(model: nn.Module, config: LoraConfig, seed: int) -> tuple[Selection, Adapter]:
     selection = select(model, config)
+    selection = replace(selection, notes=selection.notes + tied.notes(model, selection.saved))
     return selection, build(model, config, selection, seed)
 
 
@@ -199,6 +201,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
     with base_in_use(model, state):
         _check_ties(model, state, adapter)
         switch(model, state, {name: 1.0})
+        untied = tied.declare_untied(model)
         _fold(name, {path: state.layers[path] for path in adapter.layers}, reversible)
     if not reversible:
         # The base's modules and biases do not come back: the model keeps those of the adapter.
@@ -208,7 +211,7 @@ def merge(model: nn.Module, name: str = "default", *, reversible: bool = True) -
         detach(model)
         model.requires_grad_(False)
         return
-    state.merged, state.active_before_merge = name, before
+    state.merged, state.active_before_merge, state.untied = name, before, untied
 
 
 def unmerge(model: nn.Module) -> None:
@@ -222,6 +225,7 @@ def unmerge(model: nn.Module) -> None:
     for path in state.get(state.merged).layers:
         state.layers[path].unmerge()
     state.merged = None
+    tied.declare_tied(state.untied)
     switch(model, state, state.active_before_merge)
 
 

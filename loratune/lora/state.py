@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,8 @@ class Adapters:
     """Parameter path -> bias of the base that the active adapter's copy has replaced."""
     merged: str | None = None
     active_before_merge: dict[str, float] = field(default_factory=dict)
+    untied: list[Any] = field(default_factory=list)
+    """Configurations that say the head is not tied while an adapter is merged."""
     switches: dict[str | None, list[SwitchEntry]] = field(default_factory=dict)
     """Name -> entries for a switch to it, valid until adapters or layers change; None is the bare base."""
     store: AdapterStore | None = None

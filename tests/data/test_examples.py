@@ -271,6 +271,39 @@ TOOL_TEXTS = [
 ]
 
 
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo",  "now": true}', "{}", {"a": 1}, None])
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ c | tojson }}",
+        "{{ c.name }} {{ c.arguments }}",
+        "{% if c.function %}{% set c = c.function %}{% endif %}{{ c.name }}{{ c.arguments | tojson }}",
+        "{% if c.function is defined %}F{% endif %}{{ c.type is defined }}{{ c }}",
+    ],
+)
+def test_flat_tool_calls_render_as_in_apply_chat_template(printed: str, arguments: object) -> None:
+    """Calls without "function", as some data sets store them, are shown to the template as they stand."""
+    template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}" + printed + "{% endfor %}"
+    )
+    call = {"name": "weather", "arguments": arguments}
+    raw = [
+        {"role": "user", "content": "how warm"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+    ]
+    (example,) = rendered([Record("f:1", check_messages("f:1", raw))], template).examples
+    text = tokenizer_for(template).apply_chat_template(raw, tokenize=False)
+    assert TOKENIZER.decode(example.token_ids) == text
+
+
+def test_a_template_for_other_calls_refuses_flat_calls_with_file_and_line() -> None:
+    template = CHATML.replace("{{ m.content }}", "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}")
+    call = {"name": "weather", "arguments": "{}"}
+    messages = check_messages("f:1", [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}])
+    with pytest.raises(DataError, match=r"^f:1.* refuses this conversation: .*function"):
+        rendered([Record("f:1", messages)], template)
+
+
 @pytest.mark.parametrize("printed", TOOL_TEXTS)
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {"content": "I look"}, {}])
 @pytest.mark.parametrize("arguments", ['{"city": "Oslo",  "now": true}', '{"é": [1.50, null]}', "{}", {"a": 1}])

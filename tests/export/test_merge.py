@@ -284,6 +284,24 @@ def test_clear_errors_before_any_work(model: PreTrainedModel, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["model.embed_tokens"]])
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_a_head_trained_alone_is_untied_in_the_checkpoint(
+    keep_adapter: bool, saved: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = build("gemma3")  # tied
+    attach(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, **RANDOM), name="a")
+    with torch.no_grad():
+        module = model.get_submodule(saved[0])
+        module.weight.add_(0.05 * torch.randn_like(module.weight))
+    expected = logits(model)
+    merge_checkpoint(model, tokenizer, "a", tmp_path / "out", prompts=PROMPTS, keep_adapter=keep_adapter)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not loaded.config.tie_word_embeddings
+    assert float((logits(loaded) - expected).abs().max()) <= 1e-4
+    assert model.config.tie_word_embeddings == keep_adapter
+
+
 def test_a_tied_head_cannot_be_merged(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = adapted("gpt2", target_modules=["c_attn", "wte"])
     with pytest.raises(AdapterError, match="tied"):

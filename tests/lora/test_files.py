@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError
 from loratune.lora.files import adapter_tensors, load_adapter, read_config, read_info, save
-from loratune.lora.inject import activate, active, adapter_names, attach, detach, trainable_parameters
+from loratune.lora.inject import (
+    activate,
+    active,
+    adapter_names,
+    attach,
+    detach,
+    merge,
+    trainable_parameters,
+    unmerge,
+)
+from tests.conftest import SMALL
 from tests.lora.helpers import fill, make, make_mlp, run
 
 CONFIG = "adapter_config.json"
@@ -181,7 +192,7 @@ def test_embedding_table_saved_along_must_be_that_of_the_base(tmp_path: Path) ->
     _assert_refused(tmp_path / "a", "another base model: model.embed_tokens.weight differs", make("llama"))
 
 
-def test_tied_modules_come_back_tied_and_must_agree_in_the_file(tmp_path: Path) -> None:
+def test_tied_modules_come_back_tied_unless_the_file_has_two_values(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     model = make("gemma3")
     attach(model, config)
@@ -192,7 +203,54 @@ def test_tied_modules_come_back_tied_and_must_agree_in_the_file(tmp_path: Path) 
     assert torch.equal(run(again), run(model))
     assert again.lm_head.weight is again.model.embed_tokens.weight
     _edit_tensors(tmp_path / "a", lambda t: t["base_model.model.lm_head.weight"].add_(1))
-    _assert_refused(tmp_path / "a", "differ, but are tied", make("gemma3"))
+    apart = make("gemma3")
+    load_adapter(apart, tmp_path / "a")
+    assert torch.equal(apart.lm_head.weight, again.lm_head.weight + 1)
+    assert torch.equal(apart.model.embed_tokens.weight, again.model.embed_tokens.weight)
+    detach(apart)
+    assert apart.lm_head.weight is apart.model.embed_tokens.weight
+
+
+def _tied_llama() -> nn.Module:
+    tf.set_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, tie_word_embeddings=True)).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_modules_saved_from_a_tied_base_are_read_as_peft_reads_them(
+    saved: list[str], ensured: bool, tmp_path: Path
+) -> None:
+    """PEFT trains and saves copies; with ensure_weight_tying they stay tied, and both are in the file."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=ensured, task_type="CAUSAL_LM"
+    )
+    trained = peft.get_peft_model(_tied_llama(), config).eval()
+    fill([p for p in trained.parameters() if p.requires_grad])
+    trained.save_pretrained(tmp_path / "a")
+    model, bare = _tied_llama(), run(_tied_llama())
+    load_adapter(model, tmp_path / "a")
+    assert torch.allclose(run(model), run(trained), atol=1e-5)
+    save(model, tmp_path / "b")
+    theirs = peft.PeftModel.from_pretrained(_tied_llama(), tmp_path / "b").eval()
+    assert torch.allclose(run(theirs), run(model), atol=1e-5)
+    expected = run(model)
+    merge(model)  # transformers would tie the head again if the configuration still said so
+    model.save_pretrained(tmp_path / "merged")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(run(loaded), expected, atol=1e-5)
+    unmerge(model)
+    detach(model)
+    assert model.config.tie_word_embeddings
+    assert torch.equal(run(model), bare)
+
+
+def test_training_one_of_two_tied_modules_is_said(tmp_path: Path) -> None:
+    model = _tied_llama()
+    attached = attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert "lm_head is tied to model.embed_tokens in the base" in str(attached)
+    assert [name for name in trainable_parameters(model) if "lora" not in name] == ["lm_head.weight"]
 
 
 # Writing

@@ -317,12 +317,14 @@ def test_modules_to_save_that_are_tied_to_each_other_stay_tied() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("entry", ["embed_tokens", "lm_head"])
-def test_half_of_a_tie_in_modules_to_save_is_an_error(entry: str) -> None:
+@pytest.mark.parametrize(("entry", "other"), [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")])
+def test_half_of_a_tie_in_modules_to_save_trains_alone_and_is_said(entry: str, other: str) -> None:
     model = _tied()
     before = _snapshot(model)
-    with pytest.raises(AdapterError, match="is tied to"):
-        attach(model, LoraConfig(r=2, modules_to_save=[entry]))
+    (note,) = attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[entry])).notes
+    assert f"is tied to {other} in the base" in note
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    detach(model)
     _assert_unchanged(model, before)
 
 

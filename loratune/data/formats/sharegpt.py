@@ -61,7 +61,12 @@ def _calls(source: str, number: int, value: Any) -> Message:
         before, mark, call = value.rpartition("</think>")
         thought = before + mark
     calls = parse_json(source, f"turn {number} (function_call)", call)
-    message: Message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    listed = calls if isinstance(calls, list) else [calls]
+    wrapped = [
+        {"type": "function", "function": each} if isinstance(each, dict) and "function" not in each else each
+        for each in listed
+    ]
+    message: Message = {"role": "assistant", "tool_calls": wrapped}
     return message | {"content": thought} if thought else message
 
 

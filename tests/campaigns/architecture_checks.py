@@ -78,13 +78,13 @@ def check(kind: str) -> Iterator[Row]:
     for column, call in _checks(kind, row.facts).items():
         row.columns[column] = "does not end"
         yield row
-        row.columns[column] = _tried(call)
+        row.columns[column] = tried(call)
         yield row
         if column in ("builds", "attach") and row.columns[column]:
             return
 
 
-def _tried(call: Callable[[], None]) -> str:
+def tried(call: Callable[[], None]) -> str:
     try:
         call()
     except LoratuneError as error:

@@ -2,9 +2,9 @@
 
     python -m tests.campaigns.architectures [--only llama bloom ...] [--again] [--seconds 200] [--write]
 
-Each type runs in a process of its own with a time limit, and its results go to build/architectures/TYPE.json. A type
-with such a file is not run again, unless `--again` is given, so the sweep can be continued. `--write` makes
-docs/models.md from all files.
+Then encoders, encoder-decoders, vision, audio and vision-language classes (`other_models`). Each type runs in a process
+of its own with a time limit, and its results go to build/architectures/TYPE.json. A type with such a file is not run
+again, unless `--again` is given, so the sweep can be continued. `--write` makes docs/models.md from all files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.campaigns import models_page, other_models
 from tests.campaigns.architecture_checks import COLUMNS, check
+from tests.campaigns.other_models import GROUPS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "architectures"
@@ -31,9 +33,12 @@ SECONDS = 150
 """Time limit of one type."""
 
 
+OTHERS = [name for names in GROUPS.values() for name in names]
+
+
 def kinds(only: list[str] | None) -> list[str]:
-    """The types of transformers' causal-LM mapping, or those given."""
-    known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The types of transformers' causal-LM mapping and the other classes, or those given."""
+    known = [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *OTHERS]
     unknown = set(only or []) - set(known)
     if unknown:
         sys.exit(f"no causal-LM types of transformers {transformers.__version__}: {', '.join(sorted(unknown))}")
@@ -49,7 +54,7 @@ def run(kind: str, limit: int = SECONDS) -> dict[str, object]:
     if child == 0:
         signal.alarm(limit)
         try:
-            for row in check(kind):
+            for row in (other_models.check if kind in OTHERS else check)(kind):
                 file.write_text(json.dumps(dataclasses.asdict(row), indent=1))
         finally:
             os._exit(0)
@@ -75,7 +80,8 @@ def main(given: argparse.Namespace) -> int:
         row = run(kind)
         columns = row["columns"]
         assert isinstance(columns, dict)
-        faults = {c: columns.get(c, "not run") for c in COLUMNS if columns.get(c, "not run")}
+        wanted = other_models.COLUMNS if kind in OTHERS else COLUMNS
+        faults = {c: columns.get(c, "not run") for c in wanted if columns.get(c, "not run")}
         failures += bool(faults)
         facts = row["facts"]
         assert isinstance(facts, dict)
@@ -91,4 +97,9 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    sys.exit(1 if main(parser.parse_args()) else 0)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    status = 1 if main(given) else 0
+    if given.write:
+        models_page.write(RESULTS, ROOT / "docs" / "models.md", kinds(None))
+    sys.exit(status)

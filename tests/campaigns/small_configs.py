@@ -286,11 +286,11 @@ ADJUST: dict[str, dict[str, Any]] = {
 
 def small_config(kind: str) -> PreTrainedConfig:
     """A small configuration of a model type."""
-    return _shrunk(CONFIG_MAPPING[kind], ADJUST.get(kind, {}))
+    return shrunk(CONFIG_MAPPING[kind], ADJUST.get(kind, {}))
 
 
-def _shrunk(make: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
-    parts = {name: _shrunk(part, more.get(name, {})) for name, part in _parts(make, more)}
+def shrunk(make: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
+    parts = {name: shrunk(part, more.get(name, {})) for name, part in _parts(make, more)}
     sizes = dict(_sizes(make))
     return make(**sizes | _layer_kinds(make) | more | parts)
 

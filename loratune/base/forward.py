@@ -253,7 +253,11 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
         expected = documents_alone(backbone_of(model), row)
         if not bool(expected.isfinite().all()):
             raise ModelError("the base model gives non-finite hidden states; its weights are damaged or overflow")
-        if reads_ahead(model, backbone_of(model), row):
+        try:
+            ahead = reads_ahead(model, backbone_of(model), row)
+        except REFUSALS as error:
+            raise ModelError(f"{type(model).__name__} gives no gradients in evaluation mode: {error}") from error
+        if ahead:
             raise ModelError(
                 f"{type(model).__name__} sees later tokens, so a loss of the next token means nothing; use a causal "
                 "model, or set its configuration to one (is_decoder, causal)"

@@ -16,7 +16,7 @@ from loratune.base.lengths import SHORT, restart_rotary
 from loratune.lora.contract import LowRankSum, fusion_of
 from loratune.precision.linear import formats_in, frozen_of
 
-REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError)
+REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError, AssertionError)
 """Errors of an architecture that cannot run on a path, as opposed to errors of this package."""
 _UPDATE_SHARE = 0.25
 """Norm of a random update scaling · B A, relative to the norm of its weight."""

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin
 
 from loratune.base.load import max_document_tokens
 from loratune.base.positions import first_position
@@ -166,7 +165,7 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[D
     mask = mask_BT.to(device) if padded else None
     state = Decoding(None, mask, position_BT[:, -1] + 1, tokens_BT, first_position(model))
     logits_BV = _step(model, state, tokens_BT, position_BT)
-    if state.cached and not _is_plain(state.cache) and not _cache_agrees(model, state.first):
+    if state.cached and not _cache_agrees(model, state.first):
         state.cached = False
         logits_BV = _again(model, state)
     return state, logits_BV
@@ -292,17 +291,10 @@ def _tokens(
         logits_BV = decode(model, state, token_B)
 
 
-def _is_plain(cache: object) -> bool:
-    """True for a filled cache of keys and values, with which left padding needs no trial."""
-    if type(cache) is not DynamicCache or not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        return False
-    return cache.get_seq_length() > 0
-
-
 def _cache_agrees(model: PreTrainedModel, first: int | None) -> bool:
     """True if a token after a cached prompt gets the logits of prompt and token run together.
 
-    Some models give no cache back, keep it in their modules, or fail with one.
+    Some models give no cache back, keep it in their modules, fail with one, or count positions differently with one.
     """
     vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = torch.tensor([[i % vocabulary for i in range(2, 9)]], device=model.device)

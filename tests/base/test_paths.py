@@ -14,8 +14,10 @@ import transformers as tf
 
 import loratune as lt
 from loratune.base import batches, masks
-from loratune.base.forward import fuse, prepare
+from loratune.base.forward import PackedForward, fuse, prepare
 from loratune.base.positions import counting_mask, first_position
+from loratune.base.probe import documents_alone, probe_row, reads_across
+from loratune.errors import ModelError
 from loratune.infer.engine import stream
 from loratune.lora.inject import trainable_parameters
 from tests.campaigns.architecture_checks import adapted, build
@@ -230,3 +232,27 @@ def test_a_mask_without_a_row_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="one packed row"), masks.installed(model):
         masks.register()
         model(input_ids=torch.arange(9)[None])
+
+
+def test_a_model_without_gradients_in_evaluation_mode_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match="ReformerModelWithLMHead gives no gradients in evaluation mode: If you want"
+    ):
+        prepare(build("reformer"))
+
+
+def test_a_batch_that_changes_the_logits_is_refused() -> None:
+    """ProphetNet's hidden states are right in a batch, and its logits are those of another document."""
+    forward = prepare(build("prophetnet"))
+    assert (forward.path, forward.head) == ("per document", None)
+
+
+def test_a_leak_is_seen_in_half_precision() -> None:
+    """In a small random model the effect of a foreign document is below the rounding of bfloat16."""
+    torch.manual_seed(0)
+    model = tf.BloomForCausalLM(tf.BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=300))
+    model = model.eval().requires_grad_(False).bfloat16()
+    row = probe_row(model)
+    leaking = PackedForward(model, "position mask", None)
+    assert reads_across(model, lambda: leaking.hidden_states(*row), row)
+    assert not reads_across(model, lambda: documents_alone(model.transformer, row), row)

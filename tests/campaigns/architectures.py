@@ -2,9 +2,9 @@
 
     python -m tests.campaigns.architectures [--only llama bloom ...] [--again] [--seconds 200] [--write]
 
-Then encoders, encoder-decoders, vision, audio and vision-language classes (`other_models`). Each type runs in a process
-of its own with a time limit, and its results go to build/architectures/TYPE.json. A type with such a file is not run
-again, unless `--again` is given, so the sweep can be continued. `--write` makes docs/models.md from all files.
+Then encoders, encoder-decoders, vision, audio and vision-language classes (`other_models`). Each type runs in a
+process of its own with a time limit, and its results go to build/architectures/TYPE.json. A type with such a file is
+not run again, unless `--again` is given, so the sweep can be continued. `--write` makes docs/models.md.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ _MARK = {"": "✓"}
 
 _HEAD = """# Models
 
-{passing} of the {total} causal-LM types of transformers {transformers} pass every column below, and {others} of {most}
-classes of other kinds. [tests/campaigns/architectures.py](../tests/campaigns/architectures.py) makes this page:
+{passing} of the {total} causal-LM types of transformers {transformers} pass every column below, and {others} of
+{most} classes of other kinds. [The sweep](../tests/campaigns/architectures.py) makes this page:
 
     python -m tests.campaigns.architectures --again --write
 

@@ -258,6 +258,18 @@ UNUSUAL = {
         )
     ),
     "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**_TINY, state_size=8)),
+    "prophetnet": lambda: tf.ProphetNetForCausalLM(
+        tf.ProphetNetConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_decoder_layers=2,
+            num_decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            max_position_embeddings=64,
+            init_std=0.1,
+        )
+    ),
+    "roberta": lambda: tf.RobertaForCausalLM(tf.RobertaConfig(**_TINY, **_HEADS, is_decoder=True)),
 }
 
 

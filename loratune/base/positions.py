@@ -110,7 +110,7 @@ def first_position(model: PreTrainedModel) -> int | None:
 
     Models with one table of embeddings count from 0, so they are not run.
     """
-    if sum(isinstance(module, nn.Embedding) for module in model.modules()) < 2:
+    if not may_hold_positions(model):
         return 0
     tokens = probe_row(model, (5,)).tokens[None]
     expected = model(input_ids=tokens, use_cache=False).logits[0]
@@ -120,6 +120,11 @@ def first_position(model: PreTrainedModel) -> int | None:
         return logits
 
     return next((n for n in _offsets(model) if _starts_at(model, run, tokens, expected, n)), None)
+
+
+def may_hold_positions(model: nn.Module) -> bool:
+    """True if the model has a table of embeddings beside that of its tokens."""
+    return sum(isinstance(module, nn.Embedding) for module in model.modules()) > 1
 
 
 def _offsets(model: PreTrainedModel) -> list[int]:

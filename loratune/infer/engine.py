@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
 from loratune.base.load import max_document_tokens
-from loratune.base.positions import first_position
+from loratune.base.positions import first_position, may_hold_positions
 from loratune.errors import ConfigError, DataError, ModelError
 
 BATCH_SIZE = 32
@@ -165,7 +166,7 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[D
     mask = mask_BT.to(device) if padded else None
     state = Decoding(None, mask, position_BT[:, -1] + 1, tokens_BT, first_position(model))
     logits_BV = _step(model, state, tokens_BT, position_BT)
-    if state.cached and not _cache_agrees(model, state.first):
+    if state.cached and not _is_plain(model, state.cache) and not _cache_agrees(model, state.first):
         state.cached = False
         logits_BV = _again(model, state)
     return state, logits_BV
@@ -289,6 +290,13 @@ def _tokens(
             keep(state, going)
         token_B = torch.tensor([tokens[row] for row in going], device=state.position_B.device)
         logits_BV = decode(model, state, token_B)
+
+
+def _is_plain(model: PreTrainedModel, cache: object) -> bool:
+    """True for a filled cache of keys and values of a model without a table of positions, which needs no trial."""
+    if type(cache) is not DynamicCache or not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return False
+    return cache.get_seq_length() > 0 and not may_hold_positions(model)
 
 
 def _cache_agrees(model: PreTrainedModel, first: int | None) -> bool:

@@ -201,6 +201,10 @@ def load_tokenizer(
                 f"{model}: no tokenizer in this folder (tokenizer.json); save the model's tokenizer there"
             )
     tokenizer = _tokenizer(model, source, trust_remote_code)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{model}: tokenizer_config.json: model_max_length is {tokenizer.model_max_length!r:.60}; it is a number"
+        )
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template:

@@ -72,7 +72,9 @@ def read_back(given: dict[str, Any], where: object) -> dict[str, Any]:
 
     Raises: AdapterError: they stand beside an expression in target_modules.
     """
-    parameters = given.get("target_parameters") or []
+    parameters = given.get("target_parameters")
+    if not isinstance(parameters, list):  # its type is checked with those of the other fields
+        return given
     layers = [name for name in parameters if str(name).endswith(_WEIGHT)]
     if not layers:
         return given

@@ -87,6 +87,14 @@ def test_a_folder_without_a_tokenizer(folder):
         load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("value", ["x", [], {}])
+def test_the_longest_input_of_a_tokenizer_is_a_number(folder, value):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": value}))
+    with pytest.raises(ModelError, match="model_max_length"):
+        load_tokenizer(str(folder))
+
+
 def test_a_misspelt_folder_names_its_neighbour(folder):
     with pytest.raises(ModelError, match='"model"'):
         resolve(str(folder.parent / "modell"))

@@ -47,7 +47,7 @@ PROMPT = torch.tensor([[7, 300, 21, 4000, 5, 99]])
 FILES = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "model": (
-        "config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     ),
     "run": ("run.toml", "metrics.jsonl", "prompting.json", "adapter_config.json", "run.toml", "metrics.jsonl"),

@@ -384,6 +384,12 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: object, message: st
         assert read_config(folder).lora_alpha == 8
 
 
+@pytest.mark.parametrize("value", [3, 0.5, True, {"a": 1}, [3]])
+def test_target_parameters_of_another_type_are_refused(value: object, tmp_path: Path) -> None:
+    _edit(_saved(tmp_path / "a"), target_parameters=value)
+    _assert_refused(tmp_path / "a", "target_parameters")
+
+
 def test_harmless_fields_of_older_and_newer_versions_are_ignored(tmp_path: Path) -> None:
     folder = _saved(tmp_path / "a")
     _edit(

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 
 LIBRARY_FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-    ImportError, MemoryError, HFValidationError,
+    ImportError, MemoryError, HFValidationError, StrictDataclassError,
 )  # fmt: skip
 """Errors that transformers raises when a file holds a value that it did not expect. It checks few values itself."""
 
@@ -83,6 +83,14 @@ def without_data(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_c
     made.requires_grad_(False)
     made.eval()
     return made
+
+
+def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+    """The configuration of each layer where layers differ, else the one of all layers.
+
+    transformers raises an error if a field that differs between layers is read from the whole.
+    """
+    return config.per_layer_config if config.is_heterogeneous else [config]
 
 
 def check_against_files(
@@ -161,6 +169,8 @@ def refused(model: str, fault: str, error: BaseException) -> ModelError:
         return error
     if "trust_remote_code" in str(error):
         return needs_code(model)
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # its first line names a validator, and the cause the value
     return ModelError(f"{model}: {fault}: {in_one_line(error)}")
 
 

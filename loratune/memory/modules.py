@@ -72,12 +72,14 @@ class ModuleRows:
             return self._run(tokens, level, range(len(self._layers)))
         base = self._run(tokens, level, sorted(first.values()))
         saved, above = base.saved, base.peak - base.saved
-        for kind, count in counts.items():
-            if count > 1:
-                second = self._kinds.index(kind, first[kind] + 1)
-                more = self._run(tokens, level, sorted([*first.values(), second]))
-                saved += (count - 1) * (more.saved - base.saved)
-                above = max(above, more.peak - more.saved)  # gradients of all layers are counted by the budget
+        further = {kind: count - 1 for kind, count in counts.items() if count > 1}
+        if level in (Level.FULL, Level.OFFLOAD):  # a layer of any kind saves its input alone
+            further = {counts.most_common(1)[0][0]: sum(further.values())}
+        for kind, count in further.items():
+            second = self._kinds.index(kind, first[kind] + 1)
+            more = self._run(tokens, level, sorted([*first.values(), second]))
+            saved += count * (more.saved - base.saved)
+            above = max(above, more.peak - more.saved)  # gradients of all layers are counted by the budget
         return SimulatedBytes(saved, saved + above)
 
     def _run(self, tokens: int, level: Level, chosen: Sequence[int]) -> SimulatedBytes:

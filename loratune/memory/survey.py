@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loratune.base.model_config import layer_configs
 from loratune.fused.fit import RecipeFit
 from loratune.fused.recipes import decoder_layers
 from loratune.lora.contract import adapter_tensors_of
@@ -86,6 +87,8 @@ def survey(
     quantised = precision if precision in PRECISIONS else next((form.name for form in formats_in(layers)), "")
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight = cast(Tensor, head.weight if isinstance(head, nn.Module) else model.get_input_embeddings().weight)
+    per_token = _experts_per_token(config)
+    active = [_active(module, per_token) for layer in layers for module in layer.modules()]
     return ModelSurvey(
         base_bytes=_base_bytes(model, layers, quantised),
         trainable=trainable,
@@ -96,8 +99,8 @@ def survey(
         width=weight.shape[1],
         vocabulary=weight.shape[0],
         rotary_dim=_head_dim(config, weight.shape[1]),
-        active_elements=sum(_active(module, config)[0] for layer in layers for module in layer.modules()),
-        active_columns=sum(_active(module, config)[1] for layer in layers for module in layer.modules()),
+        active_elements=sum(elements for elements, _ in active),
+        active_columns=sum(columns for _, columns in active),
         element_bytes=model.dtype.itemsize,
         quantised=quantised,
         embedding_bytes=_own_table(model, head),
@@ -170,20 +173,27 @@ def _refitted(fit: RecipeFit, layer: nn.Module, made: nn.Module) -> RecipeFit:
 
 
 def _head_dim(config: PreTrainedConfig, width: int) -> int:
-    """Columns of a head; the width over the number of heads if the configuration names none."""
-    named = getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None)
-    return named if isinstance(named, int) else width // heads if isinstance(heads, int) and heads else 0
+    """Columns of the widest head; the width over the number of heads if the configuration names none."""
+    found = [0]
+    for layer in layer_configs(config):
+        named, heads = getattr(layer, "head_dim", None), getattr(layer, "num_attention_heads", None)
+        found.append(named if isinstance(named, int) else width // heads if isinstance(heads, int) and heads else 0)
+    return max(found)
 
 
-def _active(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
+def _experts_per_token(config: PreTrainedConfig) -> int:
+    """Experts that the router chooses for a token, the most of any layer; 1 if the configuration names no number."""
+    values = [getattr(layer, key, None) for layer in layer_configs(config) for key in _CHOSEN]
+    return max((value for value in values if isinstance(value, int)), default=1)
+
+
+def _active(module: nn.Module, per_token: int) -> tuple[int, int]:
     """Elements of a module's weights that one token is multiplied with, and the columns of inputs and outputs.
 
-    Experts that are held in one tensor count as far as the router chooses them.
+    Of experts that are held in one tensor, `per_token` count.
     """
     if isinstance(module, QuantisedLinear):
         return module.in_features * module.out_features, module.in_features + module.out_features
-    per_token = next((n for key in _CHOSEN if isinstance(n := getattr(config, key, None), int)), 1)
     elements = columns = 0
     for name, tensor in module.named_parameters(recurse=False):
         if tensor.dim() == 3:

@@ -27,7 +27,11 @@ from loratune.cli import main
 from tests.campaigns.realistic_configs import REALISTIC
 
 SECONDS = 10.0
-_NO_MODEL = "no causal language model can be made of this configuration"
+_NO_MODEL = (
+    "no causal language model can be made of this configuration",
+    "no usable model configuration",
+    "cannot be estimated",
+)
 
 
 class Answer(NamedTuple):
@@ -47,7 +51,7 @@ class Answer(NamedTuple):
         if self.seconds > SECONDS:
             return "slow"
         if self.status == 2:
-            return "" if _NO_MODEL in self.said or "cannot be estimated" in self.said else "refused"
+            return "" if any(reason in self.said for reason in _NO_MODEL) else "refused"
         found = json.loads(self.said)
         numbers = [*found["bytes"].values(), found["total_bytes"], found["tokens_per_second"] or 0]
         if not all(isinstance(number, int) and number >= 0 for number in numbers) or not found["bytes"]["base"]:

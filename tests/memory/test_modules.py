@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import Gemma4TextConfig, Qwen3MoeConfig
 
 from loratune.cli import main
 from loratune.config import LoraConfig
@@ -17,6 +18,7 @@ from loratune.memory.devices import named
 from loratune.memory.estimate import EstimateRequest, estimate
 from loratune.memory.modules import ModuleRows
 from loratune.memory.simulate import simulate, without_data
+from loratune.memory.survey import _experts_per_token, _head_dim
 from tests.campaigns.estimate_all import answer
 from tests.campaigns.realistic_configs import REALISTIC
 from tests.conftest import build
@@ -48,6 +50,30 @@ def test_large_models_are_answered_within_ten_seconds(name):
     found = answer(REALISTIC[name], "--gpu", "24GiB")
     assert found.fault == "", found
     assert json.loads(found.said)["bytes"]["base"] > 20 * GIB
+
+
+def test_layers_of_different_shapes_count_by_the_largest():
+    """transformers refuses to read a field from the whole configuration if layers have values of their own."""
+    config = Gemma4TextConfig()
+    assert config.is_heterogeneous
+    assert {layer.head_dim for layer in config.per_layer_config} == {256, 512}
+    assert _head_dim(config, config.hidden_size) == 512
+    assert _experts_per_token(config) == 1
+    assert _experts_per_token(Qwen3MoeConfig(num_experts_per_tok=6)) == 6
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "dots3_note_text"])
+def test_layers_of_different_shapes_are_estimated(kind):
+    found = answer({"model_type": kind}, "--gpu", "24GiB")
+    assert found.fault == "", found
+    assert found.status == 0
+
+
+def test_a_configuration_that_transformers_refuses_has_one_line_with_the_reason():
+    found = answer({"model_type": "gemma4_assistant"}, "--gpu", "24GiB")
+    assert found.status == 2
+    assert "hidden_size_per_layer_input must be 0, got 256" in found.said
+    assert "Traceback" not in found.said
 
 
 def test_unfused_models_have_a_speed_near_that_of_fused_ones():

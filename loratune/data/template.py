@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -102,8 +102,8 @@ class ChatTemplate:
             {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
             for message in messages
         ]
-        aliased: list[Message] = chat_template_utils._alias_reasoning_fields(plain)
-        return aliased
+        alias = getattr(chat_template_utils, "_alias_reasoning_fields", None)  # absent before transformers 5.18
+        return plain if alias is None else cast(list[Message], alias(plain))
 
     def source_of(self, tools: Sequence[dict[str, Any]] | None) -> str:
         """The Jinja text for conversations with or without tools.

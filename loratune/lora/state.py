@@ -117,10 +117,7 @@ class Adapter:
     def sum_refusal(self) -> str | None:
         """The reason why this adapter cannot be weighted or added to others, or None."""
         variant = next((w.variant for w in self.layers.values() if not w.variant.low_rank_sum), None)
-        if variant is not None:
-            return f"uses {type(variant).__name__}, which is not a low-rank sum"
-        grouped = next((path for path, w in self.layers.items() if w.lora_B.shape[1] != w.r), None)
-        return None if grouped is None else f'adapts "{grouped}", a convolution with groups, which is no low-rank sum'
+        return None if variant is None else f"uses {type(variant).__name__}, which is not a low-rank sum"
 
 
 class AdapterStore(Protocol):

@@ -85,9 +85,14 @@ def _point_to_sum(state: Adapters, weights: Mapping[str, float]) -> None:
 
 
 def _summed(parts: list[tuple[LayerWeights, float]]) -> tuple[nn.Parameter, nn.Parameter]:
-    """Rank-concatenated A (sum of r, d_in) and B (d_out, sum of r) with scaling and weight folded into B."""
+    """Rank-concatenated A (sum of r, d_in) and B (d_out, sum of r) with scaling and weight folded into B.
+
+    In a convolution with groups B is (d_out, sum of r / groups), and the ranks of each group stay together.
+    """
+    first = parts[0][0]
+    groups = first.r // first.lora_B.shape[1]
     with torch.no_grad():
-        A = torch.cat([part.lora_A for part, _ in parts], dim=0)
+        A = torch.cat([part.lora_A.unflatten(0, (groups, -1)) for part, _ in parts], dim=1).flatten(0, 1)
         B = torch.cat([part.lora_B * (part.scaling * weight) for part, weight in parts], dim=1)
     return nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
 

@@ -152,7 +152,7 @@ def test_combined_and_resized_files_keep_the_shapes_of_convolutions(tmp_path: Pa
     torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_convolution_with_groups_computes_and_refuses_to_merge_or_add() -> None:
+def test_convolution_with_groups_computes_adds_and_refuses_to_merge() -> None:
     model, x = _model(grouped=True), _x()
     _adapted(model, target_modules=["groups"], rank_pattern={})
     layer = model.groups
@@ -162,11 +162,17 @@ def test_convolution_with_groups_computes_and_refuses_to_merge_or_add() -> None:
         [layer.lora_B[:2] @ hidden[:, :2].flatten(2), layer.lora_B[2:] @ hidden[:, 2:].flatten(2)], 1
     )
     torch.testing.assert_close(layer(x), layer.to_base()(x) + 1.5 * low_rank.view(2, 4, 8, 8), rtol=1e-9, atol=1e-9)
-    for act in (lambda: merge(model), lambda: activate(model, {"default": 0.5})):
-        with pytest.raises(AdapterError, match="group"):
-            act()
+    with pytest.raises(AdapterError, match="group"):
+        merge(model)
     with pytest.raises(AdapterError, match="2 groups do not divide rank 3"):
         attach(model, LoraConfig(r=3, target_modules=["groups"]), name="odd")
+    outputs = {"default": layer(x)}
+    attach(model, LoraConfig(r=2, target_modules=["groups"], init_lora_weights=False), name="second")
+    outputs["second"] = model.groups(x)
+    base = layer.to_base()(x)
+    activate(model, {"default": 0.5, "second": -2.0})
+    expected = base + 0.5 * (outputs["default"] - base) - 2 * (outputs["second"] - base)
+    torch.testing.assert_close(model.groups(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{"padding_mode": "circular", "padding": 1}, {"dilation": 2, "padding": 2}])

@@ -44,6 +44,25 @@ RECIPES: dict[str, str] = {
 """Kinds of decoder layers that run fused (`loratune.fused.recipes.LayerRecipe`), in the order they are tried. The
 name is for readers: a recipe is chosen by the modules of a layer."""
 
+ROW_OPERATORS: dict[str, str] = {
+    "causal_conv1d_fn": "loratune.base.row_operators:convolution",
+    "torch_chunk_gated_delta_rule": "loratune.base.row_operators:delta_rule",
+    "chunk_kimi_delta_attention": "loratune.base.row_operators:delta_rule",
+    "mamba2_chunk_scan": "loratune.base.row_operators:mamba2_scan",
+    "mamba_selective_scan": "loratune.base.row_operators:mamba_scan",
+    "mamba2_split_conv1d_scan_combined": "loratune.base.row_operators:unfused",
+    "mamba_inner_fn": "loratune.base.row_operators:unfused",
+}
+"""Functions that transformers' recurrent layers call by these names, and ours for packed rows."""
+
+ROW_LAYERS: dict[str, str] = {
+    "short convolution": "loratune.base.row_layers:short_convolution",
+    "token shift": "loratune.base.row_layers:token_shift",
+    "lightning attention": "loratune.base.row_layers:lightning_attention",
+}
+"""Other layers that carry state along a row (`loratune.base.row_layers.RowLayer`), found by their structure. The name
+is for readers."""
+
 VARIANTS: dict[str, str] = {}
 """Variants of LoRA (`loratune.lora.layer.LoraVariant`). The name is the configuration field that chooses the variant
 when it is true, for example "use_dora", or a field and its value, for example "init_lora_weights=pissa"."""

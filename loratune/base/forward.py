@@ -28,12 +28,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune.base import batches, masks, one_pass, recompute
+from loratune.base import batches, masks, one_pass, recompute, row_layers
 from loratune.base.causal import backbone_of, check_causal, check_logits
 from loratune.base.head import HeadTail, find_head
 from loratune.base.lengths import long_row, restart_rotary
@@ -44,6 +45,8 @@ from loratune.base.probe import (
     REFUSALS,
     ProbeRow,
     documents_alone,
+    embedding_gradients,
+    gradient_tolerance,
     probe_result,
     probe_row,
     random_adapters,
@@ -120,6 +123,8 @@ class PackedForward:
             stack.enter_context(attention_of(self.model, self.path))
             stack.enter_context(experts_of(self.model, self.path))
             stack.enter_context(self.positions.installed(self.model, self._row))
+            if self.in_one_call:
+                stack.enter_context(row_layers.installed(self.model, self.state))
             stack.enter_context(running_with(self.model, self.state))
             self._contained = holds_bank(self.model)
             if self.plan is not None and self.plan.embeddings_on_host:
@@ -216,6 +221,7 @@ class PackedForward:
             cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
         row = {"input_ids": tokens[None], "use_cache": False} | self.positions.arguments(position_ids)
         self._row.position_ids, self._row.longest = position_ids, longest
+        self.state.row_positions = position_ids
         if self.path == "document mask":
             with masks.running(self.model, masks.row_of(position_ids, cu_seqlens)):
                 return call(**row).squeeze(0)
@@ -264,11 +270,11 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
             )
         head = find_head(model, expected, row)
         forward = _find_path(model, expected, longest, head)
-        if forward.path == "per document":
-            forward.notes.append(f"packed rows run one document at a time, which is slower: {why_not_packed(model)}")
-        elif forward.path == "padded batches":
+        slow = {"per document": "one document at a time", "padded batches": "as padded batches of documents"}
+        if forward.path in slow:
             forward.notes.append(
-                f"packed rows run as padded batches of documents, which is slower: {why_not_packed(model)}"
+                f"packed rows run {slow[forward.path]}, which is slower: {type(model).__name__} mixes neighbouring "
+                "documents of a row when they are run together"
             )
     if row.tokens.is_cuda:
         if not fuse(forward) and expected.dtype.itemsize == 2:
@@ -342,14 +348,9 @@ def take_one_pass(forward: PackedForward) -> bool:
     return forward.one_pass
 
 
-def why_not_packed(model: PreTrainedModel) -> str:
-    """One line for a user about a model that fails on both packed paths."""
-    return f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
-
-
 def _find_path(model: PreTrainedModel, expected: Tensor, longest: int | None, head: HeadTail | None) -> PackedForward:
     """The first path and rule that reproduce `expected` and a long row. Raises: ModelError: no path runs."""
-    lengths = long_row(model, longest)
+    lengths = long_row(model, longest, row_layers.lengths_of(model))
     alone: Tensor | None = None
     for forward in _candidates(model, expected):
         forward.head = head
@@ -404,11 +405,20 @@ def _agrees_behind(
         with forward.installed():
             noise = token_errors(forward.hidden_states(*probe_row(forward.model)), short).median()
             errors = token_errors(forward.hidden_states(*row), expected)
+        if forward.in_one_call and row_layers.count(forward.model) and not _gradients_agree(forward, row):
+            return False  # these layers have a backward of ours
     except REFUSALS:
         return False
     floor = 3e-5 if expected.dtype in (torch.float32, torch.float64) else 0.02
     most = min(max(floor, _ROUNDING_GROWTH * float(noise)), tolerance(expected.dtype, forward.model))
     return all(float(errors[part].median()) <= most for part in parts)
+
+
+def _gradients_agree(forward: PackedForward, row: ProbeRow) -> bool:
+    expected = embedding_gradients(forward.model, partial(documents_alone, backbone_of(forward.model), row))
+    with forward.installed():
+        got = embedding_gradients(forward.model, lambda: forward.hidden_states(*row))
+    return relative_error(got, expected) <= gradient_tolerance(got.dtype, forward.model)
 
 
 def _mixes(forward: PackedForward) -> bool:

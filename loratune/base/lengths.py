@@ -9,7 +9,7 @@ Only lengths that the caller's rows can hold count, so the cost is at most that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +46,16 @@ class LongRow(NamedTuple):
     """Slices of the row: each short document, and in the long document the positions after each length."""
 
 
-def long_row(model: PreTrainedModel, longest: int | None) -> LongRow | None:
+def long_row(model: PreTrainedModel, longest: int | None, also: Sequence[int] = ()) -> LongRow | None:
     """A row whose second document is longer than every length of `model` that is below `longest`.
 
-    None if the configuration has no such length beyond the short row.
+    `also` adds lengths that are not in the configuration. None if there is no length beyond the short row.
     """
     config = model.config.get_text_config(decoder=True)
     limit = longest or UNKNOWN_ROW
     values = config.to_dict()
     positions = [n for name, n in _integers(values) if _LIMIT.search(name) and n > 0]
-    found = {n for name, n in _integers(values) if _counts(name, n)}
+    found = {n for name, n in _integers(values) if _counts(name, n)} | {*also}
     if "dynamic" in _rope_types(values):  # frequencies that change behind the last position
         found |= {*positions}
     else:

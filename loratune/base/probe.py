@@ -48,8 +48,7 @@ class ProbeResult(NamedTuple):
             return f"hidden states differ by {error:.2g} (limit {most:g})"
         if not len(expected.gradients):
             return None
-        # Each gradient sums over tokens and layers that were rounded on their own.
-        most = min(3 * most, _MOST_GRADIENT_ERROR)
+        most = gradient_tolerance(expected.states.dtype, model)
         error = relative_error(self.gradients, expected.gradients)
         return f"gradients differ by {error:.2g} (limit {most:g})" if error > most else None
 
@@ -110,6 +109,28 @@ def _depends(
     model: PreTrainedModel, run: Callable[[], Tensor], shape: torch.Size, own: slice, foreign: slice
 ) -> bool:
     """True if the states that `run` gives depend on the tokens `foreign`; the tokens have `shape`."""
+    found = _embedding_gradients(model, run)
+    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == shape]
+    here, there = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (own, foreign))
+    return bool(there > 1e-5 * here)
+
+
+def embedding_gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
+    """(T, d) gradient of a fixed weighted sum of a row's hidden states, (T, d), at its embeddings.
+
+    `run` may take several forwards, of documents in order.
+    """
+    return torch.cat([gradient.flatten(0, -2) for gradient in _embedding_gradients(model, run)])
+
+
+def gradient_tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
+    """Relative error of gradients up to which two computations count as equal."""
+    # Each gradient sums over tokens and layers that were rounded on their own.
+    return min(3 * tolerance(dtype, model), _MOST_GRADIENT_ERROR)
+
+
+def _embedding_gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of a fixed weighted sum of the states that `run` gives, at the embeddings of each forward."""
     leaves: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -124,10 +145,7 @@ def _depends(
     finally:
         handle.remove()
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(states)
-    found = torch.autograd.grad(states, leaves, weights, allow_unused=True, materialize_grads=True)
-    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == shape]
-    here, there = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (own, foreign))
-    return bool(there > 1e-5 * here)
+    return torch.autograd.grad(states, leaves, weights, allow_unused=True, materialize_grads=True)
 
 
 def token_errors(got: Tensor, expected: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loratune.base import row_layers
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
@@ -65,6 +66,12 @@ class BankStep:
             raise ModelError(
                 f"{type(forward.model).__name__} cannot train several adapters in one row: "
                 f"{forward.notes[0] if forward.notes else 'its documents do not run together'}"
+            )
+        if row_layers.count(forward.model):
+            # They multiply tokens of other documents by zero, so a diverging adapter would reach its neighbours.
+            raise ModelError(
+                f"{type(forward.model).__name__} cannot train several adapters in one row: its recurrent layers "
+                "would let a diverging adapter disturb the others"
             )
         self._forward, self._bank, self._objective = forward, bank, objective
         self._jobs: dict[int, _SlotStep] = {}

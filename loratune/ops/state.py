@@ -4,6 +4,7 @@ Nothing in this package keeps state per process, so two models can train at once
 State that has to outlive one function call is held here:
 
     dropout    the key of the current row
+    positions  of the tokens of the current row in their documents
     products   the matrix-product kernels chosen by trial
     buffers    counters and tables of kernel launches
     flash      the kinds of heads for which FlashAttention 4 passed its trial
@@ -31,6 +32,8 @@ class ForwardState:
     def __init__(self) -> None:
         self.dropout_row: Tensor | None = None
         """`ops.dropout.row_key` of the current row; None draws dropout from torch's generator."""
+        self.row_positions: Tensor | None = None
+        """(T,) position of each token of the current row in its document, for layers that carry state along a row."""
         self.products = ProductKernels()
         self.buffers = KernelBuffers()
         self.flash = FlashTrials()

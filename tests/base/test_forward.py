@@ -37,7 +37,7 @@ def test_packed_logprobs_equal_each_document_alone(name):
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "padded batches")],
+    [("llama", "packed"), ("gemma2", "packed"), ("gptoss", "packed"), ("mamba", "packed")],
 )
 def test_takes_the_fastest_path_that_agrees(name, path):
     forward = prepare(build(name))

@@ -38,7 +38,7 @@ def test_modules_are_found_by_their_formula(name):
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize("name", [name for name, count in FOUND.items() if count and name != "mamba"])
+@pytest.mark.parametrize("name", [name for name, count in FOUND.items() if count])
 @pytest.mark.parametrize("level", [None, Level.FULL])
 def test_loss_and_gradients_are_those_of_the_modules(name, level):
     experts = name in ("gptoss", "mixtral")  # whose products know no float64

@@ -29,7 +29,7 @@ def loss_and_gradients(model, forward, level):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("name", sorted(set(CAUSAL) - {"mamba"}))
+@pytest.mark.parametrize("name", sorted(CAUSAL))
 def test_gradients_are_the_same_to_the_bit(name, dropout):
     model = model_with_adapter(name, lora_dropout=dropout)
     forward = prepare(model)

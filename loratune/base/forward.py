@@ -46,13 +46,13 @@ from loratune.base.probe import (
     ProbeRow,
     documents_alone,
     embedding_gradients,
-    gradient_tolerance,
     probe_result,
     probe_row,
     random_adapters,
     reads_across,
     reads_ahead,
     relative_error,
+    same_gradients,
     token_errors,
     tolerance,
 )
@@ -78,10 +78,7 @@ _ROUNDING_GROWTH = 8.0
 
 @dataclass
 class PackedForward:
-    """Runs packed rows through one model, on the paths that `prepare` chose.
-
-    Methods that run rows must be called inside `with forward.installed():`.
-    """
+    """Runs packed rows through one model, on the paths that `prepare` chose, inside `with forward.installed():`."""
 
     model: PreTrainedModel
     path: ExecutionPath
@@ -272,10 +269,8 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
         forward = _find_path(model, expected, longest, head)
         slow = {"per document": "one document at a time", "padded batches": "as padded batches of documents"}
         if forward.path in slow:
-            forward.notes.append(
-                f"packed rows run {slow[forward.path]}, which is slower: {type(model).__name__} mixes neighbouring "
-                "documents of a row when they are run together"
-            )
+            reason = f"{type(model).__name__} mixes neighbouring documents of a row when they are run together"
+            forward.notes.append(f"packed rows run {slow[forward.path]}, which is slower: {reason}")
     if row.tokens.is_cuda:
         if not fuse(forward) and expected.dtype.itemsize == 2:
             take_one_pass(forward)
@@ -418,7 +413,7 @@ def _gradients_agree(forward: PackedForward, row: ProbeRow) -> bool:
     expected = embedding_gradients(forward.model, partial(documents_alone, backbone_of(forward.model), row))
     with forward.installed():
         got = embedding_gradients(forward.model, lambda: forward.hidden_states(*row))
-    return relative_error(got, expected) <= gradient_tolerance(got.dtype, forward.model)
+    return same_gradients(got, expected, forward.model)
 
 
 def _mixes(forward: PackedForward) -> bool:

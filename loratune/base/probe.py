@@ -123,6 +123,11 @@ def embedding_gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> Te
     return torch.cat([gradient.flatten(0, -2) for gradient in _embedding_gradients(model, run)])
 
 
+def same_gradients(got: Tensor, expected: Tensor, model: PreTrainedModel) -> bool:
+    """True if gradients of `model` are equal up to rounding."""
+    return relative_error(got, expected) <= gradient_tolerance(got.dtype, model)
+
+
 def gradient_tolerance(dtype: torch.dtype, model: PreTrainedModel) -> float:
     """Relative error of gradients up to which two computations count as equal."""
     # Each gradient sums over tokens and layers that were rounded on their own.

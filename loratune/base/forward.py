@@ -70,7 +70,6 @@ from loratune.ops.dropout import row_key
 from loratune.ops.host import HostOffload
 from loratune.ops.logprobs import take_rows, token_logprobs
 from loratune.ops.state import ForwardState
-from loratune.precision import experts
 
 _ROUNDING_GROWTH = 8.0
 """Largest allowed ratio of the rounding error of a long document to that of a short one."""
@@ -247,7 +246,6 @@ def prepare(model: PreTrainedModel, longest: int | None = None) -> PackedForward
     """
     check_causal(model)
     attention.register()
-    experts.register()
     masks.register()
     attention.keep_soft_caps(model)
     row = probe_row(model)

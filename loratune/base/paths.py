@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -39,15 +39,7 @@ def attention_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-@contextmanager
-def experts_of(model: PreTrainedModel, path: ExecutionPath) -> Iterator[None]:
+def experts_of(model: PreTrainedModel, path: ExecutionPath) -> AbstractContextManager[object]:
     """Runs experts as grouped products that do not wait for the device (`precision.experts`), on a GPU."""
-    before = model.get_experts_implementation() if path in IN_ONE_CALL and model.device.type == "cuda" else {}
-    if not any(before.values()):
-        yield
-        return
-    model.set_experts_implementation(experts.IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
+    on_gpu = path in IN_ONE_CALL and model.device.type == "cuda"
+    return experts.installed(model) if on_gpu else nullcontext()

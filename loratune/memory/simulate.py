@@ -22,6 +22,7 @@ from loratune.ops.host import HostOffload
 from loratune.ops.logprobs import token_logprobs
 from loratune.ops.meter import StorageMeter
 from loratune.ops.state import ForwardState
+from loratune.precision import experts
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gp
     model.set_attn_implementation(attention.IMPLEMENTATION)
     meter = StorageMeter()
     try:
-        with _passes(model, on_gpu), recompute.installed(model, plan, HostOffload(), ForwardState()), meter:
+        with (
+            _passes(model, on_gpu),
+            _experts(model, on_gpu),
+            recompute.installed(model, plan, HostOffload(), ForwardState()),
+            meter,
+        ):
             loss = _loss(model, tokens)
             saved = meter.live
             loss.backward()
@@ -62,6 +68,10 @@ def simulate(model: PreTrainedModel, tokens: int, plan: ActivationPlan, *, on_gp
         for parameter in model.parameters():
             parameter.grad = None
     return SimulatedBytes(saved, meter.peak)
+
+
+def _experts(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[object]:
+    return experts.installed(model) if on_gpu else nullcontext()
 
 
 def _passes(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[object]:

@@ -8,12 +8,14 @@ grouped products (`ops.experts`) that wait for nothing, so the step can be a CUD
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from loratune.ops.experts import ExpertPair, mixture
@@ -210,12 +212,23 @@ def experts_forward(
         theirs: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return theirs
     up, down = (projection(module, form, name) for name in form.names)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    device = hidden_states.device.type
+    with nullcontext() if hidden_states.is_meta else torch.autocast(device, enabled=False):
         rows = hidden_states.to(up.frozen.dtype)
         out = mixture(rows, top_k_index, top_k_weights, up, down, activation_of(module), pairs)
     return out.to(hidden_states.dtype)
 
 
-def register() -> None:
-    """Adds `experts_forward` to transformers' experts interface."""
+@contextmanager
+def installed(model: PreTrainedModel) -> Iterator[None]:
+    """Runs experts by `experts_forward`, and by the model's own implementation again on exit."""
+    before = model.get_experts_implementation()
+    if not any(before.values()):
+        yield
+        return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    model.set_experts_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -212,12 +212,18 @@ class TrainConfig(ShortRepr):
         _require(numeric, f"learning_rate is {rate}; it must be positive and finite")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it lies in 0 <= beta < 1")
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"{name} is {beta}; it lies in 0 <= beta < 1")
+            _require(1 - beta >= 2**-24, f"{name} is {beta}, which is 1 in float32; it is at most 1 - 6e-8")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
         epsilon = self.adam_epsilon
         _require(0 < epsilon < math.inf, f"adam_epsilon is {epsilon}; it must be positive and finite")
+        _require(
+            2**-126 <= epsilon < 2**128,
+            f"adam_epsilon is {epsilon}, which is 0 or infinite in float32; it lies in 1.2e-38 <= epsilon < 3.4e38",
+        )
         if self.memory is not None:
             try:
                 bytes_of(self.memory)

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "foreign",
         "config",
         "atomic",
+        "lock",
         "ahead",
         "hub",
         "box",

@@ -342,6 +342,7 @@ ADAPTERS = [
             lambda lab: [
                 shutil.copytree(lab.here / "adapter", lab.here / "second"),
                 (lab.here / "second/run.toml").unlink(),
+                (lab.here / "second/identity.json").unlink(),
                 lab.edit_json("second/adapter_config.json", base_model_name_or_path="other"),
             ],
             "chat",
@@ -506,9 +507,9 @@ RESUME = [
         ("chat.jsonl", "changed"),
     ),
     Case(
-        "resume from a damaged checkpoint",
+        "resume from damaged checkpoints",
         after(
-            lambda lab: next(lab.here.glob("adapter/checkpoints/*/progress.json")).write_text("{"),
+            lambda lab: [file.write_text("{") for file in lab.here.glob("adapter/checkpoints/*/progress.json")],
             "train",
             "--resume",
             "--out",
@@ -516,7 +517,41 @@ RESUME = [
             "--max-steps",
             "9",
         ),
-        ("checkpoint",),
+        ("no checkpoint is intact", "progress.json is damaged", "--overwrite"),
+    ),
+    Case(
+        "resume on changed weights",
+        after(
+            lambda lab: lab.tensors("base/model.safetensors", lambda t: t[min(t)].view(-1)[7:8].add_(1)),
+            "train",
+            "--resume",
+            "--out",
+            "adapter",
+            "--max-steps",
+            "9",
+        ),
+        ("adapter: the base model", "has changed since the training", "--overwrite"),
+    ),
+    Case(
+        "adapter of changed weights",
+        after(
+            lambda lab: lab.tensors("base/model.safetensors", lambda t: t[min(t)].view(-1)[7:8].add_(1)),
+            "merge",
+            "adapter",
+            "--out",
+            "out",
+        ),
+        ("adapter: the base model", "has changed since the training", "--model"),
+    ),
+    Case(
+        "adapter without its template",
+        after(lambda lab: lab.remove("adapter/chat_template.jinja"), "chat", "adapter"),
+        ("chat_template.jinja", "missing", "--chat-template"),
+    ),
+    Case(
+        "damaged identity",
+        after(lambda lab: lab.write("adapter/identity.json", "{"), "chat", "adapter"),
+        ("adapter/identity.json", "damaged"),
     ),
 ]
 
@@ -541,6 +576,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lab(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     here = tmp_path / "lab"
     shutil.copytree(template, here)
+    for name in ("identity.json", "adapter_config.json"):  # as if the adapter had been trained here
+        recorded = here / "adapter" / name
+        recorded.write_text(recorded.read_text().replace(str(template), str(here)))
     monkeypatch.chdir(here)
     monkeypatch.setenv("COLUMNS", "200")
     return Lab(here)
@@ -602,7 +640,7 @@ def test_without_a_network_a_hub_id_fails_in_seconds(lab: Lab, monkeypatch: pyte
     before = tree(lab.here)
     started = time.monotonic()
     model = start(*train(model="someone/model"), cwd=lab.here)
-    data = start(*train(data="someone/data"), cwd=lab.here)
+    data = start("train", "base", "someone/data", "--out", "out-of-data", *SHORT, cwd=lab.here)
     check(finish(model), ("someone/model", "not downloaded before", "cannot be reached"))
     check(finish(data), ("someone/data", "not downloaded before", "cannot be reached"))
     assert time.monotonic() - started < 45  # nearly all of it is importing torch, in two processes at once

@@ -186,7 +186,12 @@ def test_positionals_win_over_the_file(here: Path) -> None:
 def test_a_run_leaves_a_folder_that_describes_itself(here: Path) -> None:
     whole = here / "whole"
     names = {"adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md"}
-    assert {path.name for path in whole.iterdir()} == names | {"checkpoints", "prompting.json"}
+    assert {path.name for path in whole.iterdir()} == names | {
+        "checkpoints",
+        "identity.json",
+        "chat_template.jinja",
+        "prompting.json",
+    }
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [step for step, loss, _ in losses(whole) if loss is not None] == list(range(1, STEPS + 1))
     assert [step for step, _, held_out in losses(whole) if held_out is not None] == [30, 60, 90, 120]

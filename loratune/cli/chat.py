@@ -18,6 +18,8 @@ class ChatArguments:
     """Folders of adapters over one base, or a base model alone."""
     model: str | None = None
     """Base model, if it is not at the place that the adapters record."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the one stored with the adapter."""
     temperature: float = 0.0
     """0 takes the most likely token; higher values are more varied."""
     top_p: float = 1.0
@@ -59,7 +61,9 @@ def run(words: list[str]) -> None:
         precision=given.precision,
         device=given.device,
         trust_remote_code=given.trust_remote_code,
+        chat_template=given.chat_template,
     )
+    process.print_notes(opened.notes)
     chat(
         opened.model,
         opened.tokenizer,

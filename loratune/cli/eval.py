@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+from loratune import atomic
 from loratune.cli import process
 from loratune.cli.common import AdapterFolder, DataNames, parse, require_data
 from loratune.config import DataConfig, DataFormat, Precision, TrainOn
@@ -33,6 +34,8 @@ class EvalArguments:
     """Held-out files."""
     model: str | None = None
     """Base model, if it is not at the place that the adapter records."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the one stored with the adapter."""
     max_new_tokens: int = 256
     """Longest answer to generate."""
     limit: int | None = None
@@ -80,7 +83,9 @@ def run(words: list[str]) -> None:
         precision=given.precision,
         device=given.device,
         trust_remote_code=given.trust_remote_code,
+        chat_template=given.chat_template,
     )
+    process.print_notes(opened.notes)
     train_on = given.train_on or (opened.run.dataset.train_on if opened.run else "assistant")
     settings = DataConfig(train_on=train_on, tokens_per_row=given.tokens_per_row, truncate=given.truncate)
     result = evaluate(
@@ -97,7 +102,7 @@ def run(words: list[str]) -> None:
     differs = difference(next(iter(opened.forms.values()), ()), forms_of(records))
     if given.json:
         note = {"note": differs} if differs else {}
-        print(json.dumps(as_json([result], data=data, answers=True) | note, ensure_ascii=False))
+        print(json.dumps(atomic.finite(as_json([result], data=data, answers=True) | note), ensure_ascii=False))
     else:
         draw([result], process.console(), data=data)
         if differs:

@@ -21,6 +21,8 @@ class MergeArguments:
     """Folder for the merged checkpoint."""
     model: str | None = None
     """Base model, if it is not at the place that the adapter records."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the one stored with the adapter."""
     data: list[str] = field(default_factory=list)
     """Files whose prompts are used for the comparison; by default the run's own data, if they still exist."""
     precision: DensePrecision = "auto"
@@ -42,7 +44,13 @@ def run(words: list[str]) -> None:
         from loratune.runs.card import render_merged_card
         from loratune.runs.evaluation import real_prompts
 
-    opened = open_folders([given.adapter], model=given.model, trust_remote_code=given.trust_remote_code)
+    opened = open_folders(
+        [given.adapter],
+        model=given.model,
+        chat_template=given.chat_template,
+        trust_remote_code=given.trust_remote_code,
+    )
+    process.print_notes(opened.notes)
     if not opened.adapters:
         raise ConfigError(f"{given.adapter}: this is a base model; give the folder of an adapter")
     ((name, folder),) = opened.adapters.items()

@@ -35,6 +35,15 @@ def console() -> Console:
     return PlainConsole()
 
 
+def print_notes(notes: Sequence[str]) -> None:
+    """Prints "note: text" to standard error, one line each."""
+    from rich.console import Console
+    from rich.text import Text
+
+    for note in notes:
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("note: ", "dim"), note))
+
+
 def print_error(message: str) -> None:
     """Prints "error: message" to standard error, without a traceback. On a terminal, lines break between words."""
     from rich.text import Text

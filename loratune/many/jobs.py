@@ -53,6 +53,8 @@ class Job:
     """Checkpoint to continue from."""
     pause_at: int | None = None
     """Step after which the job saves and leaves, to be added again later; None for no pause."""
+    run_id: str = ""
+    """Of the run, for the checkpoints' manifests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ class _RunningJob:
     tokens: int = 0
     seconds: float = 0.0
     saved_step: int | None = None
+    finite: bool = True
+    """False once the adapter has infinite or NaN values."""
 
     @property
     def pace(self) -> float:
@@ -224,7 +228,7 @@ class Jobs:
         self._bank.place(slot, job.lora, job.training.seed)
         self._step.join(slot, job.training)
         if job.resume_from is not None:
-            course.progress = checkpoint.read_progress(job.resume_from)
+            course.progress = checkpoint.resumed_progress(job.resume_from, job.run_id)
             parameters = self._bank.named(slot)
             tensors = read_tensors(job.resume_from)
             self._bank.load(slot, {path: tensors[f"{PREFIX}{path}.weight"] for path in parameters})
@@ -323,16 +327,23 @@ class Jobs:
             yield evaluated
             if evaluated.best:
                 yield from self._save(one)
+        if not one.finite:
+            reason = "diverged"
         if reason is None and course.finished:
             reason = "early stop" if course.out_of_patience else "done"
         if reason is not None:
             yield from self._end(one, reason)
         elif course.progress.step == one.job.pause_at:
             yield from self._save(one)
+            if not one.finite:
+                yield from self._end(one, "diverged")
+                return
             self._leave(one)
             yield Paused(course.progress.step)
         elif course.save_due:
             yield from self._save(one)
+            if not one.finite:
+                yield from self._end(one, "diverged")
 
     def _evaluate(self, one: _RunningJob) -> Evaluated:
         """Measures a job's held-out rows, several in one shared row."""
@@ -351,19 +362,27 @@ class Jobs:
     def _end(self, one: _RunningJob, reason: Reason) -> Iterator[JobEvent]:
         yield from self._save(one)
         self._leave(one)
-        yield Ended(reason, one.course.progress)
+        yield Ended(reason if one.finite else "diverged", one.course.progress, one.finite, one.saved_step)
 
     def _leave(self, one: _RunningJob) -> None:
         self._running.remove(one)
         self._step.leave(one.slot)
 
     def _save(self, one: _RunningJob) -> Iterator[CheckpointSaved]:
+        """Writes a checkpoint, unless there is one or the adapter is not finite."""
         folder, progress = one.job.checkpoints, one.course.progress
         if folder is None or one.saved_step == progress.step:
             return
+        one.finite = checkpoint.all_finite(self._bank.named(one.slot).values())
+        if not one.finite:
+            return
         moments = self._step.moments(one.slot)
         path = checkpoint.write_parts(
-            folder, lambda place: self._bank.save(one.slot, place, overwrite=True), moments, progress
+            folder,
+            lambda place: self._bank.save(one.slot, place, overwrite=True),
+            moments,
+            progress,
+            one.job.run_id,
         )
         one.saved_step = progress.step
         yield CheckpointSaved(progress.step, path)

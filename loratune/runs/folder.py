@@ -6,17 +6,19 @@
     rates.json                                        the trials of `--learning-rate auto`
     prompting.json                                    the form of the training data, for chat and eval
     README.md                                         the model card; written last, so it marks a complete folder
-    checkpoints/                                      the newest and the best, and hashes of the data
+    identity.json, chat_template.jinja                id of the run; its base, tokenizer, template and data
+    checkpoints/                                      the last two and the best, and hashes of the data
 
-Later commands need only this folder. A single run and a job of a sweep write the same files.
+Later commands need only this folder. A single run and a job of a sweep write the same files. `identity.json` is
+written first and removed last, so that a folder is known as a run's whenever a process is killed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,30 +27,27 @@ from typing import Any
 import torch
 
 from loratune import atomic
+from loratune.base import identity
 from loratune.config import LoraConfig, RunConfig, to_toml
 from loratune.data import prompting
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
 from loratune.data.prompting import PromptForm
-from loratune.errors import OutputError
+from loratune.errors import OutputError, TrainingError
 from loratune.many.rate import RateChoice
 from loratune.runs import metrics, resume, trackers
 from loratune.runs.card import CardFacts, DataFacts, render_card
+from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
 from loratune.training.course import Evaluated, Reason, StepDone
 from loratune.training.loop import Ended, Event, peak_memory_bytes
 from loratune.version import __version__
 
 RATES_FILE = "rates.json"
-_OURS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "run.toml",
-    "metrics.jsonl",
-    "loss.png",
-    "README.md",
-    prompting.FILE,
-)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_OURS = (*_ADAPTER, "README.md", "loss.png", RATES_FILE, "metrics.jsonl", "checkpoints", "tensorboard")
+_OTHERS = (identity.TEMPLATE_FILE, prompting.FILE)
+_MARKS = ("run.toml", identity.IDENTITY_FILE)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -78,7 +77,20 @@ class RunResult:
 class Recorder:
     """Writes events to metrics.jsonl and the trackers, and collects the numbers of the summary."""
 
-    def __init__(self, config: RunConfig, out: Path | None, dataset: Dataset, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path | None,
+        dataset: Dataset,
+        resume_step: int | None,
+        begin: Callable[[Path], None],
+    ) -> None:
+        """Starts the files of a run.
+
+        Args:
+            resume_step: step from which the run in `out` continues; None for a new run.
+            begin: writes the identity of a new run.
+        """
         self._out, self._forms, self._eval_data = out, dataset.forms, tuple(config.dataset.eval_data)
         self.last_loss: float | None = None
         self.ended: Ended | None = None
@@ -88,6 +100,7 @@ class Recorder:
         if out is not None:
             if resume_step is None:
                 clear(out)
+                begin(out)
                 resume.record_data(out, dataset)
             (out / "README.md").unlink(missing_ok=True)  # written last: it marks a complete folder
             prompting.write(out, dataset.forms)
@@ -112,6 +125,34 @@ class Recorder:
                     reporter.close()
 
     @property
+    def unusable(self) -> bool:
+        """True if the run has ended with an adapter that is not finite, and no earlier one is saved."""
+        return self._kept_step is None
+
+    @property
+    def _kept_step(self) -> int | None:
+        """Step of the best adapter on held-out data, else of the last finite one, else None."""
+        assert self.ended is not None
+        progress = self.ended.progress
+        last = progress.step if self.ended.finite else self.ended.saved_step
+        return last if progress.best_step is None else progress.best_step
+
+    def forget_lost_best(self, run_id: str) -> list[str]:
+        """Keeps the last adapter if the checkpoint of the best one is damaged. Returns a note, or nothing."""
+        assert self.ended is not None
+        assert self._out is not None
+        progress = self.ended.progress
+        here = checkpoint.at_step(self._out / "checkpoints", progress.step)
+        lost = checkpoint.lost_best(here, progress, run_id)
+        if lost is None:
+            return []
+        without = replace(progress, best_step=None, best_eval_loss=None)
+        self.ended = replace(self.ended, progress=without)
+        return [
+            f"{lost}; this best adapter (held-out loss {progress.best_eval_loss:.4f}) is lost, the last one is kept"
+        ]
+
+    @property
     def tokens_per_second(self) -> float:
         """Speed of all steps of this process, without evaluations and saving."""
         return self._tokens / self._seconds if self._seconds else 0.0
@@ -120,12 +161,18 @@ class Recorder:
         """Summary of the run, which ran on `device`."""
         assert self.ended is not None
         progress = self.ended.progress
+        kept = self._kept_step
+        if kept is None:
+            raise TrainingError(
+                f"the adapter had infinite or NaN values at step {progress.step}, before the first checkpoint, so "
+                "nothing is saved; try a lower --learning-rate"
+            )
         return RunResult(
             reason=self.ended.reason,
             progress=progress,
             last_loss=self.last_loss,
             out=self._out,
-            kept_step=progress.step if progress.best_step is None else progress.best_step,
+            kept_step=kept,
             tokens_per_second=self.tokens_per_second,
             peak_memory_bytes=peak_memory_bytes(device),
             forms=self._forms,
@@ -143,17 +190,21 @@ class Recorder:
 def check_output(config: RunConfig, out: Path) -> None:
     """Raises OutputError if `out` cannot take a new run."""
     atomic.check_new(out, overwrite=config.overwrite)
-    holds_a_run = any((out / name).is_file() for name in ("run.toml", "adapter_config.json"))
-    if out.is_dir() and any(out.iterdir()) and not holds_a_run:
+    if out.is_dir() and atomic.holds_files(out) and not holds_run(out):
         raise OutputError(f"{out}: contains files that are not a run; --overwrite replaces runs only")
 
 
+def holds_run(out: Path) -> bool:
+    """True if `out` holds files of a run, also if it is damaged or its process was killed."""
+    marks = (*_MARKS, *_ADAPTER, "metrics.jsonl", "checkpoints/data.json")
+    return any(os.path.lexists(out / name) for name in marks) or bool(checkpoint.all_in(out / "checkpoints"))
+
+
 def clear(out: Path) -> None:
-    """Removes the files of an earlier run from `out`, and no others."""
-    for name in (*_OURS, RATES_FILE):
-        (out / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    """Removes the files of an earlier run from `out`, and no others. Raises OutputError: one cannot be removed."""
+    for name in (*_OURS, *_OTHERS, *_MARKS):
+        atomic.remove(out / name)
+    atomic.remove_leftovers(out)
 
 
 def describe(
@@ -225,15 +276,20 @@ def _device_name(device: torch.device) -> str:
 
 def record_rates(out: Path, choice: RateChoice) -> None:
     """Stores the trials of the learning rate, for the card."""
-    atomic.write_text(out / RATES_FILE, json.dumps({"why": choice.why, **asdict(choice)}, indent=2) + "\n")
+    atomic.write_text(out / RATES_FILE, atomic.to_json({"why": choice.why, **asdict(choice)}))
 
 
 def _why_this_rate(out: Path) -> str:
     """The card's addition to a learning rate that was chosen by trials."""
     try:
-        found = json.loads((out / RATES_FILE).read_text(encoding="utf-8"))
+        found = json.loads((out / RATES_FILE).read_bytes())
+        losses = {
+            float(rate): "diverged" if loss is None else f"{loss:.4g}" for rate, loss in found["losses"].items()
+        }
+        tried = ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())
+        measured = "held-out" if found["held_out"] else "training"
+        return f"; {found['why']} ({measured} loss of the base {found['base_loss']:.4g}, then {tried})"
     except FileNotFoundError:
         return ""
-    tried = ", ".join(f"{float(rate):g}: {loss:.4g}" for rate, loss in found["losses"].items())
-    measured = "held-out" if found["held_out"] else "training"
-    return f"; {found['why']} ({measured} loss of the base {found['base_loss']:.4g}, then {tried})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "; chosen by trials, whose record is damaged"

@@ -19,26 +19,46 @@ class MetricsFile:
         """Starts a new file, or keeps the lines up to `resume_step` of an existing one."""
         self.path = path
         kept = [m for m in read(path) if m["step"] <= resume_step] if resume_step is not None else []
-        atomic.write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
+        atomic.write_text(path, "".join(map(_line, kept)))
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Appends one line. Raises OutputError: the disk is full."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(metrics)) + "\n")
+                file.write(_line(metrics))
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last line that a crash cut off."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a metrics file, without those that a crash cut off or damage has made unreadable.
+
+    Raises: OutputError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return [line for line in map(_parsed, content.split(b"\n")) if line is not None]
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    """One line of the file. Losses that are not finite become null, as JSON has no other word for them."""
+    return json.dumps(atomic.finite(metrics), allow_nan=False) + "\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object in a line: a step and numbers, or None if it is anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int or found["step"] < 0:
+        return None
+    if not all(value is None or isinstance(value, bool | int | float) for value in found.values()):
+        return None
+    values: dict[str, Any] = atomic.finite(found)
+    return values
 
 
 def losses_of(path: Path) -> list[float]:

@@ -13,17 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratune import atomic
+from loratune.base import identity
+from loratune.base.identity import RunIdentity
 from loratune.config import RunConfig, from_dict, read_toml
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
-from loratune.errors import ConfigError, OutputError
+from loratune.errors import ConfigError, LoratuneError, OutputError
 from loratune.training import checkpoint
 
+T = TypeVar("T")
 _FREE = frozenset(
     {
         "out",
@@ -42,25 +45,101 @@ _BY_CONTENT = frozenset({"data", "dataset.eval_data", "dataset.chat_template"})
 _MAY_RISE = frozenset({"training.epochs", "training.max_steps", "training.early_stopping_patience"})
 
 
-def find_checkpoint(config: RunConfig) -> tuple[Path, list[str]]:
-    """The newest checkpoint in `config.out`, and notes on settings that have risen.
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run that can be continued."""
+
+    config: RunConfig
+    """The settings, with names of files that are valid in this directory."""
+    checkpoint: Path
+    """The newest intact one."""
+    identity: RunIdentity
+    notes: list[str]
+    """On settings that have risen, and on damaged checkpoints."""
+
+
+def find_run(config: RunConfig) -> ResumedRun:
+    """The run in `config.out`, its newest intact checkpoint, and notes.
 
     Raises:
-        OutputError: there is no run or no checkpoint.
-        ConfigError: a setting that decides the result has changed.
+        OutputError: there is no run, or no intact checkpoint.
+        ConfigError: a setting that decides the result, or the base model, has changed.
     """
     out = Path(config.out)
-    newest = checkpoint.newest(out / "checkpoints")
-    if newest is None:
+    if checkpoint.newest(out / "checkpoints") is None:
         raise OutputError(f"{out}: there is no checkpoint to resume from; start again with --overwrite")
+    known = _identity_of(out)
+    newest, notes = checkpoint.newest_intact(out / "checkpoints", known.run)
+    if newest is None:
+        raise OutputError(f"no checkpoint is intact, first {notes[0]}; start again with --overwrite")
+    step = checkpoint.read_progress(newest).step
+    notes = [f"{fault}; the run continues from step {step}" for fault in notes]
+    progress = checkpoint.read_progress(newest)
+    lost = checkpoint.lost_best(newest, progress, known.run)
+    if lost is not None:
+        notes.append(
+            f"{lost}; this best adapter (held-out loss {progress.best_eval_loss:.4f}) is lost, and the best of "
+            "the remaining steps is kept"
+        )
     file = out / "run.toml"
-    return newest, _compare(from_dict(RunConfig, read_toml(str(file)), str(file)), config)
+    before = from_dict(RunConfig, read_toml(str(file)), str(file))
+    notes += _compare(before, config)
+    return ResumedRun(_located(before, config, known), newest, known, notes)
+
+
+def check_base(out: Path, known: RunIdentity, now: identity.BaseIdentity) -> None:
+    """Raises ConfigError if the run in `out` began with another base than `now`."""
+    why = identity.difference(known.base, now)
+    if why is not None:
+        raise ConfigError(f"{out}: {why}, so the run cannot be resumed; restore it, or start again with --overwrite")
+
+
+def check_unfinished(out: Path, step: int, *, finished: bool) -> None:
+    """Raises ConfigError if the run in `out` is complete."""
+    if finished and (out / "README.md").exists():
+        raise ConfigError(
+            f"{out}: this run is complete ({step} steps); raise --epochs, --max-steps or, if it stopped early, "
+            "--early-stopping-patience to go on"
+        )
+
+
+def _identity_of(out: Path) -> RunIdentity:
+    try:
+        known = identity.read(out)
+    except LoratuneError as error:
+        raise OutputError(f"{out}: cannot be resumed: {error}") from error
+    if known is None:
+        raise OutputError(
+            f"{out}: has no {identity.IDENTITY_FILE}, so its base and checkpoints cannot be verified; start again "
+            "with --overwrite"
+        )
+    return known
+
+
+def _located(before: RunConfig, now: RunConfig, known: RunIdentity) -> RunConfig:
+    """`now`, where names that are unchanged since the run began mean the same files in any directory."""
+    found = identity.located(before, known, Path(now.out))
+    settings = replace(
+        now.dataset,
+        eval_data=_moved(before.dataset.eval_data, now.dataset.eval_data, found.dataset.eval_data),
+        chat_template=_moved(before.dataset.chat_template, now.dataset.chat_template, found.dataset.chat_template),
+    )
+    return replace(
+        now,
+        model=_moved(before.model, now.model, found.model),
+        data=_moved(before.data, now.data, found.data),
+        dataset=settings,
+    )
+
+
+def _moved(before: T, now: T, found: T) -> T:
+    return found if now == before else now
 
 
 def record_data(out: Path, dataset: Dataset) -> None:
     """Stores the hashes of the data, for `check_data`."""
     content = {"files": dataset.file_hashes, "examples": _hash(dataset)}
-    atomic.write_text(_data_file(out), json.dumps(content, indent=2) + "\n")
+    atomic.write_text(_data_file(out), atomic.to_json(content))
 
 
 def check_data(out: Path, dataset: Dataset) -> None:
@@ -68,7 +147,7 @@ def check_data(out: Path, dataset: Dataset) -> None:
     try:
         before = json.loads(_data_file(out).read_text(encoding="utf-8"))
         files, examples = list(before["files"].values()), before["examples"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise OutputError(f"{_data_file(out)}: cannot be read, so the run cannot be resumed: {error}") from error
     if examples == _hash(dataset):
         return
@@ -89,7 +168,7 @@ def _compare(before: RunConfig, now: RunConfig) -> list[str]:
     old, new = dict(_flat(before)), dict(_flat(now))
     for name in [name for name in new if name not in _FREE | _BY_CONTENT and old[name] != new[name]]:
         if name == "model" and Path(old[name]).resolve() == Path(new[name]).resolve():
-            continue
+            continue  # the fingerprint of its files is compared as well
         both = f"{now.out}: {name} is {old[name]!r} in this run and {new[name]!r} now"
         if name not in _MAY_RISE:
             raise ConfigError(f"{both}; restore it to resume, or start again with --overwrite")

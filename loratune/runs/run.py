@@ -6,6 +6,7 @@ Cheap checks come first, so an error appears before any more expensive work. `ru
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune import atomic
+from loratune import atomic, lock
+from loratune.base import identity
 from loratune.base import load as base
 from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
+from loratune.base.identity import BaseIdentity, RunIdentity
 from loratune.config import DataConfig, RunConfig, TrainConfig, from_dict, read_toml
 from loratune.data.feed import Dataset, EpochRows, prepare, rows_of_epoch
 from loratune.data.memory import TableOfRecords, as_sources
 from loratune.data.pack import fullness
 from loratune.data.render import with_date
-from loratune.errors import AdapterError, ConfigError, TrainingError, expect
+from loratune.errors import AdapterError, ConfigError, ModelError, TrainingError, expect
 from loratune.lora.files import load_adapter, save
 from loratune.lora.inject import Attached, activate, active, attach, config_of, detach, trainable_parameters
 from loratune.many.rate import RateChoice, RateTrial, choose_rate
@@ -31,6 +34,7 @@ from loratune.precision.linear import form_in_memory, mostly_dense
 from loratune.runs import folder, resume, trackers
 from loratune.runs.evaluation import pad_id
 from loratune.runs.folder import Recorder, RunResult
+from loratune.runs.resume import ResumedRun
 from loratune.training import checkpoint, choices
 from loratune.training.choices import SettingChoice
 from loratune.training.course import MAX_SKIPPED_IN_A_ROW, Evaluated, Rows
@@ -98,22 +102,44 @@ def run(
 
 
 def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
-    """`run` without the translation of out-of-memory errors."""
+    """`run` without the translation of out-of-memory errors, and under the lock of the folder."""
     out = Path(config.out)
-    resume_from: Path | None = None
-    if config.resume:
-        config = _with_known_choices(config)
-        resume_from, notes = resume.find_checkpoint(config)
-        yield from map(Note, notes)
-    else:
+    if not config.resume:
         folder.check_output(config, out)
+    with lock.hold(out) if out.is_dir() or not config.resume else nullcontext():
+        atomic.remove_leftovers(out)
+        atomic.remove_leftovers(out / "checkpoints")
+        if config.resume:
+            yield from _resumed_run(config, stop, cache_dir)
+        else:
+            folder.check_output(config, out)  # another process may have finished a run here in between
+            yield from _locked_run(config, stop, cache_dir, None)
+
+
+def _resumed_run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
+    """Finds the run and its newest intact checkpoint, and continues."""
+    found = resume.find_run(_with_known_choices(config))
+    yield from map(Note, found.notes)
+    yield from _locked_run(found.config, stop, cache_dir, found)
+
+
+def _locked_run(
+    config: RunConfig, stop: Callable[[], bool], cache_dir: str | None, resumed: ResumedRun | None
+) -> Iterator[RunEvent]:
+    """Loads and prepares everything, then trains."""
+    out, resume_from = Path(config.out), None if resumed is None else resumed.checkpoint
     trackers.require(config.training.log_to)
     check_limit(config.training, base.device_of(config.device))
     tokenizer = base.load_tokenizer(
         config.model, config.dataset.chat_template, trust_remote_code=config.trust_remote_code
     )
+    if resumed is not None:
+        resume.check_base(out, resumed.identity, identity.describe(config.model))
     config = replace(config, dataset=with_date(config.dataset, tokenizer))
     model = base.load(config.model, config.precision, config.device, trust_remote_code=config.trust_remote_code)
+    described = identity.describe(config.model)
+    if resumed is not None:
+        resume.check_base(out, resumed.identity, described)  # a hub id has files only now
     by_trials = config.training.learning_rate == "auto"  # trials need the base without an adapter
     attached = None if by_trials else _adapter(model, config, resume_from)
     dataset = dataset_of(model, tokenizer, config.data, config.dataset, config.training.seed, cache_dir)
@@ -124,7 +150,10 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         config = replace(config, training=replace(config.training, learning_rate=choice.rate))
         attached = _adapter(model, config, resume_from)
     forward, fitted = _fitted(model, config)
-    yield from _train(forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice, chosen)
+    known = resumed.identity if resumed else identity.of_run(described, tokenizer, dataset.file_hashes)
+    yield from _train(
+        forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice, chosen, known
+    )
 
 
 def _adapter(model: PreTrainedModel, config: RunConfig, resume_from: Path | None) -> Attached | None:
@@ -227,15 +256,18 @@ def train(
     prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
     config, chosen = completed(config, prepared, model.config)
     forward, fitted = _fitted(model, config)
+    known = identity.of_run(_described(model), tokenizer, prepared.file_hashes)
     result: RunResult | None = None
-    events = _train(
-        forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False, choices_made=chosen
-    )
-    for event in events:
-        if isinstance(event, RunResult):
-            result = event
-        if on_event is not None:
-            on_event(event)
+    with nullcontext() if where is None else lock.hold(where):
+        if where is not None:
+            atomic.check_new(where, overwrite=False)  # another process may have finished a run here in between
+        for event in _train(
+            forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False, None, chosen, known
+        ):
+            if isinstance(event, RunResult):
+                result = event
+            if on_event is not None:
+                on_event(event)
     assert result is not None
     return result
 
@@ -248,6 +280,15 @@ def _check_types(model: object, tokenizer: object, training: object, dataset: ob
     for name, value, kind in (("training", training, TrainConfig), ("dataset", dataset, DataConfig)):
         if value is not None:
             expect(value, kind, name, call, f"Write {name}={kind.__name__}(...)")
+
+
+def _described(model: PreTrainedModel) -> BaseIdentity:
+    """The identity of a model in memory, which need not come from files."""
+    name = str(model.name_or_path or type(model).__name__)
+    try:
+        return identity.describe(name)
+    except ModelError:
+        return BaseIdentity(name, None, None, None)
 
 
 def _fitted(model: PreTrainedModel, config: RunConfig) -> tuple[PackedForward, FittedPlan]:
@@ -266,8 +307,9 @@ def _train(
     out: Path | None,
     resume_from: Path | None,
     stop: Callable[[], bool],
-    choice: RateChoice | None = None,
-    choices_made: tuple[SettingChoice, ...] = (),
+    choice: RateChoice | None,
+    choices_made: tuple[SettingChoice, ...],
+    known: RunIdentity,
 ) -> Iterator[RunEvent]:
     """The part of a run after loading: prepares, trains and writes the results."""
     model = forward.model
@@ -277,16 +319,12 @@ def _train(
     parameters = trainable_parameters(model)
     rows = rows_of(tokenizer, dataset, config)
     lengths = [len(example) for example in dataset.train]
-    loop = Loop(forward, name, parameters, rows, config.training, out and out / "checkpoints", stop)
+    loop = Loop(forward, name, parameters, rows, config.training, out and out / "checkpoints", stop, known.run)
     if resume_from is not None:
         loop.resume(resume_from)
         assert out is not None
         resume.check_data(out, dataset)
-        if loop.finished and (out / "README.md").exists():
-            raise ConfigError(
-                f"{out}: this run is complete ({loop.progress.step} steps); raise --epochs, --max-steps or, if it "
-                "stopped early, --early-stopping-patience to go on"
-            )
+        resume.check_unfinished(out, loop.progress.step, finished=loop.finished)
     full = fullness(lengths, loop.rows_per_epoch, config.dataset.row_tokens)
     yield from map(Note, choices.remarks(full, loop.total_steps, config.dataset.row_tokens, max(lengths)))
     yield Prepared(
@@ -301,7 +339,13 @@ def _train(
         fitted,
         choices_made,
     )
-    recorder = Recorder(config, out, dataset, None if resume_from is None else loop.progress.step)
+    recorder = Recorder(
+        config,
+        out,
+        dataset,
+        None if resume_from is None else loop.progress.step,
+        lambda folder: identity.write(folder, known, tokenizer),
+    )
     if choice is not None and out is not None:
         folder.record_rates(out, choice)
     if model.device.type == "cuda":
@@ -317,13 +361,21 @@ def _train(
     with torch.no_grad():
         for path, values in best.items():
             parameters[path].copy_(values)
-    result = _finish(model, name, dataset, config, out, recorder)
+    result, notes = _finish(model, name, dataset, config, out, recorder, known.run)
+    yield from map(Note, notes)
     yield result
     if result.reason == "diverged":
-        raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} consecutive steps, up to step "
-            f"{result.progress.step}; the last good adapter is saved. Try a lower --learning-rate"
-        )
+        assert recorder.ended is not None
+        raise TrainingError(_why_diverged(result, finite=recorder.ended.finite))
+
+
+def _why_diverged(result: RunResult, *, finite: bool) -> str:
+    skipped = f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} consecutive steps, up to step"
+    why = skipped if finite else "the adapter had infinite or NaN values at step"
+    return (
+        f"{why} {result.progress.step}; the last good adapter, of step {result.kept_step}, is saved. Try a lower "
+        "--learning-rate"
+    )
 
 
 def _notes(forward: PackedForward, dataset: Dataset, attached: Attached | None) -> Iterator[str]:
@@ -371,17 +423,25 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunCon
 
 
 def _finish(
-    model: PreTrainedModel, name: str, dataset: Dataset, config: RunConfig, out: Path | None, recorder: Recorder
-) -> RunResult:
-    """Loads the best adapter into the model, saves it, and writes the plot and the model card."""
-    result = recorder.result(model.device)
+    model: PreTrainedModel,
+    name: str,
+    dataset: Dataset,
+    config: RunConfig,
+    out: Path | None,
+    recorder: Recorder,
+    run_id: str,
+) -> tuple[RunResult, list[str]]:
+    """Loads the best adapter into the model, saves it, and writes the plot and the model card. Also returns notes."""
     if out is None:
-        return result
-    if result.kept_step != result.progress.step:
+        return recorder.result(model.device), []
+    notes = recorder.forget_lost_best(run_id)
+    result = recorder.result(model.device)
+    assert recorder.ended is not None
+    if result.kept_step != result.progress.step or not recorder.ended.finite:
         detach(model, name)
         load_adapter(model, checkpoint.at_step(out / "checkpoints", result.kept_step), name=name)
         activate(model, name)
     save(model, out, name, overwrite=True)
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     folder.describe(config, dataset, result, config_of(model, name), parameters, model.device)
-    return result
+    return result, notes

@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -25,7 +24,7 @@ from typing import Any
 
 from loratune import atomic
 from loratune.errors import OutputError
-from loratune.runs import metrics
+from loratune.runs import folder, metrics
 from loratune.units import command, path_word
 
 STATE_FILE, JOBS_FILE = "sweep.json", "jobs.toml"
@@ -68,17 +67,17 @@ class Standing:
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Raises OutputError if `out` cannot take a new sweep."""
     atomic.check_new(out, overwrite=overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / STATE_FILE).is_file():
+    if out.is_dir() and atomic.holds_files(out) and not any((out / f).is_file() for f in (STATE_FILE, JOBS_FILE)):
         raise OutputError(f"{out}: contains files that are not a sweep; --overwrite replaces sweeps only")
 
 
 def clear(out: Path) -> None:
-    """Removes an earlier sweep: its files and its run folders."""
-    for name in (STATE_FILE, JOBS_FILE, RESULTS_FILE, PLOT_FILE, CARD_FILE):
-        (out / name).unlink(missing_ok=True)
-    for folder in out.iterdir() if out.is_dir() else []:
-        if (folder / "run.toml").is_file():
-            shutil.rmtree(folder)
+    """Removes an earlier sweep: its run folders and its files; last the state, which marks a sweep."""
+    for run in out.iterdir() if out.is_dir() else []:
+        if run.is_dir() and not run.is_symlink() and folder.holds_run(run):
+            atomic.remove(run)
+    for name in (CARD_FILE, PLOT_FILE, RESULTS_FILE, JOBS_FILE, STATE_FILE):
+        atomic.remove(out / name)
 
 
 def begin(out: Path, state: SweepState, jobs_text: str) -> None:
@@ -102,7 +101,7 @@ def read_state(out: Path) -> SweepState:
 
 def write_state(out: Path, state: SweepState) -> None:
     """Writes the state. Raises OutputError: the file cannot be written."""
-    atomic.write_text(out / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+    atomic.write_text(out / STATE_FILE, atomic.to_json(asdict(state)))
 
 
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
@@ -119,7 +118,7 @@ def ranked(standings: Sequence[Standing]) -> list[Standing]:
 
 def write_results(out: Path, standings: Sequence[Standing], model: str) -> None:
     """Writes the ranking, the plot and then README.md. `standings` are ranked."""
-    content = json.dumps([asdict(standing) for standing in standings], indent=2) + "\n"
+    content = atomic.to_json([asdict(standing) for standing in standings])
     atomic.write_text(out / RESULTS_FILE, content)
     plot(out, standings)
     atomic.write_text(out / CARD_FILE, card(out.name, standings, model))

@@ -11,24 +11,20 @@ nor on interruptions of the sweep.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from loratune import atomic
+from loratune import atomic, lock
+from loratune.base import identity
 from loratune.base import load as base
 from loratune.base.forward import PackedForward
 from loratune.base.forward import prepare as prepare_forward
-from loratune.config import RunConfig
-from loratune.data import feed
-from loratune.data.feed import Dataset
-from loratune.data.render import with_date
+from loratune.base.identity import BaseIdentity, RunIdentity
 from loratune.errors import AdapterError, ConfigError, LoratuneError
 from loratune.lora.files import WEIGHTS_FILE, read_info
 from loratune.lora.peft_config import CONFIG_FILE
@@ -36,12 +32,13 @@ from loratune.many.bank import Bank
 from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
 from loratune.runs import folder, metrics, resume, trackers
-from loratune.runs.run import Note, completed, rows_of
+from loratune.runs.run import Note
 from loratune.sweep import folder as sweep_folder
 from loratune.sweep.folder import Standing, SweepState
+from loratune.sweep.jobs_data import JobData, read_data
 from loratune.sweep.plan import PlannedJob, SweepPlan
 from loratune.training import checkpoint
-from loratune.training.course import Course, Rows
+from loratune.training.course import Course
 from loratune.training.loop import Ended, peak_memory_bytes
 from loratune.training.objectives import objective_named
 
@@ -110,39 +107,32 @@ def sweep(
     Raises: LoratuneError: an error that the user can fix, before the first step.
     """
     started, where = time.perf_counter(), Path(out)
-    state = _state(plan, where, overwrite=overwrite, resumed=resumed)
-    first = plan.jobs[0].config
-    for job in plan.jobs:
-        trackers.require(job.config.training.log_to)
-    data, notes = _data(plan.jobs, state.date, cache_dir)
-    plan = replace(plan, jobs=tuple(replace(job, config=data[job.name].config) for job in plan.jobs))
-    yield from map(Note, notes)
-    going = [job for job in plan.jobs if job.name not in state.ended]
-    model = base.load(first.model, first.precision, first.device, trust_remote_code=first.trust_remote_code)
-    sweeping = _SweepRun(plan, data, state, where, model, going, stop)
-    bank, forward = _bank(model, going, at_once) if going else (None, None)
-    if not resumed:
-        sweep_folder.clear(where)
-    sweep_folder.begin(where, state, jobs_text)
-    if bank is not None and forward is not None:
-        yield from map(Note, forward.notes)
-        yield from sweeping.train(bank, forward)
-    standings = tuple(sweep_folder.ranked([sweeping.standing(job) for job in plan.jobs]))
-    complete = all(job.name in state.ended for job in plan.jobs)
-    if complete:
-        sweep_folder.write_results(where, standings, first.model)
-    seconds, memory = time.perf_counter() - started, peak_memory_bytes(model.device)
-    yield SweepResult(standings, where, complete, seconds, sweeping.tokens, memory)
-
-
-@dataclass(frozen=True)
-class _JobData:
-    """Data and course of a job, and its complete settings."""
-
-    config: RunConfig
-    dataset: Dataset
-    rows: Rows
-    course: Course
+    _state(plan, where, overwrite=overwrite, resumed=resumed)
+    with lock.hold(where):
+        atomic.remove_leftovers(where)
+        state = _state(plan, where, overwrite=overwrite, resumed=resumed)
+        first = plan.jobs[0].config
+        for job in plan.jobs:
+            trackers.require(job.config.training.log_to)
+        data, notes = read_data(plan.jobs, state.date, cache_dir)
+        plan = replace(plan, jobs=tuple(replace(job, config=data[job.name].config) for job in plan.jobs))
+        yield from map(Note, notes)
+        going = [job for job in plan.jobs if job.name not in state.ended]
+        model = base.load(first.model, first.precision, first.device, trust_remote_code=first.trust_remote_code)
+        sweeping = _SweepRun(plan, data, state, where, model, going, stop, identity.describe(first.model))
+        bank, forward = _bank(model, going, at_once) if going else (None, None)
+        if not resumed:
+            sweep_folder.clear(where)
+        sweep_folder.begin(where, state, jobs_text)
+        if bank is not None and forward is not None:
+            yield from map(Note, forward.notes)
+            yield from sweeping.train(bank, forward)
+        standings = tuple(sweep_folder.ranked([sweeping.standing(job) for job in plan.jobs]))
+        complete = all(job.name in state.ended for job in plan.jobs)
+        if complete:
+            sweep_folder.write_results(where, standings, first.model)
+        seconds, memory = time.perf_counter() - started, peak_memory_bytes(model.device)
+        yield SweepResult(standings, where, complete, seconds, sweeping.tokens, memory)
 
 
 class _SweepRun:
@@ -151,14 +141,17 @@ class _SweepRun:
     def __init__(
         self,
         plan: SweepPlan,
-        data: dict[str, _JobData],
+        data: dict[str, JobData],
         state: SweepState,
         out: Path,
         model: PreTrainedModel,
         going: Sequence[PlannedJob],
         stop: Callable[[], bool],
+        described: BaseIdentity,
     ) -> None:
         self._plan, self._data, self._state, self._out, self._model = plan, data, state, out, model
+        self._base, self._identities = described, dict[str, RunIdentity]()
+        self._notes: list[str] = []
         self._going = {job.name: job for job in going}
         self._stop = stop
         self._recorders: dict[str, folder.Recorder] = {}
@@ -168,6 +161,7 @@ class _SweepRun:
     def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
         """Trains every job to its end, or until `stop` returns True."""
         jobs = [self._job(job) for job in self._going.values()]
+        yield from map(Note, self._notes)
         tokens = _row_tokens(self._model, self._going.values())
         objective = objective_named(self._plan.jobs[0].config.training.objective)
         pool = Jobs(forward, bank, tokens, self._stop, objective)
@@ -219,10 +213,7 @@ class _SweepRun:
 
     def _job(self, planned: PlannedJob) -> Job:
         out, data = self._out / planned.name, self._data[planned.name]
-        newest = checkpoint.newest(out / "checkpoints")
-        if newest is not None:
-            resume.find_checkpoint(replace(planned.config, resume=True))
-            resume.check_data(out, data.dataset)
+        newest = self._resumable(planned)
         training = planned.config.training
         return Job(
             planned.name,
@@ -232,7 +223,27 @@ class _SweepRun:
             out / "checkpoints",
             newest,
             self._rung_step(data.course, len(self._state.meetings)),
+            self._identities[planned.name].run,
         )
+
+    def _resumable(self, planned: PlannedJob) -> Path | None:
+        """The checkpoint from which a job continues; None for a job that starts."""
+        out, data = self._out / planned.name, self._data[planned.name]
+        faults: list[str] = []
+        if checkpoint.newest(out / "checkpoints") is not None:
+            known = identity.read(out)
+            newest, faults = checkpoint.newest_intact(out / "checkpoints", known.run if known else None)
+            if newest is not None:
+                found = resume.find_run(replace(planned.config, resume=True))
+                resume.check_base(out, found.identity, self._base)
+                resume.check_data(out, data.dataset)
+                self._notes += found.notes
+                self._identities[planned.name] = found.identity
+                return newest
+        self._notes += [f"{fault}; the job starts again" for fault in faults[:1]]
+        new = identity.of_run(self._base, data.tokenizer, data.dataset.file_hashes)
+        self._identities[planned.name] = new
+        return None
 
     def _take(self, name: str, event: JobEvent) -> JobEvent:
         """Records an event of a job. An error in its folder fails this job alone."""
@@ -264,6 +275,10 @@ class _SweepRun:
         """Copies the best adapter to the top of a job's folder and writes the model card, like a run."""
         out, planned = self._out / name, self._going[name]
         recorder = self._recorders.pop(name)
+        if recorder.unusable:
+            self._ended(name, ended.reason)
+            return
+        recorder.forget_lost_best(self._identities[name].run)
         result = recorder.result(self._model.device)
         kept = checkpoint.at_step(out / "checkpoints", result.kept_step)
         for file in (WEIGHTS_FILE, CONFIG_FILE):
@@ -323,13 +338,19 @@ class _SweepRun:
         self._finish(name, ended)
 
     def _recorder(self, planned: PlannedJob, step: int) -> folder.Recorder:
-        out = self._out / planned.name
-        fresh = checkpoint.newest(out / "checkpoints") is None
-        return folder.Recorder(planned.config, out, self._data[planned.name].dataset, None if fresh else step)
+        data = self._data[planned.name]
+        return folder.Recorder(
+            planned.config,
+            self._out / planned.name,
+            data.dataset,
+            step or None,
+            lambda out: identity.write(out, self._identities[planned.name], data.tokenizer),
+        )
 
     def _last_eval_loss(self, name: str) -> float:
         lines = metrics.read(self._out / name / "metrics.jsonl")
-        return next((float(m["eval_loss"]) for m in reversed(lines) if "eval_loss" in m), math.inf)
+        last = next((m["eval_loss"] for m in reversed(lines) if "eval_loss" in m), None)
+        return math.inf if last is None else float(last)
 
 
 def _bank(model: PreTrainedModel, going: Sequence[PlannedJob], at_once: int | None) -> tuple[Bank, PackedForward]:
@@ -371,65 +392,3 @@ def _state(plan: SweepPlan, out: Path, *, overwrite: bool, resumed: bool) -> Swe
         name: why for name, why in state.ended.items() if not why.startswith("failed")
     }  # they are tried again
     return state
-
-
-def _data(jobs: Sequence[PlannedJob], day: str, cache_dir: str | None) -> tuple[dict[str, _JobData], list[str]]:
-    """Reads and packs every job's data, once for all jobs that share them; also returns notes."""
-    first = jobs[0].config
-    tokenizers: dict[str | None, PreTrainedTokenizerBase] = {}
-    datasets, packed = dict[str, Dataset](), dict[str, Rows]()
-    found, notes, chosen = dict[str, _JobData](), list[str](), dict[str, list[str]]()
-    model_config = base.load_config(first.model, trust_remote_code=first.trust_remote_code)
-    for job in jobs:
-        config, template = job.config, job.config.dataset.chat_template
-        try:
-            if template not in tokenizers:
-                tokenizers[template] = base.load_tokenizer(
-                    config.model, template, trust_remote_code=config.trust_remote_code
-                )
-            config = replace(config, dataset=with_date(config.dataset, tokenizers[template], day))
-            key = repr((config.data, config.dataset, config.training.seed))
-            if key not in datasets:
-                datasets[key] = _read(config, tokenizers[template], model_config, cache_dir)
-            dataset = datasets[key]
-            config, choices = completed(config, dataset, model_config)
-        except LoratuneError as error:
-            raise type(error)(f'job "{job.name}": {error}') from error
-        if (row_key := f"{key} {config.dataset.tokens_per_row}") not in packed:
-            packed[row_key] = _rows(tokenizers[template], dataset, config)
-        remarks = dataset.notes + _stop_note(config, tokenizers[template], dataset)
-        notes += [note for note in remarks if note not in notes]
-        for each in choices:
-            chosen.setdefault(str(each), []).append(job.name)
-        rows = packed[row_key]
-        found[job.name] = _JobData(config, dataset, rows, Course(rows, config.training))
-    notes += [text if len(names) == len(jobs) else f"{', '.join(names)}: {text}" for text, names in chosen.items()]
-    split = {(tuple(j.config.data), j.config.training.seed) for j in jobs if not j.config.dataset.eval_data}
-    if len(split) > len({data for data, _ in split}):
-        notes.append(
-            "jobs with different seeds hold out different records, so their held-out losses differ by more than the "
-            "adapters do; name the same held-out files for all with eval_data"
-        )
-    return found, notes
-
-
-def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, cache_dir: str | None) -> Dataset:
-    return feed.prepare(
-        config.data,
-        tokenizer,
-        config.dataset,
-        stop_ids=base.stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code),
-        max_tokens=base.max_document_tokens(model_config),
-        vocabulary=base.configured_vocabulary(model_config),
-        seed=config.training.seed,
-        cache_dir=cache_dir,
-    )
-
-
-def _stop_note(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> list[str]:
-    return base.stop_note(config.model, tokenizer, dataset.forms, trust_remote_code=config.trust_remote_code)
-
-
-def _rows(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: RunConfig) -> Rows:
-    rows = rows_of(tokenizer, dataset, config)
-    return Rows(functools.lru_cache(maxsize=2)(rows.of_epoch), rows.held_out)

@@ -2,16 +2,21 @@
 
 A checkpoint is a folder `checkpoints/step-000120/`. It holds the adapter in PEFT format, so it can be used directly,
 AdamW's moments in `optimizer.safetensors`, and `progress.json`. The data need no state: an epoch's rows follow from
-the seed, dropout from seed and step. Folders appear whole or not at all. The newest checkpoint and the best one on
-held-out data are kept.
+the seed, dropout from seed and step. Folders appear whole or not at all.
+
+`manifest.json` has the run, the step and the hash of every file. A checkpoint is used only if all of them agree. So a
+flipped bit, tensors of another run, or a folder with a wrong number is found before it is used. Three checkpoints are
+kept: the newest, the one before it, and the best on held-out data. If the newest is damaged, the one before is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +28,14 @@ from transformers import PreTrainedModel
 
 from loratune import atomic
 from loratune.errors import TrainingError
-from loratune.lora.files import save
+from loratune.lora.files import WEIGHTS_FILE, save
+from loratune.lora.peft_config import CONFIG_FILE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in an optimizer's state and in files."""
+
+MANIFEST_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "manifest.json", "optimizer.safetensors", "progress.json"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE)
 
 
 @dataclass
@@ -41,6 +50,8 @@ class Progress:
     best_eval_loss: float | None = None
     evaluations_without_gain: int = 0
     optimizer_steps: int = 0
+    skipped_in_a_row: int = 0
+    """Consecutive skipped steps up to `step`."""
 
 
 def write(
@@ -50,8 +61,9 @@ def write(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    run_id: str = "",
 ) -> Path:
-    """Saves a checkpoint as `folder/step-NNNNNN` and removes all others but the best.
+    """Saves a checkpoint as `folder/step-NNNNNN` and removes all others but the best and the one before.
 
     Raises: OutputError: the disk is full or read-only; earlier checkpoints are then unchanged.
     """
@@ -61,15 +73,20 @@ def write(
         for moment in MOMENTS
         if parameter in optimizer.state
     }
-    return write_parts(folder, lambda place: save(model, place, name=name, overwrite=True), moments, progress)
+    return write_parts(folder, lambda place: save(model, place, name=name, overwrite=True), moments, progress, run_id)
 
 
 def write_parts(
-    folder: Path, save_adapter: Callable[[Path], None], moments: Mapping[str, torch.Tensor], progress: Progress
+    folder: Path,
+    save_adapter: Callable[[Path], None],
+    moments: Mapping[str, torch.Tensor],
+    progress: Progress,
+    run_id: str = "",
 ) -> Path:
     """`write` for an adapter that is not attached to the model, such as one in a bank.
 
     Args:
+        run_id: of the run, for the manifest.
         save_adapter: writes the adapter into the given folder.
         moments: AdamW's moments as "PARAMETER.exp_avg" and "PARAMETER.exp_avg_sq".
     """
@@ -77,19 +94,68 @@ def write_parts(
     with atomic.new_directory(path, overwrite=True) as temporary:
         save_adapter(temporary)
         contiguous = {key: moment.contiguous() for key, moment in moments.items()}
-        atomic.write_bytes(temporary / "optimizer.safetensors", to_bytes(contiguous))
-        atomic.write_text(temporary / "progress.json", json.dumps(asdict(progress), indent=2) + "\n")
-    keep = {progress.step, progress.best_step}
-    for step, old in _all(folder).items():
-        if step not in keep:
+        atomic.write_bytes(temporary / OPTIMIZER_FILE, to_bytes(contiguous))
+        atomic.write_text(temporary / PROGRESS_FILE, atomic.to_json(asdict(progress)))
+        hashes = {file.name: _hash_of(file) for file in sorted(temporary.iterdir())}
+        manifest = {"run": run_id, "step": progress.step, "files": hashes}
+        atomic.write_text(temporary / MANIFEST_FILE, atomic.to_json(manifest))
+    found = all_in(folder)
+    before = max((step for step in found if step < progress.step), default=None)
+    for step, old in found.items():
+        if step not in (progress.step, before, progress.best_step):
             shutil.rmtree(old, ignore_errors=True)
     return path
 
 
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """True if no value is infinite or NaN. Waits for the device."""
+    checks = [tensor.isfinite().all() for tensor in tensors]
+    return not checks or bool(torch.stack(checks).all())
+
+
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, or None."""
-    found = _all(folder)
+    """The checkpoint with the most steps, intact or not, or None."""
+    found = all_in(folder)
     return found[max(found)] if found else None
+
+
+def newest_intact(folder: Path, run_id: str | None = None) -> tuple[Path | None, list[str]]:
+    """The intact checkpoint with the most steps, and one line for each newer checkpoint that is not intact.
+
+    Args:
+        run_id: of the run that owns `folder`; None accepts any.
+    """
+    faults: list[str] = []
+    for _, path in sorted(all_in(folder).items(), reverse=True):
+        fault = fault_of(path, run_id)
+        if fault is None:
+            return path, faults
+        faults.append(f"{path}: {fault}")
+    return None, faults
+
+
+def fault_of(checkpoint: Path, run_id: str | None = None) -> str | None:
+    """The reason not to use a checkpoint; None if it is intact. Reads and hashes all its files."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+        run, step, hashes = manifest["run"], manifest["step"], dict(manifest["files"])
+    except FileNotFoundError:
+        return f"has no {MANIFEST_FILE}, so it is not complete"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{MANIFEST_FILE} is damaged"
+    if run_id is not None and run != run_id:
+        return "belongs to another run"
+    if step != _step_of(checkpoint):
+        return f"is of step {step}, unlike its name"
+    for name in (*_FILES, *hashes):
+        try:
+            if Path(name).name != name or _hash_of(checkpoint / name) != hashes.get(name):
+                return f"{name} is damaged"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None
 
 
 def at_step(folder: Path, step: int) -> Path:
@@ -100,9 +166,26 @@ def at_step(folder: Path, step: int) -> Path:
 def read_progress(checkpoint: Path) -> Progress:
     """Reads `progress.json`. Raises: TrainingError: the file is missing or damaged."""
     try:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return Progress(**json.loads((checkpoint / PROGRESS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TrainingError(f"{checkpoint}: not a usable checkpoint: {error}") from error
+
+
+def resumed_progress(checkpoint: Path, run_id: str | None = None) -> Progress:
+    """`read_progress` without a best step whose own checkpoint is not intact: a later evaluation is then the best."""
+    progress = read_progress(checkpoint)
+    if lost_best(checkpoint, progress, run_id) is None:
+        return progress
+    return replace(progress, best_step=None, best_eval_loss=None)
+
+
+def lost_best(checkpoint: Path, progress: Progress, run_id: str | None = None) -> str | None:
+    """The fault of the best step's checkpoint beside `checkpoint`, or None."""
+    if progress.best_step is None or progress.best_step == progress.step:
+        return None
+    best = at_step(checkpoint.parent, progress.best_step)
+    fault = fault_of(best, run_id)
+    return None if fault is None else f"{best}: {fault}"
 
 
 def restore_optimizer(
@@ -126,7 +209,7 @@ def restore_optimizer(
 def read_moments(checkpoint: Path, parameters: Iterable[str], progress: Progress) -> dict[str, torch.Tensor]:
     """Reads AdamW's moments. Raises: TrainingError: they belong to other parameters."""
     try:
-        moments = load_file(checkpoint / "optimizer.safetensors")
+        moments = load_file(checkpoint / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint}: cannot read the optimizer's state: {error}") from error
     odd = sorted(set(moments) - {f"{key}.{moment}" for key in parameters for moment in MOMENTS})
@@ -136,6 +219,20 @@ def read_moments(checkpoint: Path, parameters: Iterable[str], progress: Progress
     return moments
 
 
-def _all(folder: Path) -> dict[int, Path]:
-    """Complete checkpoints by step. A folder with a temporary name starts with a dot and does not count."""
-    return {int(p.name.removeprefix("step-")): p for p in folder.glob("step-*") if (p / "progress.json").exists()}
+def all_in(folder: Path) -> dict[int, Path]:
+    """Checkpoint folders by step, intact or not. Other names, such as copies and temporary folders, do not count."""
+    found = {_step_of(path): path for path in folder.glob("step-*") if path.is_dir()}
+    return {step: path for step, path in found.items() if step is not None}
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name, which `at_step` makes; None for any other name."""
+    number = path.name.removeprefix("step-")
+    known = re.fullmatch("[0-9]{6,18}", number) and path.name == at_step(path.parent, int(number)).name
+    return int(number) if known else None
+
+
+def _hash_of(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -74,7 +74,6 @@ class Course:
     rows: Rows
     config: TrainConfig
     progress: Progress = field(default_factory=Progress)
-    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         self._epoch, self._epoch_rows = 0, self.rows.of_epoch(0)
@@ -103,7 +102,7 @@ class Course:
     @property
     def diverged(self) -> bool:
         """True if the loss or gradient was not finite in `MAX_SKIPPED_IN_A_ROW` consecutive steps."""
-        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        return self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     @property
     def finished(self) -> bool:
@@ -147,7 +146,7 @@ class Course:
             seconds: duration of the step.
         """
         rate, progress = self.rate, self.progress
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         progress.step += 1
         progress.skipped_steps += result.skipped
         progress.optimizer_steps += not result.skipped

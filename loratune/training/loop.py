@@ -58,6 +58,10 @@ class Ended:
 
     reason: Reason
     progress: Progress
+    finite: bool = True
+    """False if the adapter in memory has infinite or NaN values. It is then not saved."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint."""
 
 
 Event = StepDone | Evaluated | Unreached | RunsSlower | CheckpointSaved | Ended
@@ -76,6 +80,8 @@ class Loop:
     """Folder for checkpoints; None writes none."""
     stop: Callable[[], bool] = lambda: False
     """Called after every step; True saves and ends the run."""
+    run_id: str = ""
+    """Of the run, for the checkpoints' manifests."""
 
     def __post_init__(self) -> None:
         self._course = Course(self.rows, self.config)
@@ -85,6 +91,7 @@ class Loop:
             self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm, self._objective
         )
         self._saved_step: int | None = None
+        self._finite = True
         self._evaluate_alone = False
         self._unreached: tuple[str, ...] = ()
         self._trained_modules = [
@@ -93,7 +100,7 @@ class Loop:
 
     def resume(self, path: Path) -> None:
         """Restores optimizer state and progress from a checkpoint. The caller has loaded the adapter."""
-        self._course.progress = checkpoint.read_progress(path)
+        self._course.progress = checkpoint.resumed_progress(path, self.run_id)
         self._saved_step = self.progress.step
         checkpoint.restore_optimizer(path, self.parameters, self._optimizer, self.progress)
 
@@ -154,8 +161,10 @@ class Loop:
                     break
                 if course.save_due:
                     yield from self._save()
+                if not self._finite:
+                    break
             yield from self._save()
-        yield Ended(reason, self.progress)
+        yield Ended(reason if self._finite else "diverged", self.progress, self._finite, self._saved_step)
 
     def _step(self) -> StepDone:
         started = time.perf_counter()
@@ -204,9 +213,19 @@ class Loop:
         return self._held_out()
 
     def _save(self) -> Iterator[CheckpointSaved]:
-        if self.checkpoints is not None and self._saved_step != self.progress.step:
+        """Writes a checkpoint, unless there is one or the adapter is not finite."""
+        if self._saved_step == self.progress.step:
+            return
+        self._finite = checkpoint.all_finite(self.parameters.values())
+        if self.checkpoints is not None and self._finite:
             path = checkpoint.write(
-                self.checkpoints, self.forward.model, self.adapter, self.parameters, self._optimizer, self.progress
+                self.checkpoints,
+                self.forward.model,
+                self.adapter,
+                self.parameters,
+                self._optimizer,
+                self.progress,
+                self.run_id,
             )
             self._saved_step = self.progress.step
             yield CheckpointSaved(self.progress.step, path)

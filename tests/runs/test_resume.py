@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from loratune import atomic, tables
+from loratune.base.identity import BaseIdentity, RunIdentity
 from loratune.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_toml
 from loratune.data.examples import Example
 from loratune.data.feed import Dataset
 from loratune.errors import ConfigError, OutputError
-from loratune.runs.resume import check_data, find_checkpoint, record_data
+from loratune.runs.resume import check_data, find_run, record_data
+from loratune.training import checkpoint
+from loratune.training.checkpoint import Progress
 
 # A value other than the default for every setting that decides the result.
 OTHERS = {
@@ -71,8 +75,20 @@ def config(tmp_path: Path) -> RunConfig:
     """A run with one checkpoint."""
     config = RunConfig(model="base", data=["a.jsonl"], out=str(tmp_path), training=TrainConfig(epochs=2, max_steps=9))
     atomic.write_text(tmp_path / "run.toml", to_toml(config))
-    atomic.write_text(tmp_path / "checkpoints/step-000003/progress.json", "{}")
+    identity = RunIdentity("run", BaseIdentity("base", str(Path("base").resolve()), None, None), None)
+    atomic.write_text(tmp_path / "identity.json", atomic.to_json(asdict(identity)))
+    save_checkpoint(tmp_path, 3)
     return config
+
+
+def save_checkpoint(out: Path, step: int, run_id: str = "run", **progress: Any) -> Path:
+    """A checkpoint with an adapter of a few bytes."""
+
+    def adapter(folder: Path) -> None:
+        atomic.write_text(folder / "adapter_config.json", "{}")
+        atomic.write_bytes(folder / "adapter_model.safetensors", bytes(100))
+
+    return checkpoint.write_parts(out / "checkpoints", adapter, {}, Progress(step=step, **progress), run_id)
 
 
 def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
@@ -88,8 +104,8 @@ def test_every_setting_is_either_free_or_checked() -> None:
 
 
 def test_the_same_settings_can_be_resumed(config: RunConfig, tmp_path: Path) -> None:
-    found, notes = find_checkpoint(replace(config, resume=True, device="cpu", data=["moved.jsonl"]))
-    assert (found, notes) == (tmp_path / "checkpoints/step-000003", [])
+    found = find_run(replace(config, resume=True, device="cpu", data=["moved.jsonl"]))
+    assert (found.checkpoint, found.notes) == (tmp_path / "checkpoints/step-000003", [])
 
 
 @pytest.mark.parametrize(("section", "name"), [(s, name) for s, names in OTHERS.items() for name in names])
@@ -101,7 +117,7 @@ def test_settings_that_decide_the_result_must_not_change(
         config = changed(config, "lora", layers_to_transform=[0])
         atomic.write_text(Path(config.out) / "run.toml", to_toml(config))
     with pytest.raises(ConfigError, match=f"{name} is .* in this run and .* now"):
-        find_checkpoint(changed(config, section, **{name: OTHERS[section][name]}))
+        find_run(changed(config, section, **{name: OTHERS[section][name]}))
 
 
 @pytest.mark.parametrize(
@@ -118,16 +134,16 @@ def test_settings_that_decide_the_result_must_not_change(
 def test_a_run_may_only_get_longer(config: RunConfig, values: dict[str, int], goes_on: bool) -> None:
     longer = changed(config, "training", **values)
     if goes_on:
-        _, (note,) = find_checkpoint(longer)
+        (note,) = find_run(longer).notes
         assert next(iter(values)) in note
     else:
         with pytest.raises(ConfigError, match="can only rise"):
-            find_checkpoint(longer)
+            find_run(longer)
 
 
 def test_a_folder_without_a_checkpoint(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no checkpoint"):
-        find_checkpoint(replace(config, out=str(tmp_path / "elsewhere")))
+        find_run(replace(config, out=str(tmp_path / "elsewhere")))
 
 
 def dataset(tokens: list[int], weights: list[float], **hashes: str) -> Dataset:

@@ -90,12 +90,12 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, killed_at, optim, fus
     assert resumed.progress.trained_tokens == whole.progress.trained_tokens
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     settings = config(max_steps=20, eval_every_steps=4, save_every_steps=2)
     loop = make_loop(settings, tmp_path)
     list(loop.run())
     kept = sorted(p.name for p in tmp_path.iterdir())
-    assert kept == sorted({f"step-{loop.progress.best_step:06d}", "step-000020"})
+    assert kept == sorted({f"step-{loop.progress.best_step:06d}", "step-000018", "step-000020"})
 
 
 def test_early_stopping_waits_for_its_patience():

@@ -104,7 +104,7 @@ def run(
 def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> Iterator[RunEvent]:
     """`run` without the translation of out-of-memory errors, and under the lock of the folder."""
     out = Path(config.out)
-    if not config.resume:
+    if not (config.resume or out.is_dir()):
         folder.check_output(config, out)
     with lock.hold(out) if out.is_dir() or not config.resume else nullcontext():
         atomic.remove_leftovers(out)
@@ -112,7 +112,7 @@ def _run(config: RunConfig, stop: Callable[[], bool], cache_dir: str | None) -> 
         if config.resume:
             yield from _resumed_run(config, stop, cache_dir)
         else:
-            folder.check_output(config, out)  # another process may have finished a run here in between
+            folder.check_output(config, out)  # under the lock, as another process may have finished a run here
             yield from _locked_run(config, stop, cache_dir, None)
 
 

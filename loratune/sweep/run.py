@@ -107,7 +107,8 @@ def sweep(
     Raises: LoratuneError: an error that the user can fix, before the first step.
     """
     started, where = time.perf_counter(), Path(out)
-    _state(plan, where, overwrite=overwrite, resumed=resumed)
+    if not where.is_dir():
+        _state(plan, where, overwrite=overwrite, resumed=resumed)
     with lock.hold(where):
         atomic.remove_leftovers(where)
         state = _state(plan, where, overwrite=overwrite, resumed=resumed)

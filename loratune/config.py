@@ -219,11 +219,8 @@ class TrainConfig(ShortRepr):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
         epsilon = self.adam_epsilon
-        _require(0 < epsilon < math.inf, f"adam_epsilon is {epsilon}; it must be positive and finite")
-        _require(
-            2**-126 <= epsilon < 2**128,
-            f"adam_epsilon is {epsilon}, which is 0 or infinite in float32; it lies in 1.2e-38 <= epsilon < 3.4e38",
-        )
+        bounds = "it must be positive and finite in float32: 1.2e-38 <= epsilon < 3.4e38"
+        _require(2**-126 <= epsilon < 2**128, f"adam_epsilon is {epsilon}; {bounds}")
         if self.memory is not None:
             try:
                 bytes_of(self.memory)

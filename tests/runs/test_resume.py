@@ -27,6 +27,7 @@ OTHERS = {
         "lora_alpha": 1.0,
         "lora_dropout": 0.5,
         "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.down_proj"],
         "exclude_modules": ["v_proj"],
         "use_rslora": True,
         "bias": "all",

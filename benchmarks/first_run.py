@@ -266,7 +266,7 @@ def rows_of_table(folder: Path) -> Iterator[str]:
             continue
         found = json.loads(file.read_text())
         plain, jobs = found["no flags"], found["sweep"]
-        best = max(jobs, key=lambda job: (job["metric"], -job["steps"]))
+        best = max(jobs, key=lambda job: (job["metric"], -job.get("seconds", job["steps"])))
         alone = f"{plain['seconds'] / best['seconds']:.1f}" if "seconds" in best else ""
         yield (
             f"| {name} | {found['records']:,} | {plain['tokens_per_row']}, {plain['epochs']}, {plain['steps']} | "

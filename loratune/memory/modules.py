@@ -27,8 +27,10 @@ _CANNOT_RUN = (NotImplementedError, RuntimeError, TypeError, ValueError, Attribu
 """Errors of models whose forward needs data, a cache or further inputs."""
 _SCAN = re.compile(r"mamba|linearattention|lightning|recurrent|deltanet|ssm|rwkv|scan|mixer", re.IGNORECASE)
 """Names of modules that walk over the tokens of a row."""
-_SHORT = 64
-"""Tokens of the shorter row of a model that walks over tokens."""
+_STEPS = re.compile(r"(?<!2)mambamixer$|rwkv|recurrentblock", re.IGNORECASE)
+"""Names of modules that take a step for each token; other scans take a step for each chunk of 64 tokens."""
+_SHORT, _SHORT_STEPS = 64, 8
+"""Tokens of the shorter row of a model that walks over tokens, by chunks and by single tokens."""
 _SCRATCH = 3
 """Tensors of the widest layer's size that live at once in a model that cannot run."""
 
@@ -42,7 +44,9 @@ class ModuleRows:
         self._on_gpu = on_gpu
         self._layers = list(decoder_layers(self._model))
         self._kinds = [_kind(layer) for layer in self._layers]
-        self._scans = any(_SCAN.search(type(m).__name__) for layer in self._layers for m in layer.modules())
+        scans = {n for layer in self._layers for m in layer.modules() if _SCAN.search(n := type(m).__name__)}
+        steps = any(map(_STEPS.search, scans))
+        self._short = 0 if not scans else _SHORT_STEPS if steps else _SHORT
         self._runs: dict[tuple[int, Level, tuple[int, ...]], SimulatedBytes] = {}
         self.why_rough: str | None = None
         """The reason why activations are estimated from widths; None if the model runs without data."""
@@ -51,17 +55,18 @@ class ModuleRows:
         """Bytes of one row of `tokens` tokens, every layer at `level`."""
         if self.why_rough is None:
             try:
-                return self._by_tokens(tokens, level) if self._scans else self._by_kind(tokens, level)
+                return self._by_tokens(tokens, level) if self._short else self._by_kind(tokens, level)
             except _CANNOT_RUN as error:
                 self.why_rough = f"{type(error).__name__}: {error}".splitlines()[0]
         return self._by_width(tokens, level)
 
     def _by_tokens(self, tokens: int, level: Level) -> SimulatedBytes:
         """A line through two short rows: a scan takes one step after the other, each as much memory."""
-        if tokens <= 2 * _SHORT:
+        short = self._short
+        if tokens <= 2 * short:
             return self._by_kind(tokens, level)
-        one, two = self._by_kind(_SHORT, level), self._by_kind(2 * _SHORT, level)
-        more = tokens / _SHORT - 1
+        one, two = self._by_kind(short, level), self._by_kind(2 * short, level)
+        more = tokens / short - 1
         saved, peak = (int(a + more * (b - a)) for a, b in ((one.saved, two.saved), (one.peak, two.peak)))
         return SimulatedBytes(saved, max(peak, saved))
 

@@ -19,6 +19,7 @@ from loratune.config import LoraConfig
 from loratune.lora.files import adapter_tensors
 from loratune.lora.inject import attach, trainable_parameters
 from loratune.training.step import train_step
+from tests.base.test_row_layers import made
 from tests.conftest import build
 from tests.lora.test_peft_targets import mixture
 
@@ -112,3 +113,41 @@ def test_experts_learn_the_same_from_packed_rows_and_from_documents_alone(name: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for key, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "falcon_h1", "granite hybrid"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_recurrent_models_learn_from_packed_rows_as_peft_does_from_documents(name: str) -> None:
+    """PEFT trains on each document by itself; the loss of a step is the mean over all of its tokens."""
+    lengths, targets = [9, 14, 25], ["q_proj", "v_proj", "in_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z"]
+    ours = made(name)
+    targets = [t for t in targets if any(path.endswith(f".{t}") for path, _ in ours.named_modules())]
+    attach(ours, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(made(name), settings)
+    start = adapter_tensors(ours)
+    peft.set_peft_model_state_dict(theirs, start)
+    forward = prepare(ours)
+    assert forward.path == "packed"
+    rows = [row_of(lengths, sum(lengths), seed) for seed in range(4)]
+    parameters = list(trainable_parameters(ours).values())
+    other = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer, their_optimizer = (torch.optim.AdamW(p, lr=LEARNING_RATE) for p in (parameters, other))
+    found, expected = [], []
+    for step in range(STEPS):
+        row = rows[step % 4]
+        with forward.installed():
+            found.append(train_step(forward, [row], parameters, optimizer, max_grad_norm=0).loss)
+        their_optimizer.zero_grad()
+        documents = row.tokens.split(lengths)
+        loss = torch.stack(
+            [cross_entropy(theirs(input_ids=d[None]).logits[0, :-1], d[1:], reduction="sum") for d in documents]
+        ).sum() / sum(n - 1 for n in lengths)
+        loss.backward()
+        their_optimizer.step()
+        expected.append(loss.item())
+    assert found[-1] < found[0] - 0.01, "nothing was learnt, so nothing was compared"
+    assert found == pytest.approx(expected, rel=1e-4)
+    end, their_end = adapter_tensors(ours), peft.get_peft_model_state_dict(theirs)
+    for key, tensor in end.items():
+        torch.testing.assert_close(tensor, their_end[key], rtol=0, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -36,7 +37,7 @@ COLUMNS = ("builds", "attach", "packed", "loss", "files", "peft", "merge", "gene
 
 FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
-    *(OSError, RuntimeError, TypeError, ValueError),
+    *(OSError, RuntimeError, TypeError, ValueError, StrictDataclassError),
 )
 """Errors that are reported in the table; any other one ends the type's process."""
 

@@ -77,6 +77,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 _IMAGES = {"image_size": 32, "patch_size": 8, "num_channels": 3}
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _STAGES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 ADJUST: dict[str, dict[str, Any]] = {
     "ASTForAudioClassification": {"max_length": 64, "num_mel_bins": 32, "patch_size": 16},
@@ -98,6 +99,18 @@ ADJUST: dict[str, dict[str, Any]] = {
         name: {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
         for name in ("HubertForCTC", "Wav2Vec2ForCTC")
     },
+    "Qwen2VLForConditionalGeneration": {
+        "text_config": {"rope_parameters": _SECTIONS},
+        "vision_config": {"depth": 1, "embed_dim": 64},
+    },
+    "Qwen2_5_VLForConditionalGeneration": {
+        "text_config": {"rope_parameters": _SECTIONS},
+        "vision_config": {"depth": 1, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+    },
+    "Qwen3VLForConditionalGeneration": {
+        "text_config": {"rope_parameters": _SECTIONS},
+        "vision_config": {"depth": 1, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    },
     "WhisperForConditionalGeneration": {"num_mel_bins": 16, "max_source_positions": 32},
 }
 
@@ -118,7 +131,8 @@ def inputs(model: tf.PreTrainedModel) -> dict[str, Tensor]:
     if model.main_input_name == "input_ids":
         given = {"input_ids": tokens}
     elif model.main_input_name == "pixel_values":
-        side = config.image_size if isinstance(config.image_size, int) else 32
+        size = getattr(config, "image_size", None)
+        side = size if isinstance(size, int) else 32
         given = {"pixel_values": torch.randn(2, 3, side, side, generator=draw)}
     elif model.main_input_name == "input_features":
         given = {"input_features": torch.randn(2, config.num_mel_bins, 64, generator=draw)}

@@ -73,7 +73,10 @@ def declare_untied(model: nn.Module) -> list[Any]:
     """
     if not isinstance(model, PreTrainedModel):
         return []
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    try:
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    except NotImplementedError:  # transformers' answer for models that read images or sound
+        return []
     mine, shared = (getattr(module, "weight", None) for module in (head, table))
     if not isinstance(mine, Tensor) or not isinstance(shared, Tensor) or identity(mine) == identity(shared):
         return []

@@ -42,7 +42,7 @@ from loratune.data import prompting
 from loratune.data.prompting import PromptForm
 from loratune.errors import DataError, ModelError, OutputError
 from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
-from loratune.export.generation import record_stops
+from loratune.export.generation import generation_set_aside, record_generation
 from loratune.lora.inject import activate, active, merge, unmerge
 from loratune.lora.state import require
 from loratune.precision.finite import fault_of, overflow
@@ -237,9 +237,10 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tensors, inexact = _cast(dense_state_dict(model), model.dtype, dtypes)
     check_written(model, tensors, "the merged checkpoint")
     try:
-        model.save_pretrained(folder, state_dict=tensors)
+        with generation_set_aside(model):
+            model.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
-        record_stops(folder, model, tokenizer)
+        record_generation(folder, model, tokenizer)
     except SafetensorError as error:  # raised by its Rust code for a full disk
         raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
     except ValueError as error:

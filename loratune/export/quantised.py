@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loratune import atomic
 from loratune.errors import AdapterError, ModelError, OutputError
 from loratune.export.dtypes import FileDtypes, check_written, dtypes_of_files, record_dtype
-from loratune.export.generation import record_stops
+from loratune.export.generation import generation_set_aside, record_generation
 from loratune.lora.state import find
 from loratune.precision.linear import count_parameters, formats_in, quantised_layers
 from loratune.units import size
@@ -71,15 +71,16 @@ def save_quantised(
         try:
             tensors = _state_dict(model, dtypes)
             check_written(model, tensors, str(folder))
-            model.save_pretrained(temporary, state_dict=tensors)
+            with generation_set_aside(model):
+                model.save_pretrained(temporary, state_dict=tensors)
             record_dtype(temporary, dtypes.main)
         except SafetensorError as error:  # raised by its Rust code for a full disk
             raise OutputError(f"{folder}: the weights cannot be written: {error}") from error
         finally:
             del model.config.quantization_config
+        record_generation(temporary, model, tokenizer)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-            record_stops(temporary, model, tokenizer)
         file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     return Quantised(folder, file_bytes, len(layers), count_parameters(model))
 

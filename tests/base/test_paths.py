@@ -28,7 +28,6 @@ LENGTHS = (3, 40, 1, 17, 9)
 KINDS = {
     "roberta": ("packed", 1, False),
     "xlm-roberta-xl": ("packed", 1, False),
-    "rembert": ("document mask", 0, False),
     "bart": ("packed", 0, True),
     "marian": ("packed", 0, True),
     "bloom": ("document mask", 0, False),

@@ -16,7 +16,10 @@ from loratune.base.lengths import SHORT, restart_rotary
 from loratune.lora.contract import LowRankSum, fusion_of
 from loratune.precision.linear import formats_in, frozen_of
 
-REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError, AssertionError)
+REFUSALS = (
+    *(NotImplementedError, TypeError, ValueError, RuntimeError, IndexError),
+    *(AssertionError, AttributeError),  # of models that read a mask which a path does not make
+)
 """Errors of an architecture that cannot run on a path, as opposed to errors of this package."""
 _UPDATE_SHARE = 0.25
 """Norm of a random update scaling · B A, relative to the norm of its weight."""
@@ -83,13 +86,18 @@ def reads_ahead(model: PreTrainedModel, backbone: nn.Module, row: ProbeRow) -> b
     would not suffice, because experts round differently when other tokens share a product.
     """
     begin, end = row.cu_seqlens[1:3].tolist()
-    document, kept = row.tokens[None, begin:end], (end - begin) // 2
+    document, kept = row.tokens[None, begin:end].clone(), (end - begin) // 2
 
     def first_half() -> Tensor:
         states: Tensor = backbone(input_ids=document, use_cache=False).last_hidden_state[0, :kept]
         return states
 
-    return _depends(model, first_half, document.shape, slice(kept), slice(kept, None))
+    by_gradient = _depends(model, first_half, document.shape, slice(kept), slice(kept, None))
+    if by_gradient is not None:
+        return by_gradient
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    before, document[0, -1] = first_half().detach(), (int(document[0, -1]) + 1) % vocabulary
+    return relative_error(first_half().detach(), before) > tolerance(before.dtype, model)
 
 
 def reads_across(model: PreTrainedModel, run: Callable[[], Tensor], row: ProbeRow) -> bool:
@@ -102,15 +110,21 @@ def reads_across(model: PreTrainedModel, run: Callable[[], Tensor], row: ProbeRo
     """
     begin = int(row.cu_seqlens[-2])
     shape = torch.Size([1, len(row.tokens)])
-    return _depends(model, lambda: run()[begin:], shape, slice(begin, None), slice(begin))
+    return _depends(model, lambda: run()[begin:], shape, slice(begin, None), slice(begin)) is True
 
 
 def _depends(
     model: PreTrainedModel, run: Callable[[], Tensor], shape: torch.Size, own: slice, foreign: slice
-) -> bool:
-    """True if the states that `run` gives depend on the tokens `foreign`; the tokens have `shape`."""
+) -> bool | None:
+    """True if the states that `run` gives depend on the tokens `foreign`; the tokens have `shape`, (1, n).
+
+    None if no call of the embeddings gave one line per token.
+    """
     found = _embedding_gradients(model, run)
-    tokens = [gradient.double() for gradient in found if gradient.shape[:2] == shape]
+    turned = [g.transpose(0, 1) if g.shape[:2] == shape[::-1] else g for g in found]  # XLNet's rows are columns
+    tokens = [gradient.double() for gradient in turned if gradient.shape[:2] == shape]
+    if not tokens:
+        return None
     here, there = (math.fsum(float(g[:, part].norm()) for g in tokens) for part in (own, foreign))
     return bool(there > 1e-5 * here)
 

@@ -15,6 +15,7 @@ from loratune.base.forward import prepare
 from loratune.base.lengths import long_row
 from loratune.errors import ModelError
 from loratune.lora.evaluation_mode import in_evaluation
+from tests.campaigns.architecture_checks import build
 from tests.conftest import SMALL
 
 _SMALL: dict[str, Any] = SMALL | {"initializer_range": 0.2}
@@ -149,6 +150,7 @@ AHEAD: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "electra": lambda: _bert("Electra"),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**SMALL, head_dim=16, use_bidirectional_attention=True)),
     "xlm": lambda: tf.XLMWithLMHeadModel(tf.XLMConfig(emb_dim=64, n_layers=2, n_heads=4, vocab_size=300)),
+    "xlnet": lambda: tf.XLNetLMHeadModel(tf.XLNetConfig(d_model=64, n_layer=2, n_head=4, d_inner=96, vocab_size=300)),
     "masked": lambda: tf.BertForMaskedLM(tf.BertConfig(**_ONE_HEAD_SIZE)),
 }
 HEADLESS: dict[str, Callable[[], tf.PreTrainedModel]] = {
@@ -163,6 +165,12 @@ HEADLESS: dict[str, Callable[[], tf.PreTrainedModel]] = {
 def test_models_that_see_later_tokens_are_refused(name, dtype):
     with pytest.raises(ModelError, match="sees later tokens"):
         prepare(_model(AHEAD[name]).to(dtype))
+
+
+def test_a_model_that_puts_a_prompt_before_its_tokens_and_sees_later_ones_is_refused():
+    """CPM-Ant's embeddings have more lines than tokens, so values are compared instead of gradients."""
+    with pytest.raises(ModelError, match="sees later tokens"):
+        prepare(build("cpmant"))
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])

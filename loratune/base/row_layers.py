@@ -97,7 +97,7 @@ def replacement(
 
 def _renamed_methods(module: nn.Module, operators: Mapping[str, Forward]) -> dict[str, Forward]:
     """Methods of the module's classes that call an operator, as functions that call ours."""
-    found = {}
+    found: dict[str, Forward] = {}
     for name in dir(type(module)):
         method = inspect.getattr_static(type(module), name)
         function = inspect.unwrap(method) if callable(method) else None

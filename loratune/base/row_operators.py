@@ -121,7 +121,7 @@ def mamba_scan(
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     dt = softplus(dt) if delta_softplus else dt
     positions = positions_of(state, hidden_states.shape[2])
-    out = selective_scan(*(x.mT for x in (hidden_states, dt)), A, B.mT, C.mT, positions).mT
+    out = selective_scan(hidden_states.mT, dt.mT, A, B.mT, C.mT, positions).mT
     if D is not None:
         out = out + hidden_states * D[:, None]
     return out if z is None else out * silu(z)

@@ -18,7 +18,7 @@ def generation_set_aside(model: PreTrainedModel) -> Iterator[None]:
 
     transformers refuses to save settings that it reads, such as a temperature without `do_sample`.
     """
-    own = model.generation_config
+    own: GenerationConfig | None = model.generation_config  # None: a model without `generate`
     if own is None:
         yield
         return

@@ -314,6 +314,7 @@ def _attention(model: PreTrainedModel) -> dict[str, str | None]:
     }
 
 
+@torch.no_grad()
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits of each prompt's last positions, (positions, V), on the CPU, in float32, or float64 if the model is."""
     keep = max(1, _MAX_LOGITS // (len(prompts) * int(model.config.get_text_config().vocab_size)))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plot_memory OUT.svg RESULTS.jsonl [...]
 
-Reads rows of `benchmarks.memory` and `benchmarks.peers`. Hollow points are peers' settings from an earlier run on
-such a machine.
+Reads rows of `benchmarks.memory` (one line per precision) and `benchmarks.peers` (points). Give files of one run:
+rows of different GPUs or versions of PyTorch are an error.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 
-from benchmarks.plot import rows_of
+from benchmarks.plot import Row, date_of, rows_of, save, versions_of
 
 Point = tuple[float, float]
-EARLIER: dict[tuple[str, str, str], Point] = {
-    ("peft", "bf16", "none"): (57.5, 13074), ("peft", "bf16", "recompute"): (17.9, 9128),
-    ("peft", "nf4", "recompute"): (8.9, 8717), ("peft+liger", "bf16", "none"): (45.5, 16828),
-    ("unsloth", "bf16", "none"): (43.1, 17587), ("unsloth", "bf16", "recompute"): (15.1, 12087),
-    ("unsloth", "nf4", "recompute"): (6.1, 11838),
-}  # fmt: skip
-"""(system, precision, policy) -> (GiB, tokens per second)."""
-COLORS = {"peft": ("PEFT", "#c9c9c9"), "peft+liger": ("PEFT + Liger", "#8a8a8a"), "unsloth": ("Unsloth", "#e0a458")}
+PRECISIONS = {"nf4": ("NF4 base", "#173f7a"), "bf16": ("bf16 base", "#3b7dd8")}
+PEERS = {"peft": ("PEFT", "#707070"), "peft+liger": ("PEFT + Liger", "#707070"), "unsloth": ("Unsloth", "#c47f1f")}
+POLICIES = {"none": "nothing recomputed", "recompute": "recomputing"}
 
 
 def main() -> None:
@@ -30,35 +25,54 @@ def main() -> None:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows_of(sys.argv[2:]) if r.get("shape") == "l7b" and r.get("batch") == 4 and "tok_s" in r]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    peers = {(r["system"], r["precision"], r["policy"]): (r["peak_gib"], r["tok_s"]) for r in rows if "policy" in r}
-    for key, point in (EARLIER | peers).items():
-        name, color = COLORS[key[0]]
-        axes.plot(*point, "o", color=color, fillstyle="full" if key in peers else "none")
-        above = 6 if key[0] == "unsloth" else -9  # their points lie close together
-        axes.annotate(f"{name}, {key[1]}", point, xytext=(4, above), textcoords="offset points", fontsize=6)
+    out, *files = sys.argv[1:]
+    rows = [r for r in rows_of(files) if r.get("shape") == "l7b" and r.get("batch") == 4 and "tok_s" in r]
+    check_one_run(rows)
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     ours: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         if "policy" not in row:
             ours[row["precision"]].append((row["peak_gib"], row["tok_s"]))
-    for (precision, points), color in zip(sorted(ours.items()), ("#3b7dd8", "#173f7a"), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), "s-", color=color, label=f"loratune, {precision}, --memory")
-    axes.set(
-        xscale="log",
-        xlabel="peak memory, GiB",
-        ylabel="tokens/s",
-        xticks=[5, 10, 20, 40, 60],
-        xlim=(4.3, 90),
-        ylim=(0, None),
-    )
-    axes.set_xticklabels(["5", "10", "20", "40", "60"])
+    for precision, points in sorted(ours.items(), reverse=True):
+        name, color = PRECISIONS[precision]
+        points.sort()
+        axes.plot(*zip(*points, strict=True), "s-", color=color, linewidth=2, markersize=6)
+        place = {"xytext": (-12, 6), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"loratune, {name}", points[-1], color=color, weight="bold", **place)
+    for row in rows:
+        if "policy" in row:
+            name, color = PEERS[row["system"]]
+            point = (row["peak_gib"], row["tok_s"])
+            above = row["system"] == "unsloth"  # the two points without recomputation lie close together
+            axes.plot(*point, "o", color=color, markersize=7)
+            axes.annotate(
+                f"{name}, {PRECISIONS[row['precision']][0]},\n{POLICIES[row['policy']]}",
+                point,
+                xytext=(9, -2 if above else -4),
+                va="bottom" if above else "top",
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
+            )
+    axes.set(xscale="log", xlabel="peak memory, GiB", ylabel="tokens per second", xlim=(4.2, 80), ylim=(0, 22_000))
+    axes.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    machine = next(row["machine"] for row in rows if "policy" not in row)
-    axes.set_title(f"Llama-2-7B, 4 x 2048 tokens, r = 16, {machine} (hollow: earlier run)", fontsize=10)
-    figure.savefig(sys.argv[1])
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    machine = rows[0]["machine"].removeprefix("NVIDIA ")
+    axes.set_title(f"Llama-2-7B, 4 x 2048 tokens, r = 16, one {machine}, {date_of(files)}", fontsize=11)
+    figure.supxlabel(versions_of(rows), fontsize=8, color="#505050")
+    save(figure, out)
+
+
+def check_one_run(rows: list[Row]) -> None:
+    """Raises ValueError if rows cannot come from one run."""
+    for key in ("machine", "torch"):
+        found = {str(row.get(key) or row["versions"][key]).partition("+")[0] for row in rows}
+        if len(found) > 1:
+            raise ValueError(f"rows of several runs: {key} is {', '.join(sorted(found))}")
 
 
 if __name__ == "__main__":

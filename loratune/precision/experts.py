@@ -20,9 +20,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from loratune.ops.experts import ExpertPair, mixture
 from loratune.ops.frozen import DenseWeight, FrozenWeight
+from loratune.ops.gates import AnyGate, ExpertGate, recognised
 
 IMPLEMENTATION = "loratune"
 """Name in transformers' experts interface."""
+_GATE = "_loratune_gate"
+"""Attribute of an experts module: settings of its activation, and the formula found for them."""
 _STATEMENTS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 Pairs = tuple[ExpertPair | None, ExpertPair | None]
 
@@ -189,10 +192,29 @@ def projection(module: nn.Module, form: ExpertForm, name: str) -> ExpertProjecti
     return ExpertProjection(DenseWeight(weight.flatten(0, 1)), form.experts, form.transposed, bias)
 
 
-def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The function between both projections, row by row."""
-    chosen = module._apply_gate if module.has_gate else module.act_fn
-    return cast(Callable[[Tensor], Tensor], chosen)
+def gate_of(module: nn.Module) -> ExpertGate:
+    """The function between both projections, row by row; its formula is found once for a module's settings."""
+    original = module._original[0] if isinstance(module, QuantisedExperts) else module
+    act_fn = getattr(original, "act_fn", None)
+    chosen = cast(Callable[[Tensor], Tensor], original._apply_gate if original.has_gate else act_fn)
+    if not original.has_gate or (isinstance(act_fn, nn.Module) and _is_more_than_a_formula(act_fn)):
+        return AnyGate(chosen)
+    numbers = tuple(value for value in vars(original).values() if isinstance(value, float))
+    settings = (act_fn, getattr(chosen, "__func__", chosen), numbers)
+    found = vars(original).get(_GATE)
+    if found is None or found[0] != settings:
+        found = settings, recognised(chosen, numbers)
+        vars(original)[_GATE] = found
+    gate: ExpertGate = found[1]
+    return gate
+
+
+def _is_more_than_a_formula(activation: nn.Module) -> bool:
+    hooks = (
+        activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks,
+        activation._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in vars(activation) or next(activation.parameters(), None) is not None
 
 
 def experts_forward(
@@ -215,7 +237,7 @@ def experts_forward(
     device = hidden_states.device.type
     with nullcontext() if hidden_states.is_meta else torch.autocast(device, enabled=False):
         rows = hidden_states.to(up.frozen.dtype)
-        out = mixture(rows, top_k_index, top_k_weights, up, down, activation_of(module), pairs)
+        out = mixture(rows, top_k_index, top_k_weights, up, down, gate_of(module), pairs)
     return out.to(hidden_states.dtype)
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from loratune.ops.experts import ExpertPair, combine, grouped_outer, grouped_product, mixture, route
+from loratune.ops.experts import (
+    ExpertPair,
+    combine,
+    grouped_outer,
+    grouped_product,
+    mixture,
+    route,
+    torch_product_fits,
+)
+from loratune.ops.gates import AnyGate, ExpertGate, GateFormula
 
 E, T, K, H, M, R = 5, 13, 2, 6, 7, 3
 SCALINGS = 0.7, 1.3
@@ -67,16 +76,20 @@ def _by_token(index: Tensor, up: Weights, down: Weights, leaves: list[Tensor]) -
     return torch.stack(rows)
 
 
-def _ours(index: Tensor, up: Weights, down: Weights, leaves: list[Tensor]) -> Tensor:
+GATES = AnyGate(_gated), GateFormula("silu")
+
+
+def _ours(index: Tensor, up: Weights, down: Weights, leaves: list[Tensor], gate: ExpertGate = GATES[1]) -> Tensor:
     x, factors, A1, B1, A2, B2 = leaves
     pairs = ExpertPair(A1, B1, SCALINGS[0]), ExpertPair(A2, B2, SCALINGS[1])
-    return mixture(x, index, factors, up, down, _gated, pairs)
+    return mixture(x, index, factors, up, down, gate, pairs)
 
 
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_equal_a_loop_over_tokens(bias: bool) -> None:
+def test_values_and_gradients_equal_a_loop_over_tokens(bias: bool, gate: ExpertGate) -> None:
     index, up, down, leaves = _case(bias)
-    expected, got = _by_token(index, up, down, leaves), _ours(index, up, down, leaves)
+    expected, got = _by_token(index, up, down, leaves), _ours(index, up, down, leaves, gate)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
     d_out = _random(T, H, seed=20)
     pairs = zip(torch.autograd.grad(got, leaves, d_out), torch.autograd.grad(expected, leaves, d_out), strict=True)
@@ -90,7 +103,7 @@ def test_a_projection_without_an_adapter_is_the_frozen_one(which: tuple[bool, bo
     index, up, down, leaves = _case(True)
     x, factors, *masters = leaves
     pairs = [ExpertPair(*masters[2 * i : 2 * i + 2], SCALINGS[i]) if which[i] else None for i in range(2)]
-    got = mixture(x, index, factors, up, down, _gated, (pairs[0], pairs[1]))
+    got = mixture(x, index, factors, up, down, GATES[0], (pairs[0], pairs[1]))
     kept = [m if which[i // 2] else torch.zeros_like(m) for i, m in enumerate(masters)]
     expected = _by_token(index, up, down, [x, factors, *kept])
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
@@ -130,3 +143,18 @@ def test_tensors_without_data_have_the_shapes_of_the_results(call: Callable[...,
         return x, torch.zeros(3, 2, dtype=torch.int64, device=device), torch.ones(3, 2, device=device)
 
     assert call(*arguments("meta")).shape == call(*arguments("cpu")).shape
+
+
+def test_pytorchs_grouped_product_is_used_where_it_fits() -> None:
+    def fits(
+        count: int, width: int, dtype: torch.dtype = torch.bfloat16, device: str = "meta", begin: int = 0
+    ) -> bool:
+        x = torch.empty(count, 64 + begin, dtype=dtype, device=device)[:, begin:]
+        return torch_product_fits(x, torch.empty(4, 64, width, dtype=dtype, device=device), count)
+
+    assert fits(256, 96)
+    assert not fits(255, 96)  # few rows of each expert
+    assert not fits(256, 97)  # rows of the weight are not aligned
+    assert not fits(256, 96, begin=1)  # nor those of x
+    assert not fits(256, 96, dtype=torch.float16)
+    assert not fits(256, 96, device="cpu")

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "config",
         "atomic",
         "lock",
+        "manifest",
         "ahead",
         "hub",
         "box",

@@ -25,6 +25,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from loratune import manifest
 from loratune.box import MODEL_DIR
 from tests.cli_lab import (
     CHAT,
@@ -356,7 +357,10 @@ ADAPTERS = [
     Case(
         "unexpected tensors",
         after(
-            lambda lab: lab.tensors("adapter/adapter_model.safetensors", lambda t: t.update(x=torch.ones(1))),
+            lambda lab: [
+                lab.remove("adapter/manifest.json"),  # as if another program had written the tensors
+                lab.tensors("adapter/adapter_model.safetensors", lambda t: t.update(x=torch.ones(1))),
+            ],
             "chat",
             "adapter",
         ),
@@ -365,7 +369,10 @@ ADAPTERS = [
     Case(
         "missing adapter tensors",
         after(
-            lambda lab: lab.tensors("adapter/adapter_model.safetensors", lambda t: t.pop(min(t))),
+            lambda lab: [
+                lab.remove("adapter/manifest.json"),
+                lab.tensors("adapter/adapter_model.safetensors", lambda t: t.pop(min(t))),
+            ],
             "eval",
             "adapter",
             "chat.jsonl",
@@ -579,6 +586,9 @@ def lab(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     for name in ("identity.json", "adapter_config.json"):  # as if the adapter had been trained here
         recorded = here / "adapter" / name
         recorded.write_text(recorded.read_text().replace(str(template), str(here)))
+    found = manifest.read(here / "adapter")
+    assert found is not None
+    manifest.write(here / "adapter", found.run, found.step, found.files)
     monkeypatch.chdir(here)
     monkeypatch.setenv("COLUMNS", "200")
     return Lab(here)

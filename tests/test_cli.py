@@ -189,6 +189,7 @@ def test_a_run_leaves_a_folder_that_describes_itself(here: Path) -> None:
     assert {path.name for path in whole.iterdir()} == names | {
         "checkpoints",
         "identity.json",
+        "manifest.json",
         "chat_template.jinja",
         "prompting.json",
     }

@@ -59,7 +59,7 @@ class RunIdentity:
     """The content of `identity.json`."""
 
     run: str
-    """Id of the run, which its checkpoints repeat."""
+    """Id of the run, which its checkpoints repeat; empty if it began before there were ids."""
     base: BaseIdentity
     chat_template: str | None
     """Hash of the template, whose text is in `chat_template.jinja`; None if the tokenizer has none."""
@@ -81,18 +81,23 @@ def describe(model: str) -> BaseIdentity:
         raise ModelError(f"{model}: cannot be read: {error.strerror or error}") from error
 
 
-def of_run(base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, hashes: dict[str, str]) -> RunIdentity:
-    """The identity of a new run.
+def of_run(
+    base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, hashes: dict[str, str], known: RunIdentity | None = None
+) -> RunIdentity:
+    """The identity of a run.
 
     Args:
         hashes: data file -> SHA-256 of its content.
+        known: of a run that continues. Its id is kept, and so is everything else unless the id is empty.
     """
+    if known is not None and known.run:
+        return known
     template = _template_of(tokenizer)
     files = {
         path: {"path": str(Path(path).resolve()), "sha256": h} for path, h in hashes.items() if Path(path).exists()
     }
     digest = None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
-    return RunIdentity(uuid.uuid4().hex, base, digest, files)
+    return RunIdentity(uuid.uuid4().hex if known is None else known.run, base, digest, files)
 
 
 def write(folder: Path, identity: RunIdentity, tokenizer: PreTrainedTokenizerBase) -> None:

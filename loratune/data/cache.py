@@ -71,9 +71,9 @@ def key_of(
 def load(cache_dir: str, key: str) -> Content | None:
     """Returns (train, held-out, notes, forms) from the cache, or None if the file is missing or damaged."""
     path = Path(cache_dir) / f"{key}.safetensors"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             checksum = (file.metadata() or {}).get("checksum")

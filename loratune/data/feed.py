@@ -25,7 +25,7 @@ from loratune.data.record import Record
 from loratune.data.records import read
 from loratune.data.render import render, with_date
 from loratune.data.template import prints_date, read_template
-from loratune.errors import ConfigError, DataError, ModelError
+from loratune.errors import ConfigError, DataError, ModelError, OutputError
 
 CUT_TO = 2048
 """Tokens to which `truncate` cuts documents if no row size is set."""
@@ -105,7 +105,8 @@ def prepare(
         vocabulary: rows of the model's embedding, None if unknown. Every token must have one.
         seed: selects the held-out records.
         cache_dir: folder for rendered data; None: no cache. The caller resolves `config.cache_dir`.
-    Raises: DataError, ModelError, ConfigError: see `read_records` and `render`.
+    Raises: DataError, ModelError, ConfigError: see `read_records` and `render`. OutputError: the cache folder that
+        `config.cache_dir` names cannot be written. For any other folder, that is a note.
     """
     _check(config)
     template = read_template(config.chat_template) if config.chat_template else None
@@ -135,7 +136,12 @@ def prepare(
         rendered.examples[:n_train], rendered.examples[n_train:], notes + rendered.notes, hashes, forms_of(train)
     )
     if cache_dir is not None:
-        cache.store(cache_dir, key, dataset.train, dataset.eval, dataset.notes, dataset.forms)
+        try:
+            cache.store(cache_dir, key, dataset.train, dataset.eval, dataset.notes, dataset.forms)
+        except OutputError as error:
+            if config.cache_dir is not None:  # the user named this folder
+                raise
+            dataset.notes.append(str(error))
     return dataset
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from loratune import atomic
+from loratune import atomic, manifest
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError, expect, nearest
 from loratune.lora import peft_config, tied
@@ -96,8 +96,8 @@ def save(
             atomic.write_bytes(temporary / WEIGHTS_FILE, weights)
             atomic.write_text(temporary / CONFIG_FILE, config)
         return
-    stale = folder / CONFIG_FILE
-    _replace(stale, folder / WEIGHTS_FILE, config, weights)
+    atomic.remove(folder / manifest.FILE)
+    _replace(folder / CONFIG_FILE, folder / WEIGHTS_FILE, config, weights)
 
 
 def _replace(config_path: Path, weights_path: Path, config: str, weights: bytes) -> None:
@@ -292,13 +292,31 @@ def _weights_path(folder: Path) -> Path:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in the adapter's `folder`, by key. Raises AdapterError: missing, damaged, or pickled."""
+    """The tensors in the adapter's `folder`, by key.
+
+    Raises: AdapterError: missing, damaged, pickled, or not the ones that the folder's manifest lists.
+    """
     path = _weights_path(folder)
+    _check_manifest(folder)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(_damaged(path, error)) from error
     return tensors
+
+
+def _check_manifest(folder: Path) -> None:
+    """Raises AdapterError if a file of the adapter is not as its run has written it."""
+    try:
+        found = manifest.read(folder)
+    except ValueError:
+        raise AdapterError(f"{folder / manifest.FILE}: is damaged; restore it, or delete it") from None
+    fault = found.fault_in(folder, sorted({CONFIG_FILE, WEIGHTS_FILE, *found.files})) if found else None
+    if fault is not None:
+        raise AdapterError(
+            f"{folder}: {fault} since the run was saved; restore it from a copy. If you changed it on purpose, "
+            f"delete {manifest.FILE}"
+        )
 
 
 def _slots(adapter: Adapter) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@
     prompting.json                                    the form of the training data, for chat and eval
     README.md                                         the model card; written last, so it marks a complete folder
     identity.json, chat_template.jinja                id of the run; its base, tokenizer, template and data
+    manifest.json                                     hashes of the adapter's files
     checkpoints/                                      the last two and the best, and hashes of the data
 
 Later commands need only this folder. A single run and a job of a sweep write the same files. `identity.json` is
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from loratune import atomic
+from loratune import atomic, manifest
 from loratune.base import identity
 from loratune.config import LoraConfig, RunConfig, to_toml
 from loratune.data import prompting
@@ -46,7 +47,7 @@ from loratune.version import __version__
 RATES_FILE = "rates.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _OURS = (*_ADAPTER, "README.md", "loss.png", RATES_FILE, "metrics.jsonl", "checkpoints", "tensorboard")
-_OTHERS = (identity.TEMPLATE_FILE, prompting.FILE)
+_OTHERS = (identity.TEMPLATE_FILE, prompting.FILE, manifest.FILE)
 _MARKS = ("run.toml", identity.IDENTITY_FILE)
 
 
@@ -89,7 +90,7 @@ class Recorder:
 
         Args:
             resume_step: step from which the run in `out` continues; None for a new run.
-            begin: writes the identity of a new run.
+            begin: writes the identity of a run that has none.
         """
         self._out, self._forms, self._eval_data = out, dataset.forms, tuple(config.dataset.eval_data)
         self.last_loss: float | None = None
@@ -102,7 +103,10 @@ class Recorder:
                 clear(out)
                 begin(out)
                 resume.record_data(out, dataset)
-            (out / "README.md").unlink(missing_ok=True)  # written last: it marks a complete folder
+            elif not (out / identity.IDENTITY_FILE).exists():  # a run from before there were identities
+                begin(out)
+            for name in ("README.md", manifest.FILE):  # written last: they mark a complete folder
+                atomic.remove(out / name)
             prompting.write(out, dataset.forms)
             atomic.write_text(out / "run.toml", to_toml(replace(config, overwrite=False, resume=False)))
             self._file = metrics.MetricsFile(out / "metrics.jsonl", resume_step)
@@ -208,9 +212,15 @@ def clear(out: Path) -> None:
 
 
 def describe(
-    config: RunConfig, dataset: Dataset, result: RunResult, lora: LoraConfig, parameters: int, device: torch.device
+    config: RunConfig,
+    dataset: Dataset,
+    result: RunResult,
+    lora: LoraConfig,
+    parameters: int,
+    device: torch.device,
+    run_id: str,
 ) -> None:
-    """Writes the plot and then the model card into `result.out`, which already contains the adapter.
+    """Writes manifest, plot and then the model card into `result.out`, which already contains the adapter.
 
     Args:
         lora: configuration of the adapter.
@@ -219,6 +229,7 @@ def describe(
     """
     out = result.out
     assert out is not None
+    manifest.write(out, run_id, result.kept_step, (*_ADAPTER, prompting.FILE))
     metrics.plot(metrics.read(out / "metrics.jsonl"), out / "loss.png", f"{out.name} on {Path(config.model).name}")
     facts = _card_facts(config, dataset, result, lora, parameters, device)
     atomic.write_text(out / "README.md", render_card(facts))

@@ -68,7 +68,9 @@ def find_run(config: RunConfig) -> ResumedRun:
     out = Path(config.out)
     if checkpoint.newest(out / "checkpoints") is None:
         raise OutputError(f"{out}: there is no checkpoint to resume from; start again with --overwrite")
-    known = _identity_of(out)
+    file = out / "run.toml"
+    before = from_dict(RunConfig, read_toml(str(file)), str(file))
+    known = identity_of(out, before.model)
     newest, notes = checkpoint.newest_intact(out / "checkpoints", known.run)
     if newest is None:
         raise OutputError(f"no checkpoint is intact, first {notes[0]}; start again with --overwrite")
@@ -81,8 +83,10 @@ def find_run(config: RunConfig) -> ResumedRun:
             f"{lost}; this best adapter (held-out loss {progress.best_eval_loss:.4f}) is lost, and the best of "
             "the remaining steps is kept"
         )
-    file = out / "run.toml"
-    before = from_dict(RunConfig, read_toml(str(file)), str(file))
+    if not known.run and known.base.weights is None:
+        notes.append(
+            f"{out}: began without {identity.IDENTITY_FILE}, so nobody can tell whether its base has changed"
+        )
     notes += _compare(before, config)
     return ResumedRun(_located(before, config, known), newest, known, notes)
 
@@ -103,11 +107,19 @@ def check_unfinished(out: Path, step: int, *, finished: bool) -> None:
         )
 
 
-def _identity_of(out: Path) -> RunIdentity:
+def identity_of(out: Path, model: str) -> RunIdentity:
+    """The identity of the run in `out`, which began with the base `model`.
+
+    A run from before there were identities has an empty id, and no fingerprint of its base.
+
+    Raises: OutputError: the identity is damaged, or it is missing and its checkpoints are newer than that.
+    """
     try:
         known = identity.read(out)
     except LoratuneError as error:
         raise OutputError(f"{out}: cannot be resumed: {error}") from error
+    if known is None and checkpoint.adopt(out / "checkpoints"):
+        return RunIdentity("", identity.BaseIdentity(model, None, None, None), None)
     if known is None:
         raise OutputError(
             f"{out}: has no {identity.IDENTITY_FILE}, so its base and checkpoints cannot be verified; start again "

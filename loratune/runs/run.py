@@ -150,7 +150,8 @@ def _locked_run(
         config = replace(config, training=replace(config.training, learning_rate=choice.rate))
         attached = _adapter(model, config, resume_from)
     forward, fitted = _fitted(model, config)
-    known = resumed.identity if resumed else identity.of_run(described, tokenizer, dataset.file_hashes)
+    before = None if resumed is None else resumed.identity
+    known = identity.of_run(described, tokenizer, dataset.file_hashes, before)
     yield from _train(
         forward, fitted, tokenizer, dataset, config, attached, out, resume_from, stop, choice, chosen, known
     )
@@ -251,16 +252,14 @@ def train(
         training=training or TrainConfig(),
     )
     where = Path(out) if out is not None else None
-    if where is not None:
-        atomic.check_new(where, overwrite=False)
-    prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
-    config, chosen = completed(config, prepared, model.config)
-    forward, fitted = _fitted(model, config)
-    known = identity.of_run(_described(model), tokenizer, prepared.file_hashes)
     result: RunResult | None = None
-    with nullcontext() if where is None else lock.hold(where):
+    with nullcontext() if where is None or where.is_file() else lock.hold(where):
         if where is not None:
-            atomic.check_new(where, overwrite=False)  # another process may have finished a run here in between
+            atomic.check_new(where, overwrite=False)
+        prepared = dataset_of(model, tokenizer, paths, settings, config.training.seed, settings.cache_dir or None)
+        config, chosen = completed(config, prepared, model.config)
+        forward, fitted = _fitted(model, config)
+        known = identity.of_run(_described(model), tokenizer, prepared.file_hashes)
         for event in _train(
             forward, fitted, tokenizer, prepared, config, None, where, None, lambda: False, None, chosen, known
         ):
@@ -443,5 +442,5 @@ def _finish(
         activate(model, name)
     save(model, out, name, overwrite=True)
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
-    folder.describe(config, dataset, result, config_of(model, name), parameters, model.device)
+    folder.describe(config, dataset, result, config_of(model, name), parameters, model.device, run_id)
     return result, notes

@@ -162,7 +162,7 @@ class _SweepRun:
     def train(self, bank: Bank, forward: PackedForward) -> Iterator[SweepEvent]:
         """Trains every job to its end, or until `stop` returns True."""
         jobs = [self._job(job) for job in self._going.values()]
-        yield from map(Note, self._notes)
+        yield from self._new_notes()
         tokens = _row_tokens(self._model, self._going.values())
         objective = objective_named(self._plan.jobs[0].config.training.objective)
         pool = Jobs(forward, bank, tokens, self._stop, objective)
@@ -192,8 +192,13 @@ class _SweepRun:
             if isinstance(seen, Failed):
                 pool.remove(name)
             yield name, seen
+            yield from self._new_notes()
             if isinstance(seen, Paused | Ended | Failed):
                 yield from self._compare(pool)
+
+    def _new_notes(self) -> Iterator[Note]:
+        yield from map(Note, self._notes)
+        self._notes.clear()
 
     def standing(self, planned: PlannedJob) -> Standing:
         """A job's line of the ranking, from its folder."""
@@ -232,14 +237,16 @@ class _SweepRun:
         out, data = self._out / planned.name, self._data[planned.name]
         faults: list[str] = []
         if checkpoint.newest(out / "checkpoints") is not None:
-            known = identity.read(out)
-            newest, faults = checkpoint.newest_intact(out / "checkpoints", known.run if known else None)
+            known = resume.identity_of(out, planned.config.model)
+            newest, faults = checkpoint.newest_intact(out / "checkpoints", known.run)
             if newest is not None:
                 found = resume.find_run(replace(planned.config, resume=True))
                 resume.check_base(out, found.identity, self._base)
                 resume.check_data(out, data.dataset)
                 self._notes += found.notes
-                self._identities[planned.name] = found.identity
+                self._identities[planned.name] = identity.of_run(
+                    self._base, data.tokenizer, data.dataset.file_hashes, found.identity
+                )
                 return newest
         self._notes += [f"{fault}; the job starts again" for fault in faults[:1]]
         new = identity.of_run(self._base, data.tokenizer, data.dataset.file_hashes)
@@ -279,14 +286,20 @@ class _SweepRun:
         if recorder.unusable:
             self._ended(name, ended.reason)
             return
-        recorder.forget_lost_best(self._identities[name].run)
+        self._notes += [f"{name}: {note}" for note in recorder.forget_lost_best(self._identities[name].run)]
         result = recorder.result(self._model.device)
         kept = checkpoint.at_step(out / "checkpoints", result.kept_step)
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             atomic.write_bytes(out / file, (kept / file).read_bytes())
         info = read_info(out)
         folder.describe(
-            planned.config, self._data[name].dataset, result, info.config, info.parameters, self._model.device
+            planned.config,
+            self._data[name].dataset,
+            result,
+            info.config,
+            info.parameters,
+            self._model.device,
+            self._identities[name].run,
         )
         if ended.reason != "interrupted":
             self._ended(name, ended.reason)

@@ -11,7 +11,6 @@ kept: the newest, the one before it, and the best on held-out data. If the newes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -26,15 +25,15 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import PreTrainedModel
 
-from loratune import atomic
-from loratune.errors import TrainingError
+from loratune import atomic, manifest
+from loratune.errors import LoratuneError, TrainingError
 from loratune.lora.files import WEIGHTS_FILE, save
 from loratune.lora.peft_config import CONFIG_FILE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in an optimizer's state and in files."""
 
-MANIFEST_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "manifest.json", "optimizer.safetensors", "progress.json"
+OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE)
 
 
@@ -96,9 +95,7 @@ def write_parts(
         contiguous = {key: moment.contiguous() for key, moment in moments.items()}
         atomic.write_bytes(temporary / OPTIMIZER_FILE, to_bytes(contiguous))
         atomic.write_text(temporary / PROGRESS_FILE, atomic.to_json(asdict(progress)))
-        hashes = {file.name: _hash_of(file) for file in sorted(temporary.iterdir())}
-        manifest = {"run": run_id, "step": progress.step, "files": hashes}
-        atomic.write_text(temporary / MANIFEST_FILE, atomic.to_json(manifest))
+        _write_manifest(temporary, run_id, progress.step)
     found = all_in(folder)
     before = max((step for step in found if step < progress.step), default=None)
     for step, old in found.items():
@@ -137,25 +134,38 @@ def newest_intact(folder: Path, run_id: str | None = None) -> tuple[Path | None,
 def fault_of(checkpoint: Path, run_id: str | None = None) -> str | None:
     """The reason not to use a checkpoint; None if it is intact. Reads and hashes all its files."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
-        run, step, hashes = manifest["run"], manifest["step"], dict(manifest["files"])
-    except FileNotFoundError:
-        return f"has no {MANIFEST_FILE}, so it is not complete"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{MANIFEST_FILE} is damaged"
-    if run_id is not None and run != run_id:
+        found = manifest.read(checkpoint)
+    except ValueError:
+        return f"{manifest.FILE} is damaged"
+    if found is None:
+        return f"has no {manifest.FILE}, so it is not complete"
+    if run_id is not None and found.run != run_id:
         return "belongs to another run"
-    if step != _step_of(checkpoint):
-        return f"is of step {step}, unlike its name"
-    for name in (*_FILES, *hashes):
+    if found.step != _step_of(checkpoint):
+        return f"is of step {found.step}, unlike its name"
+    return found.fault_in(checkpoint, dict.fromkeys((*_FILES, *found.files)))
+
+
+def adopt(folder: Path) -> bool:
+    """Writes the manifests of checkpoints from before there were manifests, with an empty run id.
+
+    A checkpoint gets one if its step is the one in its name and its tensors can be read.
+
+    Returns: False if a manifest names a run, so that no checkpoint is changed.
+    """
+    found = all_in(folder)
+    if any(_names_a_run(path) for path in found.values()):
+        return False
+    for step, path in found.items():
         try:
-            if Path(name).name != name or _hash_of(checkpoint / name) != hashes.get(name):
-                return f"{name} is damaged"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
-    return None
+            readable = read_progress(path).step == step
+            for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+                load_file(path / name)
+        except (LoratuneError, OSError, SafetensorError):
+            continue
+        if readable and (path / CONFIG_FILE).is_file() and not (path / manifest.FILE).exists():
+            _write_manifest(path, "", step)
+    return True
 
 
 def at_step(folder: Path, step: int) -> Path:
@@ -225,14 +235,22 @@ def all_in(folder: Path) -> dict[int, Path]:
     return {step: path for step, path in found.items() if step is not None}
 
 
+def _write_manifest(checkpoint: Path, run_id: str, step: int) -> None:
+    names = {file.name for file in checkpoint.iterdir() if file.is_file()} - {manifest.FILE}
+    manifest.write(checkpoint, run_id, step, names)
+
+
+def _names_a_run(checkpoint: Path) -> bool:
+    """True if there is a manifest that is not `adopt`'s, also if it is damaged."""
+    try:
+        found = manifest.read(checkpoint)
+    except ValueError:
+        return True
+    return found is not None and bool(found.run)
+
+
 def _step_of(path: Path) -> int | None:
     """The step in a checkpoint's name, which `at_step` makes; None for any other name."""
     number = path.name.removeprefix("step-")
     known = re.fullmatch("[0-9]{6,18}", number) and path.name == at_step(path.parent, int(number)).name
     return int(number) if known else None
-
-
-def _hash_of(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import lock
+from loratune import lock, manifest
 from loratune.base.identity import describe
+from loratune.config import TrainConfig
 from loratune.errors import OutputError
 from loratune.training import checkpoint
+from loratune.training.course import Course, Rows
+from loratune.training.step import StepResult
 from tests.cli_lab import CHAT, SHORT, Outcome, finish, loratune, small_model, start, write_jsonl
 
 TRAIN = ["--max-steps", "6", "--eval-every-steps", "2", "--device", "cpu", *SHORT]
@@ -45,6 +49,9 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name in ("identity.json", "adapter_config.json"):
         file = place / "run" / name
         file.write_text(file.read_text().replace(str(trained), str(place)))
+    found = manifest.read(place / "run")
+    assert found is not None
+    manifest.write(place / "run", found.run, found.step, found.files)
     monkeypatch.chdir(place)
     return place
 
@@ -167,6 +174,83 @@ def test_a_damaged_checkpoint_is_left_out_with_a_message(here: Path, damage: str
         assert same[0] == same[1]
 
 
+FINISHED = ["adapter_model.safetensors", "adapter_config.json", "prompting.json"]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_changed_adapter_is_noticed_when_it_is_opened(here: Path, name: str) -> None:
+    file = here / "run" / name
+    file.write_bytes(file.read_bytes().replace(b'"lora_alpha": 32', b'"lora_alpha": 33') + b" ")
+    if name.endswith("safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+        flip_bit(file)
+    resize = ["resize", "run", "--rank", "1", "--out", "small"]
+    for words in (["merge", "run", "--out", "merged"], ["eval", "run", "chat.jsonl"], resize, ["chat", "run"]):
+        refused(loratune(*words), f"{name} is damaged since the run was saved", "manifest.json")
+    (here / "run/manifest.json").unlink()
+    assert loratune("merge", "run", "--out", "merged").status == 0
+
+
+def test_a_run_from_before_there_were_manifests_resumes_with_a_note(here: Path) -> None:
+    """It continues to the same bits, and has an identity from then on."""
+    shutil.copytree(here / "run", here / "whole")
+    assert loratune("train", "--resume", "--out", "whole", "--max-steps", "8").status == 0
+    run = here / "run"
+    for file in [*run.rglob("manifest.json"), run / "identity.json", run / "chat_template.jinja"]:
+        file.unlink()
+    (newest(run) / "progress.json").write_text('{"step": 4')  # its files are still checked
+    shutil.copytree(run, here / "damaged")
+    shutil.copy(here / "whole/checkpoints/step-000006/progress.json", newest(run))
+    resumed = loratune("train", "--resume", "--out", "damaged", "--max-steps", "8")
+    assert resumed.status == 0, resumed.err
+    assert "continues from step 4" in " ".join(resumed.out.split())
+    resumed = loratune("train", "--resume", "--out", "run", "--max-steps", "8")
+    assert resumed.status == 0, resumed.err
+    assert "began without identity.json" in " ".join(resumed.out.split())
+    same = [(here / name / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert same[0] == same[1]
+    small_model(here / "base", rope_theta=500.0)
+    refused(loratune("train", "--resume", "--out", "run", "--max-steps", "9"), "has changed since the training")
+
+
+def test_a_checkpoint_without_its_runs_identity_is_refused(here: Path) -> None:
+    (here / "run/identity.json").unlink()
+    refused(loratune("train", "--resume", "--out", "run", "--max-steps", "8"), "no identity.json", "--overwrite")
+
+
+def test_the_default_cache_need_not_be_writable(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "file").write_text("")
+    words = ["train", "base", "chat.jsonl", "--r", "2", "--tokens-per-row", "64", "--max-steps", "1"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "file"))
+    outcome = loratune(*words, "--out", "first")
+    assert outcome.status == 0, outcome.err
+    assert "data cache cannot be written" in " ".join(outcome.out.split())
+    refused(loratune(*words, "--out", "second", "--cache-dir", "file/cache"), "file/cache", "cannot be written")
+
+
+def test_steps_skipped_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
+    """Two bad steps before a stop and one behind it end the run, as three in a row do."""
+    settings = TrainConfig(max_steps=6, gradient_accumulation_steps=1, learning_rate=1e-3)
+    rows = Rows(lambda epoch: [[]] * 6, [])
+    course = Course(rows, settings)
+    bad = StepResult(float("nan"), float("nan"), 1, skipped=True)
+    course.stepped(bad, 1, 1.0, 0)
+    course.stepped(bad, 1, 1.0, 0)
+    (tmp_path / "progress.json").write_text(json.dumps(dataclasses.asdict(course.progress)))
+    course = Course(rows, settings, checkpoint.read_progress(tmp_path))
+    assert not course.diverged
+    course.stepped(bad, 1, 1.0, 0)
+    assert course.diverged
+
+
+@pytest.mark.parametrize(
+    "words", [["--adam-epsilon", "1e-300"], ["--adam-epsilon", "1e-40"], ["--adam-beta2", "0.99999999"]]
+)
+def test_settings_that_are_zero_in_float32_are_refused(here: Path, words: list[str]) -> None:
+    refused(loratune("train", "base", "chat.jsonl", "--out", "out", *TRAIN, *words), "float32")
+    assert not (here / "out").exists()
+
+
 def test_copies_and_leftovers_do_not_disturb(here: Path) -> None:
     run = here / "run"
     shutil.copytree(newest(run), run / "checkpoints/step-000006-backup")
@@ -187,9 +271,9 @@ def test_a_lost_best_checkpoint_is_noticed_at_once(here: Path) -> None:
     if progress["best_step"] == progress["step"]:  # make the one before the best, as after a worse evaluation
         progress["best_step"] = 4
         (last / "progress.json").write_text(json.dumps(progress))
-        manifest = json.loads((last / "manifest.json").read_text())
-        manifest["files"]["progress.json"] = checkpoint._hash_of(last / "progress.json")
-        (last / "manifest.json").write_text(json.dumps(manifest))
+        found = manifest.read(last)
+        assert found is not None
+        manifest.write(last, found.run, found.step, found.files)
     flip_bit(checkpoint.at_step(run / "checkpoints", progress["best_step"]) / "adapter_model.safetensors")
     resumed = loratune("train", "--resume", "--out", "run", "--max-steps", "8")
     assert resumed.status == 0, resumed.err

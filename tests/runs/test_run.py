@@ -53,7 +53,7 @@ def test_a_run_leaves_a_folder_that_describes_itself(data, tmp_path):
 
     assert {p.name for p in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "run.toml", "metrics.jsonl", "loss.png", "README.md",
-        "checkpoints", "identity.json", "chat_template.jinja", "prompting.json",
+        "checkpoints", "identity.json", "manifest.json", "chat_template.jinja", "prompting.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4, 5, 6]

@@ -133,7 +133,9 @@ def test_a_damaged_cache_is_rebuilt(position: int) -> None:
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_fix() -> None:
     Path("cache").write_text("a file, not a folder")
     with pytest.raises(OutputError, match=r"cache: the data cache cannot be written.*--cache-dir"):
-        prepared(cache="cache")
+        prepared(cache="cache", cache_dir="cache")  # the user has named it
+    assert any("data cache cannot be written" in note for note in prepared(cache="cache").notes)
+    assert content(prepared(cache="cache")) == content(prepared())
 
 
 def test_epochs_differ_and_repeat() -> None:

@@ -1,12 +1,14 @@
 """Mixtures of experts: tokens a second of a whole optimizer step, and the time of their grouped products.
 
-    python -m benchmarks.experts OUT.jsonl CASE... [--layers N] [--recompute SHARE] [--steps 8] [--device cuda]
+    python -m benchmarks.experts OUT.jsonl CASE... [--layers N] [--steps 8] [--device cuda]
 
 Cases: a shape, the tokens of its one row, and what has adapters, joined by colons; for example
 
     qwen3-30b:4096:attention    r = 16 on the attention of Qwen3-30B-A3B, experts frozen
     qwen3-30b:4096:experts      and a pair of rank 16 for every expert
     qwen3-30b:4096:experts:nf4  the same with random 4-bit codes in linear layers and experts
+    ...:adamw_8bit              with 8-bit moments
+    ...:72GiB                   `memory.fit` chooses the activations under this limit, as `--memory` does in a run
     gpt-oss-20b:4096:attention
     products:qwen3-30b:4096     microseconds of each grouped product, ours beside torch.nn.functional.grouped_mm
 
@@ -14,7 +16,7 @@ Weights are random, in bfloat16 unless the case says otherwise. Codes of NF4 and
 that MXFP4 has 4.25 instead of 4.13 bits. A step trains all tokens of one packed row of two documents. It runs as a
 CUDA graph where the model allows. Its time ends with the loss on the host; rows give the median.
 
-With `--recompute SHARE`, that share of the layers saves its input and attention's output alone, for less memory.
+Rows name the plan of activations. Peaks are bytes that PyTorch allocated; a limit counts CUDA's context as well.
 
 With `--layers N` a model has N decoder layers. `tok_s_extrapolated` and `peak_gib_extrapolated` then state what all
 layers would take: a second model with N / 2 layers is measured, and the difference is the cost of a layer.
@@ -39,12 +41,13 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import random_codes, row_of
 from loratune.base.forward import prepare
 from loratune.config import LoraConfig, TrainConfig
-from loratune.fused.policy import ActivationPlan, Level
 from loratune.lora.inject import attach
-from loratune.ops.experts import grouped_outer, grouped_product, route
+from loratune.memory.fit import fit
+from loratune.ops.experts import grouped_outer, grouped_product, plain_product, route
+from loratune.ops.gates import GateFormula, gated_rows, gated_rows_backward
 from loratune.precision.linear import quantise_linears
 from loratune.training.graph import GraphStep
-from loratune.training.optim import adamw, set_rate
+from loratune.training.optim import optimizer_of, set_rate
 
 WARM_UP, RANK = 4, 16
 _QWEN = {
@@ -90,24 +93,30 @@ def measure(
     shape: str,
     tokens: int,
     adapted: str,
-    precision: str,
+    options: list[str],
     layers: int | None,
-    recompute: float,
     steps: int,
     device: str,
 ) -> dict[str, Any]:
     """One case with a number of layers."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = random_model(shape, layers, device, precision)
+    model = random_model(shape, layers, device, "nf4" if "nf4" in options else "bf16")
     parameters_of = {"experts": "all-experts", "attention": None}[adapted]
     report = attach(model, LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=parameters_of))
     forward = prepare(model)
-    count = model.config.num_hidden_layers
-    if recompute:
-        forward.plan = ActivationPlan.mixed(Level.SELECTIVE, round(recompute * count), Level.NONE, count)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, TrainConfig(learning_rate=2e-4))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    settings = TrainConfig(
+        learning_rate=2e-4,
+        optim="adamw_8bit" if "adamw_8bit" in options else "adamw",
+        memory=next((option for option in options if option.endswith("GiB")), None),
+    )
+    if settings.memory is not None:
+        fit(forward, trained, settings, tokens)
+    optimizer = optimizer_of(parameters, settings)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     step = GraphStep(forward, parameters, optimizer, 1.0, record=device == "cuda")
     rows = [[row_of([tokens // 2] * 2, tokens, seed)] for seed in range(4)]
     seconds, losses = [], []
@@ -119,7 +128,8 @@ def measure(
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[WARM_UP:])
     return {
-        "layers": count, "recompute": recompute, "tokens": tokens, "trained": report.trainable_parameters,
+        "layers": model.config.num_hidden_layers, "plan": str(forward.plan or "none"),
+        "tokens": tokens, "trained": report.trainable_parameters,
         "tok_s": round(tokens / median), "step_ms": round(median * 1e3, 2), "path": forward.path,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
         "fused": forward.fused is not None, "notes": [*forward.notes, *filter(None, [step.why_not])],
@@ -134,15 +144,14 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def of_a_model(case: str, layers: int | None, recompute: float, steps: int, device: str) -> dict[str, Any]:
+def of_a_model(case: str, layers: int | None, steps: int, device: str) -> dict[str, Any]:
     """The row of a case, extrapolated to all layers if it has fewer."""
-    shape, tokens, adapted, *rest = case.split(":")
-    precision = rest[0] if rest else "bf16"
-    row = measure(shape, int(tokens), adapted, precision, layers, recompute, steps, device)
+    shape, tokens, adapted, *options = case.split(":")
+    row = measure(shape, int(tokens), adapted, options, layers, steps, device)
     release()
     if layers is None:
         return row
-    half = measure(shape, int(tokens), adapted, precision, layers // 2, recompute, steps, device)
+    half = measure(shape, int(tokens), adapted, options, layers // 2, steps, device)
     release()
     missing, more = SHAPES[shape][2]["num_hidden_layers"] - layers, layers - layers // 2
     step_ms = row["step_ms"] + (row["step_ms"] - half["step_ms"]) / more * missing
@@ -167,6 +176,11 @@ def timed(run: Callable[[], object], device: str) -> float:
     return round(statistics.median(found[3:]), 1)
 
 
+def gate_of(shape: str) -> GateFormula:
+    """The gated activation of a shape."""
+    return GateFormula("silu", True, 1.702, 7.0, 1.0) if shape == "gpt-oss-20b" else GateFormula("silu")
+
+
 def of_products(shape: str, tokens: int, device: str) -> dict[str, Any]:
     """Microseconds of the grouped products of one layer."""
     values = SHAPES[shape][0](**SHAPES[shape][2])
@@ -182,15 +196,21 @@ def of_products(shape: str, tokens: int, device: str) -> dict[str, Any]:
 
     x, rows, hidden, low = random(tokens, d), random(pairs, d), random(pairs, 2 * m), random(pairs, RANK)
     up, A, B = random(experts, 2 * m, d), random(experts, RANK, d), random(experts, 2 * m, RANK)
+    active, factors, gate = random(pairs, m), torch.rand(pairs, device=device), gate_of(shape)
     ends, at, W = routing.ends, routing.tokens, up.transpose(1, 2)
     runs: dict[str, Callable[[], object]] = {
         "route_us": lambda: route(index, experts),
-        "up_us": lambda: grouped_product(x, W, ends, at),
+        "up_us": lambda: plain_product(x, W, ends, at),
+        "up_kernel_us": lambda: grouped_product(x, W, ends, at),
+        "up_back_us": lambda: plain_product(hidden, up, ends),
+        "up_back_kernel_us": lambda: grouped_product(hidden, up, ends),
         "up_with_pair_us": lambda: grouped_product(x, W, ends, at, low, B.transpose(1, 2)),
-        "up_back_us": lambda: grouped_product(hidden, up, ends),
         "low_us": lambda: grouped_product(x, A.transpose(1, 2), ends, at),
+        "gate_us": lambda: gated_rows(hidden, gate, None, routing.experts),
+        "gate_back_us": lambda: gated_rows_backward(hidden, gate, None, routing.experts, active, factors, None),
         "outer_A_us": lambda: grouped_outer(low, x, ends, at),
         "outer_B_us": lambda: grouped_outer(low, hidden, ends, None, True),
+        "sort_route_us": lambda: index.view(-1).sort(stable=True),
     }
     if device == "cuda":
         theirs = torch.nn.functional.grouped_mm
@@ -215,7 +235,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--layers", type=int, help="decoder layers, instead of all")
-    parser.add_argument("--recompute", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
@@ -225,7 +244,7 @@ def main() -> None:
             if kind == "products":
                 row = of_products(rest[0], int(rest[1]), given.device)
             else:
-                row = of_a_model(case, given.layers, given.recompute, given.steps, given.device)
+                row = of_a_model(case, given.layers, given.steps, given.device)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             row = {"error": f"{type(error).__name__}: {error}"[:600]}
             release()

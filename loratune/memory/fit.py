@@ -13,9 +13,10 @@ layers are not fused, `auto` tries the levels one by one, from fast to frugal.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ _CLOSER = (1.03, 1.0, 0.97, 0.93, 0.88)
 estimates are up to 3 % above measured peaks and never below them."""
 _QUICK = 5.0
 """A plan that is estimated not to fit is tried only if its step takes at most this many seconds."""
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the layers that recompute, where layers run as modules."""
 _OF_THE_HOST = 0.8
 """Share of the host's free memory that may be pinned."""
 
@@ -186,10 +189,20 @@ def _plans(
             ActivationPlan.uniform(level, found.layers, tile) for tile in ((TILE, 1024) if level else (TILE,))
         )
     elif not found.ledgers:
-        yield from (ActivationPlan.uniform(level, found.layers) for level in LEVELS.values())
+        yield from plans_of_modules(found.layers)
     else:
         yield from by_estimate(found, setting, devices.present(device), limit)
         yield ActivationPlan.smallest(found.layers)
+
+
+def plans_of_modules(layers: int) -> Iterator[ActivationPlan]:
+    """Plans for layers that run as modules, whose time is not estimated: each saves less than the one before."""
+    yield ActivationPlan.uniform(Level.NONE, layers)
+    for share in _SHARES:
+        yield ActivationPlan.mixed(Level.SELECTIVE, math.ceil(share * layers), Level.NONE, layers)
+    yield ActivationPlan.uniform(Level.FULL, layers)
+    for level in (Level.FULL, Level.OFFLOAD):
+        yield replace(ActivationPlan.uniform(level, layers), embeddings_on_host=True)
 
 
 def by_estimate(found: ModelSurvey, setting: RowSetting, device: DeviceSpec, limit: int) -> Iterator[ActivationPlan]:

@@ -13,7 +13,7 @@ from loratune.fused.policy import ActivationPlan, Level, tiles
 from loratune.memory.budget import RowSetting, peak
 from loratune.memory.devices import named
 from loratune.memory.estimate import EstimateRequest, survey_of
-from loratune.memory.fit import DryStep, _any_row, by_estimate, first_that_fits, fit, too_small
+from loratune.memory.fit import DryStep, _any_row, by_estimate, first_that_fits, fit, plans_of_modules, too_small
 from loratune.memory.simulate import without_data
 from loratune.training.graph import layout_for
 from tests.training.helpers import config, model_with_adapter, trainable
@@ -113,3 +113,11 @@ def test_a_plan_that_may_just_not_fit_is_tried_first_where_a_step_is_quick(token
     assert (limit < totals[0] <= 1.03 * limit) == daring
     assert all(total <= limit for total in totals[daring:])
     assert totals == sorted(totals, reverse=True)
+
+
+def test_layers_that_run_as_modules_save_less_from_plan_to_plan():
+    plans = list(plans_of_modules(6))
+    assert [sum(plan.levels) for plan in plans] == [0, 6, 9, 15, 18, 30, 30, 36]
+    assert all(plan.levels == tuple(sorted(plan.levels, reverse=True)) for plan in plans)
+    assert [plan.embeddings_on_host for plan in plans] == [False] * 6 + [True] * 2
+    assert len(set(plans_of_modules(1))) == 5  # a plan that repeats is tried once

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune import foreign, other_names
 from loratune.errors import ConfigError
+from loratune.setting_types import check_types, describe, fits, require
 from loratune.short_repr import ShortRepr, is_required
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
 from loratune.units import bytes_of
@@ -81,6 +80,8 @@ class LoraConfig(ShortRepr):
     """Names or one regular expression of modules to leave out, matched like target_modules."""
     use_rslora: bool = False
     """Rank-stabilised scaling, lora_alpha / sqrt(r) (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """DoRA: also learn the length of each row of the weight (arXiv:2402.09353). Layers run as modules, not fused."""
     bias: Bias = "none"
     """Bias vectors to train: none, all of the model, or only those of the adapted layers."""
     modules_to_save: list[str] | None = None
@@ -98,20 +99,20 @@ class LoraConfig(ShortRepr):
     """Regular expression (anchored as the end of a module's path) -> lora_alpha, for layers with another one."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name, rank in {
             "r": self.r,
             **{f'rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()},
         }.items():
-            _require(rank >= 1, f"{name} is {rank}; a rank is at least 1")
-        _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it lies in 0 <= p < 1")
+            require(rank >= 1, f"{name} is {rank}; a rank is at least 1")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it lies in 0 <= p < 1")
         for name, alpha in {
             "lora_alpha": self.lora_alpha,
             **{f'alpha_pattern["{k}"]': v for k, v in self.alpha_pattern.items()},
         }.items():
-            _require(0 < alpha < math.inf, f"{name} is {alpha}; it must be positive and finite")
+            require(0 < alpha < math.inf, f"{name} is {alpha}; it must be positive and finite")
         named = bool(self.target_modules) or bool(self.target_parameters)
-        _require(named, 'target_modules is empty; give module names or "all-linear"')
+        require(named, 'target_modules is empty; give module names or "all-linear"')
 
 
 @dataclass(kw_only=True, repr=False)
@@ -141,13 +142,13 @@ class DataConfig(ShortRepr):
     """Folder for rendered data; by default under the user's cache folder. "" turns caching off."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         tokens = self.tokens_per_row
-        _require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
-        _require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
+        require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
+        require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
         if self.template_date is not None:
-            _require(_is_date(self.template_date), f'template_date is "{self.template_date}"; write YYYY-MM-DD')
-        _require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
+            require(_is_date(self.template_date), f'template_date is "{self.template_date}"; write YYYY-MM-DD')
+        require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
 
     @property
     def row_tokens(self) -> int:
@@ -206,21 +207,21 @@ class TrainConfig(ShortRepr):
     """Trackers to report to, besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         rate = self.learning_rate
         numeric = rate is None or rate == "auto" or 0 < rate < math.inf
-        _require(numeric, f"learning_rate is {rate}; it must be positive and finite")
-        _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
+        require(numeric, f"learning_rate is {rate}; it must be positive and finite")
+        require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it lies in 0 <= share <= 1")
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
-            _require(0 <= beta < 1, f"{name} is {beta}; it lies in 0 <= beta < 1")
-            _require(1 - beta >= 2**-24, f"{name} is {beta}, which is 1 in float32; it is at most 1 - 6e-8")
+            require(0 <= beta < 1, f"{name} is {beta}; it lies in 0 <= beta < 1")
+            require(1 - beta >= 2**-24, f"{name} is {beta}, which is 1 in float32; it is at most 1 - 6e-8")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
+            require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
         epsilon = self.adam_epsilon
         bounds = "it must be positive and finite in float32: 1.2e-38 <= epsilon < 3.4e38"
-        _require(2**-126 <= epsilon < 2**128, f"adam_epsilon is {epsilon}; {bounds}")
+        require(2**-126 <= epsilon < 2**128, f"adam_epsilon is {epsilon}; {bounds}")
         if self.memory is not None:
             try:
                 bytes_of(self.memory)
@@ -229,7 +230,7 @@ class TrainConfig(ShortRepr):
         counts = ("epochs", "max_steps", "gradient_accumulation_steps", "eval_every_steps")
         for name in (*counts, "early_stopping_patience", "save_every_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it is at least 1")
+            require(value is None or value >= 1, f"{name} is {value}; it is at least 1")
 
     @property
     def rate(self) -> float:
@@ -277,10 +278,10 @@ class RunConfig(ShortRepr):
     def __post_init__(self) -> None:
         for name, section in (("lora", LoraConfig), ("dataset", DataConfig), ("training", TrainConfig)):
             given = getattr(self, name)
-            _require(isinstance(given, section), f"{name} is a {type(given).__name__}; write {section.__name__}(...)")
-        _require(bool(self.model), "no model given")
-        _require(bool(self.data), "no training data given")
-        _require(bool(self.out), "no output folder given; pass --out DIR")
+            require(isinstance(given, section), f"{name} is a {type(given).__name__}; write {section.__name__}(...)")
+        require(bool(self.model), "no model given")
+        require(bool(self.data), "no training data given")
+        require(bool(self.out), "no output folder given; pass --out DIR")
 
 
 T = TypeVar("T")
@@ -326,10 +327,10 @@ def check_values(
             raise ConfigError(
                 f"{where}: {name} = {reprlib.repr(value)} is a value, but {name} is a section: [{name}]"
             )
-        elif _fits(value, expected):
+        elif fits(value, expected):
             built[name] = value
         else:
-            raise ConfigError(f"{where}: {name} = {reprlib.repr(value)} is not {_describe(expected)}")
+            raise ConfigError(f"{where}: {name} = {reprlib.repr(value)} is not {describe(expected)}")
     return built
 
 
@@ -390,60 +391,3 @@ def _all_names(root: type[Any]) -> list[str]:
         if is_dataclass(hint):
             names += [f.name for f in fields(hint)]
     return names
-
-
-def _fits(value: object, expected: Any) -> bool:
-    """True if `value` has the annotated type. An int counts as a float; a bool does not count as a number.
-
-    Numbers are finite: no setting can be NaN, infinite, or a whole number that no 64 bits hold.
-    """
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in arguments)
-    if origin is Literal:
-        return value in arguments and type(value) in {type(a) for a in arguments}
-    if origin is list:
-        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, Mapping) and all(_fits(v, arguments[1]) for v in value.values())
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return isinstance(value, expected)
-
-
-def _describe(expected: Any) -> str:
-    """An annotated type in words."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in arguments if a is not type(None))
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    if origin is list:
-        return f"a list, each {_describe(arguments[0])}"
-    if origin is dict:
-        return f"a table of {_describe(arguments[1])}"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
-        expected, str(expected)
-    )
-
-
-_LARGEST = sys.float_info.max
-_TABLES: Mapping[str, Mapping[str, str]] = {"objective": OBJECTIVES, "format": FORMATS, "precision": PRECISIONS}
-
-
-def _check_types(config: object) -> None:
-    """Raises ConfigError if a value of a section has the wrong type, as Python does not check annotations."""
-    for name, expected in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        added = isinstance(value, str) and value in _TABLES.get(
-            name, ()
-        )  # to a table, after this module was imported
-        if not added and not _fits(value, expected):
-            raise ConfigError(f"{name} = {reprlib.repr(value)} is not {_describe(expected)}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -63,7 +63,9 @@ ROW_LAYERS: dict[str, str] = {
 """Other layers that carry state along a row (`loratune.base.row_layers.RowLayer`), found by their structure. The name
 is for readers."""
 
-VARIANTS: dict[str, str] = {}
+VARIANTS: dict[str, str] = {
+    "use_dora": "loratune.lora.variants.dora:DORA",
+}
 """Variants of LoRA (`loratune.lora.layer.LoraVariant`). The name is the configuration field that chooses the variant
 when it is true, for example "use_dora", or a field and its value, for example "init_lora_weights=pissa"."""
 

@@ -408,9 +408,9 @@ ADAPTERS = [
         ("adapter_config.json", "IA3", "LORA"),
     ),
     Case(
-        "DoRA",
-        after(lambda lab: lab.edit_json("adapter/adapter_config.json", use_dora=True), "chat", "adapter"),
-        ("adapter_config.json", "use_dora"),
+        "a variant that is not implemented",
+        after(lambda lab: lab.edit_json("adapter/adapter_config.json", use_qalora=True), "chat", "adapter"),
+        ("adapter_config.json", "use_qalora"),
     ),
     Case(
         "base that is gone",

@@ -57,7 +57,7 @@ def _weights(
     dtype = master_dtype(weight)
     tensors = {name: torch.empty(spec.shape, dtype=dtype, device="cpu") for name, spec in target.tensors().items()}
     if generator is not None:
-        target.variant.initialise(tensors, target.base, target.kind, config, generator)
+        target.variant.initialise(tensors, target.base, target.kind, config, target.scaling, generator)
     parameters = {name: nn.Parameter(tensor.to(device or weight.device)) for name, tensor in tensors.items()}
     return LayerWeights(target.kind, target.variant, parameters, target.scaling, target.shapes_in_files())
 

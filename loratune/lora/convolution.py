@@ -65,11 +65,12 @@ class LoraConvolution(LoraLayer):
 
     @staticmethod
     def shapes_in_files(base: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-        """A (r, in, *kernel) and B (out, r / groups, 1, ...)."""
+        """A (r, in, *kernel), B (out, r / groups, 1, ...), and one value for each channel (1, out, 1, ...)."""
         assert isinstance(base, _ConvNd)
         r = specs["lora_A"].shape[0]
         ones = (1,) * len(base.kernel_size)
-        return {
+        own = {name: (1, *spec.shape, *ones) for name, spec in specs.items() if len(spec.shape) == 1}
+        return own | {
             "lora_A": (r, base.in_channels, *base.kernel_size),
             "lora_B": (base.out_channels, r // base.groups, *ones),
         }

@@ -70,6 +70,7 @@ class ExpertPairs(LoraVariant):
         base: nn.Module,
         kind: type[LoraLayer],
         config: LoraConfig,
+        scaling: float,
         generator: torch.Generator,
     ) -> None:
         """Fills each expert's pair as that of a linear layer of the same sides and rank."""

@@ -58,8 +58,8 @@ class LoraVariant:
             defines_last(cls, "low_rank_sum", method) for method in ("tensors", "forward", "delta")
         )
 
-    def refusal(self, kind: type[LoraLayer]) -> str | None:
-        """The reason why layers of `kind` cannot have this variant, or None."""
+    def refusal(self, kind: type[LoraLayer], base: nn.Module) -> str | None:
+        """The reason why `base`, a layer of `kind`, cannot have this variant, or None."""
         if self.low_rank_sum or kind.is_linear:
             return None
         return f"{type(self).__name__} is for linear layers"
@@ -75,9 +75,13 @@ class LoraVariant:
         base: nn.Module,
         kind: type[LoraLayer],
         config: LoraConfig,
+        scaling: float,
         generator: torch.Generator,
     ) -> None:
-        """Fills new tensors, which are on the CPU, in place. All randomness comes from `generator`."""
+        """Fills new tensors, which are on the CPU, in place. All randomness comes from `generator`.
+
+        `scaling` is the layer's factor of B A.
+        """
         kind.initialise(tensors["lora_A"], tensors["lora_B"], config.init_lora_weights, generator)
 
     def forward(self, layer: LoraLayer, x: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ UNUSED: dict[str, Any] = {
     "revision": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }

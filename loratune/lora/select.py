@@ -305,7 +305,7 @@ def _target(
 
     Raises: Unadaptable: the variant is not for this kind of layer. _TooNarrow: the rank is too large, if `skip`.
     """
-    refusal = variant.refusal(kind)
+    refusal = variant.refusal(kind, entry.module)
     if refusal is not None:
         raise Unadaptable(f'"{path}" cannot be adapted: {refusal}')
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)

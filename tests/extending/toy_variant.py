@@ -32,9 +32,10 @@ class GatedLora(LoraVariant):
         base: nn.Module,
         kind: type[LoraLayer],
         config: LoraConfig,
+        scaling: float,
         generator: torch.Generator,
     ) -> None:
-        super().initialise(tensors, base, kind, config, generator)
+        super().initialise(tensors, base, kind, config, scaling, generator)
         tensors["lora_gate"].fill_(1.0)
 
     def forward(self, layer: LoraLayer, x: Tensor) -> Tensor:
@@ -61,9 +62,10 @@ class OrthogonalLora(LoraVariant):
         base: nn.Module,
         kind: type[LoraLayer],
         config: LoraConfig,
+        scaling: float,
         generator: torch.Generator,
     ) -> None:
-        super().initialise(tensors, base, kind, config, generator)
+        super().initialise(tensors, base, kind, config, scaling, generator)
         tensors["lora_A"].copy_(torch.linalg.qr(tensors["lora_A"].T).Q.T)
 
 

@@ -343,7 +343,6 @@ def test_a_damaged_or_foreign_configuration_is_refused(content: str, tmp_path: P
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 4], [2, 5]]),

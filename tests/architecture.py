@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "other_names",
+        "setting_types",
         "short_repr",
         "units",
         "version",

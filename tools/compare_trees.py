@@ -38,6 +38,7 @@ JOBS = """
 data = [{train}]
 eval_data = [{held_out}]
 tokens_per_row = 128
+gradient_accumulation_steps = 2
 max_steps = {steps}
 eval_every_steps = {every}
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from loratune import foreign
 from loratune.errors import OutputError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)\.(?P<old>old\.)?\w+", re.DOTALL)
@@ -29,7 +30,14 @@ LOCK_FILE = ".lock"
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputError if `path` exists and may not be replaced, or its parent cannot be written to."""
+    """Raises OutputError if `path` exists and may not be replaced, or its parent cannot be written to.
+
+    A link that leads nowhere cannot be written to, and neither can any place behind it.
+    """
+    foreign.check_name(str(path), OutputError)
+    for place in (path, *path.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(f"{place}: is a link to a missing place; remove it, or choose another folder")
     if not overwrite and (path.is_file() or (path.is_dir() and holds_files(path))):
         raise OutputError(f"{path}: exists already; choose another name or pass --overwrite")
     if path.is_file():

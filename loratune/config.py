@@ -12,16 +12,15 @@ import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loratune import foreign, other_names
 from loratune.errors import ConfigError
-from loratune.setting_types import check_types, describe, fits, require
+from loratune.setting_types import check_types, fits, misfit, require
 from loratune.short_repr import ShortRepr, is_required
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS, VARIANTS, chosen_variants, load_entry
-from loratune.units import bytes_of
+from loratune.units import bytes_of, is_date
 
 if TYPE_CHECKING:
     DataFormat = str
@@ -147,7 +146,7 @@ class DataConfig(ShortRepr):
         require(tokens is None or tokens >= 2, f"tokens_per_row is {tokens}; a row holds at least 2 tokens")
         require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it lies in 0 <= share < 1")
         if self.template_date is not None:
-            require(_is_date(self.template_date), f'template_date is "{self.template_date}"; write YYYY-MM-DD')
+            require(is_date(self.template_date), f'template_date is "{self.template_date}"; write YYYY-MM-DD')
         require(self.num_proc is None or self.num_proc >= 1, f"num_proc is {self.num_proc}; it is at least 1")
 
     @property
@@ -330,7 +329,7 @@ def check_values(
         elif fits(value, expected):
             built[name] = value
         else:
-            raise ConfigError(f"{where}: {name} = {reprlib.repr(value)} is not {describe(expected)}")
+            raise ConfigError(f"{where}: {misfit(name, value, expected)}")
     return built
 
 
@@ -364,14 +363,6 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
         for k, v in values.items()
         if v is not None
     }
-
-
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _elsewhere(root: type[Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads small JSON and TOML files that may come from anyone: configurations, indexes, run settings.
+"""Names of files, and small JSON and TOML files, that may come from anyone: configurations, indexes, run settings.
 
 A reader here returns plain values or raises one error of the caller's class. It never waits on a pipe, never reads
 a file without an end, and never exceeds Python's recursion limit.
@@ -6,6 +6,7 @@ a file without an end, and never exceeds Python's recursion limit.
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 import tomllib
@@ -21,28 +22,59 @@ MOST_DEPTH = 64
 """Most brackets inside each other; transformers' own configurations have six."""
 
 
+def is_text(text: str) -> bool:
+    """False for text that neither UTF-8 files nor names can hold: with half a surrogate pair, or a zero byte.
+
+    Python represents bytes of names that are not UTF-8 as halves of surrogate pairs.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def check_name(name: str, kind: type[LoratuneError]) -> None:
+    """Raises `kind`: a file or folder has a name that no JSON, TOML or tokenizer file can hold; see `is_text`."""
+    if not is_text(name):
+        shown = name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+        raise kind(f"{shown}: this name is not UTF-8 text; rename the file or folder")
+
+
+def regular(path: Path) -> Path:
+    """`path`, if it is a file. Raises OSError: it is missing, a link to nowhere, a folder, a pipe or a device."""
+    if path.is_symlink() and not path.exists():
+        raise OSError(errno.EINVAL, "is a link to a missing file", str(path))
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return path
+
+
+def read_bytes(path: Path, kind: type[LoratuneError], most: int = MOST_BYTES) -> bytes:
+    """The content of a file. Raises: `kind`: it is no regular file, has over `most` bytes, or cannot be read."""
+    try:
+        size = regular(path).stat().st_size
+        content = path.read_bytes() if size <= most else b""
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise kind(f"{path!r}: cannot be the name of a file: {error}") from error
+    if size > most:
+        raise kind(f"{path}: has {size:,} bytes; such a file has at most {most:,}")
+    return content
+
+
 def read_text(path: Path, kind: type[LoratuneError]) -> str:
     """The content of a UTF-8 file, without a byte order mark.
 
-    Raises: `kind`: it is not a regular file, cannot be read, is too large, or is not UTF-8.
+    Raises: `kind`: as `read_bytes`; the content is not UTF-8.
     """
+    content = read_bytes(path, kind)
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise kind(f"{path}: is not a regular file")
-        if found.st_size > MOST_BYTES:
-            raise kind(f"{path}: has {found.st_size:,} bytes; such a file has at most {MOST_BYTES:,}")
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise kind(f"{path}: is not UTF-8 text: {error}") from error
-    except OSError as error:
-        if isinstance(error, kind):
-            raise
-        raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, kind):
-            raise
-        raise kind(f"{path!r}: cannot be the name of a file: {error}") from error
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise kind(f"{path}:{line}: byte 0x{byte:02x} is not valid UTF-8; save the file as UTF-8") from error
 
 
 def read_json(path: Path, kind: type[LoratuneError]) -> dict[str, Any]:

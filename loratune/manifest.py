@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loratune import atomic
+from loratune import atomic, foreign
 
 FILE = "manifest.json"
 
@@ -50,7 +50,7 @@ def write(folder: Path, run: str, step: int, names: Iterable[str]) -> None:
 def read(folder: Path) -> Manifest | None:
     """The manifest in `folder`, or None if there is none. Raises ValueError: it is damaged."""
     try:
-        found = json.loads((folder / FILE).read_bytes())
+        found = json.loads(foreign.regular(folder / FILE).read_bytes())
         manifest = Manifest(found["run"], found["step"], dict(found["files"]))
     except FileNotFoundError:
         return None
@@ -62,5 +62,5 @@ def read(folder: Path) -> Manifest | None:
 
 
 def _hash_of(file: Path) -> str:
-    with file.open("rb") as content:
+    with foreign.regular(file).open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

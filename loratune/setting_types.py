@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 import sys
 import types
@@ -9,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from loratune import foreign
 from loratune.errors import ConfigError
 from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS
 
@@ -16,7 +18,7 @@ from loratune.tables import FORMATS, OBJECTIVES, PRECISIONS
 def fits(value: object, expected: Any) -> bool:
     """True if `value` has the annotated type. An int counts as a float; a bool does not count as a number.
 
-    Numbers are finite: no setting can be NaN, infinite, or a whole number that no 64 bits hold.
+    Numbers are finite: no setting can be NaN, infinite, or a whole number that no 64 bits hold. Text is UTF-8.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
@@ -31,7 +33,17 @@ def fits(value: object, expected: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if expected is str:
+        return isinstance(value, str) and foreign.is_text(value)
     return isinstance(value, expected)
+
+
+def misfit(name: str, value: object, expected: Any) -> str:
+    """The error for a value that does not fit."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}; it must be finite"
+    whole = not isinstance(value, str) or foreign.is_text(value)
+    return f"{name} = {reprlib.repr(value)} is not {describe(expected) if whole else 'UTF-8 text'}"
 
 
 def describe(expected: Any) -> str:
@@ -58,11 +70,9 @@ def check_types(config: object) -> None:
     """Raises ConfigError if a value of a section has the wrong type, as Python does not check annotations."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        added = isinstance(value, str) and value in _TABLES.get(
-            name, ()
-        )  # to a table, after this module was imported
-        if not added and not fits(value, expected):
-            raise ConfigError(f"{name} = {reprlib.repr(value)} is not {describe(expected)}")
+        table = _TABLES.get(name, ())  # may have grown after this module was imported
+        if not fits(value, expected) and not (isinstance(value, str) and value in table):
+            raise ConfigError(misfit(name, value, expected))
 
 
 def require(condition: bool, message: str) -> None:

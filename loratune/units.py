@@ -1,9 +1,10 @@
-"""Text for people: bytes in binary units, durations, commands to copy."""
+"""Text for people: bytes in binary units, durations, dates, commands to copy."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from datetime import date
 
 
 def size(count: float) -> str:
@@ -34,6 +35,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def is_date(text: str) -> bool:
+    """True for a date of the calendar as YYYY-MM-DD."""
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 _UNITS = {"b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}

@@ -76,3 +76,28 @@ def test_permissions_follow_the_umask(tmp_path):
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "dir").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("name", ["gone", "gone/inner", "loop", "loop/inner"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_to_nowhere_is_refused_before_any_work(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError, match=rf"{name.partition('/')[0]}: is a link to a missing place; remove it"):
+        atomic.check_new(tmp_path / name, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone", "loop"]
+
+
+def test_a_link_to_a_folder_is_an_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    atomic.check_new(tmp_path / "link", overwrite=False)
+    with atomic.new_directory(tmp_path / "link" / "inner") as temporary:
+        (temporary / "x").write_text("1")
+    assert tree(tmp_path / "real") == {"inner/x": b"1"}
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\0b"])
+def test_a_name_that_no_file_can_hold_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match=r"(caf\\udce9|a\\0b): this name is not UTF-8 text; rename"):
+        atomic.check_new(tmp_path / name, overwrite=False)

@@ -60,6 +60,12 @@ class Lab:
         path = self.here / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
+    def link(self, name: str) -> None:
+        """A link to nowhere, beside a second adapter and a file of jobs."""
+        shutil.copytree(self.here / "adapter", self.here / "twin")
+        (self.here / name).symlink_to("nowhere")
+        self.write("jobs.toml", 'data = ["chat.jsonl"]\n')
+
     def remove(self, name: str) -> None:
         path = self.here / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -118,6 +124,7 @@ def plain(*words: str) -> Callable[[Lab], list[str]]:
 
 
 GOOD = turns("user", "assistant")
+LATIN = os.fsdecode(b"caf\xe9")
 RUN = 'model = "base"\ndata = ["chat.jsonl"]\n'
 
 
@@ -238,7 +245,11 @@ SETTINGS = [
     Case("no section", toml(RUN + "r = 8\n"), ('unknown setting "r"', "[lora]")),
     Case("range in TOML", toml(RUN + "[lora]\nr = 0\n"), ("bad.toml", "r is 0")),
     Case("broken TOML", toml(RUN + "[lora\n"), ("bad.toml", "line 3")),
-    Case("TOML in Latin-1", lambda lab: ["train", "-c", lab.write("l.toml", b'out = "\xe9"')], ("l.toml", "TOML")),
+    Case(
+        "TOML in Latin-1",
+        lambda lab: ["train", "-c", lab.write("l.toml", b'out = "\xe9"')],
+        ("l.toml:1", "byte 0xe9", "UTF-8"),
+    ),
     Case("missing TOML", plain("train", "-c", "rnu.toml", "--out", "out"), ("rnu.toml", "No such file")),
     Case("-c without its value", plain("train", "-c"), ("-c needs a value",)),
     Case("unknown tracker", setting("--log-to", "wandbb"), ("wandb",)),
@@ -462,6 +473,32 @@ OUTPUT = [
     Case("output below a file", lambda lab: train("--out", "chat.jsonl/out"), ("chat.jsonl", "Not a directory")),
     Case("output is not a run", lambda lab: train("--out", "base", "--overwrite"), ("base", "not a run")),
     Case("output in /proc", lambda lab: train("--out", "/proc/out"), ("/proc/out", "cannot write")),
+    *(
+        Case(
+            f"{verb} to a link", after(lambda lab: lab.link("gone"), *words), ("gone: is a link to a missing place",)
+        )
+        for verb, words in {
+            "train": train("--out", "gone/inner"),
+            "sweep": ["sweep", "base", "jobs.toml", "--out", "gone"],
+            "merge": ["merge", "adapter", "--out", "gone"],
+            "combine": ["combine", "adapter", "twin", "--out", "gone"],
+            "resize": ["resize", "adapter", "--rank", "1", "--out", "gone"],
+            "extract": ["extract", "base", "--base", "base", "--out", "gone/inner"],
+            "quantise": ["quantise", "base", "--out", "gone"],
+            "demo": ["demo", "--out", "gone"],
+        }.items()
+    ),
+    *(
+        Case(f"{words[0]} with a name in Latin-1", plain(*words), ("caf\\udce9", "not UTF-8", "rename"))
+        for words in (
+            train("--out", LATIN),
+            train(model=LATIN),
+            train(data=LATIN),
+            train("--chat-template", LATIN),
+            ["chat", LATIN],
+            ["inspect", LATIN],
+        )
+    ),
     Case("merge onto a folder", plain("merge", "adapter", "--out", "other"), ("other", "exists", "--overwrite")),
     Case(
         "merge onto its base",

@@ -42,6 +42,18 @@ MINIMAL = {"model": "m", "data": ["d"], "out": "o"}
         ({"lora": {"lora_dropout": 1.0}}, "lora_dropout"),
         ({"training": {"epochs": 0}}, "epochs"),
         ({"dataset": {"tokens_per_row": 1}}, "tokens_per_row"),
+        ({"training": {"max_grad_norm": float("inf")}}, "max_grad_norm is inf; it must be finite"),
+        ({"training": {"max_grad_norm": float("nan")}}, "max_grad_norm is nan; it must be finite"),
+        ({"training": {"weight_decay": 10**400}}, "weight_decay = .* is not a number"),
+        ({"training": {"max_steps": 2**63}}, "max_steps = 9223372036854775808 is not a whole number"),
+        ({"training": {"seed": -(2**63) - 1}}, "seed = .* is not a whole number"),
+        ({"lora": {"alpha_pattern": {"q": float("inf")}}}, "alpha_pattern"),
+        ({"lora": {"r": True}}, "r = True is not a whole number"),
+        ({"lora": 3}, r"lora = 3 is a value, but lora is a section: \[lora\]"),
+        ({"model": ["m"]}, "is not a string"),
+        ({"model": "a\0b"}, "is not UTF-8 text"),
+        ({"data": ["d", "\ud83d"]}, "data = .* is not"),
+        ({"model": None}, "model = None is not a string"),
     ],
 )
 def test_a_wrong_setting_is_named(values, message):
@@ -54,6 +66,12 @@ def test_broken_toml_names_file_and_line(tmp_path):
     file.write_text('model = "m"\nout = \n')
     with pytest.raises(ConfigError, match=r"run\.toml.*line 2"):
         read_toml(str(file))
+
+
+def test_the_largest_whole_numbers_and_floats_are_settings() -> None:
+    settings = {"seed": 2**63 - 1, "weight_decay": 1.7976931348623157e308, "adam_epsilon": 1e38}
+    made = from_dict(TrainConfig, settings, "x")
+    assert (made.seed, made.weight_decay, made.adam_epsilon) == tuple(settings.values())
 
 
 def test_an_int_will_do_for_a_float():

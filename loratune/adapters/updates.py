@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,7 +195,7 @@ def check_out(out: str | Path, sources: Iterable[str | Path], *, overwrite: bool
     """The folder to write to. Raises OutputError: it is taken, cannot be written, or is one of the sources."""
     folder = Path(out)
     for source in sources:
-        if Path(source).exists() and folder.resolve() == Path(source).resolve():
+        if Path(source).exists() and folder.exists() and folder.samefile(source):
             raise OutputError(f"{out}: is one of the sources; name another folder for the result")
     atomic.check_new(folder, overwrite=overwrite)
     return folder
@@ -239,7 +240,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises: AdapterError: it is damaged.
     """
     file = folder / REPORT_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return {}
     report = foreign.read_json(file, AdapterError)
     sources, recipe, error = (report.get(name) for name in ("sources", "recipe", "relative_error"))

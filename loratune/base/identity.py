@@ -25,7 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.base.load import resolve
 from loratune.config import RunConfig
 from loratune.data.files import content_hash
@@ -112,7 +112,7 @@ def read(folder: Path) -> RunIdentity | None:
     """The identity in `folder`, or None if another program made the adapter. Raises AdapterError: it is damaged."""
     file = folder / IDENTITY_FILE
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(foreign.regular(file).read_bytes())
         identity = RunIdentity(**found | {"base": BaseIdentity(**found["base"])})
         _check_types(identity)
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def template_file(folder: Path, identity: RunIdentity | None) -> str | None:
         return None
     file = folder / TEMPLATE_FILE
     try:
-        known = hashlib.sha256(file.read_bytes()).hexdigest() == identity.chat_template
+        known = hashlib.sha256(foreign.regular(file).read_bytes()).hexdigest() == identity.chat_template
     except OSError:
         raise AdapterError(
             f"{file}: the chat template of this adapter is missing; name its file with --chat-template"
@@ -237,7 +237,7 @@ def _tokenizer_hash(folder: Path) -> str | None:
 def _fingerprint(folder: Path) -> str:
     """Hash of configuration and weights; see the top of this file."""
     digest = hashlib.sha256()
-    config = _json_object(folder / "config.json")
+    config = foreign.read_json(folder / "config.json", ModelError)
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _UNRELATED}, sort_keys=True).encode())
     stored = sorted(_stored(folder), key=lambda each: each.name)
     whole = sum(each.nbytes for each in stored) <= _READ_WHOLE
@@ -277,7 +277,7 @@ def _stored(folder: Path) -> Iterator[_StoredBytes]:
     index = folder / "model.safetensors.index.json"
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if index.is_file():
-        shards = _json_object(index).get("weight_map")
+        shards = foreign.read_json(index, ModelError).get("weight_map")
         listed = set(map(str, shards.values())) if isinstance(shards, dict) else set()
         names = [name for name in names if name in listed] or names
     for name in names:
@@ -298,7 +298,7 @@ def _stored(folder: Path) -> Iterator[_StoredBytes]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file, and the offset of the bytes behind it."""
-    with file.open("rb") as content:
+    with foreign.regular(file).open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
         if length > min(_MAX_HEADER, max(0, file.stat().st_size - 8)):
             raise ModelError(f"{file}: not a safetensors file, or its download is not complete")
@@ -309,11 +309,3 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ModelError(f"{file}: not a safetensors file: its header is no JSON object")
     return header, 8 + length
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read: it is not JSON") from error
-    return found if isinstance(found, dict) else {}

@@ -36,6 +36,8 @@ POCKET = "loratune/pocket"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_FILES_OF_MODELS = (".json", ".jinja", ".safetensors", ".model", ".txt")
+
 
 def resolve(model: str) -> str:
     """The local folder or hub id of `model`, after every check that reads no weight.
@@ -45,6 +47,7 @@ def resolve(model: str) -> str:
     Raises: ModelError: the folder is missing, is not a model, holds only pickled weights, or is an adapter; the hub
         has no such model.
     """
+    foreign.check_name(model, ModelError)
     if model == POCKET and not Path(model).exists():
         return str(MODEL_DIR)
     folder = Path(model).expanduser()
@@ -57,6 +60,7 @@ def resolve(model: str) -> str:
     if not folder.is_dir():
         raise ModelError(f"{model}: this is a file; give the folder that holds config.json and the weights")
     names = {p.name for p in folder.iterdir()}
+    _check_files(folder)
     if "adapter_config.json" in names and "config.json" not in names:
         base = foreign.read_json(folder / "adapter_config.json", ModelError).get("base_model_name_or_path")
         raise ModelError(f"{model}: this is an adapter, not a base model; its base is {base or 'not recorded'}")
@@ -66,7 +70,19 @@ def resolve(model: str) -> str:
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
         raise ModelError(f"{model}: {why}; loratune reads .safetensors files. Convert with save_pretrained()")
-    return str(folder.resolve())
+    whole = str(folder.resolve())
+    foreign.check_name(whole, ModelError)  # a tokenizer cannot be read from other paths
+    return whole
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ModelError if a file of a model is no file. transformers would hang, or go on as if there were none."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _FILES_OF_MODELS:
+            try:
+                foreign.regular(file)
+            except OSError as error:
+                raise ModelError(f"{file}: {error.strerror or error}; is the download complete?") from error
 
 
 def load(

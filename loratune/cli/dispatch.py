@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from loratune import foreign
 from loratune.cli import process
 from loratune.errors import ConfigError, LoratuneError, nearest
 from loratune.tables import load_entry
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int | None:
+    for word in words:
+        foreign.check_name(word, ConfigError)
     if not words or words[0] in ("-h", "--help", "help"):
         _print_overview()
     elif words[0] in ("-V", "--version"):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from loratune import foreign
 from loratune.data import json_files, strict_json
 from loratune.data.memory import RecordsInMemory
 from loratune.data.record import RawRecord, printable, quoted, without_nulls
@@ -88,8 +89,7 @@ def is_hub_id(path: str) -> bool:
 def _reader(path: str) -> Callable[[str], Found]:
     """The reader for the file's extension. Raises DataError unless `path` is a file with content."""
     place = Path(path)
-    if not _is_utf8(path):
-        raise DataError(f"{printable(path)}: the name of this file is not UTF-8; rename the file")
+    foreign.check_name(path, DataError)
     if place.is_dir():
         inside = sorted(child.name for child in place.iterdir() if child.suffix.lower() in READERS)
         fix = f"name a file in it: {_listed(inside)}" if inside else "and it holds no data files"
@@ -110,22 +110,13 @@ def _near_files(place: Path) -> str:
     if not place.parent.is_dir():
         return f' The folder "{place.parent}" does not exist either.'
     names = sorted(child.name for child in place.parent.iterdir() if child.suffix.lower() in READERS)
-    names = [name for name in names if _is_utf8(name)]
+    names = [name for name in names if foreign.is_text(name)]
     return nearest(place.name, names) or (f" Data files there: {_listed(names)}." if names else "")
 
 
 def _listed(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(printable(name) for name in names[:limit]) + more
-
-
-def _is_utf8(name: str) -> bool:
-    """False for names with bytes that Python represents as halves of surrogate pairs."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _not_empty(path: str, found: Found) -> Found:

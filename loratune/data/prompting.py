@@ -8,11 +8,12 @@ template; a prompt with its completion, and raw text, are shown as they stand. `
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.data.record import Record
 from loratune.errors import AdapterError
 
@@ -54,10 +55,10 @@ def read(folder: str | Path) -> tuple[PromptForm, ...]:
     Raises: AdapterError: the file is damaged.
     """
     file = Path(folder) / FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return ()
     try:
-        forms = json.loads(file.read_text(encoding="utf-8"))["forms"]
+        forms = json.loads(foreign.regular(file).read_bytes())["forms"]
         if isinstance(forms, list) and all(form in get_args(PromptForm) for form in forms):
             return tuple(forms)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -16,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from loratune import foreign
 from loratune.data.record import Message
 from loratune.data.sandbox import TemplateEnvironment, TemplateLimit
 from loratune.data.stepwise import Watched, prints_stepwise, texts_so_far
@@ -44,7 +45,7 @@ def read_template(path: str) -> str:
     Raises: ConfigError: the file is missing, unreadable, not UTF-8 or empty.
     """
     try:
-        template = Path(path).read_text(encoding="utf-8-sig")
+        template = foreign.regular(Path(path)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template: {path} cannot be read: {error}") from error
     if not template.strip():

@@ -7,6 +7,7 @@ name, in `adapter_config.json`. Several folders share one base, which is loaded 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def _storable(names: Mapping[str, str]) -> list[str]:
 def read_run(folder: str | Path) -> RunConfig | None:
     """The settings in the folder's run.toml, or None if it has none (an adapter made elsewhere)."""
     file = Path(folder) / "run.toml"
-    return from_dict(RunConfig, read_toml(str(file)), str(file)) if file.exists() else None
+    return from_dict(RunConfig, read_toml(str(file)), str(file)) if os.path.lexists(file) else None
 
 
 def _open_base(
@@ -187,11 +188,13 @@ def _base_of(folder: str, run: RunConfig | None, known: RunIdentity | None, seen
     """
     candidates = [] if known is None else [identity.base_name(known.base), known.base.model]
     candidates += [name for name in (run.model if run else None, read_info(folder).base_model) if name]
-    differences = []
+    differences, faults = [], []
     for candidate in dict.fromkeys(candidates):
         try:
             resolve(candidate)
-        except ModelError:
+        except ModelError as error:
+            if Path(candidate).expanduser().is_dir():
+                faults.append(str(error))
             continue
         if known is None:
             return candidate
@@ -203,6 +206,8 @@ def _base_of(folder: str, run: RunConfig | None, known: RunIdentity | None, seen
         differences.append(why)
     if differences:
         raise AdapterError(f"{folder}: {differences[0]}; name a base with --model to use it all the same")
+    if faults:
+        raise AdapterError(f"{folder}: its base model cannot be used: {faults[0]}; or name another with --model")
     raise AdapterError(f"{folder}: its base model ({_any_of(candidates)}) is not here; give its folder with --model")
 
 

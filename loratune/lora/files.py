@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from loratune import atomic, manifest
+from loratune import atomic, foreign, manifest
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError, expect, nearest
 from loratune.lora import peft_config, tied
@@ -244,6 +244,7 @@ def find_folder(directory: str | Path, name: str | None = None) -> Path:
     Raises: AdapterError: there is none; the message names the files found instead.
     """
     folder = Path(directory)
+    foreign.check_name(str(folder), AdapterError)
     if folder.is_file():
         if folder.suffix in _PICKLES:
             raise AdapterError(_pickled(folder))

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from loratune import atomic, manifest
+from loratune import atomic, foreign, manifest
 from loratune.base import identity
 from loratune.config import LoraConfig, RunConfig, to_toml
 from loratune.data import prompting
@@ -293,7 +293,7 @@ def record_rates(out: Path, choice: RateChoice) -> None:
 def _why_this_rate(out: Path) -> str:
     """The card's addition to a learning rate that was chosen by trials."""
     try:
-        found = json.loads((out / RATES_FILE).read_bytes())
+        found = json.loads(foreign.regular(out / RATES_FILE).read_bytes())
         losses = {
             float(rate): "diverged" if loss is None else f"{loss:.4g}" for rate, loss in found["losses"].items()
         }

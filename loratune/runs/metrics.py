@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.errors import OutputError
+
+_MOST_BYTES = 1 << 30  # a million steps take 300 MB
 
 
 class MetricsFile:
@@ -31,15 +34,19 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without those that a crash cut off or damage has made unreadable.
+    """The lines of a metrics file without damaged ones; see `read_all`."""
+    return read_all(path)[0]
+
+
+def read_all(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics file, and the number of lines that a crash cut off or damage has made unreadable.
 
     Raises: OutputError: the file cannot be read.
     """
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return [line for line in map(_parsed, content.split(b"\n")) if line is not None]
+    content = foreign.read_bytes(path, OutputError, _MOST_BYTES) if os.path.lexists(path) else b""
+    lines = [_parsed(line) for line in content.split(b"\n") if line.strip()]
+    whole = [line for line in lines if line is not None]
+    return whole, len(lines) - len(whole)
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
@@ -55,10 +62,15 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or type(found.get("step")) is not int or found["step"] < 0:
         return None
-    if not all(value is None or isinstance(value, bool | int | float) for value in found.values()):
+    if not all(value is None or _is_number(value) for value in found.values()):
         return None
     values: dict[str, Any] = atomic.finite(found)
     return values
+
+
+def _is_number(value: object) -> bool:
+    """True for floats, and for whole numbers of 64 bits: larger ones have no place in a run and may exceed floats."""
+    return isinstance(value, float) or (isinstance(value, bool | int) and -(2**63) <= value < 2**63)
 
 
 def losses_of(path: Path) -> list[float]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.base import identity
 from loratune.base.identity import RunIdentity
 from loratune.config import RunConfig, from_dict, read_toml
@@ -157,7 +157,7 @@ def record_data(out: Path, dataset: Dataset) -> None:
 def check_data(out: Path, dataset: Dataset) -> None:
     """Raises ConfigError if the run in `out` trained on other data; the message names the change."""
     try:
-        before = json.loads(_data_file(out).read_text(encoding="utf-8"))
+        before = json.loads(foreign.regular(_data_file(out)).read_bytes())
         files, examples = list(before["files"].values()), before["examples"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise OutputError(f"{_data_file(out)}: cannot be read, so the run cannot be resumed: {error}") from error

@@ -8,6 +8,7 @@ Frobenius norm of scaling · B A. It needs two r x r products and never the full
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class Inspected:
     """The same as checked settings."""
     history: list[dict[str, Any]]
     """Lines of metrics.jsonl; empty if there is none."""
+    damaged: int
+    """Lines of metrics.jsonl that cannot be read."""
     made: dict[str, Any]
     """Content of provenance.json, beside an adapter that was computed from others; else empty."""
 
@@ -71,16 +74,17 @@ def inspect(directory: str | Path) -> Inspected:
     """Reads all facts about the adapter in a folder.
 
     Raises:
+        OutputError: metrics.jsonl is not a file.
         AdapterError: it holds no LoRA adapter, or provenance.json is damaged.
         ConfigError: its run.toml is damaged.
     """
     info = read_info(directory)
     layers, in_full = _read_layers(info)
     run_file = info.folder / "run.toml"
-    run = read_toml(str(run_file)) if run_file.is_file() else {}
+    run = read_toml(str(run_file)) if os.path.lexists(run_file) else {}
     settings = from_dict(RunConfig, run, str(run_file)) if run else None
-    history = metrics.read(info.folder / "metrics.jsonl")
-    return Inspected(info, layers, in_full, run, settings, history, read_report(info.folder))
+    history, damaged = metrics.read_all(info.folder / "metrics.jsonl")
+    return Inspected(info, layers, in_full, run, settings, history, damaged, read_report(info.folder))
 
 
 def as_json(found: Inspected) -> dict[str, Any]:
@@ -104,6 +108,7 @@ def as_json(found: Inspected) -> dict[str, Any]:
         },
         "in_full": list(found.in_full),
         "run": found.run,
+        "damaged_lines": found.damaged,
         "made": found.made,
     }
 
@@ -113,7 +118,7 @@ def draw(found: Inspected, console: Console) -> None:
     console.print(Text(found.info.folder.resolve().name, style="bold"), soft_wrap=True)
     console.print(Padding(_facts(_adapter_facts(found)), (1, 0, 0, 2)))
     console.print(Padding(_layer_table(found.layers, console), (0, 0, 0, 1)))
-    if found.run or found.history:
+    if found.run or found.history or found.damaged:
         console.print(Padding(_facts(_training_facts(found, console)), (0, 0, 1, 2)))
     elif not found.made:
         console.print(Text("  no run.toml here: the training is not recorded\n", style="dim"))
@@ -183,6 +188,8 @@ def _training_facts(found: Inspected, console: Console) -> dict[str, str]:
         if rows and row:
             facts["batch"] = f"{rows} x {row:,} tokens"
         facts["seed"] = str(training.seed)
+    if found.damaged:
+        facts["left out"] = f"{found.damaged:,} damaged lines of metrics.jsonl"
     return facts
 
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from loratune import atomic
+from loratune import atomic, foreign
 from loratune.errors import OutputError
 from loratune.runs import folder, metrics
 from loratune.units import command, path_word
@@ -92,10 +92,10 @@ def read_state(out: Path) -> SweepState:
     """Reads the state. Raises OutputError: `out` contains no sweep, or its state is damaged."""
     file = out / STATE_FILE
     try:
-        return SweepState(**json.loads(file.read_text(encoding="utf-8")))
+        return SweepState(**json.loads(foreign.regular(file).read_bytes()))
     except FileNotFoundError as error:
         raise OutputError(f"{out}: there is no sweep to resume: it has no {STATE_FILE}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputError(f"{file}: cannot be read, so the sweep cannot be resumed: {error}") from error
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import PreTrainedModel
 
-from loratune import atomic, manifest
+from loratune import atomic, foreign, manifest
 from loratune.errors import LoratuneError, TrainingError
 from loratune.lora.files import WEIGHTS_FILE, save
 from loratune.lora.peft_config import CONFIG_FILE
@@ -176,7 +176,7 @@ def at_step(folder: Path, step: int) -> Path:
 def read_progress(checkpoint: Path) -> Progress:
     """Reads `progress.json`. Raises: TrainingError: the file is missing or damaged."""
     try:
-        return Progress(**json.loads((checkpoint / PROGRESS_FILE).read_bytes()))
+        return Progress(**json.loads(foreign.regular(checkpoint / PROGRESS_FILE).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TrainingError(f"{checkpoint}: not a usable checkpoint: {error}") from error
 

@@ -189,7 +189,7 @@ def test_names_from_files_cannot_control_the_terminal() -> None:
 def test_a_name_that_is_not_utf8_is_refused() -> None:
     name = os.fsdecode(b"caf\xe9.jsonl")
     Path(name).write_text('{"text": "x"}')
-    with pytest.raises(DataError, match=r"^caf\\udce9.jsonl: the name of this file is not UTF-8; rename the file"):
+    with pytest.raises(DataError, match=r"^caf\\udce9.jsonl: this name is not UTF-8 text; rename the file"):
         read_objects(name)
     with pytest.raises(DataError, match=r"no such file\.$"):
         read_objects("cafe.jsonl")

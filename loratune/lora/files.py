@@ -33,6 +33,7 @@ from loratune.lora.portable import portable as portable_form
 from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, require
 from loratune.lora.switch import is_plain, switch
+from loratune.precision.finite import check_finite
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -79,13 +80,13 @@ def save(
 
     Raises:
         ArgumentError: an argument has the wrong type.
-        AdapterError: no such adapter; with `portable`, it is not a low-rank sum.
+        AdapterError: no such adapter; a tensor holds NaN or infinity; with `portable`, it is not a low-rank sum.
         OutputError: there is an adapter already (and not `overwrite`), no space, or no permission.
     """
     expect(model, nn.Module, "model", "save(model, directory)")
     expect(directory, str | Path, "directory", "save(model, directory)")
     folder = Path(directory)
-    config, weights = _content(model, name, portable)
+    config, weights = _content(model, folder, name, portable)
     if folder.is_file():
         raise OutputError(f"{folder}: is a file; an adapter is saved as a folder")
     taken = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if (folder / file).exists()]
@@ -117,12 +118,13 @@ def _replace(config_path: Path, weights_path: Path, config: str, weights: bytes)
         atomic.write_text(config_path, config)
 
 
-def _content(model: nn.Module, name: str, in_portable_form: bool) -> tuple[str, bytes]:
-    """The text of the configuration and the bytes of the tensors."""
+def _content(model: nn.Module, folder: Path, name: str, in_portable_form: bool) -> tuple[str, bytes]:
+    """The text of the configuration and the bytes of the tensors, for `folder`."""
     adapter = require(model).get(name)
     if in_portable_form:
         adapter = portable_form(name, adapter)
     tensors = _copies(adapter)
+    check_finite(tensors, str(folder), AdapterError)
     return peft_config.to_json(model, adapter), to_bytes(tensors, metadata={"format": "pt"})
 
 

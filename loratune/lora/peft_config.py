@@ -76,6 +76,29 @@ _HARMLESS = frozenset(
         "task_type",
     }
 )
+# Types of the fields that are not settings here. PEFT refuses other values, or fails on them later. All may be null.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    name: (kinds, words)
+    for kinds, words, names in (
+        ((str,), "text", "base_model_name_or_path megatron_core peft_version revision task_type"),
+        (
+            (bool,),
+            "true or false",
+            "ensure_weight_tying fan_in_fan_out inference_mode lora_bias use_dora use_qalora",
+        ),
+        (
+            (dict,),
+            "an object",
+            "arrow_config auto_mapping corda_config eva_config kasa_config loftq_config lora_ga_config "
+            "megatron_config monteclora_config runtime_config use_bdlora velora_config",
+        ),
+        ((list,), "a list", "alora_invocation_tokens layer_replication"),
+        ((int,), "a whole number", "qalora_group_size"),
+        ((list, dict), "a list or an object", "trainable_token_indices"),
+    )
+    for name in names.split()
+}
+_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 # Initialisations that do not change the base weights; after training they make no difference.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -118,6 +141,7 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
     kind = given.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f'{path}: peft_type is {kind!r}; loratune reads "LORA" adapters only')
+    _check_types(path, given)
     for name, value in given.items():
         if name in known or name in _HARMLESS or value == UNUSED.get(name) or not value:
             continue
@@ -131,6 +155,15 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
         )
     if not given.get("target_modules") and not given.get("target_parameters"):
         raise AdapterError(f"{path}: target_modules is missing, so the adapted layers are unknown")
+
+
+def _check_types(path: Path, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        expected, words = _TYPES.get(name, ((type(value),), ""))
+        if value is not None and type(value) not in expected:
+            raise AdapterError(f"{path}: {name} = {_short(value)} is not {words}")
+    if given.get("task_type") not in (None, *_TASKS):
+        raise AdapterError(f"{path}: task_type is {_short(given['task_type'])}; PEFT knows {', '.join(_TASKS)}")
 
 
 def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -387,6 +389,61 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: object, message: st
 def test_target_parameters_of_another_type_are_refused(value: object, tmp_path: Path) -> None:
     _edit(_saved(tmp_path / "a"), target_parameters=value)
     _assert_refused(tmp_path / "a", "target_parameters")
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("trainable_token_indices", (False, 0, "", "x", 0.5), "a list or an object"),
+        ("eva_config", (False, 0, "", [], [1], 3), "an object"),
+        ("lora_ga_config", (False, 0, "", []), "an object"),
+        ("loftq_config", (False, 0, "", []), "an object"),
+        ("runtime_config", (False, "x", []), "an object"),
+        ("auto_mapping", ("x", [], False), "an object"),
+        ("task_type", (False, 0, [], {}), "text"),
+        ("base_model_name_or_path", (False, 0, 3, [], ["x"], {}), "text"),
+        ("peft_version", (0, 0.5, []), "text"),
+        ("revision", (0, False, []), "text"),
+        ("inference_mode", (0, 1, "", "true", []), "true or false"),
+        ("use_dora", (0, "", []), "true or false"),
+        ("fan_in_fan_out", (0, 1, "no"), "true or false"),
+        ("layer_replication", ({}, 0, "", False), "a list"),
+        ("qalora_group_size", (True, 0.5, "16"), "a whole number"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused_by_name_also_empty_ones(
+    field: str, values: tuple[object, ...], words: str, tmp_path: Path
+) -> None:
+    folder = _saved(tmp_path / "a")
+    for value in values:
+        _edit(folder, **{field: value})
+        _assert_refused(folder, re.escape(f"{folder / CONFIG}: {field} = {json.dumps(value)} is not {words}"))
+    _edit(folder, **{field: None})
+    load_adapter(make_mlp(), folder)
+
+
+def test_a_task_that_peft_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "a")
+    _edit(folder, task_type="CAUSAL")
+    _assert_refused(folder, 'task_type is "CAUSAL"; PEFT knows CAUSAL_LM, ')
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("portable", [False, True])
+def test_values_that_are_not_finite_are_not_saved(value: float, portable: bool, tmp_path: Path) -> None:
+    model = make_mlp()
+    attach(model, LoraConfig(r=2, target_modules=["0"]))
+    save(model, tmp_path / "a")
+    before = (tmp_path / "a" / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        next(iter(trainable_parameters(model).values())).view(-1)[3] = value
+    word = "NaN" if math.isnan(value) else "infinity"
+    with pytest.raises(AdapterError, match=f"a: .*lora_A.weight holds {word}, so it is not written"):
+        save(model, tmp_path / "a", overwrite=True, portable=portable)
+    with pytest.raises(AdapterError, match=word):
+        save(model, tmp_path / "b", portable=portable)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
+    assert not (tmp_path / "b").exists()
 
 
 def test_harmless_fields_of_older_and_newer_versions_are_ignored(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "own.jinja": (*TRAIN, "--chat-template", "own.jinja"),
     "jobs.toml": ("sweep", "base", "jobs.toml", "--out", "out"),
     "base/config.json": TRAIN,
-    "base/generation_config.json": ("merge", "adapter", "--out", "out"),
+    "base/generation_config.json": ("merge", "adapter", "--model", "base", "--out", "out"),
     "base/model.safetensors": TRAIN,
     "base/tokenizer.json": TRAIN,
     "base/tokenizer_config.json": TRAIN,

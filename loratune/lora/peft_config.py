@@ -143,7 +143,8 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
         raise AdapterError(f'{path}: peft_type is {kind!r}; loratune reads "LORA" adapters only')
     _check_types(path, given)
     for name, value in given.items():
-        if name in known or name in _HARMLESS or value == UNUSED.get(name) or not value:
+        off = value == UNUSED[name] if name in UNUSED else not value  # {} turns a feature of PEFT on
+        if name in known or name in _HARMLESS or value is None or off:
             continue
         why = " (a field that loratune does not implement)" if name in UNUSED else " (an unknown field)"
         raise AdapterError(f"{path}: {name} = {_short(value)}{why}; ignoring it would change the adapter's output")

@@ -115,6 +115,7 @@ def as_run_config(given: TrainArguments) -> RunConfig:
 def _run_file(out: str) -> str:
     file = Path(out) / "run.toml"
     if not file.is_file():
-        near = [run.parent.name for run in file.parent.parent.glob("*/run.toml")]
-        raise ConfigError(f"{out}: no run to resume: there is no run.toml.{nearest(file.parent.name, near)}")
+        near = nearest(file.parent.name, [run.parent.name for run in file.parent.parent.glob("*/run.toml")])
+        again = "" if near or not file.parent.is_dir() else " Start the run again with --overwrite"
+        raise ConfigError(f"{out}: no run to resume: there is no run.toml.{near}{again}")
     return str(file)

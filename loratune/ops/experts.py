@@ -153,7 +153,6 @@ class _Mixture(torch.autograd.Function):
         rows, down_low = _project(active, down, down_copies, routing, None)
         ctx.save_for_backward(x, weights, hidden, up_low, down_low, *masters)
         ctx.routing, ctx.up, ctx.down, ctx.gate, ctx.scalings = routing, up, down, gate, scalings
-        ctx.index = index
         return combine(rows, routing.places.view_as(index), weights, down.bias, index)
 
     @staticmethod

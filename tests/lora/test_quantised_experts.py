@@ -13,8 +13,9 @@ from torch import nn
 from loratune.base.load import load
 from loratune.config import LoraConfig
 from loratune.lora.inject import attach, detach, merge, unmerge
+from loratune.ops.gates import AnyGate, GateFormula
 from loratune.precision.contract import weight_format
-from loratune.precision.experts import QuantisedExperts
+from loratune.precision.experts import QuantisedExperts, form_of, gate_of
 from loratune.precision.linear import count_parameters, dense_state_dict, formats_in, mostly_dense, quantise_linears
 from tests.lora.helpers import fill, run
 from tests.lora.test_peft_targets import mixture
@@ -89,3 +90,20 @@ def test_merge_unmerge_detach_and_moves(name: str, precision: str) -> None:
     model.to(torch.bfloat16)
     assert {held.frozen.dtype for module in _experts(model) for held in module.held.values()} == {torch.bfloat16}
     assert run(copied).dtype == torch.float32
+
+
+def test_the_formula_of_a_gate_follows_the_settings_of_its_module() -> None:
+    def first(kind: str) -> nn.Module:
+        modules = mixture(kind).modules()
+        return next(module for module in modules if not isinstance(form_of(module), str))
+
+    experts = first("gpt_oss")
+    assert gate_of(experts) == GateFormula("silu", True, experts.alpha, experts.limit, 1.0)
+    experts.limit = 0.5
+    assert gate_of(experts).limit == 0.5
+    experts = first("qwen3_moe")
+    assert gate_of(experts) == GateFormula("silu")
+    experts.act_fn = torch.nn.GELU()
+    assert gate_of(experts) == GateFormula("gelu")
+    experts.act_fn.register_forward_hook(lambda module, given, out: 2 * out)
+    assert isinstance(gate_of(experts), AnyGate)

@@ -26,7 +26,6 @@ _BEHIND = 256
 _LENGTH = re.compile(
     r"window|chunk|top_?k|original_max|block_(size|length)|span|local_attention|seq_?len|max_len|lsh"
 )
-# Integers that are sizes of tensors, ids or counts, and never a number of tokens.
 # Integers behind which there are no positions.
 _LIMIT = re.compile(r"^max_\w*positions?(_embeddings)?$|^n_positions$|^n_ctx$|^max_seq")
 # Names of integers that are sizes of tensors, ids or counts.
@@ -51,16 +50,7 @@ def long_row(model: PreTrainedModel, longest: int | None, also: Sequence[int] = 
 
     `also` adds lengths that are not in the configuration. None if there is no length beyond the short row.
     """
-    config = model.config.get_text_config(decoder=True)
-    limit = longest or UNKNOWN_ROW
-    values = config.to_dict()
-    positions = [n for name, n in _integers(values) if _LIMIT.search(name) and n > 0]
-    found = {n for name, n in _integers(values) if _counts(name, n)} | {*also}
-    if "dynamic" in _rope_types(values):  # frequencies that change behind the last position
-        found |= {*positions}
-    else:
-        limit = min([limit, *positions])
-    lengths = sorted(n for n in found if max(SHORT) <= n < limit)
+    lengths, limit = lengths_below(model, longest or UNKNOWN_ROW, also)
     if not lengths:
         return None
     last = lengths[-1]
@@ -70,6 +60,24 @@ def long_row(model: PreTrainedModel, longest: int | None, also: Sequence[int] = 
     ends = [*starts[1:], first + total]
     behind = [slice((a + b) // 2, b) for a, b in zip(starts, ends, strict=True)]
     return LongRow((first, total, third), (slice(0, first), *behind, slice(first + total, first + total + third)))
+
+
+def lengths_below(model: PreTrainedModel, limit: int, also: Sequence[int] = ()) -> tuple[list[int], int]:
+    """Lengths below `limit` behind which the configuration of `model` changes its computation, in order.
+
+    Returns: the lengths, and the most tokens of a document: `limit`, or fewer if positions end before.
+    """
+    values = model.config.get_text_config(decoder=True).to_dict()
+    own = {
+        name: value for name, value in values.items() if not isinstance(value, Mapping)
+    }  # not those of other parts
+    positions = [n for name, n in _integers(own) if _LIMIT.search(name) and n > 0]
+    found = {n for name, n in _integers(values) if _counts(name, n)} | {*also}
+    if "dynamic" in _rope_types(values):  # frequencies that change behind the last position
+        found |= {*positions}
+    else:
+        limit = min([limit, *positions])
+    return sorted(n for n in found if max(SHORT) <= n < limit), limit
 
 
 def _counts(name: str, value: int) -> bool:

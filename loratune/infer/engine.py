@@ -15,29 +15,25 @@ Legend for the suffixes: B sequences in the batch, T columns so far, V vocabular
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.base.lengths import restart_rotary
 from loratune.base.load import max_document_tokens
-from loratune.base.positions import first_position, may_hold_positions
+from loratune.base.positions import first_position
 from loratune.errors import ConfigError, DataError, ModelError
+from loratune.infer.cache_trial import cache_agrees, cache_limits, is_plain, tolerance
+from loratune.infer.decoding import NO_LIMITS, CacheLimits, Decoding, again, step
 
 BATCH_SIZE = 32
 """Default number of sequences decoded together. Twice as many are a tenth faster on two CPU cores and need twice the
 memory for keys and values: on an 8-billion-parameter Llama 128 KiB for every token of every sequence."""
-
-
-# Errors of models that have no cache under the usual names, or do not take the usual one.
-_NO_CACHE = (KeyError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +97,9 @@ def generate(
     budgets = _budgets(model, prompts, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     with _evaluating(model):
-        for batch in _batches(model, prompts, batch_size):
-            for index, token in _tokens(model, prompts, batch, budgets, stop_ids, sampling):
+        limits = _limits(model, prompts, budgets)
+        for batch in _batches(model, prompts, batch_size, limits):
+            for index, token in _tokens(model, prompts, batch, budgets, stop_ids, sampling, limits):
                 answers[index].append(token)
     return answers
 
@@ -125,31 +122,19 @@ def stream(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     budgets = _budgets(model, [prompt], max_new_tokens)
     with _evaluating(model):
-        for _, token in _tokens(model, [prompt], [0], budgets, stop_ids, sampling):
+        limits = _limits(model, [prompt], budgets)
+        for _, token in _tokens(model, [prompt], [0], budgets, stop_ids, sampling, limits):
             yield token
 
 
-@dataclass(slots=True)
-class Decoding:
-    """State of a batch between two steps of the model; knows nothing of texts or stop tokens."""
-
-    cache: Any
-    """The model's own cache (keys and values, or states)."""
-    mask_BT: Tensor | None
-    """1 on tokens, 0 on padding; None while no sequence is padded."""
-    position_B: Tensor
-    """Position of the next token of each sequence, from 0 at its own first token."""
-    columns_BT: Tensor
-    """All tokens so far."""
-    first: int | None = 0
-    """Position of a text's first token; None if the model takes no positions."""
-    cached: bool = True
-    """False for a model without a usable cache: every step runs all tokens again."""
-
-
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Decoding, Tensor]:
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: CacheLimits = NO_LIMITS
+) -> tuple[Decoding, Tensor]:
     """Runs prompts through the model at once.
+
+    Args:
+        limits: lengths behind which the cache is not used, from `cache_trial.cache_limits`.
 
     Returns: the state of the batch, and the logits (B, V) of each prompt's next token.
     """
@@ -164,11 +149,12 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[D
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min_(0).to(device)
     tokens_BT = tokens_BT.to(device)
     mask = mask_BT.to(device) if padded else None
-    state = Decoding(None, mask, position_BT[:, -1] + 1, tokens_BT, first_position(model))
-    logits_BV = _step(model, state, tokens_BT, position_BT)
-    if state.cached and not _is_plain(model, state.cache) and not _cache_agrees(model, state.first):
+    state = Decoding(None, mask, position_BT[:, -1] + 1, tokens_BT, first_position(model), limits=limits)
+    restart_rotary(model)
+    logits_BV = step(model, state, tokens_BT, position_BT)
+    if state.cached and not is_plain(model, state.cache) and not cache_agrees(model, state.first):
         state.cached = False
-        logits_BV = _again(model, state)
+        logits_BV = again(model, state)
     return state, logits_BV
 
 
@@ -180,7 +166,7 @@ def decode(model: PreTrainedModel, state: Decoding, token_B: Tensor) -> Tensor:
         state.mask_BT = torch.cat([state.mask_BT, state.mask_BT.new_ones(len(token_B), 1)], 1)
     state.position_B = state.position_B + 1
     state.columns_BT = torch.cat([state.columns_BT, token_B[:, None]], 1)
-    return _step(model, state, token_B[:, None], position_B1)
+    return step(model, state, token_B[:, None], position_B1)
 
 
 @torch.inference_mode()
@@ -267,12 +253,13 @@ def _tokens(
     budgets: Sequence[int],
     stop_ids: Collection[int],
     sampling: Sampling,
+    limits: CacheLimits,
 ) -> Iterator[tuple[int, int]]:
     """The loop: yields (prompt's index, token) for every token of the prompts in `batch`, as they are drawn."""
     dice = {i: random.Random(None if sampling.seed is None else f"{sampling.seed}:{i}") for i in batch}
     drawn = dict.fromkeys(batch, 0)
     live = list(batch)
-    state, logits_BV = prefill(model, [prompts[i] for i in live])
+    state, logits_BV = prefill(model, [prompts[i] for i in live], limits)
     while True:
         tokens = sample(logits_BV, sampling, [dice[i].random() for i in live])
         going: list[int] = []
@@ -292,82 +279,20 @@ def _tokens(
         logits_BV = decode(model, state, token_B)
 
 
-def _is_plain(model: PreTrainedModel, cache: object) -> bool:
-    """True for a filled cache of keys and values of a model without a table of positions, which needs no trial."""
-    if type(cache) is not DynamicCache or not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        return False
-    return cache.get_seq_length() > 0 and not may_hold_positions(model)
+@torch.inference_mode()
+def _limits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> CacheLimits:
+    reach = max((len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True)), default=0)
+    return cache_limits(model, reach)
 
 
-def _cache_agrees(model: PreTrainedModel, first: int | None) -> bool:
-    """True if a token after a cached prompt gets the logits of prompt and token run together.
-
-    Some models give no cache back, keep it in their modules, fail with one, or count positions differently with one.
-    """
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    tokens = torch.tensor([[i % vocabulary for i in range(2, 9)]], device=model.device)
-    position = torch.arange(tokens.shape[1], device=model.device)[None]
-    state = Decoding(None, None, position[:, -1] + 1, tokens, first)
-    _step(model, state, tokens[:, :-1], position[:, :-1])
-    got = _step(model, state, tokens[:, -1:], position[:, -1:]).double()
-    expected = _again(model, state).double()
-    return state.cached and bool((got - expected).norm() <= _tolerance(model) * expected.norm())
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    """Largest difference of logits that counts as rounding: far above that of a deep model, and far below the effect
-    of other prompts' tokens (order 1)."""
-    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-
-
-def _step(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
-    """Runs new columns with the cache, or all columns if the model has no usable cache; logits (B, V)."""
-    if state.cached:
-        try:
-            return _cached(model, state, tokens_BT, position_BT)
-        except _NO_CACHE as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-        state.cached, state.cache = False, None
-    return _again(model, state)
-
-
-def _again(model: PreTrainedModel, state: Decoding) -> Tensor:
-    """Runs all columns without a cache; returns the last column's logits (B, V)."""
-    count = state.columns_BT.shape[1]
-    ahead_T = torch.arange(count, device=state.columns_BT.device) - count
-    position_BT = (state.position_B[:, None] + ahead_T).clamp_min_(0)
-    accepted = inspect.signature(model.forward).parameters
-    wanted = {"attention_mask": state.mask_BT, "use_cache": False} | _positions(state, position_BT)
-    given = {name: value for name, value in wanted.items() if name in accepted}
-    logits_BV: Tensor = model(input_ids=state.columns_BT, **given).logits[:, -1]
-    return logits_BV
-
-
-def _cached(model: PreTrainedModel, state: Decoding, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
-    """Runs new columns with the cache of the earlier ones; returns the last column's logits (B, V)."""
-    accepted = inspect.signature(model.forward).parameters
-    cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
-    if state.cache is None and cache_name == "past_key_values":
-        state.cache = DynamicCache(config=model.config)
-    wanted = {"attention_mask": state.mask_BT, "logits_to_keep": 1} | _positions(state, position_BT)
-    given = {name: value for name, value in wanted.items() if name in accepted}
-    output = model(input_ids=tokens_BT, use_cache=True, **{cache_name: state.cache}, **given)
-    state.cache = output[cache_name]
-    logits_BV: Tensor = output.logits[:, -1]
-    return logits_BV
-
-
-def _positions(state: Decoding, position_BT: Tensor) -> dict[str, Tensor]:
-    """The argument for positions from 0."""
-    return {} if state.first is None else {"position_ids": position_BT + state.first}
-
-
-def _batches(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int, limits: CacheLimits
+) -> Iterator[list[int]]:
     """Indices of prompts that run together, longest first, so that too little memory shows in the first batch."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mixed = batch_size > 1 and len({len(prompt) for prompt in prompts}) > 1
-    one_length = mixed and not _pads_cleanly(model)
+    # Behind a limit a step depends on the length of the whole row of columns, padding included.
+    one_length = mixed and (bool(limits) or not _pads_cleanly(model))
     batch: list[int] = []
     for index in order:
         differs = bool(batch) and one_length and len(prompts[index]) != len(prompts[batch[0]])
@@ -389,7 +314,7 @@ def _pads_cleanly(model: PreTrainedModel) -> bool:
     then_alone = decode(model, state_alone, torch.ones_like(state_alone.position_B))
     got = torch.stack([first[1], then[1]]).double()
     expected = torch.stack([first_alone[0], then_alone[0]]).double()
-    return bool((got - expected).norm() <= _tolerance(model) * expected.norm())
+    return bool((got - expected).norm() <= tolerance(model) * expected.norm())
 
 
 def _budgets(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

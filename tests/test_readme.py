@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import loratune as lt
 from loratune.base.load import POCKET
 from loratune.box import data_file
 from loratune.cli import VERBS
+from tests.cli_lab import loratune
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -56,3 +59,34 @@ def test_both_languages_show_the_same_code():
     assert blocks(english, "python")[0].split("#")[0] == blocks(chinese, "python")[0].split("#")[0]
     strip = re.compile(r"\s*#.*|<[^>]*>")
     assert [strip.sub("", b) for b in blocks(english, "sh")] == [strip.sub("", b) for b in blocks(chinese, "sh")]
+    for language in ("json", "toml"):
+        assert blocks(english, language) == blocks(chinese, language)
+
+
+def test_the_run_file_trains_on_the_line_of_data(tmp_path, monkeypatch):
+    """The files as they stand, with the line repeated, and fewer steps by a flag, which wins over the file."""
+    monkeypatch.chdir(tmp_path)
+    run_file = blocks(READMES[0], "toml")[0]
+    (line,) = blocks(READMES[0], "json")
+    Path("run.toml").write_text(run_file, encoding="utf-8")
+    Path("train.jsonl").write_text(line * 40, encoding="utf-8")
+    trained = loratune("train", "-c", "run.toml", "--max-steps", "2", "--tokens-per-row", "256")
+    assert trained.status == 0, trained.err
+    settings = tomllib.loads(Path("my-adapter/run.toml").read_text(encoding="utf-8"))
+    written = tomllib.loads(run_file)
+    written["training"]["max_steps"] = 2
+    for table, values in written.items():
+        assert (
+            settings[table] == values if not isinstance(values, dict) else values.items() <= settings[table].items()
+        )
+    assert json.loads(line)["messages"][1]["content"] == "2041-08-31"
+
+
+def test_every_page_is_in_the_index():
+    index = ROOT / "docs" / "README.md"
+    links = set(re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8")))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").glob("**/*.md")} - {"README.md"}
+    assert {page for page in pages if not page.startswith("lab/")} <= links
+    for page in [*(ROOT / "docs").glob("*.md"), *READMES]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -6,11 +6,13 @@ Both may only name violations that exist.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from loratune.cli import VERBS
 from tests import architecture
 from tests.architecture import CHECKS, Package, Violation
 
@@ -30,6 +32,29 @@ KNOWN: set[str] = set()
 @pytest.fixture(scope="module")
 def package() -> Package:
     return Package(ROOT)
+
+
+LISTED_ELSEWHERE = {"cli": set(VERBS), "lora/variants": ..., "data/formats": ..., "training/objectives": ...}
+"""Modules that the page describes as "one file per ...", by package; `...` stands for all of them."""
+
+
+def test_the_page_names_every_module():
+    """docs/architecture.md lists each module at its package."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawing = page[page.index("## Packages") :].split("```")[1]
+    parts = re.split(r"^  (\w+)(/?) ", drawing, flags=re.MULTILINE)[1:]
+    named = {name if slash else "": set() for name, slash in zip(parts[::3], parts[1::3], strict=True)}
+    for name, slash, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        named[name if slash else ""] |= set(re.findall(r"\w+", text)) | (set() if slash else {name})
+    missing = []
+    for file in sorted((ROOT / "loratune").rglob("*.py")):
+        folder = file.parent.relative_to(ROOT / "loratune").as_posix().removeprefix(".")
+        others = LISTED_ELSEWHERE.get(folder, set())
+        if file.stem.startswith("__") or file.stem.endswith("kernels") or folder == "box" or others is ...:
+            continue
+        if file.stem not in named[folder.split("/")[0]] | others:
+            missing.append(f"{folder}/{file.stem}")
+    assert not missing, f"name in docs/architecture.md: {missing}"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 import loratune as lt
 from loratune.base.load import POCKET
 from loratune.box import data_file
 from loratune.cli import VERBS
-from tests.cli_lab import loratune
+from tests.cli_lab import CHAT, loratune, small_model, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -80,6 +85,44 @@ def test_the_run_file_trains_on_the_line_of_data(tmp_path, monkeypatch):
             settings[table] == values if not isinstance(values, dict) else values.items() <= settings[table].items()
         )
     assert json.loads(line)["messages"][1]["content"] == "2041-08-31"
+
+
+def commands(readme: Path) -> list[list[str]]:
+    """The words of each `loratune` command, without those that name a file inside the repository."""
+    lines = "\n".join(blocks(readme, "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [found[1:] for found in words if found[:1] == ["loratune"]]
+
+
+def test_every_command_runs(tmp_path, monkeypatch):
+    """In the README's order, on a small random model, with the README's own jobs file; 10 steps of each run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small_model(Path("MODEL"), hidden_size=128, intermediate_size=96, num_key_value_heads=4)  # jobs.toml has rank 64
+    tuned = LlamaForCausalLM.from_pretrained("MODEL")
+    with torch.no_grad():
+        for parameter in tuned.model.layers.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    tuned.save_pretrained("tuned-model")
+    write_jsonl(Path("train.jsonl"), CHAT)
+    write_jsonl(Path("heldout.jsonl"), CHAT[:4])
+    Path("jobs.toml").write_text(blocks(READMES[0], "toml")[1].replace("= 200", "= 10"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("double 3\n"))
+    ran = set()
+    for verb, *words in commands(READMES[0]):
+        if "--memory" in words:  # memory is limited on a GPU only, and a CPU refuses the flag
+            at = words.index("--memory")
+            refused = loratune(verb, *words)
+            assert refused.status == 2
+            assert "limits GPU memory, and this run is on cpu" in refused.err
+            del words[at : at + 2]
+        for name in {"other-adapter", "sql", "french"} & set(words):
+            shutil.copytree("my-adapter", name)
+        fewer = ["--max-steps", "10"] if verb == "train" else []
+        outcome = loratune(verb, *words, *fewer)
+        assert outcome.status == 0, f"{verb} {words}: {outcome.err}"
+        ran.add(verb)
+    assert ran == set(VERBS) - {"demo"}  # `make demo`; see test_demo.py
 
 
 def test_every_page_is_in_the_index():

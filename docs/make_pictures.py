@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def recorder() -> Console:
-    """A console that keeps what is printed and shows nothing."""
+    """A console that records its lines and displays none."""
     return Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False)
 
 

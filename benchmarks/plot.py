@@ -5,6 +5,8 @@
 
 `speed` draws rows without recomputation; if a system has several rows for one shape, the last counts, so newer files
 come last. `curves` reads rows of `benchmarks.curves` and `benchmarks.nf4_loss`.
+The pictures in docs/ come from 2026-11-26-h200-ladder-2.jsonl (speed), and from 2026-11-25-h200-curves.jsonl and
+2026-11-26-h200-nf4-loss.jsonl (curves).
 """
 
 from __future__ import annotations

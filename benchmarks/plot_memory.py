@@ -3,7 +3,8 @@
     python -m benchmarks.plot_memory OUT.svg RESULTS.jsonl [...]
 
 Reads rows of `benchmarks.memory` (one line per precision) and `benchmarks.peers` (points). Give files of one run:
-rows of different GPUs or versions of PyTorch are an error.
+rows of different GPUs or versions of PyTorch are an error. docs/memory.svg comes from 2026-11-25-h200-memory.jsonl
+and 2026-11-25-h200-peers.jsonl.
 """
 
 from __future__ import annotations

@@ -125,6 +125,13 @@ def test_every_command_runs(tmp_path, monkeypatch):
     assert ran == set(VERBS) - {"demo"}  # `make demo`; see test_demo.py
 
 
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda p: p.name)
+def test_a_picture_fits_a_screen(picture):
+    """950 lines at a width of 1,000 pixels: the page of a browser on a screen of 1,080 lines."""
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', picture.read_text()).groups())
+    assert height * min(1, 1000 / width) <= 950
+
+
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     links = set(re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8")))

@@ -6,6 +6,9 @@ that records each use of its values. A layer that was used so and never called c
 called counts if the output changes with other values in the alias. A layer that is not used at all in this run (an
 image tower, an expert without tokens) counts as fine. Gradients would not show reads inside `no_grad` (LayoutLMv3).
 
+Decoder layers of one structure run the same code, so only the first of each structure runs, if the model can run so
+(`lora.twins`). Otherwise all run.
+
 Models that cannot be run here (no transformers model, no weights, other inputs) are left to the names in
 `lora.layers`.
 """
@@ -24,6 +27,7 @@ from transformers import PreTrainedModel
 
 from loratune.lora.evaluation_mode import in_evaluation
 from loratune.lora.layers import is_adaptable, is_linear
+from loratune.lora.twins import only_first, twin_layers, with_twins
 
 ADAPTERS = "loratune_adapters"
 """Attribute of the root module that holds its adapters (`lora.state.Adapters`)."""
@@ -44,15 +48,28 @@ def direct_reads(model: nn.Module) -> frozenset[str]:
     found: frozenset[str] = frozenset()
     if isinstance(model, PreTrainedModel) and not any(p.is_meta for p in model.parameters()):
         for inputs in _inputs(model):
-            try:
-                found = _measured(model, inputs)
+            measured = _without_twins(model, inputs)
+            if measured is not None:
+                found = measured
                 break
-            except _REFUSALS as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    break
     if ADAPTERS in vars(model):
         setattr(model, _ATTRIBUTE, found)
     return found
+
+
+def _without_twins(model: PreTrainedModel, inputs: Mapping[str, Any]) -> frozenset[str] | None:
+    """The paths found with one layer of each structure, or else with all layers; None if the model refuses both."""
+    twins = twin_layers(model)
+    for groups in [twins, {}] if twins else [{}]:
+        try:
+            with only_first(model, groups):
+                found = _measured(model, inputs)
+        except torch.OutOfMemoryError:
+            continue
+        except _REFUSALS:
+            continue
+        return with_twins(found, groups)
+    return None
 
 
 def forget(model: nn.Module) -> None:

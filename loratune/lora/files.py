@@ -374,6 +374,9 @@ def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) 
     PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads. So
     the file decides, and not the configuration.
     """
+    entries = list(entries)
+    if not entries:
+        return None
     owners = {suffix for key in keys for suffix in _parents(key.removeprefix(PREFIX))}
     paths = [entry.paths[0] for entry in find_modules(model)]
     found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]
@@ -393,9 +396,10 @@ def _given(
 
     Raises: AdapterError: a tensor of the base differs from the model's: the adapter was made for another base.
     """
-    base = model.state_dict()
     given = {key: tensor for key, tensor in tensors.items() if key in slots}
-    for key in [key for key in tensors if key not in slots]:
+    others = [key for key in tensors if key not in slots]
+    base = model.state_dict() if others else {}
+    for key in others:
         plain = key.removeprefix(PREFIX)
         for wrapper in (".base_layer.", ".original_module.", ".modules_to_save."):
             plain = plain.replace(wrapper, ".")

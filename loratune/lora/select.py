@@ -163,10 +163,8 @@ def _two_paths(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     """One line for all layers that PEFT adapts at one of their places only."""
     found = []
     for target in targets:
-        places = {
-            (id(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]) for path in target.paths
-        }
-        if len(places) > 1:
+        parts = [path.rpartition(".") for path in target.paths if len(target.paths) > 1]
+        if len({(id(model.get_submodule(parent)), leaf) for parent, _, leaf in parts}) > 1:
             found.append(target)
     if not found:
         return []

@@ -244,8 +244,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _quantised_parameters(model: nn.Module) -> int:
-    linear = sum(layer.in_features * layer.out_features for _, layer in quantised_layers(model))
-    return linear + sum(math.prod(held.shape) for _, held in quantised_experts(model))
+    total = 0
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            total += module.in_features * module.out_features
+        elif isinstance(module, QuantisedExperts):
+            total += sum(math.prod(held.shape) for held in module.held.values())
+    return total
 
 
 def dense_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

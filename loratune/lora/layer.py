@@ -152,7 +152,7 @@ class LoraLayer(AdaptedLayer):
         """A replacement for `base` with the same Parameters, buffers, hooks and attributes, holding no adapter."""
         layer = super().from_base(base)
         layer._parameters |= {"lora_A": None, "lora_B": None}
-        # Written to the dict, because `nn.Module.__setattr__` takes ten times as long and there are hundreds of layers.
+        # Written to the dict: `nn.Module.__setattr__` takes ten times as long, and there are hundreds of layers.
         layer.__dict__.update(_unmerged=None, state=ForwardState(), variant=PLAIN, scaling=0.0, lora_dropout=0.0)
         return layer
 

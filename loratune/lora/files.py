@@ -343,7 +343,8 @@ def _fitted(
     device: torch.device | None = None,
 ) -> tuple[Selection, Adapter]:
     """The adapter of the file, built for `model` and filled; changes nothing."""
-    config = replace(read.lora, modules_to_save=_saved_paths(model, read.lora.modules_to_save or [], tensors))
+    entries = read.lora.modules_to_save
+    config = replace(read.lora, modules_to_save=_saved_paths(model, entries, tensors) if entries else None)
     selection = select(model, config, strict=False)
     needed, held = sum(t.parameters for t in selection.targets), sum(t.numel() for t in tensors.values())
     if needed > 4 * held + (1 << 20):  # before they are allocated; smaller differences are named below
@@ -374,9 +375,6 @@ def _saved_paths(model: nn.Module, entries: Iterable[str], keys: Iterable[str]) 
     PEFT matches any ending ("norm" takes `input_layernorm`) and always adds the names of classification heads. So
     the file decides, and not the configuration.
     """
-    entries = list(entries)
-    if not entries:
-        return None
     owners = {suffix for key in keys for suffix in _parents(key.removeprefix(PREFIX))}
     paths = [entry.paths[0] for entry in find_modules(model)]
     found = [path for path in paths if path in owners and any(path.endswith(entry) for entry in entries)]

@@ -159,16 +159,20 @@ def _check_fields(path: Path, given: dict[str, Any], known: Iterable[str]) -> No
 
 
 def _check_types(path: Path, given: dict[str, Any]) -> None:
+    """Raises AdapterError for values that PEFT refuses, in fields that are not settings here or must not be null."""
     for name, value in given.items():
         expected, words = _TYPES.get(name, ((type(value),), ""))
         if value is not None and type(value) not in expected:
             raise AdapterError(f"{path}: {name} = {_short(value)} is not {words}")
+    for name in ("r", "lora_alpha", "bias"):
+        if name in given and given[name] is None:
+            raise AdapterError(f"{path}: {name} is null, and the update cannot be computed without it")
     if given.get("task_type") not in (None, *_TASKS):
         raise AdapterError(f"{path}: task_type is {_short(given['task_type'])}; PEFT knows {', '.join(_TASKS)}")
 
 
 def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Values for the configuration, with PEFT's defaults (r 8, lora_alpha 8) where a field is missing or null."""
+    """Values for the configuration, with PEFT's defaults (r 8, lora_alpha 8) where a field is missing."""
     values = {"r": 8, "lora_alpha": 8} | {n: v for n, v in given.items() if n in known and v is not None}
     for name in ("layers_to_transform", "layers_pattern"):
         if name in values and not isinstance(values[name], list):

@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,18 @@ def _compare_tokens(tokenizer: Any, folder: Path) -> None:
         raise Wrong("tokens differ from transformers'")
 
 
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Makes the folders to mutate, reads what every seed is compared with, and removes the folders at the end."""
+    try:
+        _run_logits()
+        yield
+    finally:
+        shutil.rmtree(_templates())
+        for made in (_templates, _base, _run_logits):
+            made.cache_clear()
+
+
 def main(arguments: list[str], tell: Callable[[str], None] = print) -> int:
     """Runs the campaign; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,11 +289,8 @@ def main(arguments: list[str], tell: Callable[[str], None] = print) -> int:
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    try:
-        _run_logits()
+    with prepared():
         campaign = run(check, range(given.first, given.first + given.count), tell=tell)
-    finally:
-        shutil.rmtree(_templates())
     tell(str(campaign))
     return 1 if campaign.faults else 0
 

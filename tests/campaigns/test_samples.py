@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.campaigns import fuzzed_data, workers
+from tests.campaigns import fuzzed_data, mutated_folders, workers
 
 
 def test_fuzzed_data_files() -> None:
@@ -14,6 +14,14 @@ def test_fuzzed_data_files() -> None:
     assert not campaign.faults, str(campaign)
     assert campaign.outcomes["accepted"] > 20
     assert campaign.outcomes["refused"] > 20
+
+
+def test_mutated_folders() -> None:
+    with mutated_folders.prepared():
+        campaign = workers.run(mutated_folders.check, range(30))
+    assert not campaign.faults, str(campaign)
+    assert campaign.outcomes["accepted"] > 5
+    assert campaign.outcomes["refused"] > 12
 
 
 def _fails(seed: int) -> str:

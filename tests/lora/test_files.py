@@ -375,7 +375,9 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(field: str, val
         ("r", "16", "r = '16' is not a whole number"),
         ("r", True, "r = True is not a whole number"),
         ("r", 0, "adapter_config.json: r is 0"),
-        ("lora_alpha", None, ""),
+        ("lora_alpha", None, "lora_alpha is null"),
+        ("r", None, "r is null"),
+        ("bias", None, "bias is null"),
         ("target_modules", None, "target_modules is missing"),
         ("target_modules", ["nothing"], "leaves no layer"),
         ("rank_pattern", {"mlp.0": "2"}, "rank_pattern"),
@@ -385,10 +387,15 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(field: str, val
 def test_a_wrong_value_is_refused_by_name(field: str, value: object, message: str, tmp_path: Path) -> None:
     folder = _saved(tmp_path / "a")
     _edit(folder, **{field: value})
-    if message:
-        _assert_refused(folder, message)
-    else:  # null means PEFT's default, 8
-        assert read_config(folder).lora_alpha == 8
+    _assert_refused(folder, message)
+
+
+def test_a_missing_alpha_and_rank_are_the_defaults_of_peft(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "a") / CONFIG
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in values.items() if name not in ("r", "lora_alpha")}))
+    read = read_config(tmp_path / "a")
+    assert (read.r, read.lora_alpha) == (peft.LoraConfig().r, peft.LoraConfig().lora_alpha) == (8, 8)
 
 
 @pytest.mark.parametrize("value", [3, 0.5, True, {"a": 1}, [3]])

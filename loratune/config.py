@@ -85,8 +85,9 @@ class LoraConfig(ShortRepr):
     """Bias vectors to train: none, all of the model, or only those of the adapted layers."""
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter, for example a new classification head."""
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with std 1/r, B zero.
+    "orthogonal": both random, in orthogonal halves of an even rank, so that B A is zero.
     False: both random, so the update is not zero at the start (for tests)."""
     layers_to_transform: list[int] | None = None
     """Indices of the layers to adapt; by default all."""

@@ -166,6 +166,15 @@ class LoraLayer(AdaptedLayer):
         """The reason why an adapter of rank `r` does not fit `base`, or None."""
         return None
 
+    @classmethod
+    def init_refusal(cls, init: bool | str, r: int) -> str | None:
+        """The reason why initial values of this name do not fit rank `r` of such layers, or None."""
+        if init != "orthogonal":
+            return None
+        if not cls.is_linear:
+            return 'init_lora_weights "orthogonal" is for linear layers'
+        return f'init_lora_weights "orthogonal" needs an even rank, and its rank is {r}' if r % 2 else None
+
     @staticmethod
     def merge_refusal(base: nn.Module) -> str | None:
         """The reason why adapters of `base` are no update of its weight, or None."""
@@ -191,10 +200,13 @@ class LoraLayer(AdaptedLayer):
         """Fills A and B in place.
 
         A is Kaiming-uniform with a = √5, which is U(-1/√d_in, 1/√d_in), or normal with standard deviation 1/r for
-        "gaussian". B is zero, or U(-1/√r, 1/√r) for False.
+        "gaussian". B is zero, or U(-1/√r, 1/√r) for False. For "orthogonal" see `_orthogonal`.
         Source: the reference implementation of arXiv:2106.09685.
         """
         r, d_in = lora_A.shape
+        if init == "orthogonal":
+            _orthogonal(lora_A, lora_B, generator)
+            return
         if init == "gaussian":
             lora_A.normal_(0.0, 1.0 / r, generator=generator)
         else:
@@ -374,6 +386,19 @@ class LoraLayer(AdaptedLayer):
         assert self.lora_B is not None
         dropout = self.lora_dropout if self.training else 0.0
         return self.lora_A, self.lora_B, self.scaling, dropout, self.salt, self.state
+
+
+def _orthogonal(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> None:
+    """Fills A and B with values of standard deviation about 0.07, such that B A is zero to rounding.
+
+    The rows of an orthogonal matrix (r, r) are dealt to two halves. The rows of B are random sums of the one half,
+    the columns of A of the other. Rank r is even. Source: PEFT's `init_lora_weights="orthogonal"`.
+    """
+    (r, d_in), d_out = lora_A.shape, lora_B.shape[0]
+    square = torch.randn(r, r, generator=generator, dtype=torch.float64)
+    rows = torch.linalg.qr(square).Q.to(lora_A.dtype)
+    for tensor, half, count in ((lora_A.T, rows[0::2], d_in), (lora_B, rows[1::2], d_out)):
+        tensor.copy_(torch.randn(count, r // 2, generator=generator, dtype=lora_A.dtype) @ half / 10.0)
 
 
 @contextmanager

@@ -179,7 +179,13 @@ def _values(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
             values[name] = [values[name]]  # PEFT takes one number or name as well,
         if not values.get(name):  # and empty for "no restriction"
             values.pop(name, None)
-    if values.get("init_lora_weights") not in (True, False, "gaussian", *values_of("init_lora_weights")):
+    if values.get("init_lora_weights") not in (
+        True,
+        False,
+        "gaussian",
+        "orthogonal",
+        *values_of("init_lora_weights"),
+    ):
         values.pop("init_lora_weights", None)
     values.setdefault("target_modules", [])
     if str(values["target_modules"]).lower() == ALL_LINEAR:

@@ -309,7 +309,7 @@ def _target(
     r = _by_pattern("rank_pattern", config.rank_pattern, path, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, path, config.lora_alpha)
     d_in, d_out = kind.features(entry.module)
-    unfit = kind.refusal(entry.module, r)
+    unfit = kind.refusal(entry.module, r) or kind.init_refusal(config.init_lora_weights, r)
     if unfit is not None:
         raise Unadaptable(f'"{path}" cannot be adapted: {unfit}')
     if skip and r > min(d_in, d_out):

@@ -166,6 +166,8 @@ class TrainConfig(ShortRepr):
     learning_rate: float | Literal["auto"] | None = None
     """Peak learning rate; by default from the width of the model.
     "auto" tries several on the first part of the data and uses the best."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the rate of B is this many times that of A (arXiv:2402.12354). The paper uses 2 to 16."""
     lr_scheduler_type: Schedule = "cosine"
     """Shape after the warm-up; cosine and linear end at zero."""
     warmup_ratio: float = 0.03
@@ -219,6 +221,10 @@ class TrainConfig(ShortRepr):
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} is {value}; it is at least 0, and finite")
+        ratio = self.loraplus_lr_ratio
+        require(0 < ratio < math.inf, f"loraplus_lr_ratio is {ratio}; it must be positive and finite")
+        offload = ratio != 1 and self.optim == "adamw_offload"
+        require(not offload, 'loraplus_lr_ratio needs optim "adamw" or "adamw_8bit"; adamw_offload has one rate')
         epsilon = self.adam_epsilon
         bounds = "it must be positive and finite in float32: 1.2e-38 <= epsilon < 3.4e38"
         require(2**-126 <= epsilon < 2**128, f"adam_epsilon is {epsilon}; {bounds}")

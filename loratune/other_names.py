@@ -134,8 +134,6 @@ OTHER_MEANING: dict[str, str] = {
     "template": "the chat template is the model's own; chat_template names a file with another one",
     "max_samples": "all records are used; put fewer into the file",
     "group_by_length": "documents are packed, so no padding is saved by it; leave it out",
-    "loraplus_lr_ratio": "LoRA+ is not available; A and B have one learning rate",
-    "loraplus_lambda": "LoRA+ is not available; A and B have one learning rate",
     "neftune_noise_alpha": "NEFTune is not available",
     "gpu": "set device, for example cuda:1",
     "gpus": _PARALLEL,

@@ -124,6 +124,8 @@ class LoraLayer(AdaptedLayer):
     """False if the input of the low-rank pair cannot be dropped."""
     weight_is_parameter: ClassVar[bool] = True
     """False if the frozen weight is not a Parameter, and so is never tied to another."""
+    is_lookup: ClassVar[bool] = False
+    """True if the input is an index and not a vector of activations."""
     transposed: ClassVar[bool] = False
     """True if `weight` is (d_in, d_out), so that B A is added to it transposed."""
     fan_in_fan_out: ClassVar[bool] = False

@@ -60,6 +60,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     """
 
     keys = ("lora_embedding_A", "lora_embedding_B")
+    is_lookup = True
     is_linear = False
     transposed = True
 

@@ -25,7 +25,7 @@ from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
 from loratune.many.bank import Bank
-from loratune.many.step import BankStep, MicroStep, extend, join_micro_steps, segment_of_documents
+from loratune.many.step import BankStep, MicroStep, check_training, extend, join_micro_steps, segment_of_documents
 from loratune.ops.bank.adamw import IDLE, SlotUpdate, bank_adamw
 from loratune.ops.bank.pool import Segment
 from loratune.training.checkpoint import MOMENTS
@@ -111,6 +111,7 @@ class BankGraph:
 
     def join(self, slot: int, config: TrainConfig) -> None:
         """Prepares the optimizer of the job in `slot`."""
+        check_training(config)
         self._jobs[slot] = _RecordedJob(config, 0, 0)
         for flat in self._moments:
             self._bank.pool.slot(flat, slot).zero_()

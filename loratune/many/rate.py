@@ -28,6 +28,7 @@ from loratune.errors import AdapterError, ConfigError, ModelError, TrainingError
 from loratune.many.bank import Bank
 from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Job, Jobs
+from loratune.many.step import check_training
 from loratune.training.course import Course, Evaluated, Rows
 from loratune.training.objectives import objective_named
 from loratune.training.step import evaluate_loss
@@ -84,6 +85,10 @@ def choose_rate(
     short = replace(
         training, max_steps=steps, eval_every_steps=steps, early_stopping_patience=None, optim="adamw", log_to=[]
     )
+    try:
+        check_training(short)
+    except ConfigError as error:
+        raise _not_at_once(error) from error
     objective = objective_named(training.objective)
     tokens = row_tokens(model.device, [tokens_per_row] * len(RATES))
     try:

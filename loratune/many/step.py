@@ -129,12 +129,20 @@ class BankStep:
         self._jobs[slot].restore(moments, optimizer_steps)
 
 
+def check_training(config: TrainConfig) -> None:
+    """Raises ConfigError if a bank of adapters cannot train with these settings."""
+    if config.optim != "adamw":
+        raise ConfigError(f"optim {config.optim}: a bank of adapters has float32 moments; train this job alone")
+    if config.loraplus_lr_ratio != 1:
+        ratio = f"{config.loraplus_lr_ratio:g}"
+        raise ConfigError(f"loraplus_lr_ratio {ratio}: adapters of a bank have one rate each; train this job alone")
+
+
 class _SlotStep:
     """The step of one slot: AdamW over its flat master, with the job's own loss and clipping."""
 
     def __init__(self, bank: Bank, slot: int, config: TrainConfig) -> None:
-        if config.optim != "adamw":
-            raise ConfigError(f"optim {config.optim}: a bank of adapters has float32 moments; train this job alone")
+        check_training(config)
         self._bank, self._slot = bank, slot
         self._master = nn.Parameter(bank.master(slot))  # shares the memory
         self._master.grad = bank.gradient(slot)

@@ -31,6 +31,7 @@ from loratune.lora.peft_config import CONFIG_FILE
 from loratune.many.bank import Bank
 from loratune.many.capacity import row_tokens, slots_that_fit
 from loratune.many.jobs import Failed, Job, JobEvent, Jobs, Paused, Started
+from loratune.many.step import check_training
 from loratune.runs import folder, metrics, resume, trackers
 from loratune.runs.run import Note
 from loratune.sweep import folder as sweep_folder
@@ -115,6 +116,7 @@ def sweep(
         first = plan.jobs[0].config
         for job in plan.jobs:
             trackers.require(job.config.training.log_to)
+            check_training(job.config.training)
         data, notes = read_data(plan.jobs, state.date, cache_dir)
         plan = replace(plan, jobs=tuple(replace(job, config=data[job.name].config) for job in plan.jobs))
         yield from map(Note, notes)

@@ -68,13 +68,13 @@ class CompactAdamW(ClippedOptimizer):
     The second entry of `MOMENTS` holds the root of the second moment.
 
     Args:
-        parameters: trained parameters, on one device. A parameter without a gradient gets no state.
+        parameters: trained parameters, or groups of them, on one device. A parameter without a gradient gets no state.
         rate: a number, or a tensor on the device, which a recorded update reads.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         rate: float | Tensor,
         *,
         betas: tuple[float, float],

@@ -20,6 +20,7 @@ from torch import nn
 from loratune.base.forward import PackedForward
 from loratune.config import TrainConfig
 from loratune.data.pack import Row
+from loratune.lora.rates import output_factors
 from loratune.ops.dropout import dropout_key
 from loratune.training import checkpoint
 from loratune.training.checkpoint import Progress
@@ -86,7 +87,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._course = Course(self.rows, self.config)
         self._objective = objective_named(self.config.objective)
-        self._optimizer = optimizer_of(self.parameters.values(), self.config)
+        self._optimizer = optimizer_of(self.parameters.values(), self.config, output_factors(self.forward.model))
         self._graph = GraphStep.for_device(
             self.forward, list(self.parameters.values()), self._optimizer, self.config.max_grad_norm, self._objective
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,17 +97,20 @@ class JointAdamW(FusedAdamW):
             self.state[parameter] = {"step": step, **dict(zip(MOMENTS, shaped, strict=True))}
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> FusedAdamW:
+def adamw(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, faster: Collection[nn.Parameter] = ()
+) -> FusedAdamW:
     """AdamW with float32 moments; `set_rate` sets its rate before each step.
 
     For parameters on a GPU the rate is a tensor on that GPU, so that a recorded update reads the rate of its own
-    step.
+    step. `faster` is as in `optimizer_of`.
     """
     parameters = list(parameters)
+    groups = _groups(parameters, config, faster)
     on_gpu = _all_on_gpu(parameters)
-    joint = on_gpu and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-    return (JointAdamW if joint else FusedAdamW)(
-        parameters,
+    one_launch = len(groups) == 1 and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return (JointAdamW if on_gpu and one_launch else FusedAdamW)(
+        groups,
         lr=_rate(parameters, config),
         capturable=on_gpu,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -117,13 +120,19 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> FusedAdamW
     )
 
 
-def optimizer_of(parameters: Iterable[nn.Parameter], config: TrainConfig) -> ClippedOptimizer:
-    """The optimizer of `config.optim`. For "adamw_offload", the caller moves the moments to the host."""
+def optimizer_of(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, faster: Collection[nn.Parameter] = ()
+) -> ClippedOptimizer:
+    """The optimizer of `config.optim`. For "adamw_offload", the caller moves the moments to the host.
+
+    The rate of the parameters in `faster` is `config.loraplus_lr_ratio` times that of the others.
+    Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
+    """
     parameters = list(parameters)
     if config.optim != "adamw_8bit":
-        return adamw(parameters, config)
+        return adamw(parameters, config, faster)
     return CompactAdamW(
-        parameters,
+        _groups(parameters, config, faster),
         _rate(parameters, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -131,12 +140,26 @@ def optimizer_of(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Cli
     )
 
 
+def _groups(
+    parameters: list[nn.Parameter], config: TrainConfig, faster: Collection[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """One group for each learning rate; `set_rate` multiplies the rate by a group's "rate_factor"."""
+    ratio = config.loraplus_lr_ratio
+    if ratio == 1 or not faster:
+        return [{"params": parameters, "lr": _rate(parameters, config)}]
+    ids = {id(parameter) for parameter in faster}
+    slow, fast = ([p for p in parameters if (id(p) in ids) is chosen] for chosen in (False, True))
+    groups: list[dict[str, Any]] = [{"params": fast, "lr": _rate(fast, config, ratio), "rate_factor": ratio}]
+    return [{"params": slow, "lr": _rate(slow, config)}, *groups] if slow else groups
+
+
 def _all_on_gpu(parameters: list[nn.Parameter]) -> bool:
     return bool(parameters) and all(parameter.is_cuda for parameter in parameters)
 
 
-def _rate(parameters: list[nn.Parameter], config: TrainConfig) -> Tensor | float:
-    return torch.tensor(config.rate, device=parameters[0].device) if _all_on_gpu(parameters) else config.rate
+def _rate(parameters: list[nn.Parameter], config: TrainConfig, factor: float = 1.0) -> Tensor | float:
+    rate = config.rate * factor
+    return torch.tensor(rate, device=parameters[0].device) if _all_on_gpu(parameters) else rate
 
 
 def masters_on_host(parameters: Iterable[nn.Parameter]) -> None:
@@ -171,12 +194,13 @@ def _mapped(parameters: list[nn.Parameter], *, copy: bool) -> list[Tensor]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of the next update."""
+    """Sets the learning rate of the next update; a group with a "rate_factor" gets that many times the rate."""
     for group in optimizer.param_groups:
+        own = rate * group.get("rate_factor", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

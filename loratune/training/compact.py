@@ -68,7 +68,7 @@ class CompactAdamW(ClippedOptimizer):
     The second entry of `MOMENTS` holds the root of the second moment.
 
     Args:
-        parameters: trained parameters, or groups of them, on one device. A parameter without a gradient gets no state.
+        parameters: trained parameters, or groups of them, on one device. Without a gradient, one gets no state.
         rate: a number, or a tensor on the device, which a recorded update reads.
     """
 

@@ -46,7 +46,7 @@ class JointAdamW(FusedAdamW):
     The parameters form one group, on one device, and are contiguous. The rate may be a tensor on that device.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **settings: Any) -> None:
         super().__init__(parameters, **settings)
         self._step_supports_amp_scaling = False  # torch's GradScaler then divides the gradients itself
         # The last entry is for the current tensors. A recording may still run an earlier one.

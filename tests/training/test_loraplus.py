@@ -1,4 +1,4 @@
-"""LoRA+: B moves at its own rate, with every optimizer, from the command line and in a resumed run."""
+"""LoRA+: B moves at its own rate, with every optimizer, and from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from loratune.config import LoraConfig, Optim, TrainConfig
 from loratune.errors import ConfigError
-from loratune.lora.inject import attach, output_factors, trainable_parameters
+from loratune.lora.inject import attach, trainable_parameters
+from loratune.lora.rates import output_factors
 from loratune.many.step import check_training
 from loratune.training.optim import optimizer_of, set_rate
 from tests.cli_lab import CHAT, SHORT, loratune, small_model, write_jsonl
@@ -56,7 +57,7 @@ def test_the_faster_parameters_are_b_of_layers_that_see_activations() -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0])
 def test_a_ratio_that_is_not_positive_is_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match="loraplus_lr_ratio is .*positive"):
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio is .*positive"):
         TrainConfig(loraplus_lr_ratio=value)
 
 
@@ -70,11 +71,11 @@ def test_what_has_one_rate_refuses_it() -> None:
     check_training(TrainConfig())
 
 
-def test_from_the_command_line_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small_model(tmp_path / "base")
     write_jsonl(tmp_path / "chat.jsonl", CHAT)
-    words = ["base", "chat.jsonl", *SHORT, "--loraplus-lr-ratio", "8", "--save-every-steps", "1"]
+    words = ["base", "chat.jsonl", *SHORT, "--loraplus-lr-ratio", "8"]
     for out, extra in (("whole", []), ("plain", ["--loraplus-lr-ratio", "1"])):
         done = loratune("train", *words, *extra, "--max-steps", "3", "--out", out)
         assert done.status == 0, done.err

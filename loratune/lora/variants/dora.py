@@ -111,14 +111,16 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     with torch.autocast(weight.device.type, enabled=False):
         cross = (weight @ lora_A.to(weight.dtype).T).to(dtype)  # (d_out, r)
         across = cross.mul_(2.0).add_(lora_B @ (lora_A @ lora_A.T), alpha=scaling)
-    return norms.square_().add_(across.mul_(lora_B).sum(1), alpha=scaling).clamp_(min=0.0).sqrt_()
+    lengths: Tensor = norms.square_().add_(across.mul_(lora_B).sum(1), alpha=scaling).clamp_(min=0.0).sqrt_()
+    return lengths
 
 
 def _scale(layer: LoraLayer) -> Tensor:
     """g, (d_out,), in the dtype of the masters; differentiable in m."""
     A, B = layer.get_parameter("lora_A"), layer.get_parameter("lora_B")
     norms = row_norms(matrix_of(layer, type(layer)), A, B, layer.scaling)
-    return layer.get_parameter(_MAGNITUDE).div(norms)
+    scale: Tensor = layer.get_parameter(_MAGNITUDE) / norms
+    return scale
 
 
 class _Scaled(torch.autograd.Function):

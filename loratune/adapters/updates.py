@@ -29,9 +29,10 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterError, ConfigError, OutputError
 from loratune.lora import peft_config
 from loratune.lora.expressions import fits_end
-from loratune.lora.files import PREFIX, WEIGHTS_FILE, find_folder, read_tensors
+from loratune.lora.files import WEIGHTS_FILE, find_folder, read_tensors
 from loratune.lora.layers import KEY_PAIRS, LoraEmbedding
 from loratune.lora.peft_config import CONFIG_FILE
+from loratune.lora.peft_keys import PREFIX
 from loratune.lora.variants import variant_of
 from loratune.precision.finite import check_finite, fault_of
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from loratune import atomic, foreign, manifest
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, OutputError, expect, nearest
-from loratune.lora import peft_config, tied
+from loratune.lora import peft_config, peft_keys, tied
 from loratune.lora.build import build
 from loratune.lora.inject import Attached, add
 from loratune.lora.paths import find_modules
 from loratune.lora.peft_config import CONFIG_FILE, AdapterConfig
+from loratune.lora.peft_keys import PREFIX
 from loratune.lora.portable import portable as portable_form
 from loratune.lora.select import Selection, select
 from loratune.lora.state import Adapter, require
@@ -36,7 +37,6 @@ from loratune.lora.switch import is_plain, switch
 from loratune.precision.finite import check_finite
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 """Start of every key in an adapter's file."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_LISTED = 6
@@ -123,7 +123,7 @@ def _content(model: nn.Module, folder: Path, name: str, in_portable_form: bool) 
     adapter = require(model).get(name)
     if in_portable_form:
         adapter = portable_form(name, adapter)
-    tensors = _copies(adapter)
+    tensors = peft_keys.in_files(model, _copies(adapter))
     check_finite(tensors, str(folder), AdapterError)
     return peft_config.to_json(model, adapter), to_bytes(tensors, metadata={"format": "pt"})
 
@@ -343,6 +343,7 @@ def _fitted(
     device: torch.device | None = None,
 ) -> tuple[Selection, Adapter]:
     """The adapter of the file, built for `model` and filled; changes nothing."""
+    tensors = peft_keys.read_back(model, tensors)
     entries = read.lora.modules_to_save
     config = replace(read.lora, modules_to_save=_saved_paths(model, entries, tensors) if entries else None)
     selection = select(model, config, strict=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loratune.config import LoraConfig
 from loratune.errors import AdapterError, expect
-from loratune.lora import tied
+from loratune.lora import peft_keys, tied
 from loratune.lora.build import build
 from loratune.lora.layer import LoraLayer
 from loratune.lora.select import Selection, select
@@ -92,7 +92,8 @@ def attach(
 
 def _new(model: nn.Module, config: LoraConfig, seed: int) -> tuple[Selection, Adapter]:
     selection = select(model, config)
-    selection = replace(selection, notes=selection.notes + tied.notes(model, selection.saved))
+    notes = tied.notes(model, selection.saved) + peft_keys.notes(model, [target.path for target in selection.targets])
+    selection = replace(selection, notes=selection.notes + notes)
     return selection, build(model, config, selection, seed)
 
 
@@ -421,8 +422,7 @@ def _check_ties(model: nn.Module, state: Adapters, adapter: Adapter) -> None:
     layers = {path: state.layers[path] for path in adapter.layers if state.layers[path].weight_is_parameter}
     holders = ties(model, [layer.own_weight for layer in layers.values()])
     for path, layer in layers.items():
-        own = {f"{place}.{layer.weight_name}" for place in state.paths[path]}
-        others = [where for where in holders[identity(layer.own_weight)] if where not in own]
+        others = [at for at in holders[identity(layer.own_weight)] if at.rpartition(".")[0] not in state.paths[path]]
         if others:
             raise AdapterError(
                 f'cannot merge into "{path}.{layer.weight_name}": it is tied to "{others[0]}", which would change '

@@ -25,7 +25,8 @@ from loratune.base.forward import PackedForward
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.pack import Row
 from loratune.errors import ConfigError, LoratuneError
-from loratune.lora.files import PREFIX, read_tensors
+from loratune.lora.files import read_tensors
+from loratune.lora.peft_keys import PREFIX
 from loratune.many.bank import Bank
 from loratune.many.graph import step_of
 from loratune.many.step import MicroStep, trim

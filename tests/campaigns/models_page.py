@@ -19,8 +19,8 @@ _SHOWN = COLUMNS[1:]
 _MARK = {"": "✓"}
 
 _EXPLAINED = {
-    **dict.fromkeys(("doge", "moshi"), "behind the window, the same in transformers' own generate"),
-    "laguna": "PEFT renames the keys of shared_experts while it reads the file",
+    "inkling2_text": "PEFT renames the keys of weight_proj while it reads the file; attaching says so",
+    **dict.fromkeys(("zamba", "zamba2"), "two layers share the weight, and each has an adapter of its own"),
     "musicgen": "AutoModelForCausalLM does not build it",
     "musicgen_melody": "AutoModelForCausalLM does not build it",
 }

@@ -396,9 +396,8 @@ def _given(
     Raises: AdapterError: a tensor of the base differs from the model's: the adapter was made for another base.
     """
     given = {key: tensor for key, tensor in tensors.items() if key in slots}
-    others = [key for key in tensors if key not in slots]
-    base = model.state_dict() if others else {}
-    for key in others:
+    base = model.state_dict() if len(given) < len(tensors) else {}
+    for key in [key for key in tensors if key not in slots]:
         plain = key.removeprefix(PREFIX)
         for wrapper in (".base_layer.", ".original_module.", ".modules_to_save."):
             plain = plain.replace(wrapper, ".")

@@ -26,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -144,6 +145,8 @@ def _child(words: list[str], here: Path, texts: list[Path], kill_at: int | None,
         sys.stderr.flush()
     except SystemExit as leaving:
         status = int(leaving.code or 0)
+    except BaseException:  # noqa: BLE001 (the parent reports it)
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

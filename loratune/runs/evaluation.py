@@ -127,9 +127,11 @@ def real_prompts(
 
     Raises: DataError: no file with prompts exists.
     """
-    paths = list(data) or [p for p in (run.dataset.eval_data or run.data if run else []) if Path(p).exists()]
+    recorded = (run.dataset.eval_data or run.data) if run else []
+    paths = list(data) or [path for path in recorded if Path(path).exists()]
     if not paths:
-        raise DataError("no prompts to compare on: the run's data is missing; name a file with --data")
+        why = f"the run's data, {recorded[0]}, is missing" if recorded else "the adapter records no data"
+        raise DataError(f"no prompts to compare on: {why}; name a file with --data")
     records = read_records(paths, run.dataset.format if run and not data else "auto")
     chat = chat_of(tokenizer, run.dataset if run else DataConfig())
     chosen = records[:: max(1, len(records) // count)][:count]

@@ -102,6 +102,14 @@ def test_a_base_that_was_moved_is_found_by_its_fingerprint_only(here: Path, tmp_
     assert loss_of(str(here / "run")) == expected
 
 
+def test_data_that_are_gone_are_named_by_path_and_flag(here: Path, tmp_path, monkeypatch) -> None:
+    (here / "chat.jsonl").rename(here / "moved.jsonl")
+    monkeypatch.chdir(tmp_path)
+    refused(loratune("merge", str(here / "run"), "--out", "m"), f"{here}/chat.jsonl", "--data")
+    assert loratune("merge", str(here / "run"), "--out", "m", "--data", str(here / "moved.jsonl")).status == 0
+    refused(loratune("train", "--resume", "--out", str(here / "run"), "--max-steps", "8"), f"{here}/chat.jsonl")
+
+
 def test_a_base_that_the_user_names_is_used_with_a_note(here: Path) -> None:
     small_model(here / "near", rope_theta=500.0)
     outcome = loratune("eval", "run", "chat.jsonl", "--model", "near", "--no-generate")

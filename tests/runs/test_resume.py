@@ -30,6 +30,7 @@ OTHERS = {
         "target_parameters": ["mlp.experts.down_proj"],
         "exclude_modules": ["v_proj"],
         "use_rslora": True,
+        "use_dora": True,
         "bias": "all",
         "modules_to_save": ["lm_head"],
         "init_lora_weights": "gaussian",
@@ -49,6 +50,7 @@ OTHERS = {
     "training": {
         "objective": "other",
         "learning_rate": 1.0,
+        "loraplus_lr_ratio": 4.0,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.5,
         "gradient_accumulation_steps": 2,

@@ -160,7 +160,10 @@ def check_data(out: Path, dataset: Dataset) -> None:
         before = json.loads(foreign.regular(_data_file(out)).read_bytes())
         files, examples = list(before["files"].values()), before["examples"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise OutputError(f"{_data_file(out)}: cannot be read, so the run cannot be resumed: {error}") from error
+        why = (
+            f"{_data_file(out)}: cannot be read, so the run cannot be resumed ({error}); start again with --overwrite"
+        )
+        raise OutputError(why) from error
     if examples == _hash(dataset):
         return
     known = files + [None] * len(dataset.file_hashes)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,6 +36,9 @@ POCKET = "loratune/pocket"
 """Name of the bundled model, accepted in place of a folder or hub id."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_NUMBERS_OF_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+"""Fields of configurations, in the order in which they count. Whisper has the second, MPT the third."""
 
 _FILES_OF_MODELS = (".json", ".jinja", ".safetensors", ".model", ".txt")
 
@@ -255,13 +259,31 @@ def stop_note(
     return [found] if found else []
 
 
-def max_document_tokens(config: Any) -> int | None:
+def max_document_tokens(model: Any) -> int | None:
     """The longest document that a model's positions allow, in tokens; None if its configuration has no limit.
 
-    XLNet writes -1 for no limit.
+    XLNet writes -1 for no limit. RoBERTa and its descendants count from the padding index + 1, so the lines of their
+    table of positions up to the padding index are not free. ProphetNet's predictions look up one position further.
+    The tables of BART, OPT and XGLM have lines of their own for the offset.
+
+    Args:
+        model: the model, or its configuration.
+
+    Raises: ModelError: no model can be made of the configuration.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit and limit > 0 else None
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in _NUMBERS_OF_POSITIONS)
+    limit = next((int(value) for value in found if value and value > 0), None)
+    if limit is None or getattr(text, "rope_parameters", None):  # rotary embeddings need no table
+        return limit
+    made = model if isinstance(model, PreTrainedModel) else model_config.without_data(config, torch.float32)
+    tables = (module for module in made.modules() if module is not made.get_input_embeddings())
+    padding = (
+        table.padding_idx for table in tables if isinstance(table, nn.Embedding) and table.num_embeddings == limit
+    )
+    ahead = int(hasattr(text, "ngram"))
+    return limit - max((index + 1 for index in padding if index is not None), default=0) - ahead
 
 
 def vocabulary(model: PreTrainedModel) -> int | None:

@@ -319,7 +319,7 @@ def _pads_cleanly(model: PreTrainedModel) -> bool:
 
 def _budgets(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """Maximum number of tokens in each prompt's answer."""
-    limit = max_document_tokens(model.config)
+    limit = max_document_tokens(model)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise DataError(f"prompt {number} has no tokens; there is nothing to answer")

@@ -57,7 +57,7 @@ def loss(
 
     Rows have `settings.tokens_per_row` tokens. If it is unset, they have 2,048, or as many as the longest record.
     """
-    limit = longest_allowed(settings, max_document_tokens(model.config))
+    limit = longest_allowed(settings, max_document_tokens(model))
     examples = render(records, tokenizer, settings, max_tokens=limit, stop_ids=stop_ids).examples
     check_ids(tokenizer, vocabulary(model), examples)
     tokens_per_row = settings.tokens_per_row or max(_ROW, *map(len, examples))

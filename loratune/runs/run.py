@@ -403,7 +403,7 @@ def dataset_of(
         tokenizer,
         settings,
         stop_ids=base.stop_ids(model, tokenizer),
-        max_tokens=base.max_document_tokens(model.config),
+        max_tokens=base.max_document_tokens(model),
         vocabulary=base.vocabulary(model),
         seed=seed,
         cache_dir=cache_dir,

@@ -179,7 +179,7 @@ class Chat:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         text = chat_text(self.tokenizer, [*system, *messages], None, source="chat", answer_next=True)
         prompt = encode(self.tokenizer, [text])[text]
-        limit = max_document_tokens(self.model.config)
+        limit = max_document_tokens(self.model)
         if limit is not None and len(prompt) >= limit:
             raise ConfigError(
                 f"the conversation has {len(prompt)} tokens and the model allows {limit}; /reset starts a new one"

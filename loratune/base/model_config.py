@@ -64,6 +64,7 @@ def read_config(model: str, source: str, *, trust_remote_code: bool = False) -> 
         raise refused(model, "no usable model configuration", error) from error
     if not trust_remote_code:
         _check_kernels(model, config)
+    _check_one_text(model, config)
     return config
 
 
@@ -156,9 +157,10 @@ def needs_code(model: str) -> ModelError:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The first line of an error, with its kind if the text alone says little."""
+    """An error's first line, and the second behind a colon, with its kind if the text alone says little."""
     text = str(error.args[0]) if error.args else str(error)
-    line = text.strip().splitlines()[0] if text.strip() else ""
+    lines = [line.strip() for line in text.strip().splitlines()] or [""]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     plain = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if plain else f"{type(error).__name__} {line}".strip()
 
@@ -182,6 +184,17 @@ def _check_values(file: Path, values: dict[str, Any], trust_remote_code: bool) -
                 raise ModelError(f"{file}: {path} = {str(value)[:24]}: {word} can be {most:,} at most here")
         elif isinstance(value, str) and not trust_remote_code and _IMPLEMENTATION.search(name) and "/" in value:
             raise _named_kernel(str(file), path, value)
+
+
+def _check_one_text(model: str, config: PreTrainedConfig) -> None:
+    """Raises ModelError if the configuration holds several text models, so that none of them is meant."""
+    try:
+        config.get_text_config()
+    except ValueError as error:
+        raise ModelError(
+            f"{model}: {config.model_type} has several text models (an encoder and a decoder), and is not a causal "
+            "language model"
+        ) from error
 
 
 def _check_kernels(model: str, config: PreTrainedConfig) -> None:

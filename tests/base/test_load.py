@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+import loratune as lt
 from loratune.base.load import POCKET, load, load_tokenizer, max_document_tokens, resolve, stop_ids
 from loratune.box import MODEL_DIR
-from loratune.errors import ModelError
+from loratune.errors import DataError, ModelError
+from tests.campaigns.architecture_checks import build
 
 
 @pytest.fixture
@@ -102,10 +105,87 @@ def test_a_misspelt_folder_names_its_neighbour(folder):
 
 @pytest.mark.parametrize(
     ("config", "limit"),
-    [(tf.XLNetConfig(), None), (tf.LlamaConfig(max_position_embeddings=77), 77), (tf.BloomConfig(), None)],
+    [
+        (tf.XLNetConfig(), None),
+        (tf.LlamaConfig(max_position_embeddings=77), 77),
+        (tf.BloomConfig(), None),
+        (tf.RobertaConfig(), 510),  # of 512 lines, which the published RoBERTa has 514 of
+        (tf.RobertaConfig(max_position_embeddings=514), 512),
+        (tf.RobertaConfig(max_position_embeddings=514, pad_token_id=7), 506),
+        (tf.OPTConfig(), 2048),
+        (tf.WhisperConfig(), 448),
+        (tf.MptConfig(), 2048),
+    ],
 )
-def test_the_longest_document_is_the_number_of_positions_unless_there_is_no_limit(config, limit):
+def test_the_longest_document_is_the_number_of_free_positions(config, limit):
     assert max_document_tokens(config) == limit
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "roberta",
+        "camembert",
+        "data2vec-text",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+        "prophetnet",
+        "bart",
+        "biogpt",
+        "mbart",
+        "mvp",
+        "opt",
+        "plbart",
+        "trocr",
+        "gpt2",
+        "marian",
+        "pegasus",
+        "whisper",
+        "mpt",
+        "openai-gpt",
+        "roc_bert",
+    ],
+)
+def test_a_model_runs_the_longest_document_and_none_longer(kind):
+    model = build(kind)
+    limit = max_document_tokens(model.config)
+    assert limit == max_document_tokens(model)
+    tokens = torch.randint(3, model.config.vocab_size, (1, limit + 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model(input_ids=tokens[:, :limit], use_cache=False).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError), match=r"index|size"):
+            model(input_ids=tokens, use_cache=False)
+
+
+def test_a_document_behind_the_last_position_is_refused_with_its_line(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "word " * count}) + "\n" for count in (5, 900)))
+    model = build("roberta")
+    lt.attach(model, lt.LoraConfig(r=2))
+    with pytest.raises(DataError, match=r"data\.jsonl:2: .*255"):
+        lt.train(model, load_tokenizer(POCKET), str(data))
+
+
+@pytest.mark.parametrize(
+    "kind", ["musicgen", "musicgen_melody", "encoder-decoder", "rag", "gemma4_assistant", "t5gemma"]
+)
+def test_a_folder_that_holds_no_causal_language_model_is_one_clear_line(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ModelError) as refusal:
+        load(str(folder), device="cpu")
+    assert str(refusal.value).startswith(f"{folder}: ")
+    assert "\n" not in str(refusal.value)
+    assert re.search("not a causal language model|hidden_size_per_layer_input must be 0", str(refusal.value))
+
+
+def test_a_missing_package_is_named_with_its_remedy(folder, monkeypatch):
+    """Gemma 3n needs timm for its images."""
+    monkeypatch.setattr("transformers.utils.import_utils.is_timm_available", lambda: False)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3n"}))
+    with pytest.raises(ModelError, match=f"^{folder}: .*requires the timm library.*`pip install timm`"):
+        load(str(folder), device="cpu")
 
 
 def test_an_adapter_is_not_a_base(tmp_path):

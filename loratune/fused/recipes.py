@@ -121,9 +121,12 @@ def recipes_for(model: PreTrainedModel) -> Iterator[LayerRecipe]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's decoder layers: the longest list of modules in its backbone."""
+    """The list of a model's decoder layers: the longest list of modules in its backbone.
+
+    `get_decoder` gives the output head of ModernBERT's decoder, and Llama 4 itself.
+    """
     decoder = model.get_decoder()
-    backbone = decoder if decoder is not model else model.base_model
+    backbone = model.base_model if decoder in (model, model.get_output_embeddings()) else decoder
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=nn.ModuleList())
 

@@ -6,16 +6,15 @@ device under a `StorageMeter`, forward and backward, in milliseconds per layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loratune.base import model_config, one_pass, recompute
+from loratune.base.causal import backbone_of
 from loratune.fused.policy import ActivationPlan
 from loratune.ops.attention import documents as attention
 from loratune.ops.host import HostOffload
@@ -82,8 +81,7 @@ def _passes(model: PreTrainedModel, on_gpu: bool) -> AbstractContextManager[obje
 
 def _loss(model: PreTrainedModel, tokens: int) -> Tensor:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    backbone: Callable[..., Any] = model.get_decoder() if model.get_decoder() is not model else model.base_model
-    hidden = backbone(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state[0]
+    hidden = backbone_of(model)(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state[0]
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
     return token_logprobs(hidden, head, ids[0]).sum()

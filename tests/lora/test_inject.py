@@ -211,6 +211,21 @@ def test_initial_values_have_the_distribution_of_the_paper() -> None:
     assert float(model[0].lora_A.detach().std()) == pytest.approx(1 / 64, rel=0.02)
 
 
+@pytest.mark.parametrize("outer", ["meta", "cpu"])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}, {"bias": "all"}])
+def test_adapters_are_made_where_their_layers_are(outer: str, variant: dict[str, Any]) -> None:
+    """Under another default device as well, with the same values."""
+    plain, model, config = make_mlp(), make_mlp(), LoraConfig(r=4, target_modules=["mlp.0", "shared"], **variant)
+    attach(plain, config, seed=5)
+    with torch.device(outer):
+        attach(model, config, seed=5)
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cpu"
+        assert torch.equal(parameter, expected[name])
+    assert torch.equal(model(_x()), plain(_x()))
+
+
 def test_the_report_counts_what_trains() -> None:
     model = make_mlp()
     base = sum(p.numel() for p in model.parameters())

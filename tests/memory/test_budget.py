@@ -8,11 +8,13 @@ import transformers as tf
 
 from loratune.config import LoraConfig
 from loratune.fused.policy import ActivationPlan, Level
+from loratune.fused.recipes import decoder_layers
 from loratune.lora.inject import attach
 from loratune.memory.budget import RowSetting, _layers, _moments, choose, host_bytes, largest, peak, seconds
 from loratune.memory.devices import named
 from loratune.memory.estimate import EstimateRequest, estimate, model_from_config, survey_of
 from loratune.memory.simulate import simulate, without_data
+from tests.campaigns.architecture_checks import build as small
 from tests.conftest import CAUSAL, build
 
 GIB = 1 << 30
@@ -139,6 +141,18 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_do(seven_billion):
     assert all(change.choice.bytes.total <= 24 * GIB for change in found.changes)
     tight = estimate(seven_billion, request, named("12GiB"), 12 * GIB)
     assert all("nf4" in change.what for change in tight.changes)
+
+
+@pytest.mark.parametrize("kind", ["modernbert-decoder", "llama4_text"])
+def test_the_backbone_is_found_where_get_decoder_names_another_part(kind):
+    model = small(kind)
+    assert decoder_layers(model) is model.model.layers
+    attach(model, LoraConfig(r=4), name="default", seed=0)
+    kept, recomputed = (
+        simulate(model.to("meta"), 64, ActivationPlan.uniform(level, 2), on_gpu=False).saved
+        for level in (Level.NONE, Level.FULL)
+    )
+    assert 0 < recomputed < kept / 2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])

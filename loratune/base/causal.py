@@ -12,12 +12,15 @@ from loratune.errors import ModelError
 
 
 def check_causal(model: object) -> None:
-    """Raises ModelError for objects that are not causal language models of transformers."""
+    """Raises ModelError for objects that are not causal language models of transformers, and models without data."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"a {kind} is not a transformers model, which training needs; load one with lt.load")
     if model.config.is_encoder_decoder:
         raise ModelError(f"{kind} is an encoder and a decoder; training needs a causal language model (decoder only)")
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None and not hasattr(model, "hf_device_map"):  # accelerate brings offloaded weights in time
+        raise ModelError(f"{kind}: {empty} is on the meta device, so it has no values; load the model with lt.load")
 
 
 def check_logits(model: PreTrainedModel, row: ProbeRow) -> None:

@@ -244,9 +244,9 @@ def _computes_as_stated(module: nn.Module, form: ExpertForm) -> bool:
     weight = getattr(module, form.down)
     width, _ = experts.features(module, form, form.up)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIAL_TOKENS, width, generator=generator).to(weight)
+    x = torch.randn(_TRIAL_TOKENS, width, generator=generator, device="cpu").to(weight)
     index = torch.arange(2 * _TRIAL_TOKENS, device=weight.device).view(-1, 2) % form.experts
-    factors = torch.rand(_TRIAL_TOKENS, 2, generator=generator).to(weight)
+    factors = torch.rand(_TRIAL_TOKENS, 2, generator=generator, device="cpu").to(weight)
     try:
         expected = module(x, index, factors)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):

@@ -397,10 +397,11 @@ def _orthogonal(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> N
     the columns of A of the other. Rank r is even. Source: PEFT's `init_lora_weights="orthogonal"`.
     """
     (r, d_in), d_out = lora_A.shape, lora_B.shape[0]
-    square = torch.randn(r, r, generator=generator, dtype=torch.float64)
+    square = torch.randn(r, r, generator=generator, dtype=torch.float64, device="cpu")
     rows = torch.linalg.qr(square).Q.to(lora_A.dtype)
     for tensor, half, count in ((lora_A.T, rows[0::2], d_in), (lora_B, rows[1::2], d_out)):
-        tensor.copy_(torch.randn(count, r // 2, generator=generator, dtype=lora_A.dtype) @ half / 10.0)
+        drawn = torch.randn(count, r // 2, generator=generator, dtype=lora_A.dtype, device="cpu")
+        tensor.copy_(drawn @ half / 10.0)
 
 
 @contextmanager

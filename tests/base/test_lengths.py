@@ -193,6 +193,14 @@ def test_training_an_encoder_and_decoder_is_refused():
         lt.train(model, tokenizer, str(lt.box.data_file("dates", "heldout")))
 
 
+def test_a_model_without_data_is_refused():
+    with torch.device("meta"):
+        model = LIMITED["mistral"][1]()
+    lt.attach(model, lt.LoraConfig(r=2))
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight is on the meta device"):
+        prepare(model)
+
+
 def test_dropout_in_training_mode_is_not_compared(llama):
     """A model that the caller left in training mode is prepared as in evaluation mode, and left as it was."""
     llama.config.attention_dropout = 0.5

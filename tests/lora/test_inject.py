@@ -26,6 +26,7 @@ from loratune.lora.inject import (
 )
 from loratune.lora.layer import LoraLayer
 from loratune.precision.linear import quantise_linears
+from tests.campaigns.architecture_checks import build as small
 from tests.conftest import build
 from tests.lora.helpers import fill, make, make_mlp, run
 
@@ -224,6 +225,18 @@ def test_adapters_are_made_where_their_layers_are(outer: str, variant: dict[str,
         assert parameter.device.type == "cpu"
         assert torch.equal(parameter, expected[name])
     assert torch.equal(model(_x()), plain(_x()))
+
+
+def test_experts_are_adapted_under_another_default_device() -> None:
+    """The trial of their formula runs where they are."""
+    plain, model = small("qwen3_moe"), small("qwen3_moe")
+    config = LoraConfig(r=3, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    attach(plain, config, seed=5)
+    with torch.device("meta"):
+        attach(model, config, seed=5)
+    assert any("experts" in name for name in trainable_parameters(plain))
+    expected = trainable_parameters(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in trainable_parameters(model).items())
 
 
 def test_the_report_counts_what_trains() -> None:

@@ -235,7 +235,9 @@ def why_not(module: nn.Module) -> str | None:
         return form
     if isinstance(module, LoraExperts | QuantisedExperts) or getattr(module, form.down).is_meta:
         return None
-    return None if _computes_as_stated(module, form) else f"{type(module).__name__} computes another formula"
+    with torch.device("cpu"):  # PyTorch's default, also where the caller has set another
+        same = _computes_as_stated(module, form)
+    return None if same else f"{type(module).__name__} computes another formula"
 
 
 @torch.no_grad()
@@ -244,9 +246,9 @@ def _computes_as_stated(module: nn.Module, form: ExpertForm) -> bool:
     weight = getattr(module, form.down)
     width, _ = experts.features(module, form, form.up)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIAL_TOKENS, width, generator=generator, device="cpu").to(weight)
+    x = torch.randn(_TRIAL_TOKENS, width, generator=generator).to(weight)
     index = torch.arange(2 * _TRIAL_TOKENS, device=weight.device).view(-1, 2) % form.experts
-    factors = torch.rand(_TRIAL_TOKENS, 2, generator=generator, device="cpu").to(weight)
+    factors = torch.rand(_TRIAL_TOKENS, 2, generator=generator).to(weight)
     try:
         expected = module(x, index, factors)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):

@@ -10,7 +10,7 @@ Beside a weight `proj.weight` in e4m3, (d_out, d_in), a file holds the factors o
 `Fp8Weight` has a scale for each row. A weight with one scale per row, or one for all, is therefore used unchanged, to
 the bit. Blocks do not fit: they are made dense, one weight at a time, and quantised by rows, which rounds once more.
 Each rounding is to 3 bits of mantissa, 2.6 % of a weight's norm. Both together are 3.7 % away from the weight that
-the checkpoint was made from. Experts that transformers merges into one tensor become dense.
+the checkpoint was made from. Experts that transformers merges into one tensor are always quantised again.
 
 Source: transformers' FineGrainedFP8Config (5.17 to 5.23); compressed-tensors' `float-quantized` format.
 """

@@ -70,7 +70,14 @@ def test_a_written_checkpoint_is_read_back_the_same(name, tmp_path):
     model = load(str(tmp_path / "dense"), "nf4", "cpu")
     done = save_quantised(model, tmp_path / "out")
     assert done.layers == len(list(quantised_layers(model)))
-    assert torch.equal(logits(load(str(tmp_path / "out"), device="cpu")), logits(model))
+    loaded = load(str(tmp_path / "out"), device="cpu")
+    if name == "gptoss":  # products of experts that lie transposed sum in another order, over the same weights
+        experts = [made.model.layers[1].mlp.experts for made in (loaded, model)]
+        assert torch.equal(*(held.gate_up_proj for held in experts))
+        assert torch.equal(*(held.down_proj for held in experts))
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(logits(loaded), logits(model))
     assert not hasattr(model.config, "quantization_config")
 
 

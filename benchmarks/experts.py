@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts OUT.jsonl CASE... [--layers N] [--steps 8] [--device cuda]
 
-Cases: a shape, the tokens of its one row, and what has adapters, joined by colons; for example
+Cases: a shape, the tokens of its one row, and the adapted part, joined by colons; for example
 
     qwen3-30b:4096:attention    r = 16 on the attention of Qwen3-30B-A3B, experts frozen
     qwen3-30b:4096:experts      and a pair of rank 16 for every expert

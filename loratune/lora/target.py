@@ -1,4 +1,4 @@
-"""A layer that an adapter will adapt: what selecting finds and building needs."""
+"""A layer that an adapter will adapt: the result of selecting and the input of building."""
 
 from __future__ import annotations
 

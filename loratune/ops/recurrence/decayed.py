@@ -82,14 +82,14 @@ def _states(update: Tensor, log_decay: Tensor, through: Tensor, state: Tensor) -
     """The state before each chunk, and after the last one.
 
     Args:
-        update: (b, C, g, h, size, width), what each chunk adds to the state after it.
+        update: (b, C, g, h, size, width), the summand of each chunk in the state after it.
         log_decay: (b, C, g, h) float64, decay over a chunk. through: (C,), False if a document starts in it.
         state: (b, g, h, size, width), before the first chunk.
     """
     C = len(through)
     stops = torch.cat([torch.zeros_like(through[:1], dtype=torch.int64), (~through).cumsum(0)])  # (C + 1,)
     total = torch.cat([torch.zeros_like(log_decay[:, :1]), log_decay.cumsum(1)], 1).movedim(1, -1)  # (b, g, h, C + 1)
-    # Column 0 is the state before, column c + 1 what chunk c adds. Row r is the state after r chunks.
+    # Column 0 is the state before, column c + 1 the summand of chunk c. Row r is the state after r chunks.
     rows, columns = torch.arange(C + 1, device=through.device)[:, None], torch.arange(C + 1, device=through.device)
     allowed = (columns <= rows) & (stops[:, None] == stops)
     weights = decays(total[..., :, None], total[..., None, :], allowed, update.dtype)
